@@ -1,0 +1,45 @@
+#pragma once
+// The `data` section of a run.
+
+#include <string>
+#include <vector>
+
+#include "moegraft/config/config.h"
+
+namespace moegraft::data {
+
+struct SourceConfig {
+  std::string path;      // a shard (.safetensors) or a folder of shards, as `moegraft data prepare` writes them
+  double weight = 1.0;   // relative share of documents drawn from it
+  template <class V>
+  void visit_fields(V& v) {
+    v("path", path, config::required(), "A shard or a folder of shards.");
+    v("weight", weight, config::range(0.0, 1e6), "Relative share of the documents drawn from this source.");
+  }
+};
+
+struct DataConfig {
+  std::vector<SourceConfig> train, eval;
+  int64_t sequence_length = 512;
+  int64_t tokens_per_step = 8192;
+  std::string packing = "documents";
+  double caption_dropout = 0.0;
+  bool caption_labels = false;
+  bool add_bos = true;
+  bool add_eos = true;
+  template <class V>
+  void visit_fields(V& v) {
+    v("train", train, config::any(), "Training sources.");
+    v("eval", eval, config::any(), "Held-out sources.");
+    v("sequence_length", sequence_length, config::range(2, 1 << 24), "Longest sequence in tokens.");
+    v("tokens_per_step", tokens_per_step, config::range(2, 1 << 28), "Tokens of one optimizer step, over all accumulation micro-batches.");
+    v("packing", packing, config::one_of({"documents", "stream"}),
+      "documents: each document is a sequence of its own. stream: text documents are joined and cut every sequence_length tokens.");
+    v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");
+    v("caption_labels", caption_labels, config::any(), "Also train on the text of documents that hold another modality.");
+    v("add_bos", add_bos, config::any(), "Begin documents with the tokenizer's BOS where it has one.");
+    v("add_eos", add_eos, config::any(), "End text documents with EOS.");
+  }
+};
+
+}  // namespace moegraft::data

@@ -1,0 +1,34 @@
+#pragma once
+// Token ids of text and of the new modalities. New ids start at config.vocab_size (not at the tokenizer's length):
+// begin = first_id, end = first_id + 1, code c = first_id + 2 + c; the next modality follows.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moegraft::model {
+
+struct ModalityTokens {
+  std::string name;        // "image"
+  int64_t modality = 1;    // its id in PackedBatch::modality_T
+  int64_t first_id = 0;
+  int64_t num_codes = 0;   // codebook size N
+  int64_t item_length = 0; // codes an item has (h*w), begin and end not counted
+
+  int64_t begin_id() const { return first_id; }
+  int64_t end_id() const { return first_id + 1; }
+  int64_t code_id(int64_t code) const { return first_id + 2 + code; }
+  int64_t num_rows() const { return num_codes + 2; }
+};
+
+struct Vocabulary {
+  int64_t text_size = 0;  // V
+  int64_t bos_id = -1, eos_id = -1;
+  std::vector<ModalityTokens> modalities;
+
+  int64_t size() const { return modalities.empty() ? text_size : modalities.back().first_id + modalities.back().num_rows(); }
+  int64_t modality_of(int64_t id) const;  // 0 for text; UserError when outside the vocabulary
+  const ModalityTokens& by_name(const std::string& name) const;  // UserError names the known ones
+};
+
+}  // namespace moegraft::model

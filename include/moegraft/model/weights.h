@@ -1,0 +1,84 @@
+#pragma once
+// The base's weights behind one seam. The decoder asks a WeightProvider and never learns how a weight is stored
+// (memory-mapped, converted, trained from scratch; later: quantised, sharded, offloaded).
+
+#include <torch/types.h>
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moegraft/model/registry.h"
+#include "moegraft/model/spec.h"
+
+namespace moegraft::model {
+
+// Linear weights are [out, in] as on disk; undefined tensors where a family has none (biases, norms).
+struct AttentionWeights {
+  at::Tensor q, k, v, o;
+  at::Tensor q_bias, k_bias, v_bias, o_bias;
+  at::Tensor q_norm, k_norm;
+};
+struct DenseWeights {
+  at::Tensor gate_ID, up_ID, down_DI;
+};
+// Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors.
+struct ExpertWeights {
+  int64_t first = 0;
+  std::vector<at::Tensor> gate_FD, up_FD, down_DF;
+  at::Tensor gate_EFD, up_EFD, down_EDF;  // stacked leaves when the base trains; undefined otherwise
+  int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }
+};
+struct LayerWeights {
+  at::Tensor input_norm_D, post_norm_D;
+  AttentionWeights attention;
+  at::Tensor router_ED;  // sparse layers
+  DenseWeights dense;    // dense layers
+};
+
+class WeightProvider {
+ public:
+  virtual ~WeightProvider() = default;
+  virtual at::Tensor embedding_VD() = 0;
+  virtual at::Tensor head_VD() = 0;  // the embedding when tied
+  virtual at::Tensor final_norm_D() = 0;
+  virtual LayerWeights layer(int64_t index) = 0;
+  virtual ExpertWeights experts(int64_t layer, int64_t first, int64_t count) = 0;
+  virtual void prefetch(int64_t layer) {}
+  virtual at::ScalarType dtype() const = 0;
+  virtual at::Device device() const = 0;
+  // True when the base itself trains (float32 master leaves).
+  virtual bool trainable() const { return false; }
+};
+
+struct LoadOptions {
+  at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
+};
+
+// A Hugging Face directory, read once: config, spec, weights.
+struct BaseModel {
+  std::filesystem::path path;  // empty for a model initialised from scratch
+  DecoderSpec spec;
+  std::shared_ptr<WeightProvider> weights;
+};
+
+// Reads config.json and maps the weights. UserError: missing files, unknown family (known ones named), missing tensors, wrong shapes (all named).
+BaseModel load_base(const std::filesystem::path& dir, const LoadOptions& options = {});
+DecoderSpec read_spec(const std::filesystem::path& dir);
+
+// A base to train from scratch: float32 leaves drawn from `seed`. Names follow the family's on-disk keys, experts stacked.
+struct InitOptions {
+  double embedding_std = 1.0;  // QUICKSTART.md: captions are hardly used when this is 0.02
+  uint64_t seed = 0;
+};
+BaseModel init_base(const DecoderSpec& spec, const InitOptions& options);
+// Adds the leaves of init_base to the registry (group "base").
+void register_base(BaseModel& base, ParameterRegistry& registry);
+
+// Writes config.json + safetensors (sharded above `max_shard_bytes`) that transformers loads.
+void save_base(const BaseModel& base, const std::filesystem::path& dir, at::ScalarType dtype, int64_t max_shard_bytes = int64_t{5} << 30);
+std::vector<std::string> known_families();
+
+}  // namespace moegraft::model

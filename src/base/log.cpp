@@ -1,0 +1,33 @@
+#include "moegraft/base/log.h"
+
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+namespace moegraft::log {
+namespace {
+
+spdlog::logger& logger() {
+  static auto instance = [] {
+    auto l = spdlog::stderr_color_mt("moegraft");
+    l->set_pattern("%H:%M:%S %^%l%$ %v");
+    return l;
+  }();
+  return *instance;
+}
+
+spdlog::level::level_enum native(Level level) {
+  switch (level) {
+    case Level::debug: return spdlog::level::debug;
+    case Level::info: return spdlog::level::info;
+    case Level::warning: return spdlog::level::warn;
+    case Level::error: return spdlog::level::err;
+  }
+  return spdlog::level::info;
+}
+
+}  // namespace
+
+void set_level(Level level) { logger().set_level(native(level)); }
+void write(Level level, const std::string& message) { logger().log(native(level), "{}", message); }
+
+}  // namespace moegraft::log

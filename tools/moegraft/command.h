@@ -1,0 +1,20 @@
+#pragma once
+// One file per subcommand: it adds itself to the app; its callback throws UserError (exit 1) or UsageError (exit 2).
+
+#include <CLI/CLI.hpp>
+
+namespace moegraft::tools {
+
+void add_tokenize_command(CLI::App& app);
+void add_codec_command(CLI::App& app);
+void add_data_command(CLI::App& app);
+void add_ot_command(CLI::App& app);
+void add_logits_command(CLI::App& app);
+void add_bench_command(CLI::App& app);
+void add_inspect_command(CLI::App& app);
+void add_train_command(CLI::App& app);
+void add_generate_command(CLI::App& app);
+void add_eval_command(CLI::App& app);
+void add_export_command(CLI::App& app);
+
+}  // namespace moegraft::tools

@@ -1,0 +1,40 @@
+#include <iostream>
+
+#include "command.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+
+namespace {
+
+// Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+int run(int argc, char** argv) {
+  using namespace moegraft;
+  CLI::App app{"moegraft: graft a new modality onto a text-only Mixture-of-Experts LLM", "moegraft"};
+  app.require_subcommand(1);
+  app.set_version_flag("--version", MOEGRAFT_VERSION);
+  bool verbose = false;
+  app.add_flag("-v,--verbose", verbose, "Debug messages");
+  app.parse_complete_callback([&] {
+    if (verbose) log::set_level(log::Level::debug);
+  });
+  tools::add_tokenize_command(app);
+  try {
+    app.parse(argc, argv);
+    return 0;
+  } catch (const CLI::Success& e) {
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    app.exit(e);
+    return 2;
+  } catch (const UsageError& e) {
+    log::error(e.what());
+    return 2;
+  } catch (const std::exception& e) {
+    log::error(e.what());
+    return 1;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return run(argc, argv); }
