@@ -10,6 +10,7 @@ find_package(pugixml REQUIRED)
 find_package(CLI11 REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
+pkg_check_modules(HARFBUZZ REQUIRED IMPORTED_TARGET harfbuzz)
 
 # spdlog stays behind base/log.h: its fmt and the fmt inside Torch's include folder must never meet in one translation unit.
 find_package(spdlog REQUIRED)

@@ -1,0 +1,88 @@
+#include "moegraft/data/emoji.h"
+
+#include <algorithm>
+
+#include "data/emoji_font.h"
+#include "data/emoji_splits.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/base/progress.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/image.h"
+#include "moegraft/io/json.h"
+
+namespace moegraft::data {
+namespace {
+
+std::string manifest_line(const EmojiEntry& entry) {
+  const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"}, {"text", entry.name},   {"captions", emoji_captions(entry)},
+                         {"keywords", entry.keywords},                      {"emoji", entry.utf8}, {"concept", entry.concept_name}};
+  return line.dump() + "\n";
+}
+
+}  // namespace
+
+EmojiSummary prepare_emoji(const EmojiOptions& options) {
+  MOEGRAFT_CHECK_USAGE(options.size >= 4 && options.size <= 4096, "--size must be in [4, 4096], got ", options.size);
+  MOEGRAFT_CHECK_USAGE(options.holdout >= 0 && options.holdout < 1, "--holdout must be in [0, 1), got ", options.holdout);
+  const EmojiFont font(options.font);
+  EmojiSummary summary;
+  std::vector<EmojiEntry> entries;
+  std::vector<uint32_t> glyphs;
+  for (auto& entry : read_emoji_annotations(options.annotations, options.language)) {
+    const uint32_t glyph = font.glyph(entry.code_points);
+    if (glyph == 0) {
+      ++summary.without_glyph;
+      continue;
+    }
+    entries.push_back(std::move(entry));
+    glyphs.push_back(glyph);
+  }
+  MOEGRAFT_CHECK(!entries.empty(), options.font.string(), " draws none of the annotated emoji");
+  const auto splits = split_emoji(entries, options.holdout, options.seed);
+  const auto popular = popular_emoji(entries, splits, options.popular, options.seed);
+
+  // A limit keeps the popular ones first, then code point order.
+  std::vector<int64_t> order = popular;
+  std::vector<bool> listed(entries.size(), false), keep(entries.size(), false);
+  for (int64_t i : popular) listed[i] = true;
+  for (size_t i = 0; i < entries.size(); ++i)
+    if (!listed[i]) order.push_back(static_cast<int64_t>(i));
+  if (options.limit > 0 && options.limit < static_cast<int64_t>(order.size())) order.resize(options.limit);
+
+  std::filesystem::create_directories(options.output / "images");
+  Progress progress("emoji", static_cast<int64_t>(order.size()));
+  for (size_t n = 0; n < order.size(); ++n) {
+    const int64_t i = order[n];
+    const auto picture = font.picture(glyphs[i]);
+    progress.update(static_cast<int64_t>(n) + 1);
+    if (!picture.defined()) {
+      ++summary.without_glyph;
+      continue;
+    }
+    keep[i] = true;
+    io::save_image(options.output / "images" / (entries[i].file_stem() + ".png"), io::resize_and_pad(picture, options.size));
+  }
+  progress.finish();
+
+  std::string train, heldout, compositions, popular_lines;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (!keep[i]) continue;
+    ++summary.pictures;
+    const std::string line = manifest_line(entries[i]);
+    switch (splits[i]) {
+      case EmojiSplit::train: train += line, ++summary.train; break;
+      case EmojiSplit::heldout: heldout += line, ++summary.heldout; break;
+      case EmojiSplit::composition: compositions += line, ++summary.compositions; break;
+    }
+  }
+  for (int64_t i : popular)
+    if (keep[i]) popular_lines += manifest_line(entries[i]), ++summary.popular;
+  io::write_file_atomic(options.output / "train.jsonl", train);
+  io::write_file_atomic(options.output / "heldout.jsonl", heldout);
+  io::write_file_atomic(options.output / "compositions.jsonl", compositions);
+  io::write_file_atomic(options.output / "popular.jsonl", popular_lines);
+  return summary;
+}
+
+}  // namespace moegraft::data
