@@ -1,5 +1,6 @@
 # How every dependency is found. Nothing is vendored: Debian packages, and LibTorch from the pinned PyPI wheel (or any LibTorch on CMAKE_PREFIX_PATH).
 find_package(Threads REQUIRED)
+find_package(OpenMP REQUIRED)
 find_package(PkgConfig REQUIRED)
 find_package(yaml-cpp REQUIRED)
 find_package(nlohmann_json REQUIRED)

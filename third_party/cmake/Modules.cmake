@@ -46,7 +46,9 @@ add_library(moegraft_flags INTERFACE)
 target_include_directories(moegraft_flags INTERFACE $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}/include> $<BUILD_INTERFACE:${CMAKE_CURRENT_SOURCE_DIR}/src>
                            $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(moegraft_flags INTERFACE cxx_std_20)
-target_compile_options(moegraft_flags INTERFACE $<BUILD_INTERFACE:$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-unused-parameter;-fno-math-errno>>)
+target_compile_options(moegraft_flags INTERFACE $<BUILD_INTERFACE:$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-unused-parameter;-fno-math-errno;-fno-trapping-math;-fvect-cost-model=dynamic;-fopenmp>>)
+# ATen's parallel_for is a header: without -fopenmp it is silently serial. libgomp is LibTorch's own runtime (same soname).
+target_link_libraries(moegraft_flags INTERFACE $<BUILD_INTERFACE:OpenMP::OpenMP_CXX>)
 if(MOEGRAFT_MARCH AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
   target_compile_options(moegraft_flags INTERFACE $<BUILD_INTERFACE:$<$<COMPILE_LANGUAGE:CXX>:-march=${MOEGRAFT_MARCH}>>)
 endif()
@@ -54,6 +56,9 @@ if(MOEGRAFT_SANITIZE)
   target_compile_options(moegraft_flags INTERFACE $<BUILD_INTERFACE:-fsanitize=address,undefined;-fno-omit-frame-pointer>)
   target_link_options(moegraft_flags INTERFACE $<BUILD_INTERFACE:-fsanitize=address,undefined>)
 endif()
+
+# Executables reuse the libraries' precompiled header: GCC refuses it when one was compiled with -fPIC and the other with -fPIE.
+set(CMAKE_CXX_COMPILE_OPTIONS_PIE ${CMAKE_CXX_COMPILE_OPTIONS_PIC})
 
 file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/pch.cpp "// Owns the precompiled header that every LibTorch module reuses.\n")
 add_library(moegraft_pch OBJECT ${CMAKE_CURRENT_BINARY_DIR}/pch.cpp)
