@@ -59,7 +59,7 @@ void hold_out_members(const std::vector<EmojiEntry>& entries, const std::map<std
 bool is_sign(char32_t c) {
   return (c >= 0x1F100 && c <= 0x1F2FF) || (c >= 0x2190 && c <= 0x21FF) || (c >= 0x2B00 && c <= 0x2B4F) || (c >= 0x2648 && c <= 0x2653) ||
          (c >= 0x1F550 && c <= 0x1F567) || (c >= 0x1F500 && c <= 0x1F506) || (c >= 0x1F518 && c <= 0x1F524) || (c >= 0x25A0 && c <= 0x25FF) ||
-         (c >= 0x3000 && c <= 0x32FF) || c < 0x2000;
+         (c >= 0x2460 && c <= 0x24FF) || (c >= 0x3000 && c <= 0x32FF) || (c >= 0x1F9B0 && c <= 0x1F9B3) || c < 0x2000;
 }
 
 bool is_short_and_plain(const EmojiEntry& entry) {
