@@ -14,7 +14,7 @@ struct Parameter {
   std::string group;       // optimizer group: "lora", "embeddings", "base", …
   std::string modality;    // "image"; empty for the base
   std::string sharding = "replicated";  // replicated | expert
-  std::string provenance;  // how it was initialised: "kaiming_zero", "gw_cluster", "init_from runs/a"
+  std::string provenance{};  // how it was initialised: "kaiming_zero", "gw_cluster", "init_from runs/a"
 };
 
 class ParameterRegistry {
