@@ -1,0 +1,103 @@
+#pragma once
+// Training and judging the small VQ codec.
+
+#include <string>
+#include <vector>
+
+#include "moegraft/codec/pictures.h"
+#include "moegraft/codec/vq.h"
+
+namespace moegraft::codec {
+
+struct CodecDataConfig {
+  std::string train, eval;
+  template <class V>
+  void visit_fields(V& v) {
+    v("train", train, config::required(), "JSONL manifest, or a folder of PNG/JPEG files.");
+    v("eval", eval, config::any(), "Held-out pictures, same forms; empty: none.");
+  }
+};
+
+struct CodecTrainConfig {
+  int64_t steps = 3000;
+  double max_minutes = 0;
+  int64_t batch_size = 64;
+  double lr = 2e-3;
+  double weight_decay = 0.01;
+  int64_t warmup = 50;
+  double min_lr_ratio = 0.02;
+  double warm_share = 0.05;
+  double freeze_share = 0.65;
+  double l1 = 1.0, mse = 1.0, gradient = 0.5, commitment = 0.25;
+  double ema_decay = 0.97;
+  double revive_below = 0.1;
+  template <class V>
+  void visit_fields(V& v) {
+    v("steps", steps, config::range(1, 1e9), "Optimizer steps.");
+    v("max_minutes", max_minutes, config::range(0.0, 1e6), "Time budget; 0: none. The schedule then also runs with the clock, so two runs are no longer the same.");
+    v("batch_size", batch_size, config::range(1, 65536), "Pictures a step.");
+    v("lr", lr, config::range(0.0, 1.0), "AdamW's peak learning rate.");
+    v("weight_decay", weight_decay, config::range(0.0, 10.0), "On weight matrices and convolutions.");
+    v("warmup", warmup, config::range(0, 1e9), "Steps of linear warm-up.");
+    v("min_lr_ratio", min_lr_ratio, config::range(0.0, 1.0), "Where the cosine ends, as a share of the peak.");
+    v("warm_share", warm_share, config::range(0.0, 1.0), "Share of the training before the codebook starts (k-means on the encoder's outputs).");
+    v("freeze_share", freeze_share, config::range(0.0, 1.0), "Share after which encoder and codebook rest and only the decoder learns.");
+    v("l1", l1, config::range(0.0, 1e6), "Weight of the absolute error.");
+    v("mse", mse, config::range(0.0, 1e6), "Weight of the squared error.");
+    v("gradient", gradient, config::range(0.0, 1e6), "Weight of the absolute error of horizontal and vertical differences.");
+    v("commitment", commitment, config::range(0.0, 1e6), "Weight that keeps the encoder near its codes.");
+    v("ema_decay", ema_decay, config::range(0.0, 1.0), "Decay of the codes' running means.");
+    v("revive_below", revive_below, config::range(0.0, 1e6), "A code whose running count per step falls below this restarts at an encoder output.");
+  }
+};
+
+struct CodecRunConfig {
+  std::string dir;
+  int64_t seed = 17;
+  VqConfig codec;
+  CodecDataConfig data;
+  CodecTrainConfig train;
+  template <class V>
+  void visit_fields(V& v) {
+    v("dir", dir, config::required(), "Folder the codec is written to.");
+    v("seed", seed, config::range(0, 9e15), "Seed of weights, batches and restarts.");
+    v("codec", codec, config::any(), "Architecture.");
+    v("data", data, config::required(), "Pictures.");
+    v("train", train, config::any(), "Training.");
+  }
+  void validate(const std::string& path) const;
+};
+
+// How well a codec reproduces pictures.
+struct Quality {
+  int64_t pictures = 0;
+  double psnr = 0;        // dB, mean over pictures
+  double psnr_pooled = 0; // dB of the mean squared error over all pictures
+  double l1 = 0;
+  int64_t used_codes = 0;
+  double perplexity = 0;  // exp of the entropy of code use
+};
+Quality measure(const ImageCodec& codec, const at::Tensor& pixels_N3HW_u8, int64_t batch = 64);
+
+// The running means behind the codebook (van den Oord et al., arXiv:1711.00937, appendix A.1), with restarts of dead codes.
+class EmaCodebook {
+ public:
+  EmaCodebook(at::Tensor codebook_NZ, double decay, double revive_below);
+  // z_MZ: encoder outputs; ids_M: the codes they took. Moves the codes; returns how many dead ones restarted at a row of z_MZ drawn by (seed, step).
+  int64_t update(const at::Tensor& z_MZ, const at::Tensor& ids_M, uint64_t seed, uint64_t step);
+  const at::Tensor& codebook_NZ() const { return codebook_NZ_; }
+
+ private:
+  at::Tensor codebook_NZ_, counts_N_, sums_NZ_;
+  double decay_, revive_below_;
+};
+
+// Lloyd's algorithm from rows drawn by seed; an empty cluster restarts at the row furthest from its centre. float32 [clusters, d].
+at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed);
+
+// Trains from scratch; a function of (config, pixels, thread count) alone unless max_minutes is set. losses: one value a step, when given.
+// Throws UserError when the loss stops being finite.
+std::unique_ptr<VqCodec> train_vq(const VqConfig& codec, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_N3HW_u8,
+                                  std::vector<double>* losses = nullptr);
+
+}  // namespace moegraft::codec
