@@ -12,23 +12,20 @@
 //   };
 //
 // Field types: bool, int64_t, double, std::string, std::vector<T>, std::map<std::string, T>, std::optional<T>, and structs with visit_fields.
-// A field without default: wrap in config::required(...).
+// A field without default: wrap in config::required(...). Rules of the format: src/config/README.md. All errors are UsageError, one line with the key's path.
+//
+//   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));
+//   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values
+//   std::cout << config::describe<RunConfig>();                         // every key with type, range, default and meaning
 
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <map>
-#include <memory>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "moegraft/base/check.h"
-
-namespace YAML {
-class Node;
-}
 
 namespace moegraft::config {
 
@@ -46,18 +43,33 @@ inline Constraint required(Constraint c = {}) {
   return c;
 }
 
-// A parsed YAML document with --set overrides applied ("train.steps=200", "adapters[0].rank=4", "stages=[]").
+// A parsed YAML value. Keeps yaml-cpp out of this header and every duplicate key and quoted scalar visible to the checks.
+struct TreeEntry;
+struct Tree {
+  enum class Kind { null, scalar, list, map };
+  Kind kind = Kind::null;
+  std::string text;                // scalar
+  bool quoted = false;             // a quoted scalar is always a string
+  int64_t line = 0;                // 1-based in the file; 0: set by an override
+  std::vector<TreeEntry> entries;  // list (keys empty) or map, in the order written
+};
+struct TreeEntry {
+  std::string key;
+  Tree value;
+};
+
+// A parsed YAML document with --set overrides applied in order ("train.steps=200", "adapters[0].rank=4", "stages=[]").
+// UsageError: missing file, YAML syntax (with the line), duplicate keys, more than one document, an override that does not fit the document's shape.
 class Document {
  public:
   static Document from_file(const std::string& path, const std::vector<std::string>& overrides = {});
   static Document from_string(const std::string& yaml, const std::vector<std::string>& overrides = {}, const std::string& name = "<string>");
-  ~Document();
-  Document(Document&&) noexcept;
-  const YAML::Node& root() const;
+  const Tree& root() const { return root_; }
+  const std::string& name() const { return name_; }  // for messages
 
  private:
-  Document();
-  std::unique_ptr<YAML::Node> root_;
+  Tree root_;
+  std::string name_;
 };
 
 }  // namespace moegraft::config

@@ -1,0 +1,240 @@
+#pragma once
+// The visitors behind parse, dump and describe. Include config.h, not this file.
+
+#include <concepts>
+#include <type_traits>
+#include <utility>
+
+#include "moegraft/config/config.h"
+
+namespace moegraft::config {
+namespace detail {
+
+// A place in a document: a value (null pointer: the key is absent) and what messages call it.
+struct Cursor {
+  const Tree* tree = nullptr;
+  std::string path;    // "adapters[0].rank"; empty at the root
+  std::string source;  // file name
+  Cursor child(const std::string& key) const;
+  Cursor item(size_t index) const;
+  bool is_null() const { return tree == nullptr || tree->kind == Tree::Kind::null; }
+  // Throws UsageError: "<path> <message> (<file>:<line>)".
+  [[noreturn]] void fail(const std::string& message) const;
+};
+
+bool read_bool(const Cursor& at);
+int64_t read_int64(const Cursor& at, const Constraint& constraint);
+double read_double(const Cursor& at, const Constraint& constraint);
+std::string read_string(const Cursor& at, const Constraint& constraint);
+std::vector<Cursor> read_list(const Cursor& at);
+std::vector<std::pair<std::string, Cursor>> read_map(const Cursor& at);
+void check_keys(const Cursor& at, const std::vector<std::string>& known);
+
+Tree scalar_tree(bool value);
+Tree scalar_tree(int64_t value);
+Tree scalar_tree(double value);
+Tree scalar_tree(const std::string& value);
+std::string to_block(const Tree& tree);  // YAML over several lines
+std::string to_flow(const Tree& tree);   // YAML on one line
+std::string describe_row(const std::string& path, const std::string& type, const Constraint& constraint, const std::string& default_text, const std::string& doc);
+std::string join_path(const std::string& path, const std::string& key);
+
+template <class T>
+struct is_vector : std::false_type {};
+template <class T>
+struct is_vector<std::vector<T>> : std::true_type {};
+template <class T>
+struct is_map : std::false_type {};
+template <class T>
+struct is_map<std::map<std::string, T>> : std::true_type {};
+template <class T>
+struct is_optional : std::false_type {};
+template <class T>
+struct is_optional<std::optional<T>> : std::true_type {};
+
+struct FieldNames {
+  std::vector<std::string> names;
+  template <class F>
+  void operator()(const char* name, F&, const Constraint&, const char*) { names.push_back(name); }
+};
+
+template <class T>
+concept Section = requires(T& value, FieldNames& names) { value.visit_fields(names); };
+template <class T>
+concept Validated = requires(const T& value) { value.validate(std::string()); };
+template <class T>
+concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || is_vector<T>::value ||
+                is_map<T>::value || is_optional<T>::value || Section<T>;
+
+inline Constraint for_elements(Constraint constraint) {
+  constraint.required = false;
+  return constraint;
+}
+
+template <class T>
+void read_section(const Cursor& at, T& value);
+
+// `value` holds the defaults on entry.
+template <Field T>
+void read(const Cursor& at, const Constraint& constraint, T& value) {
+  if constexpr (std::same_as<T, bool>) {
+    value = read_bool(at);
+  } else if constexpr (std::same_as<T, int64_t>) {
+    value = read_int64(at, constraint);
+  } else if constexpr (std::same_as<T, double>) {
+    value = read_double(at, constraint);
+  } else if constexpr (std::same_as<T, std::string>) {
+    value = read_string(at, constraint);
+  } else if constexpr (is_vector<T>::value) {
+    value.clear();
+    for (const Cursor& item : read_list(at)) {
+      typename T::value_type element{};
+      read(item, for_elements(constraint), element);
+      value.push_back(std::move(element));
+    }
+  } else if constexpr (is_map<T>::value) {
+    value.clear();
+    for (const auto& [key, item] : read_map(at)) {
+      typename T::mapped_type element{};
+      read(item, for_elements(constraint), element);
+      value.emplace(key, std::move(element));
+    }
+  } else if constexpr (is_optional<T>::value) {
+    if (at.is_null()) {
+      if (constraint.required) at.fail("is required, got null");
+      value.reset();
+      return;
+    }
+    typename T::value_type inner = value.value_or(typename T::value_type{});
+    read(at, constraint, inner);
+    value = std::move(inner);
+  } else {
+    read_section(at, value);
+  }
+}
+
+struct FieldReader {
+  const Cursor& at;
+  template <class F>
+  void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
+    const Cursor child = at.child(name);
+    if (child.tree != nullptr) {
+      read(child, constraint, field);
+    } else if (constraint.required) {
+      child.fail(std::string("is required: ") + doc);
+    } else if constexpr (Section<F>) {
+      read_section(child, field);  // an absent section may still hold a required key, and its defaults are validated
+    }
+  }
+};
+
+template <class T>
+void read_section(const Cursor& at, T& value) {
+  // Unknown keys first: a misspelt required key is better reported as a typo than as missing.
+  FieldNames known;
+  value.visit_fields(known);
+  check_keys(at, known.names);
+  FieldReader reader{at};
+  value.visit_fields(reader);
+  if constexpr (Validated<T>) std::as_const(value).validate(at.path);
+}
+
+template <Field T>
+Tree to_tree(T& value);
+
+struct FieldWriter {
+  Tree& map;
+  template <class F>
+  void operator()(const char* name, F& field, const Constraint&, const char*) { map.entries.push_back({name, to_tree(field)}); }
+};
+
+template <Field T>
+Tree to_tree(T& value) {
+  Tree tree;
+  if constexpr (is_vector<T>::value) {
+    tree.kind = Tree::Kind::list;
+    for (typename T::value_type element : value) tree.entries.push_back({"", to_tree(element)});
+  } else if constexpr (is_map<T>::value) {
+    tree.kind = Tree::Kind::map;
+    for (auto& [key, element] : value) tree.entries.push_back({key, to_tree(element)});
+  } else if constexpr (is_optional<T>::value) {
+    if (value) tree = to_tree(*value);
+  } else if constexpr (Section<T>) {
+    tree.kind = Tree::Kind::map;
+    FieldWriter writer{tree};
+    value.visit_fields(writer);
+  } else {
+    tree = scalar_tree(std::as_const(value));
+  }
+  return tree;
+}
+
+template <class T>
+std::string type_name() {
+  if constexpr (std::same_as<T, bool>) return "true or false";
+  else if constexpr (std::same_as<T, int64_t>) return "integer";
+  else if constexpr (std::same_as<T, double>) return "number";
+  else if constexpr (std::same_as<T, std::string>) return "text";
+  else if constexpr (is_vector<T>::value) return "list of " + type_name<typename T::value_type>();
+  else if constexpr (is_map<T>::value) return "mapping of names to " + type_name<typename T::mapped_type>();
+  else if constexpr (is_optional<T>::value) return "optional " + type_name<typename T::value_type>();
+  else return "section";
+}
+
+struct FieldDescriber {
+  std::string prefix;
+  std::string& out;
+
+  template <class F>
+  void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
+    const std::string path = join_path(prefix, name);
+    out += describe_row(path, type_name<F>(), constraint, Section<F> ? "" : to_flow(to_tree(field)), doc);
+    below(path, field);
+  }
+  // The keys inside a section, or inside what a list, mapping or optional holds.
+  template <class F>
+  void below(const std::string& path, F& field) {
+    if constexpr (Section<F>) {
+      FieldDescriber inner{path, out};
+      field.visit_fields(inner);
+    } else if constexpr (is_vector<F>::value) {
+      typename F::value_type element{};
+      below(path + "[]", element);
+    } else if constexpr (is_map<F>::value) {
+      typename F::mapped_type element{};
+      below(path + ".<name>", element);
+    } else if constexpr (is_optional<F>::value) {
+      typename F::value_type element{};
+      below(path, element);
+    }
+  }
+};
+
+}  // namespace detail
+
+// The struct that a document describes: defaults where a key is absent, every rule checked. UsageError: unknown key (nearest one named),
+// wrong type, out of range, not one of the choices, missing; or whatever a validate() throws.
+template <detail::Section T>
+T parse(const Document& document) {
+  T value{};
+  detail::read_section(detail::Cursor{&document.root(), "", document.name()}, value);
+  return value;
+}
+
+// YAML text with every key; parse gives back equal values (doubles bit for bit).
+template <detail::Section T>
+std::string dump(T value) {
+  return detail::to_block(detail::to_tree(value));
+}
+
+// A Markdown list of every key: path, type, range or choices, default, meaning.
+template <detail::Section T>
+std::string describe() {
+  T value{};
+  std::string out;
+  detail::FieldDescriber describer{"", out};
+  value.visit_fields(describer);
+  return out;
+}
+
+}  // namespace moegraft::config
