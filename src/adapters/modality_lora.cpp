@@ -1,0 +1,103 @@
+#include "moegraft/adapters/modality_lora.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
+
+namespace moegraft::adapters {
+namespace {
+
+using model::Site;
+
+const std::vector<std::pair<std::string, Site>>& sites() {
+  static const std::vector<std::pair<std::string, Site>> table{{"q", Site::q},       {"k", Site::k},   {"v", Site::v},      {"o", Site::o},
+                                                               {"gate", Site::gate}, {"up", Site::up}, {"down", Site::down}};
+  return table;
+}
+
+}  // namespace
+
+Site parse_site(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& [text, site] : sites()) {
+    if (text == name) return site;
+    known.push_back(text);
+  }
+  fail<UsageError>("adapters: '", name, "' is not a site; sites: ", join(known, ", "));
+}
+
+const char* site_name(Site site) {
+  for (const auto& [text, value] : sites())
+    if (value == site) return text.c_str();
+  return "?";
+}
+
+bool is_expert_site(Site site) { return site == Site::gate || site == Site::up || site == Site::down; }
+
+SiteShape site_shape(const model::DecoderSpec& s, Site site) {
+  const int64_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
+  switch (site) {
+    case Site::q: return {s.hidden_size, q};
+    case Site::k:
+    case Site::v: return {s.hidden_size, kv};
+    case Site::o: return {q, s.hidden_size};
+    case Site::gate:
+    case Site::up: return {s.hidden_size, s.moe_intermediate_size};
+    case Site::down: return {s.moe_intermediate_size, s.hidden_size};
+  }
+  return {};
+}
+
+ModalityLora::ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device)
+    : config_(config), modalities_(std::move(modalities)), scale_(config.use_rslora ? config.alpha / std::sqrt(double(config.rank)) : config.alpha / double(config.rank)) {
+  for (const int64_t l : config.layers)
+    MOEGRAFT_CHECK_USAGE(l >= 0 && l < spec.num_layers, "adapters[", index, "].layers must be in [0, ", spec.num_layers - 1, "], got ", l);
+  std::vector<Site> wanted;
+  for (const auto& name : config.sites) {
+    const Site site = parse_site(name);
+    MOEGRAFT_CHECK_USAGE(std::find(wanted.begin(), wanted.end(), site) == wanted.end(), "adapters[", index, "].sites names ", name, " twice");
+    wanted.push_back(site);
+  }
+  const auto leaf = [&](std::vector<int64_t> shape) { return at::zeros(shape, at::TensorOptions(at::kFloat).device(device)).set_requires_grad(true); };
+  for (int64_t l = 0; l < spec.num_layers; ++l) {
+    if (!config.layers.empty() && std::find(config.layers.begin(), config.layers.end(), l) == config.layers.end()) continue;
+    for (const Site site : wanted) {
+      const bool expert = is_expert_site(site);
+      if (expert && !spec.layers[l].sparse) continue;
+      const auto [in, out] = site_shape(spec, site);
+      std::vector<int64_t> a{config.rank, in}, b{out, config.rank};
+      if (expert) a.insert(a.begin(), spec.num_experts), b.insert(b.begin(), spec.num_experts);
+      index_[{l, int(site)}] = factors_.size();
+      factors_.push_back({l, site, "adapters." + std::to_string(index) + ".layers." + std::to_string(l) + "." + site_name(site), leaf(a), leaf(b)});
+    }
+  }
+  MOEGRAFT_CHECK_USAGE(!factors_.empty(), "adapters[", index, "] has no site on any layer");
+}
+
+std::vector<model::LowRank> ModalityLora::at(int64_t layer, Site site) const {
+  const auto it = index_.find({layer, int(site)});
+  if (it == index_.end()) return {};
+  const Factor& f = factors_[it->second];
+  return {{f.A, f.B, scale_, modalities_}};
+}
+
+void ModalityLora::register_parameters(model::ParameterRegistry& registry, const std::string& provenance) const {
+  for (const Factor& f : factors_) {
+    const std::string sharding = is_expert_site(f.site) ? "expert" : "replicated";
+    registry.add({f.name + ".A", f.A, "lora", join(config_.modality, ","), sharding, provenance});
+    registry.add({f.name + ".B", f.B, "lora", join(config_.modality, ","), sharding, "zero"});
+  }
+}
+
+std::vector<model::LowRank> AdapterStack::at(int64_t layer, Site site) const {
+  std::vector<model::LowRank> out;
+  for (const auto& adapter : adapters_)
+    for (auto& term : adapter->at(layer, site)) out.push_back(std::move(term));
+  return out;
+}
+
+}  // namespace moegraft::adapters

@@ -1,0 +1,158 @@
+// RMSNorm and rotary embedding. On the CPU one pass over each row; elsewhere composed of ATen operations.
+#include <ATen/Parallel.h>
+#include <torch/torch.h>
+
+#include "moegraft/base/check.h"
+#include "moegraft/kernels/ops.h"
+
+namespace moegraft::kernels {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kRowGrain = 16;
+
+template <class scalar_t>
+void rms_forward_cpu(const scalar_t* x, const scalar_t* w, scalar_t* y, float* rstd, int64_t rows, int64_t width, double eps) {
+  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const scalar_t* xr = x + r * width;
+      scalar_t* yr = y + r * width;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) sum += float(xr[i]) * float(xr[i]);
+      const float inverse = 1.0f / std::sqrt(sum / float(width) + float(eps));
+      rstd[r] = inverse;
+      // Rounded to the compute dtype before the weight, as the reference models do.
+      for (int64_t i = 0; i < width; ++i) yr[i] = scalar_t(float(w[i]) * float(scalar_t(float(xr[i]) * inverse)));
+    }
+  });
+}
+
+template <class scalar_t>
+void rms_backward_cpu(const scalar_t* dy, const scalar_t* x, const scalar_t* w, const float* rstd, scalar_t* dx, int64_t rows, int64_t width) {
+  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const scalar_t *dyr = dy + r * width, *xr = x + r * width;
+      scalar_t* dxr = dx + r * width;
+      float dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t i = 0; i < width; ++i) dot += float(dyr[i]) * float(w[i]) * float(xr[i]);
+      const float s = rstd[r], coefficient = dot * s * s * s / float(width);
+      for (int64_t i = 0; i < width; ++i) dxr[i] = scalar_t(s * float(w[i]) * float(dyr[i]) - coefficient * float(xr[i]));
+    }
+  });
+}
+
+bool has_cpu_path(const at::Tensor& x) { return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
+
+class RmsNorm : public torch::autograd::Function<RmsNorm> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_in, const at::Tensor& weight, double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor x = x_in.contiguous();
+    const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
+    at::Tensor y, rstd;
+    if (has_cpu_path(x)) {
+      y = at::empty_like(x);
+      rstd = at::empty({rows}, x.options().dtype(at::kFloat));
+      if (x.scalar_type() == at::kFloat)
+        rms_forward_cpu(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), y.data_ptr<float>(), rstd.data_ptr<float>(), rows, width, eps);
+      else
+        rms_forward_cpu(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), y.data_ptr<at::BFloat16>(), rstd.data_ptr<float>(), rows, width, eps);
+    } else {
+      const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      const at::Tensor xf = x.to(wide);
+      rstd = at::rsqrt(xf.square().mean(-1, true) + eps);
+      y = weight * (xf * rstd).to(x.scalar_type());
+    }
+    ctx->save_for_backward({x, weight, rstd});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
+    const at::Tensor dy = grads[0].contiguous();
+    const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
+    at::Tensor dx, dw;
+    if (has_cpu_path(x)) {
+      dx = at::empty_like(x);
+      if (x.scalar_type() == at::kFloat)
+        rms_backward_cpu(dy.const_data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(), rstd.const_data_ptr<float>(), dx.data_ptr<float>(), rows, width);
+      else
+        rms_backward_cpu(dy.const_data_ptr<at::BFloat16>(), x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), rstd.const_data_ptr<float>(),
+                         dx.data_ptr<at::BFloat16>(), rows, width);
+      if (ctx->needs_input_grad(1)) dw = (dy.to(at::kFloat) * x.to(at::kFloat)).view({rows, width}).mul_(rstd.unsqueeze(-1)).sum(0).to(weight.scalar_type());
+    } else {
+      const auto wide = rstd.scalar_type();
+      const at::Tensor xf = x.to(wide), wdy = dy.to(wide) * weight.to(wide);
+      dx = (rstd * wdy - xf * rstd.pow(3) * (wdy * xf).mean(-1, true)).to(x.scalar_type());
+      if (ctx->needs_input_grad(1)) dw = (dy.to(wide) * xf * rstd).reshape({rows, width}).sum(0).to(weight.scalar_type());
+    }
+    return {dx, dw, at::Tensor()};
+  }
+};
+
+template <class scalar_t>
+void rotary_cpu(const scalar_t* x, const float* cos, const float* sin, scalar_t* y, int64_t tokens, int64_t heads, int64_t width, float sign) {
+  const int64_t half = width / 2;
+  at::parallel_for(0, tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float *c = cos + t * half, *s = sin + t * half;
+      for (int64_t h = 0; h < heads; ++h) {
+        const scalar_t* xr = x + (t * heads + h) * width;
+        scalar_t* yr = y + (t * heads + h) * width;
+        for (int64_t i = 0; i < half; ++i) {
+          const float a = float(xr[i]), b = float(xr[i + half]), sn = sign * s[i];
+          yr[i] = scalar_t(a * c[i] - b * sn);
+          yr[i + half] = scalar_t(b * c[i] + a * sn);
+        }
+      }
+    }
+  });
+}
+
+at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, float sign) {
+  const at::Tensor x = x_in.contiguous();
+  const int64_t tokens = x.size(0), heads = x.size(1), width = x.size(2);
+  if (has_cpu_path(x)) {
+    at::Tensor y = at::empty_like(x);
+    if (x.scalar_type() == at::kFloat) rotary_cpu(x.const_data_ptr<float>(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), y.data_ptr<float>(), tokens, heads, width, sign);
+    else rotary_cpu(x.const_data_ptr<at::BFloat16>(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), y.data_ptr<at::BFloat16>(), tokens, heads, width, sign);
+    return y;
+  }
+  const auto halves = x.chunk(2, -1);
+  const at::Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1) * sign;
+  return at::cat({halves[0] * c - halves[1] * s, halves[1] * c + halves[0] * s}, -1).to(x.scalar_type());
+}
+
+class Rotary : public torch::autograd::Function<Rotary> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({cos, sin});
+    return rotate(x, cos, sin, 1.0f);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto saved = ctx->get_saved_variables();
+    return {rotate(grads[0], saved[0], saved[1], -1.0f), at::Tensor(), at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps) {
+  MOEGRAFT_INVARIANT(weight_D.dim() == 1 && x_XD.size(-1) == weight_D.size(0), "rms_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
+  return RmsNorm::apply(x_XD, weight_D.contiguous(), eps);
+}
+
+at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC) {
+  MOEGRAFT_INVARIANT(x_THC.dim() == 3 && cos_TC.size(0) == x_THC.size(0) && 2 * cos_TC.size(1) == x_THC.size(2), "rotary: x ", x_THC.sizes(), ", cos ", cos_TC.sizes());
+  return Rotary::apply(x_THC, cos_TC, sin_TC);
+}
+
+}  // namespace moegraft::kernels

@@ -1,0 +1,46 @@
+// Mixtral (transformers `mixtral`): top-k weights always renormalised, w1 gate, w3 up, w2 down, optional sliding window and head_dim.
+#include "../family.h"
+
+namespace moegraft::model {
+namespace {
+
+DecoderSpec parse(const io::Json& config) {
+  const ConfigReader c(config);
+  DecoderSpec s = parse_common(config);
+  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
+  s.num_experts_per_tok = c.integer("num_experts_per_tok");
+  s.moe_intermediate_size = s.intermediate_size;
+  s.norm_topk_prob = true;
+  for (auto& layer : s.layers) layer.sliding_window = c.integer("sliding_window", 0);
+  return s;
+}
+
+io::Json write(const DecoderSpec& s) {
+  io::Json j = write_common(s);
+  j["architectures"] = {"MixtralForCausalLM"};
+  j["num_local_experts"] = s.num_experts;
+  j["head_dim"] = s.head_dim;
+  j["intermediate_size"] = s.moe_intermediate_size;
+  const int64_t window = s.layers.empty() ? 0 : s.layers.front().sliding_window;
+  j["sliding_window"] = window > 0 ? io::Json(window) : io::Json(nullptr);
+  j["router_jitter_noise"] = 0.0;
+  return j;
+}
+
+TensorNames names() {
+  TensorNames n;
+  n.router = "model.layers.{l}.block_sparse_moe.gate.weight";
+  n.expert_gate = "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight";
+  n.expert_up = "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight";
+  n.expert_down = "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight";
+  return n;
+}
+
+}  // namespace
+
+const Family& mixtral_family() {
+  static const Family family{"mixtral", parse, write, names()};
+  return family;
+}
+
+}  // namespace moegraft::model

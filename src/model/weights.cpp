@@ -1,0 +1,368 @@
+// Hugging Face directories: reading (memory-mapped), making from scratch, writing.
+#include "moegraft/model/weights.h"
+
+#include <torch/torch.h>
+
+#include "family.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/rng.h"
+#include "moegraft/base/text.h"
+#include "moegraft/io/json.h"
+#include "moegraft/io/safetensors.h"
+
+namespace moegraft::model {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Everything in memory (mapped pages count): what every provider so far is.
+class ResidentWeights : public WeightProvider {
+ public:
+  at::Tensor embedding, head, final_norm;
+  std::vector<LayerWeights> layers;
+  std::vector<ExpertWeights> layer_experts;
+  at::ScalarType type = at::kFloat;
+  at::Device where = at::kCPU;
+  bool trains = false;
+
+  at::Tensor embedding_VD() override { return embedding; }
+  at::Tensor head_VD() override { return head; }
+  at::Tensor final_norm_D() override { return final_norm; }
+  LayerWeights layer(int64_t index) override { return layers.at(index); }
+  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
+    const ExpertWeights& all = layer_experts.at(layer);
+    MOEGRAFT_INVARIANT(first >= 0 && first + count <= all.count(), "experts ", first, "+", count, " of ", all.count());
+    if (first == 0 && count == all.count()) return all;
+    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + first, v.begin() + first + count); };
+    ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}};
+    if (all.gate_EFD.defined()) {
+      part.gate_EFD = all.gate_EFD.narrow(0, first, count);
+      part.up_EFD = all.up_EFD.narrow(0, first, count);
+      part.down_EDF = all.down_EDF.narrow(0, first, count);
+    }
+    return part;
+  }
+  at::ScalarType dtype() const override { return type; }
+  at::Device device() const override { return where; }
+  bool trainable() const override { return trains; }
+};
+
+// The tensors of a directory: one file, or shards with an index.
+class TensorSource {
+ public:
+  explicit TensorSource(const fs::path& dir) {
+    const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
+    if (fs::exists(index)) {
+      const io::Json j = io::read_json(index);
+      MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
+      std::map<std::string, size_t> opened;
+      for (const auto& [name, file] : j.at("weight_map").items()) {
+        MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
+        const std::string shard = file.get<std::string>();
+        MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
+        auto [it, fresh] = opened.try_emplace(shard, files_.size());
+        if (fresh) files_.emplace_back(dir / shard);
+        MOEGRAFT_CHECK(files_[it->second].contains(name), (dir / shard).string(), " does not hold ", name, ", which the index places there");
+        where_[name] = it->second;
+      }
+    } else {
+      MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
+      files_.emplace_back(single);
+      for (const auto& name : files_[0].names()) where_[name] = 0;
+    }
+  }
+  bool contains(const std::string& name) const { return where_.count(name) > 0; }
+  at::Tensor tensor(const std::string& name) const { return files_[where_.at(name)].tensor(name); }
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (const auto& [name, file] : where_) out.push_back(name);
+    return out;
+  }
+
+ private:
+  std::vector<io::SafetensorsFile> files_;
+  std::map<std::string, size_t> where_;
+};
+
+// Takes tensors by name, checks shapes, converts; collects every problem so that one message shows them all.
+class Loader {
+ public:
+  Loader(const TensorSource& source, const LoadOptions& options, std::string where) : source_(source), options_(options), where_(std::move(where)) {}
+
+  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape) {
+    if (!source_.contains(name)) {
+      problem(name + " is missing");
+      return {};
+    }
+    return convert(name, source_.tensor(name), shape);
+  }
+  at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape) {
+    if (t.sizes() != at::IntArrayRef(shape)) {
+      problem(moegraft::detail::concat(name, " must have shape ", shape, ", got ", t.sizes().vec()));
+      return {};
+    }
+    if (!at::isFloatingType(t.scalar_type()) || t.element_size() < 2) {
+      problem(moegraft::detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
+      return {};
+    }
+    return t.to(options_.device, options_.dtype);
+  }
+  void problem(const std::string& text) {
+    if (++count_ <= 8) problems_.push_back(text);
+  }
+  bool clean() const { return count_ == 0; }
+  void finish() const {
+    if (count_ == 0) return;
+    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string());
+  }
+
+ private:
+  const TensorSource& source_;
+  LoadOptions options_;
+  std::string where_;
+  std::vector<std::string> problems_;
+  int64_t count_ = 0;
+};
+
+AttentionWeights load_attention(Loader& load, const TensorSource& source, const DecoderSpec& s, const std::string& prefix) {
+  const int64_t D = s.hidden_size, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
+  AttentionWeights a;
+  a.q = load.take(prefix + "q_proj.weight", {q, D});
+  a.k = load.take(prefix + "k_proj.weight", {kv, D});
+  a.v = load.take(prefix + "v_proj.weight", {kv, D});
+  a.o = load.take(prefix + "o_proj.weight", {D, q});
+  if (s.attention_bias) {
+    a.q_bias = load.take(prefix + "q_proj.bias", {q});
+    a.k_bias = load.take(prefix + "k_proj.bias", {kv});
+    a.v_bias = load.take(prefix + "v_proj.bias", {kv});
+    a.o_bias = load.take(prefix + "o_proj.bias", {D});
+  } else if (source.contains(prefix + "q_proj.bias")) {
+    load.problem(prefix + "q_proj.bias is present, but attention_bias is false in config.json");
+  }
+  if (s.qk_norm != QkNorm::none) {
+    const bool full = s.qk_norm == QkNorm::full;
+    a.q_norm = load.take(prefix + "q_norm.weight", {full ? q : s.head_dim});
+    a.k_norm = load.take(prefix + "k_norm.weight", {full ? kv : s.head_dim});
+  }
+  return a;
+}
+
+ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l) {
+  const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
+  ExpertWeights x;
+  const std::string fused = tensor_name(names.fused_gate_up, l);
+  if (!source.contains(tensor_name(names.expert_gate, l, 0)) && source.contains(fused)) {
+    const at::Tensor gate_up = load.take(fused, {E, 2 * F, D}), down = load.take(tensor_name(names.fused_down, l), {E, D, F});
+    for (int64_t e = 0; e < E && load.clean(); ++e) {
+      x.gate_FD.push_back(gate_up[e].narrow(0, 0, F));
+      x.up_FD.push_back(gate_up[e].narrow(0, F, F));
+      x.down_DF.push_back(down[e]);
+    }
+    return x;
+  }
+  for (int64_t e = 0; e < E; ++e) {
+    x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
+    x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
+    x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, e), {D, F}));
+  }
+  return x;
+}
+
+}  // namespace
+
+DecoderSpec read_spec(const fs::path& dir) {
+  MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory");
+  const io::Json config = io::read_json(dir / "config.json");
+  MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
+  try {
+    DecoderSpec spec = find_family(config.at("model_type").get<std::string>()).parse(config);
+    check_spec(spec);
+    return spec;
+  } catch (const UserError& e) {
+    fail<UserError>(dir.string(), "/", e.what());
+  } catch (const io::Json::exception& e) {
+    fail<UserError>((dir / "config.json").string(), ": ", e.what());
+  }
+}
+
+BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
+  BaseModel base;
+  base.path = dir;
+  base.spec = read_spec(dir);
+  const DecoderSpec& s = base.spec;
+  const TensorNames& names = find_family(s.family).names;
+  const TensorSource source(dir);
+  Loader load(source, options, dir.string());
+  auto w = std::make_shared<ResidentWeights>();
+  w->type = options.dtype;
+  w->where = options.device;
+  w->embedding = load.take(names.embedding, {s.vocab_size, s.hidden_size});
+  w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, {s.vocab_size, s.hidden_size});
+  w->final_norm = load.take(names.final_norm, {s.hidden_size});
+  for (int64_t l = 0; l < s.num_layers; ++l) {
+    LayerWeights layer;
+    layer.input_norm_D = load.take(tensor_name(names.input_norm, l), {s.hidden_size});
+    layer.post_norm_D = load.take(tensor_name(names.post_norm, l), {s.hidden_size});
+    layer.attention = load_attention(load, source, s, tensor_name(names.attention, l));
+    ExpertWeights experts;
+    if (s.layers[l].sparse) {
+      layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
+      experts = load_experts(load, source, s, names, l);
+    } else {
+      const std::string prefix = tensor_name(names.dense, l);
+      layer.dense = {load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size}), load.take(prefix + "up_proj.weight", {s.intermediate_size, s.hidden_size}),
+                     load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size})};
+    }
+    w->layers.push_back(std::move(layer));
+    w->layer_experts.push_back(std::move(experts));
+  }
+  load.finish();
+  base.weights = std::move(w);
+  return base;
+}
+
+BaseModel init_base(const DecoderSpec& spec, const InitOptions& options) {
+  check_spec(spec);
+  BaseModel base;
+  base.spec = spec;
+  auto w = std::make_shared<ResidentWeights>();
+  w->trains = true;
+  const int64_t D = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim, F = spec.moe_intermediate_size, E = spec.num_experts;
+  uint64_t stream = 0;
+  const auto normal = [&](at::IntArrayRef shape, double std) {
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(Rng(options.seed, "model.init", stream++).derive_seed());
+    return at::empty(shape, at::kFloat).normal_(0.0, std, generator).set_requires_grad(true);
+  };
+  const auto ones = [](int64_t n) { return at::ones({n}, at::kFloat).set_requires_grad(true); };
+  const auto zeros = [](int64_t n) { return at::zeros({n}, at::kFloat).set_requires_grad(true); };
+  const double std = spec.initializer_range, residual_std = std / std::sqrt(2.0 * double(spec.num_layers));  // GPT-2's scaling of residual branches
+  w->embedding = normal({spec.vocab_size, D}, options.embedding_std);
+  w->head = spec.tie_word_embeddings ? w->embedding : normal({spec.vocab_size, D}, std);
+  w->final_norm = ones(D);
+  for (int64_t l = 0; l < spec.num_layers; ++l) {
+    LayerWeights layer;
+    layer.input_norm_D = ones(D);
+    layer.post_norm_D = ones(D);
+    auto& a = layer.attention;
+    a.q = normal({q, D}, std);
+    a.k = normal({kv, D}, std);
+    a.v = normal({kv, D}, std);
+    a.o = normal({D, q}, residual_std);
+    if (spec.attention_bias) a.q_bias = zeros(q), a.k_bias = zeros(kv), a.v_bias = zeros(kv), a.o_bias = zeros(D);
+    if (spec.qk_norm == QkNorm::per_head) a.q_norm = ones(spec.head_dim), a.k_norm = ones(spec.head_dim);
+    if (spec.qk_norm == QkNorm::full) a.q_norm = ones(q), a.k_norm = ones(kv);
+    ExpertWeights x;
+    if (spec.layers[l].sparse) {
+      layer.router_ED = normal({E, D}, std);
+      x.gate_EFD = normal({E, F, D}, std);
+      x.up_EFD = normal({E, F, D}, std);
+      x.down_EDF = normal({E, D, F}, residual_std);
+      for (int64_t e = 0; e < E; ++e) {
+        x.gate_FD.push_back(x.gate_EFD.detach()[e]);
+        x.up_FD.push_back(x.up_EFD.detach()[e]);
+        x.down_DF.push_back(x.down_EDF.detach()[e]);
+      }
+    } else {
+      layer.dense = {normal({spec.intermediate_size, D}, std), normal({spec.intermediate_size, D}, std), normal({D, spec.intermediate_size}, residual_std)};
+    }
+    w->layers.push_back(std::move(layer));
+    w->layer_experts.push_back(std::move(x));
+  }
+  base.weights = std::move(w);
+  return base;
+}
+
+namespace {
+
+// Calls visit(name, tensor) for every tensor; stacked experts under their fused names when `stacked`, else one by one.
+template <class Visit>
+void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
+  const DecoderSpec& s = base.spec;
+  const TensorNames& names = find_family(s.family).names;
+  WeightProvider& w = *base.weights;
+  const auto optional = [&](const std::string& name, const at::Tensor& t) {
+    if (t.defined()) visit(name, t);
+  };
+  visit(names.embedding, w.embedding_VD());
+  if (!s.tie_word_embeddings) visit(names.head, w.head_VD());
+  visit(names.final_norm, w.final_norm_D());
+  for (int64_t l = 0; l < s.num_layers; ++l) {
+    const LayerWeights layer = w.layer(l);
+    visit(tensor_name(names.input_norm, l), layer.input_norm_D);
+    visit(tensor_name(names.post_norm, l), layer.post_norm_D);
+    const std::string a = tensor_name(names.attention, l), d = tensor_name(names.dense, l);
+    const AttentionWeights& at = layer.attention;
+    visit(a + "q_proj.weight", at.q);
+    visit(a + "k_proj.weight", at.k);
+    visit(a + "v_proj.weight", at.v);
+    visit(a + "o_proj.weight", at.o);
+    optional(a + "q_proj.bias", at.q_bias);
+    optional(a + "k_proj.bias", at.k_bias);
+    optional(a + "v_proj.bias", at.v_bias);
+    optional(a + "o_proj.bias", at.o_bias);
+    optional(a + "q_norm.weight", at.q_norm);
+    optional(a + "k_norm.weight", at.k_norm);
+    if (!s.layers[l].sparse) {
+      visit(d + "gate_proj.weight", layer.dense.gate_ID);
+      visit(d + "up_proj.weight", layer.dense.up_ID);
+      visit(d + "down_proj.weight", layer.dense.down_DI);
+      continue;
+    }
+    visit(tensor_name(names.router, l), layer.router_ED);
+    const ExpertWeights x = w.experts(l, 0, s.num_experts);
+    if (stacked) {
+      const std::string prefix = "model.layers." + std::to_string(l) + ".mlp.experts.";
+      visit(prefix + "gate_proj", x.gate_EFD);
+      visit(prefix + "up_proj", x.up_EFD);
+      visit(prefix + "down_proj", x.down_EDF);
+      continue;
+    }
+    for (int64_t e = 0; e < s.num_experts; ++e) {
+      visit(tensor_name(names.expert_gate, l, e), x.gate_FD[e]);
+      visit(tensor_name(names.expert_up, l, e), x.up_FD[e]);
+      visit(tensor_name(names.expert_down, l, e), x.down_DF[e]);
+    }
+  }
+}
+
+}  // namespace
+
+void register_base(BaseModel& base, ParameterRegistry& registry) {
+  MOEGRAFT_INVARIANT(base.weights->trainable(), "register_base: the base is frozen");
+  for_each_tensor(base, true, [&](const std::string& name, const at::Tensor& t) { registry.add({name, t, "base", "", "replicated", "normal"}); });
+}
+
+void save_base(const BaseModel& base, const fs::path& dir, at::ScalarType dtype, int64_t max_shard_bytes) {
+  fs::create_directories(dir);
+  std::vector<io::TensorMap> shards(1);
+  int64_t shard_bytes = 0, total_bytes = 0, total_parameters = 0;
+  for_each_tensor(base, false, [&](const std::string& name, const at::Tensor& t) {
+    const int64_t bytes = t.numel() * int64_t(c10::elementSize(dtype));
+    if (shard_bytes + bytes > max_shard_bytes && !shards.back().empty()) shards.emplace_back(), shard_bytes = 0;
+    shard_bytes += bytes;
+    total_bytes += bytes;
+    total_parameters += t.numel();
+    shards.back()[name] = t.detach().to(at::kCPU, dtype).contiguous();
+  });
+  io::Json config = find_family(base.spec.family).write(base.spec);
+  config["dtype"] = dtype == at::kFloat ? "float32" : dtype == at::kBFloat16 ? "bfloat16" : "float16";
+  if (shards.size() == 1) {
+    io::save_safetensors(dir / "model.safetensors", shards[0], {{"format", "pt"}});
+  } else {
+    io::Json map = io::Json::object();
+    for (size_t i = 0; i < shards.size(); ++i) {
+      char name[64];
+      std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
+      io::save_safetensors(dir / name, shards[i], {{"format", "pt"}});
+      for (const auto& [key, tensor] : shards[i]) map[key] = name;
+    }
+    io::write_json(dir / "model.safetensors.index.json", {{"metadata", {{"total_size", total_bytes}, {"total_parameters", total_parameters}}}, {"weight_map", map}});
+  }
+  io::Json generation = {{"do_sample", true}};
+  if (base.spec.bos_id >= 0) generation["bos_token_id"] = base.spec.bos_id;
+  if (base.spec.eos_id >= 0) generation["eos_token_id"] = base.spec.eos_id;
+  io::write_json(dir / "generation_config.json", generation);
+  io::write_json(dir / "config.json", config);  // last: a directory without it is no model
+}
+
+}  // namespace moegraft::model
