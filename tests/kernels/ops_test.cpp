@@ -1,0 +1,259 @@
+// One case table per op: fused against plain ATen in double-checked precision, and gradients.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "moegraft/base/rng.h"
+#include "moegraft/kernels/ops.h"
+
+namespace moegraft::kernels {
+namespace {
+
+at::Tensor randn(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at::kFloat) {
+  auto g = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::empty(shape, at::kDouble).normal_(0, 1, g).to(dtype);
+}
+double distance(const at::Tensor& a, const at::Tensor& b) { return a.numel() == 0 ? 0 : (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+
+at::Tensor plain_rms(const at::Tensor& x, const at::Tensor& w, double eps) { return w * (x * at::rsqrt(x.square().mean(-1, true) + eps)); }
+
+TEST(RmsNorm, ClosedForm) {
+  const at::Tensor y = rms_norm(at::tensor({3.0f, 4.0f}).view({1, 2}), at::tensor({2.0f, 1.0f}), 0.0);
+  EXPECT_FLOAT_EQ(y[0][0].item<float>(), 6.0f / std::sqrt(12.5f));
+  EXPECT_FLOAT_EQ(y[0][1].item<float>(), 4.0f / std::sqrt(12.5f));
+}
+
+TEST(RmsNorm, ValuesAndGradientsMatchAutograd) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {3, 4, 24}, {33, 192}, {0, 8}}) {
+    at::Tensor x = randn(shape, 1).set_requires_grad(true), w = randn({shape.back()}, 2).set_requires_grad(true);
+    at::Tensor xd = x.detach().to(at::kDouble).set_requires_grad(true), wd = w.detach().to(at::kDouble).set_requires_grad(true);
+    const at::Tensor y = rms_norm(x, w, 1e-5), yd = plain_rms(xd, wd, 1e-5);
+    EXPECT_LT(distance(y, yd), 1e-5);
+    const at::Tensor d = randn(shape, 3);
+    y.backward(d);
+    yd.backward(d.to(at::kDouble));
+    EXPECT_LT(distance(x.grad(), xd.grad()), 2e-5);
+    EXPECT_LT(distance(w.grad(), wd.grad()), 1e-4);
+  }
+}
+
+TEST(RmsNorm, Bfloat16IsNoWorseThanPlain) {
+  const at::Tensor x = randn({64, 192}, 1), w = randn({192}, 2), exact = plain_rms(x.to(at::kBFloat16).to(at::kDouble), w.to(at::kBFloat16).to(at::kDouble), 1e-5);
+  const at::Tensor xb = x.to(at::kBFloat16), wb = w.to(at::kBFloat16);
+  const double ours = distance(rms_norm(xb, wb, 1e-5), exact), plain = distance(plain_rms(xb, wb, 1e-5), exact);
+  EXPECT_LE(ours, 2 * plain + 1e-3);
+}
+
+TEST(Rotary, IsTheComplexRotationAndItsBackwardTheInverse) {
+  const int64_t T = 9, H = 3, C = 8;
+  at::Tensor x = randn({T, H, C}, 4).set_requires_grad(true);
+  const at::Tensor angle = randn({T, C / 2}, 5);
+  const at::Tensor y = rotary(x, angle.cos(), angle.sin());
+  const at::Tensor z = at::complex(x.detach().narrow(2, 0, C / 2).contiguous(), x.detach().narrow(2, C / 2, C / 2).contiguous()) *
+                       at::polar(at::ones_like(angle), angle).unsqueeze(1);
+  EXPECT_LT(distance(y, at::cat({at::real(z), at::imag(z)}, 2)), 1e-5);
+  y.backward(y.detach());  // an orthogonal map: J^T J x = x
+  EXPECT_LT(distance(x.grad(), x.detach()), 1e-5);
+}
+
+at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& cu, int64_t window, double scale) {
+  std::vector<at::Tensor> out;
+  const int64_t repeat = q.size(1) / k.size(1);
+  for (size_t s = 0; s + 1 < cu.size(); ++s) {
+    const int64_t b = cu[s], n = cu[s + 1] - b;
+    const at::Tensor qs = q.narrow(0, b, n).transpose(0, 1), ks = k.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1), vs = v.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1);
+    const at::Tensor i = at::arange(n).unsqueeze(1), j = at::arange(n).unsqueeze(0);
+    at::Tensor hidden = j > i;
+    if (window > 0) hidden = hidden | (j <= i - window);
+    out.push_back(at::matmul(at::softmax((at::matmul(qs, ks.transpose(1, 2)) * scale).masked_fill(hidden, -INFINITY), -1), vs).transpose(0, 1));
+  }
+  return at::cat(out, 0);
+}
+
+TEST(Attention, PackedMatchesPlainWithGradients) {
+  struct Case {
+    std::vector<int64_t> cu;
+    int64_t H, G, C, window;
+  };
+  for (const auto& c : std::vector<Case>{{{0, 1}, 1, 1, 2, 0}, {{0, 5, 5, 18, 19}, 6, 2, 16, 0}, {{0, 37}, 4, 1, 24, 0}, {{0, 40, 45}, 4, 4, 8, 7}, {{0, 3, 9, 12, 40}, 2, 1, 64, 1}, {{0, 130}, 2, 2, 32, 0}}) {
+    const int64_t T = c.cu.back();
+    std::vector<at::Tensor> f, d;
+    for (int i = 0; i < 3; ++i) {
+      const at::Tensor x = randn({T, i == 0 ? c.H : c.G, c.C}, 10 + i);
+      f.push_back(x.clone().set_requires_grad(true));
+      d.push_back(x.to(at::kDouble).set_requires_grad(true));
+    }
+    const at::Tensor y = packed_attention(f[0], f[1], f[2], c.cu, c.window, 0.3), z = plain_attention(d[0], d[1], d[2], c.cu, c.window, 0.3);
+    EXPECT_LT(distance(y, z), 1e-5);
+    const at::Tensor g = randn(y.sizes(), 20);
+    y.backward(g);
+    z.backward(g.to(at::kDouble));
+    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), 3e-5) << "input " << i << " T " << T;
+  }
+}
+
+TEST(Attention, CacheContinuesWhatPackedComputes) {
+  for (const int64_t window : {0, 4}) {
+    const std::vector<int64_t> lengths{11, 6}, past{7, 0};
+    const at::Tensor q = randn({17, 4, 8}, 1), k = randn({17, 2, 8}, 2), v = randn({17, 2, 8}, 3);
+    const at::Tensor whole = packed_attention(q, k, v, {0, 11, 17}, window, 0.5);
+    at::Tensor keys = at::full({2, 16, 2, 8}, NAN), values = keys.clone();  // what lies beyond the length must never be read
+    keys[0].narrow(0, 0, 11).copy_(k.narrow(0, 0, 11));
+    values[0].narrow(0, 0, 11).copy_(v.narrow(0, 0, 11));
+    keys[1].narrow(0, 0, 6).copy_(k.narrow(0, 11, 6));
+    values[1].narrow(0, 0, 6).copy_(v.narrow(0, 11, 6));
+    const at::Tensor rest = at::cat({q.narrow(0, 7, 4), q.narrow(0, 11, 6)}, 0);
+    const at::Tensor y = cached_attention(rest, keys, values, {0, 4, 10}, lengths, window, 0.5);
+    EXPECT_LT(distance(y, at::cat({whole.narrow(0, 7, 4), whole.narrow(0, 11, 6)}, 0)), 1e-5);
+  }
+}
+
+// Cases of the expert path: sizes and who is routed where.
+struct MoeCase {
+  int64_t T, D, F, E, K, groups;
+  int routing;  // 0 random, 1 all tokens to expert 0 (and following), 2 last expert empty
+};
+const std::vector<MoeCase> kMoeCases{{1, 4, 3, 2, 1, 1, 0}, {7, 8, 5, 4, 2, 2, 0}, {50, 16, 24, 8, 3, 2, 2}, {30, 8, 8, 4, 4, 1, 1}, {600, 12, 20, 3, 1, 3, 1}, {65, 16, 8, 5, 2, 2, 1}};
+
+struct MoeInputs {
+  at::Tensor x, weights, ids, group;
+  ExpertFfnWeights frozen;
+  ExpertFfnAdapters adapters;
+  std::vector<at::Tensor> leaves;
+};
+
+MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
+  MoeInputs in;
+  const auto leaf = [&](at::IntArrayRef shape, uint64_t seed, double scale) {
+    in.leaves.push_back((randn(shape, seed, at::kDouble) * scale).to(dtype).set_requires_grad(true));
+    return in.leaves.back();
+  };
+  in.x = leaf({c.T, c.D}, 1, 1.0);
+  in.weights = leaf({c.T, c.K}, 2, 1.0);
+  Rng rng(3, "route");
+  in.ids = at::empty({c.T, c.K}, at::kLong);
+  in.group = at::empty({c.T}, at::kLong);
+  for (int64_t t = 0; t < c.T; ++t) {
+    const auto order = rng.permutation(c.routing == 2 ? c.E - 1 : c.E);
+    for (int64_t k = 0; k < c.K; ++k) in.ids[t][k] = c.routing == 1 ? k : order[k];
+    in.group[t] = int64_t(rng.below(c.groups));
+  }
+  const at::Tensor gate = stacked ? leaf({c.E, c.F, c.D}, 4, 0.5) : randn({c.E, c.F, c.D}, 4, dtype) * 0.5;
+  const at::Tensor up = stacked ? leaf({c.E, c.F, c.D}, 5, 0.5) : randn({c.E, c.F, c.D}, 5, dtype) * 0.5;
+  const at::Tensor down = stacked ? leaf({c.E, c.D, c.F}, 6, 0.5) : randn({c.E, c.D, c.F}, 6, dtype) * 0.5;
+  for (int64_t e = 0; e < c.E; ++e) {
+    in.frozen.gate_FD.push_back(gate.detach()[e]);
+    in.frozen.up_FD.push_back(up.detach()[e]);
+    in.frozen.down_DF.push_back(down.detach()[e]);
+  }
+  if (stacked) in.frozen.gate_EFD = gate, in.frozen.up_EFD = up, in.frozen.down_EDF = down;
+  const int64_t P = 3;
+  const auto term = [&](int64_t width_in, int64_t width_out, uint64_t seed) {
+    std::vector<bool> acts(c.groups);
+    for (int64_t g = 0; g < c.groups; ++g) acts[g] = g == c.groups - 1;
+    return ExpertLowRank{leaf({c.E, P, width_in}, seed, 0.5), leaf({c.E, width_out, P}, seed + 1, 0.5), 1.5, acts};
+  };
+  in.adapters.gate = {term(c.D, c.F, 7)};
+  in.adapters.up = {term(c.D, c.F, 9), term(c.D, c.F, 11)};
+  in.adapters.down = {term(c.F, c.D, 13)};
+  return in;
+}
+
+at::Tensor moe(const MoeInputs& in, const MoeCase& c, bool fused) {
+  const Dispatch d = make_dispatch(in.ids, c.E, in.group, c.groups);
+  if (!fused) {
+    const at::Tensor x = in.x.index_select(0, d.token_of_row_R), y = expert_ffn_reference(x, d, in.frozen, in.adapters);
+    return (y.index_select(0, d.row_of_slot_TK.view({-1})).view({c.T, c.K, c.D}) * in.weights.unsqueeze(-1)).sum(1);
+  }
+  return combine(expert_ffn(permute(in.x, d), d, in.frozen, in.adapters), in.weights, d);
+}
+
+TEST(ExpertFfn, ValuesAndGradientsMatchTheReference) {
+  for (const bool stacked : {false, true})
+    for (const auto& c : kMoeCases) {
+      MoeInputs f = make_inputs(c, at::kFloat, stacked), d = make_inputs(c, at::kDouble, stacked);
+      const at::Tensor y = moe(f, c, true), z = moe(d, c, false);
+      EXPECT_LT(distance(y, z), 1e-4 * (1 + z.abs().max().item<double>()));
+      const at::Tensor g = randn(y.sizes(), 30);
+      y.backward(g);
+      z.backward(g.to(at::kDouble));
+      for (size_t i = 0; i < f.leaves.size(); ++i) {
+        const at::Tensor &a = f.leaves[i].grad(), &b = d.leaves[i].grad();
+        ASSERT_TRUE(a.defined()) << i;
+        EXPECT_LT(distance(a, b), 1e-4 * (1 + b.abs().max().item<double>())) << "leaf " << i << " T " << c.T;
+      }
+    }
+}
+
+TEST(ExpertFfn, GradientsMatchFiniteDifferences) {
+  const MoeCase c{5, 4, 3, 3, 2, 2, 0};
+  MoeInputs in = make_inputs(c, at::kDouble, true);
+  const at::Tensor g = randn({c.T, c.D}, 31, at::kDouble);
+  moe(in, c, true).backward(g);
+  const double h = 1e-6;
+  for (size_t i = 0; i < in.leaves.size(); ++i) {
+    at::Tensor flat = in.leaves[i].detach().view({-1});
+    for (const int64_t j : {int64_t{0}, flat.size(0) / 2, flat.size(0) - 1}) {
+      at::NoGradGuard no_grad;
+      const double before = flat[j].item<double>();
+      flat[j] = before + h;
+      const double plus = (moe(in, c, true) * g).sum().item<double>();
+      flat[j] = before - h;
+      const double minus = (moe(in, c, true) * g).sum().item<double>();
+      flat[j] = before;
+      EXPECT_NEAR(in.leaves[i].grad().view({-1})[j].item<double>(), (plus - minus) / (2 * h), 1e-6) << "leaf " << i << " element " << j;
+    }
+  }
+}
+
+TEST(ExpertFfn, AnIdleExpertHasExactlyZeroGradientAndTextRowsKeepTheBaseBits) {
+  const MoeCase c{40, 16, 8, 4, 2, 2, 2};  // expert 3 is never selected
+  MoeInputs in = make_inputs(c, at::kFloat, false);
+  moe(in, c, true).sum().backward();
+  EXPECT_EQ(in.adapters.gate[0].A_EPX.grad()[3].abs().max().item<float>(), 0.0f);
+  EXPECT_GT(in.adapters.gate[0].A_EPX.grad()[0].abs().max().item<float>(), 0.0f);
+  // All rows text (group 0): the adapters act on group 1 only, so the bits are those of a model without adapters.
+  in.group.zero_();
+  MoeInputs base = in;
+  base.adapters = {};
+  MoeCase plain = c;
+  plain.groups = 1;
+  base.group = at::Tensor();
+  EXPECT_TRUE(at::equal(moe(in, c, true), moe(base, plain, true)));
+}
+
+TEST(ExpertFfn, Bfloat16IsNoWorseThanThePlainPath) {
+  const MoeCase c{200, 64, 48, 8, 2, 2, 0};
+  const MoeInputs b = make_inputs(c, at::kBFloat16, false), d = make_inputs(c, at::kDouble, false);
+  const at::Tensor exact = moe(d, c, false);
+  const double ours = distance(moe(b, c, true), exact), plain = distance(moe(b, c, false), exact);
+  EXPECT_LE(ours, 2 * plain + 1e-2);
+}
+
+TEST(Dispatch, SortsByExpertThenGroupStably) {
+  const at::Tensor ids = at::tensor({1, 0, 1, 2, 0, 1}, at::kLong).view({3, 2}), group = at::tensor({1, 0, 0}, at::kLong);
+  const Dispatch d = make_dispatch(ids, 4, group, 2);
+  EXPECT_EQ(d.offsets, (std::vector<int64_t>{0, 1, 2, 4, 5, 6, 6, 6, 6}));
+  // (0,text): t2; (0,image): t0; (1,text): t1, t2; (1,image): t0; (2,text): t1
+  const std::vector<int64_t> tokens{2, 0, 1, 2, 0, 1};
+  for (int64_t r = 0; r < 6; ++r) EXPECT_EQ(d.token_of_row_R[r].item<int64_t>(), tokens[r]);
+}
+
+TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
+  for (const int64_t X : {1, 7, 300}) {
+    at::Tensor h = randn({X, 12}, 1).set_requires_grad(true), w = randn({50, 12}, 2).set_requires_grad(true);
+    at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true), wd = w.detach().to(at::kDouble).set_requires_grad(true);
+    const at::Tensor target = at::arange(X) % 50;
+    const at::Tensor loss = linear_cross_entropy(h, w, target, 1.0 / double(X)), exact = at::cross_entropy_loss(at::matmul(hd, wd.t()), target);
+    EXPECT_NEAR(loss.item<double>(), exact.item<double>(), 1e-5);
+    (loss * 2).backward();
+    (exact * 2).backward();
+    EXPECT_LT(distance(h.grad(), hd.grad()), 1e-5);
+    EXPECT_LT(distance(w.grad(), wd.grad()), 1e-5);
+  }
+  // 200,000 classes: several chunks.
+  const at::Tensor h = randn({100, 4}, 3), w = randn({200000, 4}, 4), target = at::arange(100);
+  EXPECT_NEAR(linear_cross_entropy(h, w, target, 0.01).item<double>(), at::cross_entropy_loss(at::matmul(h, w.t()).to(at::kDouble), target).item<double>(), 1e-4);
+}
+
+}  // namespace
+}  // namespace moegraft::kernels

@@ -1,0 +1,87 @@
+// moegraft logits: an exact forward pass on given ids, for parity checks.
+#include <torch/torch.h>
+
+#include <memory>
+
+#include "command.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/graft/grafted_model.h"
+#include "moegraft/io/safetensors.h"
+
+namespace moegraft::tools {
+namespace {
+
+struct Options {
+  std::string model, ids, output, dtype = "float32", device = "cpu", gate = "modality", checkpoint = "latest";
+  bool decode = false;
+};
+
+model::Gate parse_gate(const std::string& name) {
+  if (name == "modality") return model::Gate::modality;
+  if (name == "all") return model::Gate::all;
+  if (name == "none") return model::Gate::none;
+  fail<UsageError>("--gate must be modality, all or none, got '", name, "'");
+}
+
+at::Tensor modality_of_ids(const model::Vocabulary& vocabulary, const at::Tensor& ids_T) {
+  at::Tensor out = at::zeros_like(ids_T);
+  for (const auto& m : vocabulary.modalities) out.masked_fill_((ids_T >= m.first_id) & (ids_T < m.first_id + m.num_rows()), m.modality);
+  return out;
+}
+
+// Token by token through the cache: what generation computes.
+at::Tensor decode_logits(const model::Decoder& decoder, const model::PackedBatch& all, const at::Tensor& ids_BS, model::ForwardOptions options) {
+  const int64_t B = ids_BS.size(0), S = ids_BS.size(1);
+  model::KvCache cache(decoder.spec(), B, S, decoder.dtype(), decoder.device());
+  options.cache = &cache;
+  std::vector<at::Tensor> steps;
+  for (int64_t s = 0; s < S; ++s) {
+    model::PackedBatch batch = model::pack_rows(ids_BS.narrow(1, s, 1));
+    batch.positions_T.fill_(s);
+    if (all.modality_T.defined()) batch.modality_T = all.modality_T.view({B, S}).select(1, s).contiguous();
+    steps.push_back(decoder.all_logits(decoder.forward(batch, options).hidden_TD));
+  }
+  return at::stack(steps, 1);
+}
+
+void run(const Options& o) {
+  const model::Gate gate = parse_gate(o.gate);
+  graft::OpenOptions open;
+  open.dtype = graft::parse_dtype(o.dtype);
+  open.device = o.device;
+  open.checkpoint = o.checkpoint;
+  open.with_codecs = false;
+  graft::GraftedModel m = graft::open_model(o.model, open);
+  const io::SafetensorsFile file(o.ids);
+  const at::Tensor ids = file.tensor("input_ids");
+  MOEGRAFT_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, o.ids, ": input_ids must be int64 [B,S], got ", c10::toString(ids.scalar_type()), " ", ids.sizes().vec());
+  at::NoGradGuard no_grad;
+  model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
+  if (m.is_graft()) batch.modality_T = modality_of_ids(m.vocabulary, batch.ids_T);
+  model::ForwardOptions options;
+  options.gate = gate;
+  const at::Tensor logits = o.decode ? decode_logits(*m.decoder, batch, ids.to(m.device()), options)
+                                     : m.decoder->all_logits(m.decoder->forward(batch, options).hidden_TD).view({ids.size(0), ids.size(1), -1});
+  io::save_safetensors(o.output, {{"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
+  log::info("wrote ", o.output, ": logits ", logits.sizes().vec());
+}
+
+}  // namespace
+
+void add_logits_command(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* cmd = app.add_subcommand("logits", "Exact logits of a model or run on given ids");
+  cmd->add_option("model", o->model, "Hugging Face directory or run")->required();
+  cmd->add_option("--ids", o->ids, "safetensors with input_ids int64 [B,S]")->required();
+  cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V]; V includes a run's new rows")->required();
+  cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
+  cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
+  cmd->add_option("--gate", o->gate, "modality: adapters act on their modality's tokens; all: on every token; none: on no token")->capture_default_str();
+  cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)")->capture_default_str();
+  cmd->add_flag("--decode", o->decode, "Token by token through the key/value cache");
+  cmd->footer("Example: moegraft logits models/base --ids ids.safetensors -o logits.safetensors --dtype bfloat16");
+  cmd->callback([o] { run(*o); });
+}
+
+}  // namespace moegraft::tools
