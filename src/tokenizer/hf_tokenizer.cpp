@@ -106,7 +106,9 @@ class HfTokenizer : public Tokenizer {
     for (const int64_t id : ids) {
       check_id(id);
       const auto& entry = entries_[static_cast<size_t>(id)];
-      if (entry.present && !(skip_special && entry.special)) tokens.push_back(entry.token);
+      if (!entry.present || (skip_special && entry.special)) continue;
+      const auto normal = normal_added_.find(id);
+      tokens.push_back(normal == normal_added_.end() ? entry.token : normal->second);
     }
     std::string text;
     if (decoder_) {
@@ -157,7 +159,13 @@ class HfTokenizer : public Tokenizer {
     }
     entries_.resize(static_cast<size_t>(largest) + 1);
     for (const auto& [token, id] : bpe_.vocab()) entries_[static_cast<size_t>(id)] = {token, true, false};
-    for (const auto& token : added) entries_[static_cast<size_t>(token.id)] = {token.content, true, token.special};
+    for (const auto& token : added) {
+      auto& entry = entries_[static_cast<size_t>(token.id)];
+      root.at("added_tokens").expect(!entry.present || entry.token == token.content,
+                                     "one token for each id; " + std::to_string(token.id) + " is '" + entry.token + "' and '" + token.content + "'");
+      entry = {token.content, true, token.special};
+      if (token.normalized && normalizer_) normal_added_[token.id] = normalizer_->apply(token.content);
+    }
     added_ = std::make_unique<AddedTokens>(std::move(added), normalizer_.get());
   }
 
@@ -186,6 +194,7 @@ class HfTokenizer : public Tokenizer {
   Template template_;
   std::unique_ptr<AddedTokens> added_;
   StringMap<int64_t> added_ids_;
+  std::unordered_map<int64_t, std::string> normal_added_;  // tokens with `normalized` decode to their normalised text (tokenizers 0.23)
   std::vector<Entry> entries_;
   int64_t bos_id_ = -1, eos_id_ = -1;
 };

@@ -21,11 +21,11 @@ constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";  // Oniguru
 std::string property(std::string name) {
   const bool negated = name.starts_with('^');
   if (negated) name.erase(0, 1);
-  static const std::array<std::pair<const char*, const char*>, 22> kNames{{
+  static const std::array<std::pair<const char*, const char*>, 23> kNames{{
       {"Letter", "L"}, {"Mark", "M"}, {"Number", "N"}, {"Punctuation", "P"}, {"Punct", "P"}, {"Symbol", "S"}, {"Separator", "Z"}, {"Other", "C"},
       {"Alpha", "Alphabetic"}, {"Alphabetic", "Alphabetic"}, {"Digit", "Nd"}, {"Space", "White_Space"}, {"White_Space", "White_Space"},
       {"Upper", "Uppercase"}, {"Uppercase", "Uppercase"}, {"Lower", "Lowercase"}, {"Lowercase", "Lowercase"}, {"Emoji", "Emoji"}, {"Any", "Any"},
-      {"Extended_Pictographic", "Extended_Pictographic"}, {"Emoji_Presentation", "Emoji_Presentation"}, {"Ideographic", "Ideographic"}}};
+      {"Extended_Pictographic", "Extended_Pictographic"}, {"Emoji_Presentation", "Emoji_Presentation"}, {"Ideographic", "Ideographic"}, {"Join_Control", "Join_Control"}}};
   const auto known = std::find_if(kNames.begin(), kNames.end(), [&](const auto& entry) { return name == entry.first; });
   if (known != kNames.end()) name = known->second;
   else if (name.size() > 2) name = "sc:" + name;

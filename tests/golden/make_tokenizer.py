@@ -134,6 +134,9 @@ def train(pre=None, norm=None, dec=None, post=None, vocab=700, byte_alphabet=Tru
 def byte_fallback(data):
     """The 256 byte tokens join the vocabulary (as ids behind the others) and become ordinary tokens of the model."""
     vocab = data["model"]["vocab"]
+    for token in data["added_tokens"]:  # make room: added tokens follow the vocabulary
+        if token["content"] not in vocab:
+            token["id"] += 256
     for byte in range(256):
         vocab.setdefault(f"<0x{byte:02X}>", len(vocab))
     data["model"]["byte_fallback"] = True
@@ -218,19 +221,27 @@ def Tokenizer_with(**parts):
     return t.to_str()
 
 
-def expected(encode, decode, size, before, after, texts):
+def expected(encode, decode, size, before, after, texts, tie=lambda text: False):
     rng = random.Random(SEED + 2)
     random_ids = [[rng.randrange(size) for _ in range(rng.randrange(1, 14))] for _ in range(40)]
     return {
         "size": size, "before": before, "after": after,
-        "nasty": [{"ids": encode(t), "text": decode(encode(t), True)} for t in NASTY],
-        "fuzz": [fingerprint(encode(t), decode(encode(t), True)) for t in texts],
+        "nasty": [None if tie(t) else {"ids": encode(t), "text": decode(encode(t), True)} for t in NASTY],
+        "fuzz": [None if tie(t) else fingerprint(encode(t), decode(encode(t), True)) for t in texts],
         "decode": [{"ids": ids, "skip": decode(ids, True), "keep": decode(ids, False)} for ids in random_ids],
     }
 
 
 def write(name, data):
     (OUT / name).write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+
+
+def tie_of(model):
+    """Unigram: two segmentations of equal score; which one wins depends on the library version's rounding, so such texts are left out."""
+    def tie(text):
+        scores = [sum(model.get_score(i) for i in ids) for ids in model.nbest_encode_as_ids(text, 2)]
+        return len(scores) == 2 and abs(scores[0] - scores[1]) < 1e-3
+    return tie
 
 
 def main():
@@ -254,7 +265,7 @@ def main():
                                                  **{"byte_fallback": True, "character_coverage": 0.98, **options}, minloglevel=2, num_threads=1)
         (OUT / f"{name}.model").write_bytes(model.getvalue())
         s = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        data = expected(s.encode, lambda i, skip: s.decode(i), s.get_piece_size(), [s.bos_id()], [], texts)
+        data = expected(s.encode, lambda i, skip: s.decode(i), s.get_piece_size(), [s.bos_id()], [], texts, tie_of(s) if kind == "unigram" else lambda text: False)
         data["decode"] = [{"ids": d["ids"], "skip": d["skip"]} for d in data["decode"]]
         write(f"{name}.expected.json", data)
     print(sum(f.stat().st_size for f in OUT.iterdir()) / 1e6, "MB")

@@ -60,6 +60,7 @@ TEST_P(Golden, EqualsThePackage) {
 
   const auto before = want["before"].get<Ids>(), after = want["after"].get<Ids>();
   for (size_t i = 0; i < want["nasty"].size(); ++i) {
+    if (want["nasty"][i].is_null()) continue;  // a tie between segmentations
     const auto text = texts()["nasty"][i].get<std::string>();
     const auto ids = want["nasty"][i]["ids"].get<Ids>();
     const auto got = tokenizer->encode(text);
@@ -73,6 +74,7 @@ TEST_P(Golden, EqualsThePackage) {
   }
   int differing = 0;
   for (size_t i = 0; i < want["fuzz"].size(); ++i) {
+    if (want["fuzz"][i].is_null()) continue;
     const auto text = texts()["fuzz"][i].get<std::string>();
     const auto got = tokenizer->encode(text);
     if (fingerprint(got, tokenizer->decode(got)) == want["fuzz"][i].get<std::string>()) continue;
