@@ -39,23 +39,6 @@ double sum_of_squares_cpu(const at::Tensor& grad) {
   return sum;
 }
 
-// Copies `from` into `to` under the name's shape and dtype.
-void restore(const at::Tensor& to, const io::TensorMap& from, const std::string& name) {
-  const auto found = from.find(name);
-  MOEGRAFT_CHECK(found != from.end(), "the checkpoint has no tensor ", name, ": it belongs to a run with other adapters or modalities");
-  MOEGRAFT_CHECK(found->second.sizes() == to.sizes(), "tensor ", name, " of the checkpoint must have the shape ", to.sizes().vec(), ", got ",
-                 found->second.sizes().vec());
-  MOEGRAFT_CHECK(found->second.scalar_type() == to.scalar_type(), "tensor ", name, " of the checkpoint must be ", c10::toString(to.scalar_type()), ", got ",
-                 c10::toString(found->second.scalar_type()));
-  at::Tensor target = to;
-  target.copy_(found->second);
-}
-
-void check_nothing_left(const io::TensorMap& tensors, const std::set<std::string>& known) {
-  for (const auto& [name, tensor] : tensors)
-    MOEGRAFT_CHECK(known.contains(name), "the checkpoint has a tensor ", name, " that this run does not know: it belongs to a run with other adapters or modalities");
-}
-
 }  // namespace
 
 double global_grad_norm(const model::ParameterRegistry& registry) {
@@ -140,30 +123,16 @@ void AdamW::load_state(const io::TensorMap& state) {
   std::set<std::string> known = {"steps"};
   for (const auto& parameter : registry_.all())
     for (const char* suffix : {".exp_avg", ".exp_avg_sq", ".step"}) known.insert(parameter.name + suffix);
-  check_nothing_left(state, known);
+  checkpoint::check_nothing_left(state, known);
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto& name = registry_.all()[i].name;
-    restore(slots_[i].exp_avg, state, name + ".exp_avg");
-    restore(slots_[i].exp_avg_sq, state, name + ".exp_avg_sq");
-    restore(slots_[i].step, state, name + ".step");
+    checkpoint::restore_tensor(slots_[i].exp_avg, state, name + ".exp_avg");
+    checkpoint::restore_tensor(slots_[i].exp_avg_sq, state, name + ".exp_avg_sq");
+    checkpoint::restore_tensor(slots_[i].step, state, name + ".step");
   }
   const auto steps = at::scalar_tensor(0, at::kLong);
-  restore(steps, state, "steps");
+  checkpoint::restore_tensor(steps, state, "steps");
   steps_ = steps.item<int64_t>();
-}
-
-io::TensorMap parameter_tensors(const model::ParameterRegistry& registry) {
-  io::TensorMap tensors;
-  for (const auto& parameter : registry.all()) tensors[parameter.name] = parameter.tensor.detach();
-  return tensors;
-}
-
-void load_parameters(model::ParameterRegistry& registry, const io::TensorMap& tensors) {
-  at::NoGradGuard no_grad;
-  std::set<std::string> known;
-  for (const auto& parameter : registry.all()) known.insert(parameter.name);
-  check_nothing_left(tensors, known);
-  for (const auto& parameter : registry.all()) restore(parameter.tensor.detach(), tensors, parameter.name);
 }
 
 }  // namespace moegraft::train

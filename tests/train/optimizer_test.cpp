@@ -102,11 +102,11 @@ TEST(AdamW, StateRestoresBitForBit) {
       if (i == save_at) {
         io::TensorMap state, values;
         for (const auto& [name, tensor] : optimizer->state()) state[name] = tensor.clone();
-        for (const auto& [name, tensor] : parameter_tensors(*registry)) values[name] = tensor.clone();
+        for (const auto& [name, tensor] : checkpoint::parameter_tensors(*registry)) values[name] = tensor.clone();
         optimizer.reset();
         registry = std::make_unique<model::ParameterRegistry>();
         registry->add({"x", leaf(at::zeros({8, 9})), "lora"});
-        load_parameters(*registry, values);
+        checkpoint::load_parameters(*registry, values);
         optimizer = std::make_unique<AdamW>(*registry, std::map<std::string, GroupOptions>{{"lora", {0.1, 0.1}}});
         optimizer->load_state(state);
         EXPECT_EQ(optimizer->steps(), i);
@@ -132,8 +132,8 @@ TEST(AdamW, RefusesForeignStateAndUnknownGroups) {
   EXPECT_THROW(optimizer.load_state(missing), UserError);
   EXPECT_THROW(optimizer.load_state(extra), UserError);
   EXPECT_THROW(optimizer.load_state(shape), UserError);
-  EXPECT_THROW(load_parameters(registry, {}), UserError);
-  EXPECT_THROW(load_parameters(registry, {{"x", at::zeros({2}, at::kHalf)}}), UserError);
+  EXPECT_THROW(checkpoint::load_parameters(registry, {}), UserError);
+  EXPECT_THROW(checkpoint::load_parameters(registry, {{"x", at::zeros({2}, at::kHalf)}}), UserError);
   EXPECT_THROW(AdamW(registry, {{"embeddings", {}}}), UsageError);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/checkpoint/parameters.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/registry.h"
 
@@ -53,9 +54,5 @@ class AdamW {
   std::vector<Slot> slots_;  // in the registry's order
   int64_t steps_ = 0;
 };
-
-// The registry's tensors by name, for a checkpoint (views), and back (copies; UserError names what is missing, left over or misshapen).
-io::TensorMap parameter_tensors(const model::ParameterRegistry& registry);
-void load_parameters(model::ParameterRegistry& registry, const io::TensorMap& tensors);
 
 }  // namespace moegraft::train

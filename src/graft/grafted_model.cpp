@@ -1,0 +1,190 @@
+// Putting a model together from a run's config, and opening runs and plain models.
+#include "moegraft/graft/grafted_model.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <charconv>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/checkpoint/parameters.h"
+#include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/run/run_dir.h"
+
+namespace moegraft::graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+model::DecoderSpec spec_from_init(const run::InitSection& init, const tokenizer::Tokenizer& tokenizer) {
+  model::DecoderSpec s;
+  s.family = init.family;
+  s.vocab_size = init.vocab_size > 0 ? init.vocab_size : tokenizer.size();
+  MOEGRAFT_CHECK_USAGE(s.vocab_size >= tokenizer.size(), "model.init.vocab_size must be at least the tokenizer's size ", tokenizer.size(), ", got ", s.vocab_size);
+  s.hidden_size = init.hidden_size;
+  s.num_layers = init.num_layers;
+  s.num_heads = init.num_heads;
+  s.num_kv_heads = init.num_kv_heads;
+  s.head_dim = init.head_dim;
+  s.num_experts = init.num_experts;
+  s.num_experts_per_tok = init.num_experts_per_tok;
+  s.intermediate_size = s.moe_intermediate_size = init.moe_intermediate_size;
+  s.max_positions = init.max_positions;
+  s.tie_word_embeddings = init.tie_word_embeddings;
+  s.rope.theta = init.rope_theta;
+  s.router_aux_loss_coef = init.router_aux_loss_coef;
+  s.rms_norm_eps = 1e-6;
+  s.norm_topk_prob = true;
+  s.bos_id = tokenizer.bos_id();
+  s.eos_id = tokenizer.eos_id();
+  s.layers.assign(s.num_layers, {});
+  if (s.family == "olmoe") {
+    s.qk_norm = model::QkNorm::full;
+    MOEGRAFT_CHECK_USAGE(s.head_dim * s.num_heads == s.hidden_size, "model.init: olmoe needs num_heads * head_dim = hidden_size, got ", s.num_heads, " * ", s.head_dim, " and ", s.hidden_size);
+  } else if (s.family == "qwen3_moe") {
+    s.qk_norm = model::QkNorm::per_head;
+  }
+  return s;
+}
+
+std::vector<int64_t> modality_ids(const model::Vocabulary& vocabulary, const std::vector<std::string>& names) {
+  std::vector<int64_t> ids;
+  for (const auto& name : names) ids.push_back(name == "text" ? 0 : vocabulary.by_name(name).modality);
+  return ids;
+}
+
+// Rows of zeros (float32 leaves) for each modality, attached and registered. build.cpp or a checkpoint fills them.
+void add_rows(GraftedModel& m) {
+  const int64_t D = m.decoder->spec().hidden_size;
+  const auto options = at::TensorOptions(at::kFloat).device(m.device());
+  for (const auto& tokens : m.vocabulary.modalities) {
+    model::ModalityRows rows{tokens.modality, tokens.first_id, at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true), {}};
+    // New rows follow the base's tying of embedding and head.
+    const bool tied = m.decoder->spec().tie_word_embeddings;
+    rows.head_ND = tied ? rows.embedding_ND : at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true);
+    m.registry->add({"rows." + tokens.name + ".embedding", rows.embedding_ND, "embeddings", tokens.name, "replicated", ""});
+    if (!tied) m.registry->add({"rows." + tokens.name + ".head", rows.head_ND, "embeddings", tokens.name, "replicated", ""});
+    m.decoder->attach_rows(std::move(rows));
+  }
+}
+
+void add_adapters(GraftedModel& m, const run::RunConfig& config) {
+  if (config.adapters.empty()) return;
+  m.adapters = std::make_shared<adapters::AdapterStack>();
+  for (size_t i = 0; i < config.adapters.size(); ++i) {
+    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config.adapters[i], int64_t(i), modality_ids(m.vocabulary, config.adapters[i].modality), m.device());
+    adapter->register_parameters(*m.registry, config.adapters[i].init);
+    m.adapters->add(std::move(adapter));
+  }
+  m.decoder->attach(m.adapters);
+}
+
+// Codecs tell the size of each modality; an opened run knows it from vocabulary.json and can do without them.
+void add_vocabulary(GraftedModel& m, const run::RunConfig& config, bool with_codecs) {
+  const auto& s = m.decoder->spec();
+  m.vocabulary.text_size = s.vocab_size;
+  m.vocabulary.bos_id = s.bos_id;
+  m.vocabulary.eos_id = s.eos_id;
+  const auto stored = m.path.empty() ? std::nullopt : read_vocabulary(m.path);
+  if (stored) {
+    MOEGRAFT_CHECK(stored->text_size == s.vocab_size, (m.path / "vocabulary.json").string(), " belongs to a base with ", stored->text_size, " text ids; ", m.base_path.string(), " has ", s.vocab_size);
+    m.vocabulary = *stored;
+  }
+  int64_t next = s.vocab_size, modality = 0;
+  for (const auto& [name, section] : config.modalities) {
+    ++modality;
+    if (stored && !with_codecs) continue;
+    std::shared_ptr<codec::ImageCodec> image = codec::load_codec(section.codec);
+    image->to(m.device());
+    model::ModalityTokens tokens{name, modality, next, image->codebook_size(), image->grid() * image->grid()};
+    if (stored) {
+      const auto& was = m.vocabulary.by_name(name);
+      MOEGRAFT_CHECK(was.num_codes == tokens.num_codes && was.item_length == tokens.item_length, "modalities.", name, ".codec: the run was trained with ", was.num_codes, " codes and ",
+                     was.item_length, " per item, ", section.codec, " has ", tokens.num_codes, " and ", tokens.item_length);
+    } else {
+      m.vocabulary.modalities.push_back(tokens);
+    }
+    next += tokens.num_rows();
+    m.codecs[name] = std::move(image);
+  }
+}
+
+fs::path find_checkpoint(const fs::path& root, const std::string& which) {
+  std::optional<fs::path> found;
+  int64_t step = 0;
+  if (which == "latest") found = checkpoint::find_latest(root);
+  else if (which == "best") found = checkpoint::find_best(root);
+  else if (auto [end, error] = std::from_chars(which.data(), which.data() + which.size(), step); error == std::errc() && end == which.data() + which.size())
+    found = root / checkpoint::step_name(step);
+  else found = fs::path(which);
+  MOEGRAFT_CHECK(found && fs::is_directory(*found), "no checkpoint '", which, "' in ", root.string(), which == "latest" ? ": the run has saved none yet" : "");
+  return *found;
+}
+
+}  // namespace
+
+at::Device parse_device(const std::string& name) {
+  if (name == "cpu") return at::kCPU;
+  MOEGRAFT_CHECK_USAGE(name == "cuda" || name == "auto", "the device must be auto, cpu or cuda, got '", name, "'");
+  const bool available = torch::cuda::is_available();
+  MOEGRAFT_CHECK(name == "auto" || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
+  return available ? at::Device(at::kCUDA) : at::Device(at::kCPU);
+}
+
+at::ScalarType parse_dtype(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16" || name == "bf16") return at::kBFloat16;
+  fail<UsageError>("the dtype must be float32 or bfloat16, got '", name, "'");
+}
+
+GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& options) {
+  GraftedModel m;
+  m.config = config;
+  if (run::is_run(config.run.dir)) m.path = config.run.dir;
+  m.registry = std::make_unique<model::ParameterRegistry>();
+  const at::Device device = parse_device(options.device.value_or(config.model.device));
+  const bool lower = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
+  const at::ScalarType dtype = options.dtype.value_or(lower ? at::kBFloat16 : at::kFloat);
+  if (config.model.init) {
+    MOEGRAFT_CHECK_USAGE(dtype == at::kFloat && device == at::kCPU, "a base trained from scratch runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
+    m.tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
+    model::BaseModel base = model::init_base(spec_from_init(*config.model.init, *m.tokenizer), {config.model.init->embedding_std, uint64_t(config.run.seed)});
+    model::register_base(base, *m.registry);
+    m.decoder = std::make_unique<model::Decoder>(std::move(base));
+  } else {
+    m.base_path = config.model.path;
+    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, {dtype, device}));
+    m.tokenizer = tokenizer::load_tokenizer(config.model.path);
+  }
+  add_vocabulary(m, config, options.with_codecs);
+  add_rows(m);
+  add_adapters(m, config);
+  return m;
+}
+
+GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
+  MOEGRAFT_CHECK(fs::exists(path), path.string(), " does not exist");
+  if (run::is_run(path)) {
+    run::RunConfig config = run::load_run_config(path);
+    config.run.dir = path.string();  // the folder may have been moved
+    const fs::path from = find_checkpoint(path / "checkpoints", options.checkpoint);
+    GraftedModel m = assemble_model(config, options);
+    const checkpoint::Checkpoint saved = checkpoint::load(from);
+    checkpoint::load_parameters(*m.registry, saved.parameters);
+    m.step = saved.step;
+    return m;
+  }
+  MOEGRAFT_CHECK(fs::exists(path / "config.json"), path.string(), " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
+  GraftedModel m;
+  m.path = m.base_path = path;
+  m.registry = std::make_unique<model::ParameterRegistry>();
+  m.decoder = std::make_unique<model::Decoder>(model::load_base(path, {options.dtype.value_or(at::kFloat), parse_device(options.device.value_or("auto"))}));
+  const auto& s = m.decoder->spec();
+  m.vocabulary = {s.vocab_size, s.bos_id, s.eos_id, {}};
+  if (fs::exists(path / "tokenizer.json") || fs::exists(path / "tokenizer.model")) m.tokenizer = tokenizer::load_tokenizer(path);
+  return m;
+}
+
+}  // namespace moegraft::graft
