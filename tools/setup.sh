@@ -123,7 +123,7 @@ fi
 
 # 3. Does it load? ------------------------------------------------------------------------------------------------------------------
 for library in "$venv"/lib/python3*/site-packages/torch/lib/libtorch_cpu.so; do
-  [ -z "$own_torch" ] && [ -e "$library" ] || continue
+  if [ -n "$own_torch" ] || [ ! -e "$library" ]; then continue; fi
   "$venv/bin/python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" || { say "$library does not load"; missing=1; }
 done
 [ "$missing" = 0 ] || die "something is missing; run tools/setup.sh${profile:+ --$profile} without --check"

@@ -13,7 +13,7 @@ build=${MOEGRAFT_BUILD_DIR:-build}
 export OMP_WAIT_POLICY=PASSIVE
 
 begin=$SECONDS
-stage= stage_begin=$SECONDS summary=
+stage="" stage_begin=$SECONDS summary=""
 next() {
   [ -z "$stage" ] || summary+="$stage $((SECONDS - stage_begin)) s, "
   stage=$1 stage_begin=$SECONDS

@@ -4,7 +4,11 @@
 if(CMAKE_FIND_PACKAGE_NAME STREQUAL "moegraft")
   set(torch_hints ${MOEGRAFT_BUILT_WITH_TORCH})
 else()
-  file(GLOB torch_hints ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch)
+  set(venv ${CMAKE_SOURCE_DIR}/.venv)
+  if(DEFINED ENV{MOEGRAFT_VENV})
+    get_filename_component(venv $ENV{MOEGRAFT_VENV} ABSOLUTE BASE_DIR ${CMAKE_SOURCE_DIR})
+  endif()
+  file(GLOB torch_hints ${venv}/lib/python3*/site-packages/torch)
 endif()
 find_file(MOEGRAFT_TORCH_CONFIG TorchConfig.cmake HINTS ${torch_hints} PATH_SUFFIXES share/cmake/Torch torch/share/cmake/Torch cmake/Torch Torch
           DOC "TorchConfig.cmake of the LibTorch to use")
