@@ -1,0 +1,74 @@
+#include "moegraft/ot/kmeans.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/rng.h"
+
+namespace moegraft::ot {
+namespace {
+
+at::Tensor blobs(int64_t per_blob, at::ScalarType dtype) {
+  Rng rng(1, "test.blobs");
+  at::Tensor x = at::empty({3 * per_blob, 2}, at::kDouble);
+  for (int64_t i = 0; i < 3 * per_blob; ++i) {
+    x[i][0] = 100.0 * double(i % 3) + 0.1 * rng.normal();
+    x[i][1] = 0.1 * rng.normal();
+  }
+  return x.to(dtype);
+}
+
+TEST(KMeans, FindsSeparatedBlobs) {
+  for (auto dtype : {at::kFloat, at::kDouble}) {
+    const at::Tensor x = blobs(50, dtype);
+    const KMeansResult r = kmeans(x, 3);
+    EXPECT_EQ(r.centres_KD.scalar_type(), dtype);
+    EXPECT_TRUE(at::equal(r.counts_K, at::full({3}, 50, at::kLong)));
+    for (int64_t i = 3; i < 150; ++i) EXPECT_EQ(r.assignment_N[i].item<int64_t>(), r.assignment_N[i % 3].item<int64_t>());
+    const at::Tensor own = r.centres_KD.index_select(0, r.assignment_N);
+    EXPECT_NEAR(r.inertia, (x - own).square().sum(at::kDouble).item<double>(), 1e-6);
+    for (int64_t k = 0; k < 3; ++k) EXPECT_TRUE(at::allclose(r.centres_KD[k], x.index({r.assignment_N == k}).mean(0), 1e-5, 1e-5));
+  }
+}
+
+TEST(KMeans, DeterministicBySeedAndBetterWithRestarts) {
+  Rng rng(2, "test.cloud");
+  at::Tensor x = at::empty({400, 6}, at::kFloat);
+  for (int64_t i = 0; i < x.numel(); ++i) x.mutable_data_ptr<float>()[i] = float(rng.normal());
+  KMeansSettings s;
+  s.seed = 5;
+  const KMeansResult a = kmeans(x, 20, s), b = kmeans(x, 20, s);
+  EXPECT_TRUE(at::equal(a.centres_KD, b.centres_KD));
+  EXPECT_TRUE(at::equal(a.assignment_N, b.assignment_N));
+  s.restarts = 1;
+  EXPECT_LE(a.inertia, kmeans(x, 20, s).inertia);
+  s.seed = 6;
+  EXPECT_FALSE(at::equal(kmeans(x, 20, s).centres_KD, a.centres_KD));
+  s.max_samples = 100;
+  const KMeansResult sampled = kmeans(x, 20, s);
+  EXPECT_EQ(sampled.assignment_N.size(0), 400);
+  EXPECT_EQ(sampled.counts_K.sum().item<int64_t>(), 400);
+}
+
+TEST(KMeans, EmptyClustersAndEdges) {
+  // Two distinct points, four clusters: none may stay empty or turn NaN.
+  const at::Tensor x = at::tensor({0.0, 0.0, 0.0, 1.0, 1.0}, at::kDouble).unsqueeze(1);
+  const KMeansResult r = kmeans(x, 4);
+  EXPECT_TRUE((r.counts_K >= 1).all().item<bool>());
+  EXPECT_TRUE(r.centres_KD.isfinite().all().item<bool>());
+  EXPECT_EQ(r.inertia, 0.0);
+  const KMeansResult all = kmeans(x, 5), one = kmeans(x, 1);
+  EXPECT_TRUE(at::equal(all.counts_K, at::ones({5}, at::kLong)));
+  EXPECT_NEAR(one.centres_KD.item<double>(), 0.4, 1e-15);
+  EXPECT_THROW(kmeans(x, 6), UserError);
+  EXPECT_THROW(kmeans(x, 0), UserError);
+  EXPECT_THROW(kmeans(x.squeeze(1), 2), UserError);
+  EXPECT_THROW(kmeans(x.to(at::kLong), 2), UserError);
+  EXPECT_THROW(kmeans(x * std::nan(""), 2), UserError);
+}
+
+}  // namespace
+}  // namespace moegraft::ot
