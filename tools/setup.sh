@@ -118,6 +118,10 @@ if [ -x "$venv/bin/python" ]; then
       plain=${library%%.so.*}.so
       [ -e "$library" ] && [ ! -e "$plain" ] && ln -s "$(basename "$library")" "$plain"
     done
+    # nvcc searches lib64, the wheels fill lib.
+    for root in "$venv"/lib/python3*/site-packages/nvidia/cu*; do
+      [ -e "$root/bin/nvcc" ] && [ ! -e "$root/lib64" ] && ln -s lib "$root/lib64"
+    done
   fi
 fi
 
