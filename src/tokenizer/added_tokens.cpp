@@ -48,7 +48,7 @@ AddedToken read_added_token(const Field& field, int64_t id) {
           .rstrip = field.boolean_or("rstrip", false)};
 }
 
-AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* normalizer) : tokens_(std::move(tokens)), normalizer_(normalizer), word_("[\\w\\p{Join_Control}]", "added tokens") {
+AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* normalizer) : tokens_(std::move(tokens)), normalizer_(normalizer), word_("[" + std::string(kRustWord) + "]", "added tokens") {
   for (size_t i = 0; i < tokens_.size(); ++i) {
     const auto& token = tokens_[i];
     const std::string text = token.normalized && normalizer_ ? normalizer_->apply(token.content) : token.content;

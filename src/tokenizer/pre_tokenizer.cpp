@@ -207,7 +207,7 @@ std::unique_ptr<PreTokenizer> make_pre_tokenizer(const Field& field) {
   if (type == "Metaspace") return std::make_unique<Metaspace>(field);
   if (type == "Digits") return std::make_unique<Splitter>(by_char(is_numeric), field.boolean_or("individual_digits", false) ? Behaviour::isolated : Behaviour::contiguous);
   if (type == "Punctuation") return std::make_unique<Splitter>(by_char(is_punctuation), behaviour_of(field, "Isolated"));
-  if (type == "Whitespace") return std::make_unique<Splitter>(by_regex(R"([\w\p{Join_Control}]+|[^\w\s\p{Join_Control}]+)", field.place()), Behaviour::removed, true);
+  if (type == "Whitespace") return std::make_unique<Splitter>(by_regex("[" + std::string(kRustWord) + "]+|[^\\s" + kRustWord + "]+", field.place()), Behaviour::removed, true);
   if (type == "WhitespaceSplit") return std::make_unique<Splitter>(by_char(is_white_space), Behaviour::removed);
   if (type == "CharDelimiterSplit") {
     const std::string delimiter = field.at("delimiter").string();

@@ -15,7 +15,17 @@ namespace moegraft::tokenizer {
 
 namespace {
 
-constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";  // Oniguruma's \w; PCRE2's own is L, N and _
+// Oniguruma's \w (its tables count six Latin-1 numbers as word characters); PCRE2's own is L, N and _.
+constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{B2}\\x{B3}\\x{B9}\\x{BC}-\\x{BE}";
+
+// [:name:] inside a character class.
+const char* posix_class(std::string_view name) {
+  static const std::array<std::pair<const char*, const char*>, 10> kClasses{{{"upper", "\\p{Uppercase}"}, {"lower", "\\p{Lowercase}"}, {"alpha", "\\p{Alphabetic}"},
+      {"alnum", "\\p{Alphabetic}\\p{Nd}"}, {"digit", "\\p{Nd}"}, {"punct", "\\p{P}\\p{S}"}, {"space", "\\p{White_Space}"}, {"xdigit", "0-9a-fA-F"},
+      {"cntrl", "\\p{Cc}"}, {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"}}};
+  const auto it = std::find_if(kClasses.begin(), kClasses.end(), [&](const auto& entry) { return name == entry.first; });
+  return it == kClasses.end() ? nullptr : it->second;
+}
 
 // \p{name}: Oniguruma reads a script as Script, PCRE2 (10.40 on) as Script_Extensions; and some names differ.
 std::string property(std::string name) {
@@ -133,7 +143,11 @@ class Translator {
         if (i_ >= in_.size() || in_[i_] != '{') break;
         const size_t close = in_.find('}', i_);
         if (close == std::string::npos) reject("an unclosed \\p{");
-        out_ += std::string("\\") + c + "{" + property(in_.substr(i_ + 1, close - i_ - 1)) + "}";
+        const std::string name = in_.substr(i_ + 1, close - i_ - 1);
+        const char* group = name == "Alnum" ? posix_class("alnum") : name == "Word" ? kWord : nullptr;
+        if (!group) out_ += std::string("\\") + c + "{" + property(name) + "}";
+        else if (c == 'P') reject("\\P of a group of properties");
+        else out_ += in_class ? std::string(group) : "[" + std::string(group) + "]";
         i_ = close + 1;
         return;
       }
@@ -153,7 +167,9 @@ class Translator {
       } else if (in_[i_] == '[' && next_is(':')) {
         const size_t close = in_.find(":]", i_);
         if (close == std::string::npos) reject("an unclosed [:");
-        out_.append(in_, i_, close + 2 - i_);
+        const char* members = posix_class(std::string_view(in_).substr(i_ + 2, close - i_ - 2));
+        if (!members) reject("this [:name:]");
+        out_ += members;
         i_ = close + 2;
       } else if (in_[i_] == '[') {
         reject("a nested character class");

@@ -22,6 +22,9 @@ class Regex {
   std::string place_;
 };
 
+// The members of a character class: \w of Rust's regex crate, which Whitespace and single_word use.
+inline constexpr const char* kRustWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control})";
+
 std::string regex_from_oniguruma(const std::string& pattern, const std::string& place);
 std::string regex_escape(std::string_view literal);
 

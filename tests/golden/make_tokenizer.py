@@ -24,7 +24,7 @@ DEEPSEEK3 = [
     r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""]
 # Where Oniguruma and PCRE2 read the same letters differently.
-ODD = r"(?i:straße|ſ)|\p{Han}{1,2}+|[\w&&]?\h{2,}\b".replace("&&", "") + r"|\p{Greek}+|^#.*$|\bthe\B|[[:upper:]]+|\d{2}+|[\s\u3042]+|\p{^L}|\w+?|(?m:.)"
+ODD = r"(?i:straße|ſ)|\p{Han}{1,2}+|[\w&&]?\h{2,}\b".replace("&&", "") + r"|\p{Greek}+|[[:punct:]]{2}|[^[:alnum:]\s]x|^#.*$|\bthe\B|[[:upper:]]+|\d{2}+|[\s\u3042]+|\p{^L}|\w+?|(?m:.)"
 
 
 def corpus():
@@ -62,7 +62,7 @@ NASTY = [
     "❤️ ❤ 😀😀 👍🏽 👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿 🇫🇷🇩🇪 ☺︎ 1️⃣", "\u0000a\u0001b\u001b[31mred\u007f\u0080\u009f", "\ufffd\ufffe\uffff\U0010ffff\ue000", "\u202eabc\u202c \u2066x\u2069 a\u00adb \u034f",
     "<s>hello</s>", "hello<s>", "<s> hello </s> world<unk>", "a<|end|>b <|end|> c<|END|>", "<|end|><|end|>  <|end|>\n<|end|>x", "x <mask> y", "x  <mask>  y<mask>", "  <mask>", "<mask>\n", "wordly word words sword word. word", "éword wordé word_ word1 _word", "[TAG]x [tag] y [TAG]",
     "<0x41><0xE2><0x82>", "<0xZZ> ▁ ▁▁a Ġ Ċ", "<", "<|", "<|en", "|||IP||| ||| |IP|", "İstanbul ISPARTA ıi ǅ ΑΣ", "STRASSE straße Straſe ſs", "x\u0300\u0301\u0302\u0303y" * 3, "abababababababababab" * 4, "the" * 40, "tHe HTTPServer McDonald's iPhone XMLHttpRequest", "don’t ‘quote’ “double” —dash… §¶",
-    "a/b//c///\n/d", "...!!!???\n\n\n!!!", "{}[]()<>\\|`~@#$%^&*_+-=", "#heading\ntext #no\n# yes", "deadbeef 0xDEADBEEF cafe\u0301 ff", "\u3042\u3044 あい　\u3042", "ÅÅÅ", "ᾳ ᾼ Ω Ω K K",
+    "a/b//c///\n/d", "...!!!???\n\n\n!!!", "{}[]()<>\\|`~@#$%^&*_+-=", "#heading\ntext #no\n# yes", "deadbeef 0xDEADBEEF cafe\u0301 ff", "\u3042\u3044 あい　\u3042", "ÅÅÅ", "x¾ y²z ³word¹ ½½ ¼  \n", "a\u200db \u200c\u200d word\u200d \u200dword", "ᾳ ᾼ Ω Ω K K",
 ]
 
 
