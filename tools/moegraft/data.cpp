@@ -4,7 +4,10 @@
 
 #include "command.h"
 #include "moegraft/base/log.h"
+#include "moegraft/data/corpus.h"
 #include "moegraft/data/emoji.h"
+#include "moegraft/data/prepare.h"
+#include "moegraft/data/shard.h"
 
 namespace moegraft::tools {
 namespace {
@@ -46,6 +49,101 @@ void add_emoji(CLI::App& parent) {
   });
 }
 
+void add_corpus(CLI::App& parent) {
+  struct State {
+    data::CorpusOptions options;
+    bool json = false;
+  };
+  auto state = std::make_shared<State>();
+  auto& o = state->options;
+  auto* command = parent.add_subcommand("corpus", "English text of Debian packages: WordNet glosses, emoji names and keywords");
+  command->add_option("-o,--output", o.output, "Folder to write")->required();
+  command->add_option("--wordnet", o.wordnet, "Folder of data.noun, data.verb, data.adj, data.adv")->capture_default_str();
+  command->add_option("--annotations", o.annotations, "CLDR folder that holds annotations/ and annotationsDerived/")->capture_default_str();
+  command->add_option("--handbook", o.handbook, "Folder of HTML pages to add, such as /usr/share/doc/debian-handbook/html/en-US");
+  command->add_option("--repeat-emoji", o.repeat_emoji, "Times the emoji names and keywords come")->capture_default_str();
+  command->add_option("--eval-share", o.eval_share, "Share of the other documents kept for evaluation")->capture_default_str();
+  command->add_option("--limit", o.limit, "Only so many documents; 0: all")->capture_default_str();
+  command->add_option("--seed", o.seed, "Seed of the split and the order")->capture_default_str();
+  command->add_flag("--json", state->json, "Print the summary as one JSON object");
+  command->footer("Example:\n  moegraft data prepare corpus -o data/corpus\n  -> data/corpus/train.txt, eval.txt, one document a line");
+  command->callback([state] {
+    const auto s = data::prepare_corpus(state->options);
+    report({{"train_documents", s.train_documents}, {"train_bytes", s.train_bytes}, {"eval_documents", s.eval_documents}, {"eval_bytes", s.eval_bytes}}, state->json,
+           detail::concat(state->options.output.string(), ": ", s.train_documents, " documents (", s.train_bytes, " bytes) to train, ", s.eval_documents, " (", s.eval_bytes, " bytes) to evaluate"));
+  });
+}
+
+struct ShardState {
+  data::ShardOptions options;
+  bool json = false;
+};
+
+void add_shard_options(CLI::App& command, const std::shared_ptr<ShardState>& state) {
+  auto& o = state->options;
+  command.add_option("--tokenizer", o.tokenizer, "Folder of the text tokenizer (or of the model)")->required();
+  command.add_option("-o,--output", o.output, "Folder to write shards to")->required();
+  command.add_option("--max-tokens", o.max_tokens, "Tokens in one shard file")->capture_default_str();
+  command.add_flag("--lowercase", o.lowercase, "Lower-case the text first");
+  command.add_flag("--overwrite", o.overwrite, "Replace shards that are already there");
+  command.add_flag("--json", state->json, "Print the summary as one JSON object");
+  command.callback([state] {
+    const auto s = data::prepare_shards(state->options);
+    report({{"documents", s.documents}, {"tokens", s.tokens}, {"text_tokens", s.text_tokens}, {"images", s.images}, {"skipped_images", s.skipped_images}, {"skipped_documents", s.skipped_documents}},
+           state->json,
+           detail::concat(state->options.output.string(), ": ", s.documents, " documents, ", s.tokens, " tokens (", s.images, " images encoded); skipped ", s.skipped_images,
+                          " images that do not decode and ", s.skipped_documents, " documents"));
+  });
+}
+
+void add_shards(CLI::App& parent) {
+  auto state = std::make_shared<ShardState>();
+  auto& o = state->options;
+  auto* command = parent.add_subcommand("shards", "Captioned images (JSONL manifests) and text to pre-tokenised shards");
+  command->add_option("--manifest", o.manifests, "JSONL manifests of captioned images, segments or conversations");
+  command->add_option("--text", o.texts, "Text files, one document a line");
+  command->add_option("--codec", o.codec, "Folder of the image codec");
+  command->add_option("--modality", o.modality, "Name of the images' modality in the run")->capture_default_str();
+  command->add_option("--captions", o.captions, "text: the main caption of a picture; all: a document for each")->capture_default_str();
+  command->add_option("--prefix", o.prefix, "Text before each caption");
+  command->add_option("--suffix", o.suffix, "Text behind each caption");
+  command->add_option("--batch-size", o.batch_size, "Images encoded at a time")->capture_default_str();
+  add_shard_options(*command, state);
+  command->footer("Example:\n  moegraft data prepare shards --manifest data/emoji/popular.jsonl --tokenizer models/base --codec models/codec -o data/shards/popular");
+}
+
+void add_text(CLI::App& parent) {
+  auto state = std::make_shared<ShardState>();
+  auto* command = parent.add_subcommand("text", "Plain text to pre-tokenised shards");
+  command->add_option("files,--text", state->options.texts, "Text files, one document a line")->required();
+  add_shard_options(*command, state);
+  command->footer("Example:\n  moegraft data prepare text data/corpus/train.txt --tokenizer models/tokenizer -o data/shards/text");
+}
+
+void add_check(CLI::App& parent) {
+  struct State {
+    std::string path;
+    bool json = false;
+  };
+  auto state = std::make_shared<State>();
+  auto* command = parent.add_subcommand("check", "Read every document of a shard or a folder of shards, and say what it holds");
+  command->add_option("path", state->path, "Shard or folder")->required();
+  command->add_flag("--json", state->json, "Print the summary as one JSON object");
+  command->footer("Example:\n  moegraft data check data/shards/popular");
+  command->callback([state] {
+    const data::ShardSet shards(state->path);
+    shards.validate();
+    Json modalities = Json::array();
+    std::string names;
+    for (const auto& m : shards.schema().modalities) {
+      modalities.push_back({{"name", m.name}, {"ids", m.num_codes}, {"item_length", m.item_length}});
+      names += detail::concat(names.empty() ? "" : ", ", m.name, " (", m.num_codes, " ids", m.item_length ? detail::concat(", ", m.item_length, " an item") : "", ")");
+    }
+    report({{"documents", shards.num_documents()}, {"tokens", shards.num_tokens()}, {"modalities", modalities}}, state->json,
+           detail::concat(state->path, ": ", shards.num_documents(), " documents, ", shards.num_tokens(), " tokens; ", names));
+  });
+}
+
 }  // namespace
 
 void add_data_command(CLI::App& app) {
@@ -54,6 +152,10 @@ void add_data_command(CLI::App& app) {
   auto* prepare = data->add_subcommand("prepare", "Turn sources into manifests, text files and pre-tokenised shards");
   prepare->require_subcommand(1);
   add_emoji(*prepare);
+  add_corpus(*prepare);
+  add_text(*prepare);
+  add_shards(*prepare);
+  add_check(*data);
 }
 
 }  // namespace moegraft::tools

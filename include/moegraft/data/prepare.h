@@ -1,0 +1,35 @@
+#pragma once
+// Manifests and text files to shards.
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace moegraft::data {
+
+struct ShardOptions {
+  std::vector<std::filesystem::path> manifests;  // JSONL, see manifest.h
+  std::vector<std::filesystem::path> texts;      // one document a line
+  std::filesystem::path tokenizer, codec;        // codec: needed when a manifest holds images
+  std::filesystem::path output;
+  std::string modality = "image";
+  std::string captions = "text";  // text: the main caption; all: one document for each caption
+  std::string prefix, suffix;     // put around the caption of a captioned picture
+  int64_t batch_size = 64;        // images encoded at a time
+  int64_t max_tokens = 1 << 26;   // tokens in one shard file
+  bool lowercase = false;
+  bool overwrite = false;
+};
+
+struct ShardSummary {
+  int64_t documents = 0, tokens = 0, images = 0, text_tokens = 0;
+  int64_t skipped_images = 0;     // did not decode; named in the log
+  int64_t skipped_documents = 0;  // held such an image, or no token
+};
+
+// Tokenises text, encodes images through the codec (each file once) and writes shards. An image that does not decode is named, its document
+// skipped and counted. UserError: missing manifest, tokenizer, codec or image file; nothing left to write.
+ShardSummary prepare_shards(const ShardOptions& options);
+
+}  // namespace moegraft::data

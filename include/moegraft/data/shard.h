@@ -1,0 +1,96 @@
+#pragma once
+// Pre-tokenised shards: safetensors files that any tool can write.
+//
+//   tensor            dtype   shape      what
+//   ids               int32   [T]        text: token ids in [0, text_vocab); another modality: the raw code in [0, codes_<name>)
+//   modality          uint8   [T]        index into metadata "modalities"; 0 is text
+//   document_offsets  int64   [n+1]      document i is [offsets[i], offsets[i+1]); offsets[0] = 0, offsets[n] = T, none empty
+//
+//   metadata (all strings): format = "moegraft.shard", version = "1", modalities = "text,image", text_vocab = "2048",
+//   and for each other modality codes_<name> = "512" (codebook size) and item_length_<name> = "36" (codes of one item).
+//
+// Neither BOS, EOS nor the begin and end tokens of a span are stored: the stream adds them. A run of codes holds a whole number of items.
+// A data set is one such file or a folder of them, read in the order of their names.
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "moegraft/io/safetensors.h"
+
+namespace moegraft::data {
+
+// One run of tokens of the same modality. Views of the mapped file, or of the writer's caller.
+struct Segment {
+  int64_t modality = 0;          // index into Schema::modalities
+  std::span<const int32_t> ids;  // text ids, or codes
+};
+
+struct ModalitySchema {
+  std::string name;
+  int64_t num_codes = 0;    // text: its vocabulary
+  int64_t item_length = 0;  // text: 0
+  bool operator==(const ModalitySchema&) const = default;
+};
+
+struct Schema {
+  std::vector<ModalitySchema> modalities;  // [0] is text
+  bool operator==(const Schema&) const = default;
+};
+
+// A shard file or a folder of them, memory-mapped. Headers, shapes and offsets are checked when opened, a document's ids when it is read.
+class ShardSet {
+ public:
+  // UserError: missing path, no shard in the folder, wrong format or version, missing tensor, dtype, offsets not rising, no document, schemas that differ.
+  explicit ShardSet(const std::filesystem::path& path);
+
+  const Schema& schema() const { return schema_; }
+  int64_t num_documents() const { return num_documents_; }
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t document_length(int64_t index) const;  // stored tokens
+  // Segments in order, adjacent ones of different modality. UserError names file and document: an id or a modality out of range, a broken item.
+  std::vector<Segment> document(int64_t index) const;
+  void validate() const;  // reads every document
+
+ private:
+  struct Shard {
+    io::SafetensorsFile file;
+    at::Tensor ids_T, modality_T, offsets;
+    int64_t first_document = 0, num_documents = 0;
+  };
+  const Shard& shard_of(int64_t& index) const;  // makes `index` local
+  void open(const std::filesystem::path& file);
+  std::filesystem::path path_;
+  Schema schema_;
+  std::vector<Shard> shards_;
+  int64_t num_documents_ = 0, num_tokens_ = 0;
+};
+
+// Writes shard-00000.safetensors, shard-00001.safetensors, … into a folder.
+class ShardWriter {
+ public:
+  // UserError when the folder already holds shards and overwrite is false. max_tokens: a file is closed once it holds so many.
+  ShardWriter(std::filesystem::path folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26);
+  // UserError on an id out of range; empty documents are refused.
+  void add(const std::vector<Segment>& document);
+  void finish();  // writes the last file; UserError when no document was added
+  int64_t num_documents() const { return num_documents_; }
+  int64_t num_tokens() const { return num_tokens_; }
+
+ private:
+  void flush();
+  std::filesystem::path folder_;
+  Schema schema_;
+  int64_t max_tokens_, num_files_ = 0, num_documents_ = 0, num_tokens_ = 0;
+  std::vector<int32_t> ids_;
+  std::vector<uint8_t> modality_;
+  std::vector<int64_t> offsets_{0};
+};
+
+}  // namespace moegraft::data

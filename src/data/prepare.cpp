@@ -1,0 +1,167 @@
+#include "moegraft/data/prepare.h"
+
+#include <fstream>
+#include <map>
+#include <optional>
+#include <set>
+
+#include "data/unicode.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/base/progress.h"
+#include "moegraft/base/text.h"
+#include "moegraft/codec/codec.h"
+#include "moegraft/data/manifest.h"
+#include "moegraft/data/shard.h"
+#include "moegraft/io/image.h"
+#include "moegraft/tokenizer/tokenizer.h"
+
+namespace moegraft::data {
+namespace {
+
+using Codes = std::map<std::filesystem::path, std::vector<int32_t>>;  // absent: the file did not decode
+
+std::vector<std::filesystem::path> image_files(const std::vector<ManifestEntry>& entries) {
+  std::set<std::filesystem::path> files;
+  for (const auto& entry : entries)
+    for (const auto& segment : entry.segments)
+      if (segment.is_image() && !files.contains(segment.image)) {
+        MOEGRAFT_CHECK(std::filesystem::is_regular_file(segment.image), "image not found: ", segment.image.string(), " (line ", entry.line, " of the manifest; paths are relative to its folder)");
+        files.insert(segment.image);
+      }
+  return {files.begin(), files.end()};
+}
+
+Codes encode_images(const std::vector<std::filesystem::path>& files, const codec::ImageCodec& codec, int64_t batch_size, ShardSummary& summary) {
+  at::NoGradGuard no_grad;
+  Codes codes;
+  std::vector<std::filesystem::path> names;
+  std::vector<at::Tensor> batch;
+  auto flush = [&] {
+    if (batch.empty()) return;
+    const auto ids_BL = codec.encode(at::stack(batch)).to(at::kCPU, at::kInt).contiguous();
+    const int64_t length = ids_BL.size(1);
+    const auto* ids = ids_BL.const_data_ptr<int32_t>();
+    for (size_t i = 0; i < names.size(); ++i) codes[names[i]].assign(ids + i * length, ids + (i + 1) * length);
+    summary.images += static_cast<int64_t>(names.size());
+    names.clear();
+    batch.clear();
+  };
+  Progress progress("images", static_cast<int64_t>(files.size()));
+  for (size_t i = 0; i < files.size(); ++i) {
+    std::optional<at::Tensor> pixels;
+    try {
+      pixels = codec.prepare(io::load_image(files[i]));
+    } catch (const UserError& e) {
+      log::warning("skipped: ", e.what());
+      ++summary.skipped_images;
+    }
+    if (pixels) {
+      names.push_back(files[i]);
+      batch.push_back(*pixels);
+    }
+    if (static_cast<int64_t>(batch.size()) >= batch_size) flush();
+    progress.update(static_cast<int64_t>(i) + 1);
+  }
+  flush();
+  progress.finish();
+  return codes;
+}
+
+class Encoder {
+ public:
+  Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const Codes& codes, ShardWriter& writer, ShardSummary& summary)
+      : options_(options), tokenizer_(tokenizer), codes_(codes), writer_(writer), summary_(summary) {}
+
+  void add(const std::vector<ManifestSegment>& segments) {
+    std::vector<std::vector<int32_t>> owned;
+    std::vector<int64_t> modality;
+    for (const auto& segment : segments) {
+      if (segment.is_image()) {
+        const auto found = codes_.find(segment.image);
+        if (found == codes_.end()) return skip();
+        owned.push_back(found->second);
+        modality.push_back(1);
+        continue;
+      }
+      const auto ids = tokenizer_.encode(options_.lowercase ? plain_lower(segment.text) : segment.text);
+      summary_.text_tokens += static_cast<int64_t>(ids.size());
+      if (ids.empty()) continue;
+      owned.emplace_back(ids.begin(), ids.end());
+      modality.push_back(0);
+    }
+    std::vector<Segment> document;
+    for (size_t i = 0; i < owned.size(); ++i) document.push_back({modality[i], owned[i]});
+    if (document.empty()) return skip();
+    writer_.add(document);
+  }
+
+  void add(const ManifestEntry& entry) {
+    const bool captioned = !entry.captions.empty();
+    const size_t count = !captioned ? 1 : options_.captions == "all" ? entry.captions.size() : 1;
+    for (size_t i = 0; i < count; ++i) {
+      auto segments = entry.segments;
+      if (captioned) segments.front().text = options_.prefix + entry.captions[i] + options_.suffix;
+      add(segments);
+    }
+  }
+
+ private:
+  void skip() { ++summary_.skipped_documents; }
+  const ShardOptions& options_;
+  const tokenizer::Tokenizer& tokenizer_;
+  const Codes& codes_;
+  ShardWriter& writer_;
+  ShardSummary& summary_;
+};
+
+}  // namespace
+
+ShardSummary prepare_shards(const ShardOptions& options) {
+  MOEGRAFT_CHECK_USAGE(!options.manifests.empty() || !options.texts.empty(), "nothing to prepare: give --manifest or --text");
+  MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ", options.captions);
+  MOEGRAFT_CHECK_USAGE(options.batch_size > 0, "--batch-size must be positive, got ", options.batch_size);
+  MOEGRAFT_CHECK_USAGE(options.max_tokens > 0, "--max-tokens must be positive, got ", options.max_tokens);
+  const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
+  for (const auto& path : options.texts) MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "text file not found: ", path.string());
+  ShardSummary summary;
+  std::vector<ManifestEntry> entries;
+  for (const auto& path : options.manifests) {
+    auto read = read_manifest(path);
+    std::move(read.begin(), read.end(), std::back_inserter(entries));
+  }
+  const auto files = image_files(entries);
+
+  Schema schema{{{"text", tokenizer->size(), 0}}};
+  Codes codes;
+  if (!files.empty()) {
+    MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
+    const auto codec = codec::load_codec(options.codec);
+    schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
+    codes = encode_images(files, *codec, options.batch_size, summary);
+  }
+
+  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens);
+  Encoder encoder(options, *tokenizer, codes, writer, summary);
+  for (const auto& entry : entries) encoder.add(entry);
+  for (const auto& path : options.texts) {
+    std::ifstream file(path);
+    MOEGRAFT_CHECK(file.good(), "cannot read ", path.string());
+    int64_t done = 0;
+    const int64_t total = static_cast<int64_t>(std::filesystem::file_size(path));
+    Progress progress(path.filename().string(), total);
+    for (std::string line; std::getline(file, line);) {
+      done += static_cast<int64_t>(line.size()) + 1;
+      progress.update(std::min(done, total));
+      line = trim(line);
+      if (!line.empty()) encoder.add(std::vector<ManifestSegment>{{line, {}}});
+    }
+    progress.finish();
+  }
+  writer.finish();
+  summary.documents = writer.num_documents();
+  summary.tokens = writer.num_tokens();
+  return summary;
+}
+
+}  // namespace moegraft::data

@@ -1,0 +1,106 @@
+#include "moegraft/data/sequence.h"
+
+#include <numeric>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
+
+namespace moegraft::data {
+namespace {
+
+const model::ModalityTokens& tokens_of(const model::Vocabulary& vocabulary, int64_t modality) {
+  for (const auto& tokens : vocabulary.modalities)
+    if (tokens.modality == modality) return tokens;
+  fail<InvariantError>("no modality ", modality, " in the vocabulary");
+}
+
+at::Tensor to_tensor(const std::vector<int64_t>& values) { return at::tensor(at::ArrayRef<int64_t>(values), at::kLong); }
+
+}  // namespace
+
+Source::Source(const std::string& path, const model::Vocabulary& vocabulary) : shards_(path) {
+  const auto& schema = shards_.schema().modalities;
+  MOEGRAFT_CHECK(schema[0].num_codes <= vocabulary.text_size, path, ": its text has ids up to ", schema[0].num_codes - 1, ", the model's vocabulary has ", vocabulary.text_size,
+                 " (tokenise it with the model's own tokenizer)");
+  modality_.push_back(0);
+  for (size_t m = 1; m < schema.size(); ++m) {
+    const model::ModalityTokens* tokens = nullptr;
+    std::vector<std::string> known;
+    for (const auto& candidate : vocabulary.modalities) {
+      known.push_back(candidate.name);
+      if (candidate.name == schema[m].name) tokens = &candidate;
+    }
+    MOEGRAFT_CHECK(tokens != nullptr, path, " holds the modality \"", schema[m].name, "\", which the run does not have (its modalities: ", known.empty() ? "none" : join(known, ", "), ")");
+    MOEGRAFT_CHECK(tokens->num_codes == schema[m].num_codes, path, ": ", schema[m].name, " codes come from a codebook of ", schema[m].num_codes, ", the run's has ", tokens->num_codes,
+                   " (prepare the data with the run's codec)");
+    MOEGRAFT_CHECK(tokens->item_length == schema[m].item_length, path, ": a ", schema[m].name, " has ", schema[m].item_length, " codes, the run's has ", tokens->item_length,
+                   " (prepare the data with the run's codec)");
+    modality_.push_back(tokens->modality);
+  }
+}
+
+std::vector<Segment> Source::document(int64_t index) const {
+  auto segments = shards_.document(index);
+  for (auto& segment : segments) segment.modality = modality_[segment.modality];
+  return segments;
+}
+
+Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption) {
+  Sequence out;
+  std::vector<bool> predicted;
+  auto push = [&](int64_t id, int64_t modality, bool predict) {
+    out.ids.push_back(id);
+    out.modality.push_back(modality);
+    predicted.push_back(predict);
+  };
+  for (const auto& segment : segments) out.text_only &= segment.modality == 0;
+  const bool predict_text = out.text_only || config.caption_labels;
+  if (config.add_bos && vocabulary.bos_id >= 0) push(vocabulary.bos_id, 0, false);
+  for (const auto& segment : segments) {
+    if (segment.modality == 0) {
+      if (drop_caption) continue;
+      for (int32_t id : segment.ids) push(id, 0, predict_text);
+      continue;
+    }
+    const auto& tokens = tokens_of(vocabulary, segment.modality);
+    for (size_t i = 0; i < segment.ids.size(); ++i) {
+      const int64_t in_item = static_cast<int64_t>(i) % tokens.item_length;
+      if (in_item == 0) push(tokens.begin_id(), segment.modality, false);
+      push(tokens.code_id(segment.ids[i]), segment.modality, true);
+      if (in_item == tokens.item_length - 1) push(tokens.end_id(), segment.modality, true);
+    }
+  }
+  const bool ends_in_text = !segments.empty() && segments.back().modality == 0 && !drop_caption;
+  if (ends_in_text && config.add_eos && vocabulary.eos_id >= 0) push(vocabulary.eos_id, 0, predict_text);
+  out.labels.assign(out.ids.size(), model::kNoLabel);
+  for (size_t t = 0; t + 1 < out.ids.size(); ++t)
+    if (predicted[t + 1]) out.labels[t] = out.ids[t + 1];
+  return out;
+}
+
+bool is_captioned_item(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary) {
+  int64_t items = 0, texts = 0;
+  for (const auto& segment : segments) {
+    if (segment.modality == 0)
+      ++texts;
+    else
+      items += static_cast<int64_t>(segment.ids.size()) / tokens_of(vocabulary, segment.modality).item_length;
+  }
+  return items == 1 && texts > 0;
+}
+
+model::PackedBatch pack(const std::vector<Sequence>& sequences) {
+  std::vector<int64_t> ids, modality, labels, positions, cu_seqlens{0};
+  for (const auto& sequence : sequences) {
+    ids.insert(ids.end(), sequence.ids.begin(), sequence.ids.end());
+    modality.insert(modality.end(), sequence.modality.begin(), sequence.modality.end());
+    labels.insert(labels.end(), sequence.labels.begin(), sequence.labels.end());
+    const size_t begin = positions.size();
+    positions.resize(begin + sequence.ids.size());
+    std::iota(positions.begin() + static_cast<int64_t>(begin), positions.end(), 0);
+    cu_seqlens.push_back(static_cast<int64_t>(ids.size()));
+  }
+  return {to_tensor(ids), to_tensor(modality), to_tensor(positions), std::move(cu_seqlens), to_tensor(labels)};
+}
+
+}  // namespace moegraft::data

@@ -1,0 +1,194 @@
+#include "moegraft/data/shard.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
+
+namespace moegraft::data {
+namespace {
+
+constexpr const char* kFormat = "moegraft.shard";
+constexpr const char* kVersion = "1";
+
+std::string metadata_value(const io::SafetensorsFile& file, const std::string& key) {
+  const auto found = file.metadata().find(key);
+  MOEGRAFT_CHECK(found != file.metadata().end(), file.path().string(), ": metadata \"", key, "\" is missing (the schema of a shard is in include/moegraft/data/shard.h)");
+  return found->second;
+}
+
+int64_t metadata_count(const io::SafetensorsFile& file, const std::string& key) {
+  const std::string text = metadata_value(file, key);
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  MOEGRAFT_CHECK(error == std::errc() && end == text.data() + text.size() && value > 0 && value <= INT32_MAX, file.path().string(), ": metadata \"", key,
+                 "\" must be a positive integer, got \"", text, "\"");
+  return value;
+}
+
+Schema read_schema(const io::SafetensorsFile& file) {
+  const auto format = file.metadata().find("format");
+  MOEGRAFT_CHECK(format != file.metadata().end() && format->second == kFormat, file.path().string(), " is not a shard: metadata \"format\" must be \"", kFormat, "\", got \"",
+                 format == file.metadata().end() ? "" : format->second, "\" (make one with `moegraft data prepare shards`)");
+  const std::string version = metadata_value(file, "version");
+  MOEGRAFT_CHECK(version == kVersion, file.path().string(), ": shard version must be \"", kVersion, "\", got \"", version, "\"");
+  Schema schema;
+  for (const auto& part : split(metadata_value(file, "modalities"), ',')) {
+    const std::string name = trim(part);
+    MOEGRAFT_CHECK(schema.modalities.empty() == (name == "text"), file.path().string(), ": metadata \"modalities\" must be \"text\", then the others, got \"",
+                   metadata_value(file, "modalities"), "\"");
+    if (name == "text")
+      schema.modalities.push_back({name, metadata_count(file, "text_vocab"), 0});
+    else
+      schema.modalities.push_back({name, metadata_count(file, "codes_" + name), metadata_count(file, "item_length_" + name)});
+  }
+  return schema;
+}
+
+at::Tensor checked_tensor(const io::SafetensorsFile& file, const std::string& name, at::ScalarType dtype) {
+  const auto tensor = file.tensor(name);
+  MOEGRAFT_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1, file.path().string(), ": tensor \"", name, "\" must be ", c10::toString(dtype), " with one dimension, got ",
+                 c10::toString(tensor.scalar_type()), " with ", tensor.dim());
+  return tensor;
+}
+
+}  // namespace
+
+ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
+  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
+  std::vector<std::filesystem::path> files;
+  if (std::filesystem::is_directory(path)) {
+    for (const auto& item : std::filesystem::directory_iterator(path))
+      if (item.path().extension() == ".safetensors") files.push_back(item.path());
+    std::sort(files.begin(), files.end());
+    MOEGRAFT_CHECK(!files.empty(), "data source ", path.string(), " holds no shard (*.safetensors)");
+  } else {
+    files.push_back(path);
+  }
+  for (const auto& file : files) open(file);
+  MOEGRAFT_CHECK(num_documents_ > 0, "data source ", path.string(), " is empty: it has no document");
+}
+
+void ShardSet::open(const std::filesystem::path& path) {
+  Shard shard{io::SafetensorsFile(path), {}, {}, {}, num_documents_, 0};
+  const Schema schema = read_schema(shard.file);
+  if (shards_.empty()) schema_ = schema;
+  MOEGRAFT_CHECK(schema == schema_, path.string(), " has other modalities, vocabulary or codebook than ", shards_.front().file.path().string(), " in the same folder");
+  shard.ids_T = checked_tensor(shard.file, "ids", at::kInt);
+  shard.modality_T = checked_tensor(shard.file, "modality", at::kByte);
+  shard.offsets = checked_tensor(shard.file, "document_offsets", at::kLong);
+  const int64_t T = shard.ids_T.numel(), n = shard.offsets.numel() - 1;
+  MOEGRAFT_CHECK(shard.modality_T.numel() == T, path.string(), ": \"modality\" must have as many entries as \"ids\" (", T, "), got ", shard.modality_T.numel());
+  MOEGRAFT_CHECK(n >= 0, path.string(), ": \"document_offsets\" must have one entry more than there are documents, got none");
+  const auto* offsets = shard.offsets.const_data_ptr<int64_t>();
+  MOEGRAFT_CHECK(offsets[0] == 0 && offsets[n] == T, path.string(), ": \"document_offsets\" must go from 0 to ", T, ", got ", offsets[0], " to ", offsets[n]);
+  for (int64_t i = 0; i < n; ++i)
+    MOEGRAFT_CHECK(offsets[i] < offsets[i + 1], path.string(), ": \"document_offsets\" must rise, but document ", i, " is [", offsets[i], ", ", offsets[i + 1], ")");
+  shard.num_documents = n;
+  num_documents_ += n;
+  num_tokens_ += T;
+  shards_.push_back(std::move(shard));
+}
+
+const ShardSet::Shard& ShardSet::shard_of(int64_t& index) const {
+  MOEGRAFT_INVARIANT(index >= 0 && index < num_documents_, "document ", index, " of ", num_documents_);
+  const auto after = std::upper_bound(shards_.begin(), shards_.end(), index, [](int64_t i, const Shard& shard) { return i < shard.first_document; });
+  const Shard& shard = *(after - 1);
+  index -= shard.first_document;
+  return shard;
+}
+
+int64_t ShardSet::document_length(int64_t index) const {
+  const Shard& shard = shard_of(index);
+  const auto* offsets = shard.offsets.const_data_ptr<int64_t>();
+  return offsets[index + 1] - offsets[index];
+}
+
+std::vector<Segment> ShardSet::document(int64_t index) const {
+  const Shard& shard = shard_of(index);
+  const auto* offsets = shard.offsets.const_data_ptr<int64_t>();
+  const int64_t begin = offsets[index], end = offsets[index + 1];
+  const auto* ids = shard.ids_T.const_data_ptr<int32_t>();
+  const auto* modality = shard.modality_T.const_data_ptr<uint8_t>();
+  const auto& known = schema_.modalities;
+  std::vector<Segment> segments;
+  for (int64_t t = begin; t < end;) {
+    const uint8_t m = modality[t];
+    MOEGRAFT_CHECK(m < known.size(), shard.file.path().string(), ": document ", index, " has modality ", int(m), " at token ", t, ", but only ", known.size(), " are named");
+    int64_t stop = t;
+    for (; stop < end && modality[stop] == m; ++stop)
+      MOEGRAFT_CHECK(ids[stop] >= 0 && ids[stop] < known[m].num_codes, shard.file.path().string(), ": document ", index, " has ", known[m].name, " id ", ids[stop], " at token ", stop,
+                     ", outside [0, ", known[m].num_codes, ")");
+    MOEGRAFT_CHECK(m == 0 || (stop - t) % known[m].item_length == 0, shard.file.path().string(), ": document ", index, " has a run of ", stop - t, " ", known[m].name,
+                   " codes, not a multiple of the item length ", m ? known[m].item_length : 1);
+    segments.push_back({m, {ids + t, static_cast<size_t>(stop - t)}});
+    t = stop;
+  }
+  return segments;
+}
+
+void ShardSet::validate() const {
+  for (int64_t i = 0; i < num_documents_; ++i) document(i);
+}
+
+ShardWriter::ShardWriter(std::filesystem::path folder, Schema schema, bool overwrite, int64_t max_tokens)
+    : folder_(std::move(folder)), schema_(std::move(schema)), max_tokens_(max_tokens) {
+  MOEGRAFT_INVARIANT(!schema_.modalities.empty() && schema_.modalities[0].name == "text", "a schema begins with text");
+  std::filesystem::create_directories(folder_);
+  std::vector<std::filesystem::path> old;
+  for (const auto& item : std::filesystem::directory_iterator(folder_))
+    if (item.path().extension() == ".safetensors") old.push_back(item.path());
+  MOEGRAFT_CHECK(old.empty() || overwrite, folder_.string(), " already holds ", old.size(), " shard(s); give --overwrite to replace them, or another folder");
+  for (const auto& path : old) std::filesystem::remove(path);
+}
+
+void ShardWriter::add(const std::vector<Segment>& document) {
+  const size_t before = ids_.size();
+  for (const auto& segment : document) {
+    MOEGRAFT_INVARIANT(segment.modality >= 0 && segment.modality < static_cast<int64_t>(schema_.modalities.size()), "modality ", segment.modality);
+    const auto& known = schema_.modalities[segment.modality];
+    for (int32_t id : segment.ids) {
+      MOEGRAFT_CHECK(id >= 0 && id < known.num_codes, "document ", num_documents_, ": ", known.name, " id ", id, " is outside [0, ", known.num_codes, ")");
+      ids_.push_back(id);
+      modality_.push_back(static_cast<uint8_t>(segment.modality));
+    }
+    MOEGRAFT_CHECK(segment.modality == 0 || static_cast<int64_t>(segment.ids.size()) % known.item_length == 0, "document ", num_documents_, ": ", segment.ids.size(), " ", known.name,
+                   " codes are not a whole number of items of ", known.item_length);
+  }
+  MOEGRAFT_CHECK(ids_.size() > before, "document ", num_documents_, " is empty");
+  offsets_.push_back(static_cast<int64_t>(ids_.size()));
+  num_tokens_ += static_cast<int64_t>(ids_.size() - before);
+  ++num_documents_;
+  if (static_cast<int64_t>(ids_.size()) >= max_tokens_) flush();
+}
+
+void ShardWriter::flush() {
+  std::map<std::string, std::string> metadata = {{"format", kFormat}, {"version", kVersion}, {"text_vocab", std::to_string(schema_.modalities[0].num_codes)}};
+  std::vector<std::string> names;
+  for (const auto& modality : schema_.modalities) {
+    names.push_back(modality.name);
+    if (modality.name == "text") continue;
+    metadata["codes_" + modality.name] = std::to_string(modality.num_codes);
+    metadata["item_length_" + modality.name] = std::to_string(modality.item_length);
+  }
+  metadata["modalities"] = join(names, ",");
+  char name[64];
+  std::snprintf(name, sizeof name, "shard-%05lld.safetensors", static_cast<long long>(num_files_++));
+  io::save_safetensors(folder_ / name,
+                       {{"ids", at::tensor(at::ArrayRef<int32_t>(ids_), at::kInt)},
+                        {"modality", at::tensor(at::ArrayRef<uint8_t>(modality_), at::kByte)},
+                        {"document_offsets", at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong)}},
+                       metadata);
+  ids_.clear();
+  modality_.clear();
+  offsets_.assign(1, 0);
+}
+
+void ShardWriter::finish() {
+  MOEGRAFT_CHECK(num_documents_ > 0, "nothing to write to ", folder_.string(), ": the data set is empty");
+  if (!ids_.empty()) flush();
+}
+
+}  // namespace moegraft::data

@@ -1,0 +1,293 @@
+#include "moegraft/data/prepare.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <set>
+#include <sstream>
+
+#include "data/emoji_splits.h"
+#include "data/unicode.h"
+#include "moegraft/base/check.h"
+#include "moegraft/codec/vq.h"
+#include "moegraft/data/corpus.h"
+#include "moegraft/data/manifest.h"
+#include "moegraft/data/shard.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/image.h"
+#include "moegraft/tokenizer/tokenizer.h"
+#include "tests_data.h"
+
+namespace moegraft::data {
+namespace {
+
+using test::Folder;
+
+std::string error_of(const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const UserError& e) {
+    return e.what();
+  }
+  return "";
+}
+void write(const std::filesystem::path& path, const std::string& text) {
+  std::filesystem::create_directories(path.parent_path());
+  std::ofstream(path) << text;
+}
+std::vector<std::string> lines(const std::filesystem::path& path) {
+  std::istringstream in(io::read_file(path));
+  std::vector<std::string> out;
+  for (std::string line; std::getline(in, line);) out.push_back(line);
+  return out;
+}
+
+TEST(Unicode, PlainLower) {
+  EXPECT_EQ(plain_lower("  Piñata\u00a0 ÅLAND\tO’Clock “x” "), "piñata åland o'clock \"x\"");
+  EXPECT_EQ(to_utf8(to_code_points("a👍é")), "a👍é");
+  EXPECT_EQ(to_code_points("\xff" "a"), U"\uFFFDa");
+}
+
+TEST(Manifest, EveryShape) {
+  Folder folder;
+  write(folder / "m.jsonl",
+        R"({"image": "a.png", "text": "red heart", "captions": ["red heart", "love"], "keywords": ["x"]})" "\n\n"
+        R"({"segments": [{"text": "look: "}, {"image": "b.png"}, {"text": "nice"}]})" "\n"
+        R"({"image": "c.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]})" "\n"
+        R"({"images": ["d.png", "e.png"], "conversations": [{"from": "human", "value": "1 <image> 2 <image>"}]})" "\n"
+        R"({"text": "words"})" "\n");
+  const auto entries = read_manifest(folder / "m.jsonl");
+  ASSERT_EQ(entries.size(), 5u);
+  EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
+  auto shape = [&](const ManifestEntry& entry) {
+    std::string out;
+    for (const auto& s : entry.segments) out += s.is_image() ? "[" + s.image.filename().string() + "]" : s.text;
+    return out;
+  };
+  EXPECT_EQ(shape(entries[0]), "red heart[a.png]");
+  EXPECT_EQ(entries[0].segments[1].image, folder / "a.png");
+  EXPECT_EQ(shape(entries[1]), "look: [b.png]nice");
+  EXPECT_EQ(shape(entries[2]), "[c.png]\nwhat?\na dog");
+  EXPECT_EQ(shape(entries[3]), "1 [d.png] 2 [e.png]");
+  EXPECT_EQ(shape(entries[4]), "words");
+  EXPECT_EQ(entries[1].line, 3);
+}
+
+TEST(Manifest, NamesTheBrokenLine) {
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"{\"text\": \"a\"}\n{\"text\":", "m.jsonl:2: not valid JSON"},
+      {"[1]", "must be a JSON object, got array"},
+      {"{\"caption\": \"a\"}", "expected \"image\" and \"text\""},
+      {"{\"text\": 3}", "\"text\" must be a string, got number"},
+      {"{\"text\": \"\"}", "the document is empty"},
+      {"{\"image\": \"\"}", "an image path is empty"},
+      {"{\"segments\": [{\"sound\": \"a\"}]}", "a segment must be"},
+      {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}", "2 <image> placeholders for 1 image"},
+      {"{\"image\": \"a.png\", \"captions\": \"a\"}", "\"captions\" must be a list"},
+      {"\n", "is empty"}};
+  Folder folder;
+  for (const auto& [text, expected] : cases) {
+    write(folder / "m.jsonl", text);
+    const auto error = error_of([&] { read_manifest(folder / "m.jsonl"); });
+    EXPECT_NE(error.find(expected), std::string::npos) << expected << " in: " << error;
+  }
+  EXPECT_NE(error_of([&] { read_manifest(folder / "none.jsonl"); }).find("none.jsonl"), std::string::npos);
+}
+
+std::vector<EmojiEntry> some_emoji() {
+  std::vector<EmojiEntry> entries;
+  auto add = [&](const std::string& name, const std::string& concept_name) {
+    EmojiEntry entry;
+    entry.code_points = std::u32string(1, static_cast<char32_t>(0x1F900 + entries.size()));
+    entry.name = name, entry.concept_name = concept_name;
+    entries.push_back(entry);
+  };
+  for (int i = 0; i < 60; ++i) {
+    const std::string name = "gesture " + std::to_string(i);
+    add(name, name);
+    for (const char* tone : {"light", "medium-light", "medium", "medium-dark", "dark"}) add(name + ": " + tone + " skin tone", name);
+  }
+  for (const char* colour : {"red", "orange", "yellow", "green", "blue", "purple", "black", "white"}) add(std::string(colour) + " heart", std::string(colour) + " heart");
+  add("pizza", "pizza");
+  return entries;
+}
+
+TEST(EmojiSplits, ConceptsAndCompositions) {
+  const auto entries = some_emoji();
+  const auto splits = split_emoji(entries, 0.2, 17);
+  std::map<std::string, std::map<EmojiSplit, int>> by_concept;
+  int held = 0, hearts_out = 0;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    ++by_concept[entries[i].concept_name][splits[i]];
+    if (entries[i].name.ends_with(" heart")) hearts_out += splits[i] == EmojiSplit::composition;
+    if (well_known_rank(entries[i].name) >= 0) EXPECT_EQ(splits[i], EmojiSplit::train) << entries[i].name;
+  }
+  EXPECT_EQ(hearts_out, 2);
+  for (const auto& [name, counts] : by_concept) {
+    if (!name.starts_with("gesture")) continue;
+    if (counts.contains(EmojiSplit::heldout)) {
+      EXPECT_EQ(counts.size(), 1u) << "a held-out concept is held out as a whole";
+      ++held;
+    } else {
+      EXPECT_EQ(counts.at(EmojiSplit::train), 5);
+      EXPECT_EQ(counts.at(EmojiSplit::composition), 1);
+    }
+  }
+  EXPECT_GT(held, 4);
+  EXPECT_LT(held, 24);
+  EXPECT_EQ(splits, split_emoji(entries, 0.2, 17));
+  EXPECT_NE(splits, split_emoji(entries, 0.2, 18));
+  // Another entry moves nobody.
+  auto fewer = entries;
+  fewer.erase(fewer.begin(), fewer.begin() + 6);
+  const auto fewer_splits = split_emoji(fewer, 0.2, 17);
+  EXPECT_TRUE(std::equal(fewer_splits.begin(), fewer_splits.end(), splits.begin() + 6));
+  const auto popular = popular_emoji(entries, splits, 4, 17);
+  ASSERT_EQ(popular.size(), 4u);
+  EXPECT_EQ(entries[popular[0]].name, "red heart");
+  EXPECT_EQ(entries[popular[1]].name, "pizza");
+}
+
+TEST(Emoji, SmallSetFromTheDebianPackages) {
+  EmojiOptions options;
+  if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.annotations)) GTEST_SKIP() << "fonts-noto-color-emoji or unicode-cldr-core is not installed";
+  Folder folder;
+  options.output = folder / "emoji";
+  options.limit = 60, options.popular = 20, options.size = 24;
+  const auto summary = prepare_emoji(options);
+  EXPECT_EQ(summary.pictures, 60);
+  EXPECT_EQ(summary.popular, 20);
+  EXPECT_EQ(summary.train + summary.heldout + summary.compositions, 60);
+  const auto entries = read_manifest(folder / "emoji/popular.jsonl");
+  ASSERT_EQ(entries[0].captions[0], "red heart");
+  const auto heart = io::load_image(entries[0].segments[1].image);
+  EXPECT_EQ(heart.sizes(), (at::IntArrayRef{3, 24, 24}));
+  const auto centre = heart.slice(1, 9, 15).slice(2, 9, 15).to(at::kFloat).mean({1, 2});
+  EXPECT_GT(centre[0].item<float>(), 180);  // red inside, white in the corner
+  EXPECT_LT(centre[1].item<float>(), 90);
+  EXPECT_EQ(heart.select(1, 0).select(1, 0).min().item<int>(), 255);
+  options.font = folder / "none.ttf";
+  EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("emoji font not found"), std::string::npos);
+  write(folder / "text.ttf", "not a font");
+  options.font = folder / "text.ttf";
+  EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("is not a font"), std::string::npos);
+}
+
+TEST(Corpus, SmallWordNet) {
+  Folder folder;
+  const std::string licence = "  1 This software and database\n";
+  for (const char* name : {"data.noun", "data.verb", "data.adj", "data.adv"}) {
+    std::string text = licence;
+    for (int i = 0; i < 25; ++i)
+      text += "00001740 03 n 02 Physical_entity" + std::to_string(i) + " 0 thing(p) 0 001 ~ 00001930 n 0000 | that which is Known" + std::string(name).substr(5) + std::to_string(i) + "; \"an example\"  \n";
+    write(folder / ("wn/" + std::string(name)), text);
+  }
+  write(folder / "cldr/annotations/en.xml", R"(<ldml><annotations><annotation cp="❤">heart | love</annotation><annotation cp="❤" type="tts">red heart</annotation>
+      <annotation cp="{" type="tts">open brace</annotation></annotations></ldml>)");
+  write(folder / "cldr/annotationsDerived/en.xml", "<ldml><annotations/></ldml>");
+  CorpusOptions options;
+  options.wordnet = folder / "wn", options.annotations = folder / "cldr", options.output = folder / "out", options.eval_share = 0.1;
+  const auto summary = prepare_corpus(options);
+  EXPECT_EQ(summary.train_documents, 90 + 6);
+  EXPECT_EQ(summary.eval_documents, 10);
+  auto train = lines(folder / "out/train.txt"), eval = lines(folder / "out/eval.txt");
+  EXPECT_EQ(std::count(train.begin(), train.end(), "red heart: heart, love") + std::count(train.begin(), train.end(), "red heart: love, heart"), 6);
+  std::set<std::string> all(train.begin(), train.end());
+  for (const auto& line : eval) EXPECT_TRUE(all.insert(line).second) << "held-out text is not trained on";
+  EXPECT_TRUE(all.contains("physical entity3, thing: that which is knownverb3; \"an example\""));
+  prepare_corpus(options);
+  EXPECT_EQ(lines(folder / "out/train.txt"), train);
+  write(folder / "wn/data.adj", licence + "rubbish\n");
+  EXPECT_NE(error_of([&] { prepare_corpus(options); }).find("data.adj:2: not a WordNet synset line"), std::string::npos);
+  std::filesystem::remove(folder / "wn/data.adj");
+  EXPECT_NE(error_of([&] { prepare_corpus(options); }).find("WordNet not found"), std::string::npos);
+}
+
+struct Prepare : ::testing::Test {
+  static void SetUpTestSuite() {
+    shared = new Folder;
+    std::string text;
+    for (int i = 0; i < 200; ++i) text += "a red heart and a green apple, number " + std::to_string(i) + "\n";
+    write(*shared / "train.txt", text);
+    tokenizer::SentencePieceTraining training;
+    training.vocab_size = 300;
+    tokenizer::train_sentencepiece({*shared / "train.txt"}, *shared / "tokenizer", training);
+    codec::VqConfig config;
+    config.image_size = 12, config.channels = {8, 8}, config.mixer_width = 8, config.mixer_blocks = 1, config.codebook_size = 16, config.code_width = 4;
+    codec::VqCodec(config, 3).save(*shared / "codec");
+  }
+  static void TearDownTestSuite() { delete shared; }
+  static inline Folder* shared = nullptr;
+  Folder folder;
+  ShardOptions options;
+  void SetUp() override {
+    options.tokenizer = *shared / "tokenizer", options.codec = *shared / "codec", options.output = folder / "shards", options.batch_size = 2;
+    std::filesystem::create_directories(folder / "images");
+    for (int i = 0; i < 5; ++i) io::save_image(folder / ("images/" + std::to_string(i) + ".png"), at::full({3, 12, 12}, 40 * i, at::kByte));
+  }
+};
+
+TEST_F(Prepare, CaptionedPictures) {
+  std::string manifest;
+  for (int i = 0; i < 5; ++i)
+    manifest += R"({"image": "images/)" + std::to_string(i) + R"(.png", "text": "red heart", "captions": ["red heart", "a green apple"]})" "\n";
+  write(folder / "m.jsonl", manifest);
+  options.manifests = {folder / "m.jsonl"};
+  options.captions = "all";
+  const auto summary = prepare_shards(options);
+  EXPECT_EQ(summary.documents, 10);
+  EXPECT_EQ(summary.images, 5);
+  const ShardSet shards(options.output);
+  const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
+  const auto codec = codec::load_codec(options.codec);
+  EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, codec->grid() * codec->grid()}}}));
+  for (int64_t i = 0; i < 10; ++i) {
+    const auto document = test::to_lists(shards.document(i));
+    ASSERT_EQ(document.size(), 2u);
+    const auto ids = tokenizer->encode(i % 2 ? "a green apple" : "red heart");
+    EXPECT_EQ(document[0].second, (std::vector<int32_t>(ids.begin(), ids.end())));
+    const auto pixels = codec->prepare(io::load_image(folder / ("images/" + std::to_string(i / 2) + ".png")));
+    const auto codes = test::values(codec->encode(pixels.unsqueeze(0)).reshape(-1).contiguous());
+    EXPECT_EQ(document[1].second, (std::vector<int32_t>(codes.begin(), codes.end())));
+  }
+}
+
+TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {
+  write(folder / "images/bad.png", "\x89PNG\r\n\x1a\nnonsense");
+  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})" "\n" R"({"image": "images/1.png", "text": "green"})" "\n" R"({"text": "apple"})");
+  options.manifests = {folder / "m.jsonl"};
+  const auto summary = prepare_shards(options);
+  EXPECT_EQ(summary.documents, 2);
+  EXPECT_EQ(summary.skipped_images, 1);
+  EXPECT_EQ(summary.skipped_documents, 1);
+  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})");
+  options.overwrite = true;
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("the data set is empty"), std::string::npos);
+  write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})");
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("image not found"), std::string::npos);
+}
+
+TEST_F(Prepare, PlainText) {
+  write(folder / "t.txt", "Red Heart\n\n  a green apple  \n");
+  options.texts = {folder / "t.txt"};
+  options.codec.clear();
+  options.lowercase = true;
+  EXPECT_EQ(prepare_shards(options).documents, 2);
+  const ShardSet shards(options.output);
+  EXPECT_EQ(shards.schema().modalities.size(), 1u);
+  const auto ids = tokenizer::load_tokenizer(options.tokenizer)->encode("red heart");
+  EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, {ids.begin(), ids.end()}}}));
+  options.texts = {folder / "none.txt"};
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("text file not found"), std::string::npos);
+  options.texts.clear();
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("nothing to prepare"), std::string::npos);
+  write(folder / "m.jsonl", R"({"image": "images/1.png", "text": "green"})");
+  options.manifests = {folder / "m.jsonl"};
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moegraft::data

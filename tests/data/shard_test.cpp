@@ -1,0 +1,136 @@
+#include "moegraft/data/shard.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "moegraft/base/check.h"
+#include "tests_data.h"
+
+namespace moegraft::data {
+namespace {
+
+using test::Folder;
+using Ids = std::vector<int32_t>;
+
+const Schema kSchema{{{"text", 11, 0}, {"image", 5, 4}}};
+
+std::string error_of(const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const UserError& e) {
+    return e.what();
+  }
+  return "";
+}
+
+void write(const std::filesystem::path& path, io::TensorMap tensors, std::map<std::string, std::string> changes = {}) {
+  std::map<std::string, std::string> metadata = {{"format", "moegraft.shard"}, {"version", "1"}, {"modalities", "text,image"}, {"text_vocab", "11"}, {"codes_image", "5"}, {"item_length_image", "4"}};
+  for (auto& [key, value] : changes) metadata[key] = value;
+  io::TensorMap all = {{"ids", at::tensor(Ids{5, 6, 0, 1, 2, 3}, at::kInt)},
+                       {"modality", at::tensor(std::vector<uint8_t>{0, 0, 1, 1, 1, 1}, at::kByte)},
+                       {"document_offsets", at::tensor(std::vector<int64_t>{0, 6}, at::kLong)}};
+  for (auto& [name, tensor] : tensors) all[name] = tensor;
+  io::save_safetensors(path, all, metadata);
+}
+
+TEST(Shard, ReadsWhatThePythonPackageWrote) {
+  const ShardSet shards(std::string(MOEGRAFT_SOURCE_DIR) + "/tests/golden/data/shard.safetensors");
+  ASSERT_EQ(shards.schema(), kSchema);
+  ASSERT_EQ(shards.num_documents(), 3);
+  EXPECT_EQ(shards.num_tokens(), 18);
+  EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, {5, 6, 7}}}));
+  EXPECT_EQ(test::to_lists(shards.document(1)), (test::Lists{{0, {8, 9}}, {1, {0, 1, 2, 3}}}));
+  EXPECT_EQ(test::to_lists(shards.document(2)), (test::Lists{{1, {3, 2, 1, 0, 4, 4, 4, 4}}, {0, {10}}}));
+  shards.validate();
+}
+
+TEST(Shard, WriterRoundTripsOverSeveralFiles) {
+  Folder folder;
+  ShardWriter writer(folder / "s", kSchema, false, 7);
+  std::vector<test::Lists> documents;
+  for (int32_t i = 0; i < 20; ++i) {
+    test::Lists document = {{0, Ids(1 + i % 4, i % 11)}};
+    if (i % 3 == 0) document.push_back({1, {0, 1, 2, i % 5}});
+    documents.push_back(document);
+    writer.add(test::to_segments(document));
+  }
+  writer.finish();
+  const ShardSet shards(folder / "s");
+  ASSERT_EQ(shards.num_documents(), 20);
+  EXPECT_EQ(shards.num_tokens(), writer.num_tokens());
+  int64_t files = std::distance(std::filesystem::directory_iterator(folder / "s"), {});
+  EXPECT_GT(files, 5);
+  for (int64_t i = 0; i < 20; ++i) EXPECT_EQ(test::to_lists(shards.document(i)), documents[i]) << i;
+  EXPECT_NE(error_of([&] { ShardWriter(folder / "s", kSchema); }).find("--overwrite"), std::string::npos);
+  ShardWriter again(folder / "s", kSchema, true);
+  again.add(test::to_segments(documents[0]));
+  again.finish();
+  EXPECT_EQ(ShardSet(folder / "s").num_documents(), 1);
+}
+
+TEST(Shard, WriterRefusesBadDocuments) {
+  Folder folder;
+  ShardWriter writer(folder / "s", kSchema);
+  const Ids text{11}, code{5, 0, 0, 0}, broken{0, 1, 2};
+  EXPECT_NE(error_of([&] { writer.add({{0, text}}); }).find("text id 11 is outside [0, 11)"), std::string::npos);
+  EXPECT_NE(error_of([&] { writer.add({{1, code}}); }).find("image id 5"), std::string::npos);
+  EXPECT_NE(error_of([&] { writer.add({{1, broken}}); }).find("whole number of items"), std::string::npos);
+  EXPECT_NE(error_of([&] { writer.add({}); }).find("empty"), std::string::npos);
+  EXPECT_NE(error_of([&] { ShardWriter(folder / "t", kSchema).finish(); }).find("empty"), std::string::npos);
+}
+
+TEST(Shard, NamesWhatIsWrongInAFile) {
+  struct Case {
+    const char* expected;
+    io::TensorMap tensors;
+    std::map<std::string, std::string> metadata;
+  };
+  const auto longs = [](std::vector<int64_t> v) { return at::tensor(v, at::kLong); };
+  const std::vector<Case> cases = {
+      {"\"format\" must be", {}, {{"format", "pt"}}},
+      {"version must be \"1\", got \"2\"", {}, {{"version", "2"}}},
+      {"\"text_vocab\" must be a positive integer, got \"many\"", {}, {{"text_vocab", "many"}}},
+      {"must be a positive integer, got \"0\"", {}, {{"item_length_image", "0"}}},
+      {"must be \"text\", then the others", {}, {{"modalities", "image,text"}}},
+      {"\"codes_audio\" is missing", {}, {{"modalities", "text,audio"}}},
+      {"\"ids\" must be Int", {{"ids", longs({5, 6, 0, 1, 2, 3})}}, {}},
+      {"as many entries", {{"modality", at::zeros({5}, at::kByte)}}, {}},
+      {"go from 0 to 6", {{"document_offsets", longs({0, 7})}}, {}},
+      {"go from 0 to 6", {{"document_offsets", longs({1, 6})}}, {}},
+      {"must rise", {{"document_offsets", longs({0, 3, 3, 6})}}, {}},
+      {"must rise", {{"document_offsets", longs({0, 9, 3, 6})}}, {}},
+      {"text id 11 at token 1", {{"ids", at::tensor(Ids{5, 11, 0, 1, 2, 3}, at::kInt)}}, {}},
+      {"image id -1 at token 2", {{"ids", at::tensor(Ids{5, 6, -1, 1, 2, 3}, at::kInt)}}, {}},
+      {"modality 2 at token 0", {{"modality", at::tensor(std::vector<uint8_t>{2, 0, 1, 1, 1, 1}, at::kByte)}}, {}},
+      {"run of 3 image codes", {{"modality", at::tensor(std::vector<uint8_t>{0, 0, 0, 1, 1, 1}, at::kByte)}}, {}},
+  };
+  Folder folder;
+  for (const auto& c : cases) {
+    write(folder / "x.safetensors", c.tensors, c.metadata);
+    const std::string error = error_of([&] { ShardSet(folder / "x.safetensors").validate(); });
+    EXPECT_NE(error.find(c.expected), std::string::npos) << c.expected << " in: " << error;
+    EXPECT_NE(error.find("x.safetensors"), std::string::npos);
+  }
+  write(folder / "x.safetensors", {});
+  EXPECT_EQ(error_of([&] { ShardSet(folder / "x.safetensors").validate(); }), "");
+}
+
+TEST(Shard, MissingEmptyAndTruncatedSources) {
+  Folder folder;
+  EXPECT_NE(error_of([&] { ShardSet(folder / "none"); }).find("not found"), std::string::npos);
+  std::filesystem::create_directory(folder / "empty");
+  EXPECT_NE(error_of([&] { ShardSet(folder / "empty"); }).find("holds no shard"), std::string::npos);
+  write(folder / "x.safetensors", {{"ids", at::zeros({0}, at::kInt)}, {"modality", at::zeros({0}, at::kByte)}, {"document_offsets", at::zeros({1}, at::kLong)}});
+  EXPECT_NE(error_of([&] { ShardSet(folder / "x.safetensors"); }).find("is empty"), std::string::npos);
+  write(folder / "x.safetensors", {});
+  std::filesystem::resize_file(folder / "x.safetensors", std::filesystem::file_size(folder / "x.safetensors") - 3);
+  EXPECT_NE(error_of([&] { ShardSet(folder / "x.safetensors"); }).find("x.safetensors"), std::string::npos);
+  std::filesystem::create_directory(folder / "mixed");
+  write(folder / "mixed/a.safetensors", {});
+  write(folder / "mixed/b.safetensors", {}, {{"text_vocab", "12"}});
+  EXPECT_NE(error_of([&] { ShardSet(folder / "mixed"); }).find("other modalities"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moegraft::data
