@@ -239,6 +239,8 @@ TEST_F(Safetensors, RefusesWhatItCannotHold) {
 // A write that fails half-way (a full disk; here a file size limit) leaves the old file and no temporary one.
 TEST_F(Safetensors, FailedWriteKeepsTheOldFile) {
   save_safetensors(file("a"), {{"x", torch::ones({4})}});
+  // Made before the fork: the child has none of the OpenMP pool's threads, so a parallel operation there would wait for ever.
+  const TensorMap large = {{"x", torch::zeros({100000})}};
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
@@ -246,7 +248,7 @@ TEST_F(Safetensors, FailedWriteKeepsTheOldFile) {
     const struct rlimit limit {4096, 4096};
     ::setrlimit(RLIMIT_FSIZE, &limit);
     try {
-      save_safetensors(file("a"), {{"x", torch::zeros({100000})}});
+      save_safetensors(file("a"), large);
     } catch (const UserError& error) {
       ::_exit(std::string(error.what()).find("File too large") != std::string::npos ? 7 : 8);
     }
