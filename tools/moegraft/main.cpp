@@ -18,11 +18,19 @@ int run(int argc, char** argv) {
     if (verbose) log::set_level(log::Level::debug);
   });
   tools::add_tokenize_command(app);
+  tools::add_inspect_command(app);
+  tools::add_bench_command(app);
+  tools::add_train_command(app);
+  tools::add_logits_command(app);
+  tools::add_data_command(app);
+  tools::add_codec_command(app);
   try {
     app.parse(argc, argv);
     return 0;
   } catch (const CLI::Success& e) {
     return app.exit(e);
+  } catch (const CLI::RuntimeError& e) {
+    return e.get_exit_code();  // a command that ended with a code of its own
   } catch (const CLI::ParseError& e) {
     app.exit(e);
     return 2;

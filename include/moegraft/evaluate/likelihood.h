@@ -1,0 +1,24 @@
+#pragma once
+// Teacher-forced likelihood on held-out data, by modality.
+
+#include <vector>
+
+#include "moegraft/data/stream.h"
+#include "moegraft/graft/grafted_model.h"
+#include "moegraft/model/decoder.h"
+
+namespace moegraft::evaluate {
+
+struct Likelihood {
+  std::vector<double> nll_M;       // mean negative log-likelihood in nats per label, text first; NaN without labels
+  std::vector<int64_t> labels_M;
+  double total() const;            // over all labels
+};
+
+// One pass over the stream from its start. Labels are normalised over their own modality's rows. Observers see every batch.
+Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options = {});
+
+// Copies a CPU batch to the model's device.
+model::PackedBatch to_device(const model::PackedBatch& batch, at::Device device);
+
+}  // namespace moegraft::evaluate

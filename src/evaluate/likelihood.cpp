@@ -1,0 +1,39 @@
+#include "moegraft/evaluate/likelihood.h"
+
+#include <torch/torch.h>
+
+#include <cmath>
+
+namespace moegraft::evaluate {
+
+double Likelihood::total() const {
+  double sum = 0, count = 0;
+  for (size_t m = 0; m < nll_M.size(); ++m)
+    if (labels_M[m] > 0) sum += nll_M[m] * double(labels_M[m]), count += double(labels_M[m]);
+  return count > 0 ? sum / count : NAN;
+}
+
+Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options) {
+  at::NoGradGuard no_grad;
+  const size_t sets = model.decoder->rows().size() + 1;
+  std::vector<double> sums(sets, 0.0);
+  Likelihood out{std::vector<double>(sets, NAN), std::vector<int64_t>(sets, 0)};
+  stream.rewind();
+  while (const auto batch = stream.next()) {
+    const model::PackedBatch b = to_device(*batch, model.device());
+    const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b, options).hidden_TD, b.labels_T);
+    const at::Tensor nll = loss.nll_sum_M.to(at::kCPU, at::kDouble);
+    for (size_t m = 0; m < sets; ++m) sums[m] += nll[int64_t(m)].item<double>(), out.labels_M[m] += loss.count_M[m];
+  }
+  for (size_t m = 0; m < sets; ++m)
+    if (out.labels_M[m] > 0) out.nll_M[m] = sums[m] / double(out.labels_M[m]);
+  return out;
+}
+
+model::PackedBatch to_device(const model::PackedBatch& batch, at::Device device) {
+  if (device.is_cpu()) return batch;
+  const auto move = [&](const at::Tensor& t) { return t.defined() ? t.to(device) : t; };
+  return {move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens, move(batch.labels_T)};
+}
+
+}  // namespace moegraft::evaluate

@@ -1,0 +1,107 @@
+// A new grafted model: rows and factors initialised as the run asks.
+#include <torch/torch.h>
+
+#include <chrono>
+#include <fstream>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/data/stream.h"
+#include "moegraft/graft/calibration.h"
+#include "moegraft/graft/grafted_model.h"
+#include "moegraft/graft/initialise_lora.h"
+#include "moegraft/graft/initialise_rows.h"
+#include "moegraft/io/json.h"
+
+namespace moegraft::graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Rows of a calibration sample: enough for the ranks in use, small enough for a solver per expert.
+constexpr int64_t kCalibrationRows = 256;
+
+io::Json initialise_embeddings(GraftedModel& m, const run::RunConfig& config) {
+  io::Json report = io::Json::object();
+  auto& weights = *m.decoder->base().weights;
+  const at::Tensor embedding = weights.embedding_VD().to(at::kCPU, at::kFloat), head = weights.head_VD().to(at::kCPU, at::kFloat);
+  const bool tied = m.decoder->spec().tie_word_embeddings;
+  for (size_t i = 0; i < m.vocabulary.modalities.size(); ++i) {
+    const auto& tokens = m.vocabulary.modalities[i];
+    const RowsInit init = initialise_rows(config.embeddings.init, embedding, tied ? at::Tensor() : head, m.codecs.at(tokens.name)->codebook_NZ().to(at::kCPU), 2, config.ot,
+                                          uint64_t(config.run.seed) + i);
+    for (const auto& warning : init.report.warnings) log::warning("rows of ", tokens.name, ": ", warning);
+    const auto& rows = m.decoder->rows()[i];
+    rows.embedding_ND.detach().copy_(init.embedding_ND);
+    if (!tied) rows.head_ND.detach().copy_(init.head_ND);
+    report[tokens.name] = io::Json::parse(init.report.to_json());
+  }
+  return report;
+}
+
+// Runs documents of the training data through the model with its new rows, adapters still zero.
+Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
+  at::NoGradGuard no_grad;
+  Calibration calibration(kCalibrationRows, uint64_t(config.run.seed));
+  data::BatchStream stream(config.data.train, config.data, m.vocabulary, uint64_t(config.run.seed));
+  model::ForwardOptions options;
+  options.sites = &calibration;
+  for (int64_t tokens = 0; tokens < config.ot.calibration_tokens;) {
+    model::PackedBatch batch = stream.next();
+    batch.ids_T = batch.ids_T.to(m.device());
+    batch.positions_T = batch.positions_T.to(m.device());
+    if (batch.modality_T.defined()) batch.modality_T = batch.modality_T.to(m.device());
+    m.decoder->forward(batch, options);
+    tokens += batch.num_tokens();
+  }
+  return calibration;
+}
+
+// The factors of an earlier run's adapter at the same place: every tensor must be there with its shape.
+void initialise_from(adapters::ModalityLora& lora, size_t index, const std::string& path) {
+  fs::path dir = path;
+  if (fs::is_directory(dir / "checkpoints")) {
+    const auto latest = checkpoint::find_latest(dir / "checkpoints");
+    MOEGRAFT_CHECK(latest.has_value(), "adapters[", index, "].init_from: ", path, " has no checkpoint");
+    dir = *latest;
+  }
+  const checkpoint::Checkpoint saved = checkpoint::load(dir);
+  for (auto& f : lora.factors())
+    for (const auto& [suffix, target] : {std::pair(".A", f.A), std::pair(".B", f.B)}) {
+      const auto it = saved.parameters.find(f.name + suffix);
+      MOEGRAFT_CHECK(it != saved.parameters.end(), "adapters[", index, "].init_from: ", path, " has no ", f.name, suffix, "; it must come from a run with the same layers and sites");
+      MOEGRAFT_CHECK(it->second.sizes() == target.sizes(), "adapters[", index, "].init_from: ", f.name, suffix, " must have shape ", target.sizes().vec(), ", got ", it->second.sizes().vec());
+      target.detach().copy_(it->second);
+    }
+}
+
+}  // namespace
+
+GraftedModel build_model(const run::RunConfig& config) {
+  const auto start = std::chrono::steady_clock::now();
+  GraftedModel m = assemble_model(config);
+  if (!m.is_graft()) return m;
+  at::NoGradGuard no_grad;
+  io::Json report{{"rows", initialise_embeddings(m, config)}, {"adapters", io::Json::array()}};
+  std::optional<Calibration> calibration;
+  for (size_t i = 0; i < config.adapters.size(); ++i) {
+    const auto& a = config.adapters[i];
+    auto& lora = *m.adapters->adapters()[i];
+    if (!a.init_from.empty()) {
+      initialise_from(lora, i, a.init_from);
+      report["adapters"].push_back({{"init_from", a.init_from}});
+      continue;
+    }
+    if (a.init != "kaiming_zero" && !calibration) calibration = calibrate(m, config);
+    const int64_t modality = a.modality.front() == "text" ? 0 : m.vocabulary.by_name(a.modality.front()).modality;
+    report["adapters"].push_back(io::Json::parse(initialise_lora(lora, a.init, calibration ? &*calibration : nullptr, modality, config.ot, uint64_t(config.run.seed) + i)));
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  report["seconds"] = seconds;
+  m.init_report_json = report.dump(2);
+  log::info("initialised rows (", config.embeddings.init, ") and adapters in ", int64_t(seconds * 10) / 10.0, " s");
+  return m;
+}
+
+}  // namespace moegraft::graft

@@ -1,0 +1,26 @@
+#include "samples.h"
+
+#include <torch/torch.h>
+
+#include "moegraft/base/log.h"
+#include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/generate/images.h"
+#include "moegraft/io/image.h"
+
+namespace moegraft::train {
+
+std::filesystem::path write_samples(graft::GraftedModel& model, const std::vector<std::string>& prompts, const std::filesystem::path& dir, int64_t step, uint64_t seed) {
+  if (prompts.empty()) return {};
+  at::NoGradGuard no_grad;
+  generate::ImageOptions options;
+  options.seed = seed;
+  options.sampling.temperature = 0;  // the likeliest picture: comparable between steps
+  std::vector<at::Tensor> pictures;
+  for (const auto& result : generate::generate_images(model, prompts, options)) pictures.push_back(result.pixels_3HW);
+  const auto file = dir / (checkpoint::step_name(step) + ".png");
+  io::save_image(file, io::contact_sheet(pictures, std::min<int64_t>(8, int64_t(pictures.size()))));
+  log::info("step ", step, ": samples in ", file.string());
+  return file;
+}
+
+}  // namespace moegraft::train

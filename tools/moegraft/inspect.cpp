@@ -1,0 +1,153 @@
+// moegraft inspect: what a model or run is made of. Reads headers and configs; weights stay on disk.
+#include <cstdio>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/progress.h"
+#include "moegraft/base/text.h"
+#include "moegraft/codec/codec.h"
+#include "moegraft/config/config.h"
+#include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/model/weights.h"
+#include "moegraft/run/run_dir.h"
+
+namespace moegraft::tools {
+namespace {
+
+using Json = nlohmann::json;
+namespace fs = std::filesystem;
+
+struct Options {
+  std::string path, config;
+  std::vector<std::string> set;
+  int64_t codebook = 0;
+  bool json = false;
+};
+
+Json describe_spec(const model::DecoderSpec& s) {
+  int64_t sparse = 0, window = 0;
+  for (const auto& layer : s.layers) sparse += layer.sparse, window = std::max(window, layer.sliding_window);
+  return {{"family", s.family}, {"layers", s.num_layers}, {"sparse_layers", sparse}, {"hidden_size", s.hidden_size}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},
+          {"head_dim", s.head_dim}, {"experts", s.num_experts}, {"experts_per_token", s.num_experts_per_tok}, {"expert_width", s.moe_intermediate_size}, {"vocab_size", s.vocab_size},
+          {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_id},
+          {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
+}
+
+// Trained parameters of a config, by shape alone.
+struct Trained {
+  int64_t lora = 0, rows = 0;
+};
+Trained count_trained(const model::DecoderSpec& s, const run::RunConfig& config, const model::Vocabulary& vocabulary) {
+  Trained t;
+  for (const auto& a : config.adapters)
+    for (int64_t l = 0; l < s.num_layers; ++l) {
+      if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) continue;
+      for (const auto& name : a.sites) {
+        const model::Site site = adapters::parse_site(name);
+        if (adapters::is_expert_site(site) && !s.layers[l].sparse) continue;
+        const auto [in, out] = adapters::site_shape(s, site);
+        t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? s.num_experts : 1);
+      }
+    }
+  for (const auto& m : vocabulary.modalities) t.rows += m.num_rows() * s.hidden_size * (s.tie_word_embeddings ? 1 : 2);
+  return t;
+}
+
+// Resident bytes while training: the base in its compute dtype, float32 masters with gradient and two moments for what trains.
+Json memory_plan(const model::DecoderSpec& s, const run::RunConfig& config, int64_t trained) {
+  const bool half = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
+  const int64_t base = s.num_parameters() * (half ? 2 : 4);
+  const int64_t micro = config.data.tokens_per_step / config.train.accumulation, width = half ? 2 : 4;
+  // Saved per token and layer: two norms' inputs, q, k, v, attention in and out, and K rows of x, gate, up and y.
+  const int64_t per_layer = 4 * s.hidden_size + 2 * (s.num_heads + s.num_kv_heads) * s.head_dim + s.num_experts_per_tok * (2 * s.hidden_size + 2 * s.moe_intermediate_size);
+  const int64_t activations = micro * s.num_layers * per_layer * width;
+  return {{"base_bytes", base}, {"trained_bytes", trained * 4}, {"optimizer_and_gradient_bytes", trained * 12}, {"activation_bytes_estimate", activations}, {"total_bytes_estimate", base + trained * 16 + activations}};
+}
+
+model::Vocabulary vocabulary_of(const model::DecoderSpec& s, const run::RunConfig& config, const fs::path& run, int64_t codebook) {
+  if (!run.empty())
+    if (const auto stored = graft::read_vocabulary(run)) return *stored;
+  model::Vocabulary v{s.vocab_size, s.bos_id, s.eos_id, {}};
+  for (const auto& [name, section] : config.modalities) {
+    int64_t codes = codebook, length = 0;
+    if (codes == 0) {
+      const auto codec = codec::load_codec(section.codec);
+      codes = codec->codebook_size();
+      length = codec->grid() * codec->grid();
+    }
+    v.modalities.push_back({name, int64_t(v.modalities.size()) + 1, v.size(), codes, length});
+  }
+  return v;
+}
+
+void print(const Json& j, int indent) {
+  for (const auto& [key, value] : j.items()) {
+    if (value.is_object()) {
+      std::printf("%*s%s\n", indent, "", key.c_str());
+      print(value, indent + 2);
+    } else if (value.is_array()) {
+      for (const auto& item : value) {
+        std::printf("%*s%s\n", indent, "", key.c_str());
+        print(item, indent + 2);
+      }
+    } else if (key.find("bytes") != std::string::npos) {
+      std::printf("%*s%-28s %.2f GiB\n", indent, "", key.c_str(), value.get<double>() / double(1 << 30));
+    } else if (value.is_number_integer() && value.get<int64_t>() > 99999) {
+      std::printf("%*s%-28s %s (%lld)\n", indent, "", key.c_str(), format_count(value.get<double>()).c_str(), static_cast<long long>(value.get<int64_t>()));
+    } else {
+      std::printf("%*s%-28s %s\n", indent, "", key.c_str(), value.is_string() ? value.get<std::string>().c_str() : value.dump().c_str());
+    }
+  }
+}
+
+void run(const Options& o) {
+  Json out;
+  std::optional<run::RunConfig> config;
+  fs::path run_dir;
+  if (!o.config.empty()) {
+    config = config::parse<run::RunConfig>(config::Document::from_file(o.config, o.set));
+  } else {
+    MOEGRAFT_CHECK_USAGE(!o.path.empty(), "inspect: give a model or run directory, or -c CONFIG");
+    MOEGRAFT_CHECK(fs::exists(o.path), o.path, " does not exist");
+    if (run::is_run(o.path)) config = run::load_run_config(o.path), run_dir = o.path;
+  }
+  if (config && config->model.init) {
+    MOEGRAFT_CHECK(!run_dir.empty() && fs::exists(run_dir / "model"), "this config trains a base from scratch; inspect its `model` folder once it is trained");
+    out["model"] = describe_spec(model::read_spec(run_dir / "model"));
+  } else {
+    const model::DecoderSpec s = model::read_spec(config ? config->model.path : o.path);
+    out["model"] = describe_spec(s);
+    if (config) {
+      const model::Vocabulary v = vocabulary_of(s, *config, run_dir, o.codebook);
+      const Trained t = count_trained(s, *config, v);
+      const int64_t trained = t.lora + t.rows;
+      out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
+      out["memory"] = memory_plan(s, *config, trained);
+      for (const auto& m : v.modalities)
+        out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
+    }
+  }
+  if (o.json) std::cout << out.dump() << '\n';
+  else print(out, 0);
+}
+
+}  // namespace
+
+void add_inspect_command(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* cmd = app.add_subcommand("inspect", "Architecture, parameters, memory plan and token ids of a model, a run or a config");
+  cmd->add_option("path", o->path, "Hugging Face directory or run");
+  cmd->add_option("-c,--config", o->config, "A run's YAML that has not started: a dry run");
+  cmd->add_option("--set", o->set, "Override a key of the config")->take_all()->allow_extra_args(false);
+  cmd->add_option("--codebook", o->codebook, "Codebook size to assume when the codec is not there yet")->check(CLI::Range(1, 1 << 30));
+  cmd->add_flag("--json", o->json, "One JSON object on stdout");
+  cmd->footer("Example: moegraft inspect -c configs/qwen3-30b-a3b.yaml --set model.path=/models/Qwen3-30B-A3B --codebook 16384");
+  cmd->callback([o] { run(*o); });
+}
+
+}  // namespace moegraft::tools

@@ -1,0 +1,37 @@
+// moegraft train: the loop, from a YAML file.
+#include <memory>
+
+#include "command.h"
+#include "moegraft/base/log.h"
+#include "moegraft/config/config.h"
+#include "moegraft/run/run_config.h"
+#include "moegraft/train/signals.h"
+#include "moegraft/train/trainer.h"
+
+namespace moegraft::tools {
+namespace {
+
+struct Options {
+  std::string config, resume = "none";
+  std::vector<std::string> set;
+};
+
+}  // namespace
+
+void add_train_command(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* cmd = app.add_subcommand("train", "Train: a base from scratch, or a new modality grafted onto a base");
+  cmd->add_option("-c,--config", o->config, "YAML file of the run")->required();
+  cmd->add_option("--set", o->set, "Override a key: train.steps=200 (repeatable)")->take_all()->allow_extra_args(false);
+  cmd->add_option("--resume", o->resume, "none: a new run; auto: continue when there is one; or a checkpoint directory")->capture_default_str();
+  cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
+              "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
+  cmd->callback([o] {
+    const auto config = config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set));
+    const auto outcome = train::train(config, o->resume);
+    if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
+    log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
+  });
+}
+
+}  // namespace moegraft::tools
