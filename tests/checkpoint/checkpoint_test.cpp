@@ -225,12 +225,16 @@ TEST_F(CheckpointTest, SurvivesSigkillAtAnyMoment) {
       }
     }
     close(report[1]);
-    std::this_thread::sleep_for(std::chrono::microseconds(500 + rng.below(40000)));
+    // Every other round dies in its first save or before; the others some time after a first one, however slow the machine.
+    int64_t done = step;
+    if (round % 2) {
+      ASSERT_EQ(read(report[0], &done, sizeof done), ssize_t(sizeof done));
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(rng.below(round % 2 ? 15000 : 30000)));
     kill(child, SIGKILL);
     int status = 0;
     waitpid(child, &status, 0);
     ASSERT_TRUE(WIFSIGNALED(status)) << "the child failed by itself: " << status;
-    int64_t done = step;
     for (int64_t s; read(report[0], &s, sizeof s) == sizeof s;) done = s;
     close(report[0]);
 
@@ -244,7 +248,7 @@ TEST_F(CheckpointTest, SurvivesSigkillAtAnyMoment) {
     progressed += found - step;
     step = found;
   }
-  EXPECT_GT(progressed, kRounds / 4) << "the kills came too early to mean anything";
+  EXPECT_GE(progressed, kRounds / 2);
   CheckpointWriter cleaned(root_, {});
   for (const auto& name : names()) EXPECT_TRUE(name.starts_with("step-")) << name;
 }

@@ -12,7 +12,7 @@ struct Parameter {
   std::string name;        // unique, stable across runs: "adapters.0.layers.3.experts.gate.A"
   at::Tensor tensor;       // float32 master, a leaf that requires grad
   std::string group;       // optimizer group: "lora", "embeddings", "base", …
-  std::string modality;    // "image"; empty for the base
+  std::string modality{};  // "image"; empty for the base
   std::string sharding = "replicated";  // replicated | expert
   std::string provenance{};  // how it was initialised: "kaiming_zero", "gw_cluster", "init_from runs/a"
 };

@@ -1,0 +1,83 @@
+#pragma once
+// The run directory, the truth about a run:
+//   config.yaml (resolved)   run.json (versions, hardware, sessions)   metrics.jsonl   routing.jsonl   tb/   samples/   checkpoints/   lock
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "moegraft/run/run_config.h"
+
+namespace moegraft::run {
+
+// What bit-identity depends on: binary (checksum of the executable), libtorch, processor, vector instructions, threads, device.
+std::map<std::string, std::string> describe_environment(const std::string& device = "cpu");
+
+// True when a run was started there (config.yaml exists).
+bool is_run(const std::filesystem::path& dir);
+
+// The resolved config of an existing run. UserError when `dir` is none.
+RunConfig load_run_config(const std::filesystem::path& dir);
+
+// Keys that may differ when a run continues; a trailing ".*" stands for a whole section. All others decide what is computed.
+const std::vector<std::string>& keys_free_on_resume();
+
+// "train.steps: 100 -> 200" for each key that differs.
+struct ConfigChange {
+  std::string key, before, after;
+  bool allowed = false;
+};
+std::vector<ConfigChange> compare_configs(const RunConfig& before, const RunConfig& after);
+
+// Lines of JSON with a "step" each, appended one write at a time.
+class LineLog {
+ public:
+  LineLog() = default;
+  explicit LineLog(std::filesystem::path path);  // opened (and made) on the first append
+  ~LineLog();
+  LineLog(LineLog&& other) noexcept;
+  LineLog& operator=(LineLog&& other) noexcept;
+
+  // `line` is one JSON object without a line break. In the file when this returns. UserError (full disk): no half line stays.
+  void append(const std::string& line);
+  // Drops lines with a step beyond `step`, and a last line cut short by a kill.
+  void cut_back(int64_t step);
+  void sync();
+
+ private:
+  void close();
+  std::filesystem::path path_;
+  int fd_ = -1;
+};
+
+// Owns the directory until destroyed: one process at a time, held by a file lock that the system releases when the process ends.
+class RunDir {
+ public:
+  // A new run in config.run.dir. UsageError when a run is there already (the remedy, --resume auto, is named); UserError when another process has it.
+  static RunDir create(const RunConfig& config, const std::string& device = "cpu");
+
+  // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the others), stores the new config,
+  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back.
+  static RunDir resume(const RunConfig& config, int64_t step, const std::string& device = "cpu");
+
+  ~RunDir();
+  RunDir(RunDir&& other) noexcept;
+  RunDir& operator=(RunDir&&) = delete;
+
+  const std::filesystem::path& path() const { return dir_; }
+  std::filesystem::path checkpoints() const { return dir_ / "checkpoints"; }
+  std::filesystem::path samples() const { return dir_ / "samples"; }
+  std::filesystem::path tensorboard() const { return dir_ / "tb"; }
+
+  // Write the lines of a step before its checkpoint: a resume keeps lines up to the checkpoint's step.
+  LineLog metrics, routing;
+
+ private:
+  explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
+  std::filesystem::path dir_;
+  int lock_ = -1;
+};
+
+}  // namespace moegraft::run

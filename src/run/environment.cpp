@@ -1,0 +1,39 @@
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/version.h>
+
+#include <fstream>
+
+#include "moegraft/base/text.h"
+#include "moegraft/io/files.h"
+#include "moegraft/run/run_dir.h"
+
+namespace moegraft::run {
+namespace {
+
+std::string processor_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return trim(line.substr(line.find(':') + 1));
+  return "unknown";
+}
+
+std::string checksum_of_executable() {
+  try {
+    char text[17];
+    snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(io::checksum_file("/proc/self/exe")));
+    return text;
+  } catch (const std::exception&) {
+    return "unknown";
+  }
+}
+
+}  // namespace
+
+std::map<std::string, std::string> describe_environment(const std::string& device) {
+  return {{"binary", checksum_of_executable()},       {"libtorch", TORCH_VERSION},
+          {"processor", processor_name()},            {"instructions", at::get_cpu_capability()},
+          {"threads", std::to_string(at::get_num_threads())}, {"device", device}};
+}
+
+}  // namespace moegraft::run

@@ -1,0 +1,118 @@
+#include "moegraft/run/run_config.h"
+
+#include <algorithm>
+#include <set>
+
+#include "moegraft/base/text.h"
+
+namespace moegraft::run {
+namespace {
+
+std::vector<std::string> names_of(const std::map<std::string, ModalitySection>& modalities) {
+  std::vector<std::string> names;
+  for (const auto& [name, modality] : modalities) names.push_back(name);
+  return names;
+}
+
+void check_model(const RunConfig& c) {
+  MOEGRAFT_CHECK_USAGE(!c.model.path.empty() || c.model.init, "model: give model.path (a Hugging Face directory) or model.init (train a base from scratch), got neither");
+  MOEGRAFT_CHECK_USAGE(c.model.path.empty() || !c.model.init, "model: give model.path or model.init, got both (model.path is ", c.model.path, ")");
+  if (!c.model.init) return;
+  const auto& m = *c.model.init;
+  MOEGRAFT_CHECK_USAGE(m.num_heads % m.num_kv_heads == 0, "model.init.num_heads must be a multiple of num_kv_heads (", m.num_kv_heads, "), got ", m.num_heads);
+  MOEGRAFT_CHECK_USAGE(m.head_dim % 2 == 0, "model.init.head_dim must be even (rotary positions turn pairs), got ", m.head_dim);
+  MOEGRAFT_CHECK_USAGE(m.num_experts_per_tok <= m.num_experts, "model.init.num_experts_per_tok must not exceed num_experts (", m.num_experts, "), got ", m.num_experts_per_tok);
+  MOEGRAFT_CHECK_USAGE(c.data.sequence_length <= m.max_positions, "data.sequence_length must not exceed model.init.max_positions (", m.max_positions, "), got ",
+                       c.data.sequence_length);
+  MOEGRAFT_CHECK_USAGE(c.train.base_weights == "full", "model.init makes random weights that only train.base_weights: full trains, got ", c.train.base_weights);
+}
+
+void check_modalities(const RunConfig& c) {
+  std::map<std::string, std::string> owner;  // token name -> key
+  for (const auto& [name, modality] : c.modalities) {
+    const std::string key = "modalities." + name;
+    MOEGRAFT_CHECK_USAGE(!name.empty() && name != "text", "modalities: \"", name, "\" cannot name a new modality: text is the base's own");
+    for (const auto& [field, token] : {std::pair(key + ".begin", modality.begin), std::pair(key + ".end", modality.end)}) {
+      MOEGRAFT_CHECK_USAGE(!token.empty(), field, " must not be empty");
+      const auto [at, fresh] = owner.emplace(token, field);
+      MOEGRAFT_CHECK_USAGE(fresh, field, " must differ from ", at->second, ": both are ", token);
+    }
+  }
+}
+
+void check_adapters(const RunConfig& c) {
+  static const std::vector<std::string> sites = {"gate", "up", "down", "q", "k", "v", "o"};
+  for (size_t i = 0; i < c.adapters.size(); ++i) {
+    const auto& adapter = c.adapters[i];
+    const std::string key = "adapters[" + std::to_string(i) + "]";
+    MOEGRAFT_CHECK_USAGE(!adapter.modality.empty(), key, ".modality must name at least one modality");
+    std::set<std::string> seen;
+    for (const auto& name : adapter.modality) {
+      MOEGRAFT_CHECK_USAGE(seen.insert(name).second, key, ".modality names ", name, " twice");
+      if (name == "text") {
+        MOEGRAFT_CHECK_USAGE(c.train.allow_text_drift, key, ".modality: an adapter on text changes text logits; set train.allow_text_drift: true to permit it");
+      } else if (!c.modalities.contains(name)) {
+        const auto known = names_of(c.modalities);
+        const auto nearest = nearest_word(name, known);
+        fail<UsageError>(key, ".modality: no modality \"", name, "\" in `modalities`", nearest.empty() ? "" : ", did you mean " + nearest + "?",
+                         known.empty() ? " (it is empty)" : " (known: " + join(known, ", ") + ")");
+      }
+    }
+    MOEGRAFT_CHECK_USAGE(!adapter.sites.empty(), key, ".sites must name at least one of ", join(sites, ", "));
+    seen.clear();
+    for (const auto& site : adapter.sites) {
+      MOEGRAFT_CHECK_USAGE(std::find(sites.begin(), sites.end(), site) != sites.end(), key, ".sites must be among ", join(sites, ", "), ", got ", site);
+      MOEGRAFT_CHECK_USAGE(seen.insert(site).second, key, ".sites names ", site, " twice");
+    }
+    std::set<int64_t> layers;
+    for (const int64_t layer : adapter.layers) MOEGRAFT_CHECK_USAGE(layer >= 0 && layers.insert(layer).second, key, ".layers must be distinct indices from 0, got ", adapter.layers);
+    MOEGRAFT_CHECK_USAGE(adapter.alpha > 0, key, ".alpha must be above 0 (an adapter of scale 0 learns nothing), got ", adapter.alpha);
+  }
+}
+
+void check_ot(const OtSection& ot) {
+  MOEGRAFT_CHECK_USAGE(!ot.epsilon.empty(), "ot.epsilon must have at least one value");
+  for (size_t i = 0; i < ot.epsilon.size(); ++i) {
+    MOEGRAFT_CHECK_USAGE(ot.epsilon[i] > 0, "ot.epsilon[", i, "] must be above 0, got ", ot.epsilon[i]);
+    MOEGRAFT_CHECK_USAGE(i == 0 || ot.epsilon[i] < ot.epsilon[i - 1], "ot.epsilon must decrease from first to last, got ", ot.epsilon);
+  }
+}
+
+void check_data(const RunConfig& c) {
+  const auto& data = c.data;
+  MOEGRAFT_CHECK_USAGE(!data.train.empty(), "data.train must name at least one source");
+  for (const auto& [key, sources] : {std::pair("data.train", &data.train), std::pair("data.eval", &data.eval)}) {
+    double total = 0;
+    for (const auto& source : *sources) total += source.weight;
+    MOEGRAFT_CHECK_USAGE(sources->empty() || total > 0, key, ": at least one weight must be above 0");
+  }
+  const int64_t micro = data.tokens_per_step / c.train.accumulation;
+  MOEGRAFT_CHECK_USAGE(data.sequence_length <= micro, "data.sequence_length (", data.sequence_length, ") must fit a micro-batch of data.tokens_per_step / train.accumulation = ", micro,
+                       " tokens: raise tokens_per_step or lower accumulation");
+}
+
+void check_train(const RunConfig& c) {
+  const auto& train = c.train;
+  MOEGRAFT_CHECK_USAGE(train.betas.size() == 2, "train.betas must have two values, got ", train.betas);
+  for (const double beta : train.betas) MOEGRAFT_CHECK_USAGE(beta >= 0 && beta < 1, "train.betas must be in [0, 1), got ", train.betas);
+  MOEGRAFT_CHECK_USAGE(train.adam_epsilon > 0, "train.adam_epsilon must be above 0, got ", train.adam_epsilon);
+  MOEGRAFT_CHECK_USAGE(train.base_weights == "frozen" || c.model.init || train.allow_text_drift,
+                       "train.base_weights: full changes text logits; it needs model.init (training from scratch) or train.allow_text_drift: true");
+  MOEGRAFT_CHECK_USAGE(train.base_weights == "full" || !c.modalities.empty() || !c.adapters.empty(),
+                       "nothing trains: give `modalities` and `adapters`, or train.base_weights: full with model.init");
+  MOEGRAFT_CHECK_USAGE(train.eval_every == 0 || !c.data.eval.empty(), "train.eval_every is ", train.eval_every, " but data.eval names no source");
+  MOEGRAFT_CHECK_USAGE(train.sample_every == 0 || !train.sample_prompts.empty(), "train.sample_every is ", train.sample_every, " but train.sample_prompts is empty");
+}
+
+}  // namespace
+
+void RunConfig::validate(const std::string&) const {
+  check_model(*this);
+  check_modalities(*this);
+  check_adapters(*this);
+  check_ot(ot);
+  check_data(*this);
+  check_train(*this);
+}
+
+}  // namespace moegraft::run

@@ -1,0 +1,175 @@
+#include "moegraft/run/run_dir.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <thread>
+#include <utility>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/json.h"
+
+#ifndef MOEGRAFT_VERSION
+#define MOEGRAFT_VERSION "unknown"
+#endif
+#ifndef MOEGRAFT_GIT_COMMIT
+#define MOEGRAFT_GIT_COMMIT "unknown"
+#endif
+
+namespace fs = std::filesystem;
+
+namespace moegraft::run {
+namespace {
+
+constexpr const char* kConfig = "config.yaml";
+constexpr const char* kRun = "run.json";
+
+std::string now_utc() {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  gmtime_r(&now, &parts);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
+  return text;
+}
+
+std::string host_name() {
+  char name[256] = {};
+  return gethostname(name, sizeof name - 1) == 0 ? name : "unknown";
+}
+
+void flatten(const config::Tree& tree, const std::string& path, std::map<std::string, std::string>& out) {
+  using Kind = config::Tree::Kind;
+  if (tree.kind == Kind::scalar || tree.kind == Kind::null) {
+    out[path] = tree.kind == Kind::null ? "null" : tree.text;
+    return;
+  }
+  if (tree.entries.empty()) out[path] = tree.kind == Kind::list ? "[]" : "{}";
+  for (size_t i = 0; i < tree.entries.size(); ++i) {
+    const auto& [key, value] = tree.entries[i];
+    flatten(value, tree.kind == Kind::list ? path + "[" + std::to_string(i) + "]" : path.empty() ? key : path + "." + key, out);
+  }
+}
+
+std::map<std::string, std::string> flatten(const RunConfig& config) {
+  std::map<std::string, std::string> out;
+  flatten(config::Document::from_string(config::dump(config)).root(), "", out);
+  return out;
+}
+
+bool is_free(const std::string& key) {
+  const std::string name = key.substr(0, key.find('['));  // a list is free as a whole
+  return std::any_of(keys_free_on_resume().begin(), keys_free_on_resume().end(), [&](const std::string& free) {
+    if (free.ends_with(".*")) return name.starts_with(free.substr(0, free.size() - 1));
+    return name == free;
+  });
+}
+
+io::Json session(int64_t from_step, const std::string& device, const std::vector<ConfigChange>& changes) {
+  io::Json changed = io::Json::array();
+  for (const auto& change : changes) changed.push_back(change.key + ": " + change.before + " -> " + change.after);
+  return {{"started", now_utc()}, {"pid", getpid()}, {"host", host_name()}, {"from_step", from_step}, {"cores", std::thread::hardware_concurrency()},
+          {"environment", describe_environment(device)}, {"changed", changed}};
+}
+
+}  // namespace
+
+bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
+
+RunConfig load_run_config(const fs::path& dir) {
+  MOEGRAFT_CHECK(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
+  return config::parse<RunConfig>(config::Document::from_file((dir / kConfig).string()));
+}
+
+const std::vector<std::string>& keys_free_on_resume() {
+  static const std::vector<std::string> keys = {"run.dir",           "model.device",       "train.steps",        "train.max_minutes",    "train.log_every", "train.eval_every",
+                                                "train.eval_tokens", "train.sample_every", "train.sample_prompts", "routing.every", "checkpoint.*"};
+  return keys;
+}
+
+std::vector<ConfigChange> compare_configs(const RunConfig& before, const RunConfig& after) {
+  const auto old_values = flatten(before), new_values = flatten(after);
+  std::vector<ConfigChange> changes;
+  for (const auto& [key, value] : old_values) {
+    const auto now = new_values.find(key);
+    if (now == new_values.end() || now->second != value) changes.push_back({key, value, now == new_values.end() ? "nothing" : now->second, is_free(key)});
+  }
+  for (const auto& [key, value] : new_values)
+    if (!old_values.contains(key)) changes.push_back({key, "nothing", value, is_free(key)});
+  return changes;
+}
+
+RunDir::RunDir(fs::path dir) : metrics(dir / "metrics.jsonl"), routing(dir / "routing.jsonl"), dir_(std::move(dir)) {
+  MOEGRAFT_CHECK_USAGE(!dir_.empty(), "run.dir is required: the directory of the run");
+  std::error_code error;
+  fs::create_directories(dir_, error);
+  MOEGRAFT_CHECK(!error, "cannot make the run directory ", dir_.string(), ": ", error.message());
+  const auto path = dir_ / "lock";
+  lock_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  MOEGRAFT_CHECK(lock_ >= 0, "cannot open ", path.string(), ": ", std::strerror(errno));
+  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+    const int reason = errno;
+    ::close(std::exchange(lock_, -1));
+    MOEGRAFT_CHECK(reason == EWOULDBLOCK, "cannot lock ", path.string(), ": ", std::strerror(reason));
+    fail<UserError>("the run directory ", dir_.string(), " is in use by process ", trim(io::read_file(path)), ": wait for it, stop it, or name another run.dir");
+  }
+  const std::string owner = std::to_string(getpid()) + " on " + host_name() + "\n";
+  if (::ftruncate(lock_, 0) != 0 || ::pwrite(lock_, owner.data(), owner.size(), 0) < 0)
+    log::warning("cannot note the process in ", path.string(), ": ", std::strerror(errno));  // the lock itself holds
+  for (const auto& folder : {checkpoints(), samples(), tensorboard()}) {
+    fs::create_directories(folder, error);
+    MOEGRAFT_CHECK(!error, "cannot make the folder ", folder.string(), ": ", error.message());
+  }
+}
+
+RunDir::~RunDir() {
+  if (lock_ >= 0) ::close(lock_);
+}
+
+RunDir::RunDir(RunDir&& other) noexcept
+    : metrics(std::move(other.metrics)), routing(std::move(other.routing)), dir_(std::move(other.dir_)), lock_(std::exchange(other.lock_, -1)) {}
+
+RunDir RunDir::create(const RunConfig& config, const std::string& device) {
+  const fs::path dir = config.run.dir;
+  // Before the constructor makes anything, and again under the lock.
+  const auto refuse = [&] {
+    MOEGRAFT_CHECK_USAGE(!is_run(dir), "the directory ", dir.string(), " already holds a run: continue it with --resume auto, or name another run.dir");
+  };
+  refuse();
+  RunDir run(dir);
+  refuse();
+  io::write_json(dir / kRun, {{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", MOEGRAFT_GIT_COMMIT}, {"seed", config.run.seed},
+                              {"sessions", io::Json::array({session(0, device, {})})}});
+  io::write_file_atomic(dir / kConfig, config::dump(config));  // last: it makes the directory a run
+  return run;
+}
+
+RunDir RunDir::resume(const RunConfig& config, int64_t step, const std::string& device) {
+  const fs::path dir = config.run.dir;
+  MOEGRAFT_CHECK(is_run(dir), dir.string(), " holds no run to resume: it has no ", kConfig);
+  RunDir run(dir);
+  const auto changes = compare_configs(load_run_config(dir), config);
+  std::vector<std::string> refused;
+  for (const auto& change : changes)
+    if (!change.allowed) refused.push_back(change.key + " (was " + change.before + ", is " + change.after + ")");
+  MOEGRAFT_CHECK_USAGE(refused.empty(), "a resumed run must keep ", join(refused, ", "), "; only these keys may change: ", join(keys_free_on_resume(), ", "),
+                       ". Start a new run.dir instead (adapters[].init_from takes over what was learned)");
+  auto j = io::read_json(dir / kRun);
+  MOEGRAFT_CHECK(j.is_object() && j.contains("sessions") && j["sessions"].is_array(), (dir / kRun).string(), " has no list \"sessions\"");
+  j["sessions"].push_back(session(step, device, changes));
+  io::write_json(dir / kRun, j);
+  if (!changes.empty()) io::write_file_atomic(dir / kConfig, config::dump(config));
+  run.metrics.cut_back(step);
+  run.routing.cut_back(step);
+  return run;
+}
+
+}  // namespace moegraft::run

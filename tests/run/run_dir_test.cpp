@@ -1,0 +1,160 @@
+#include "moegraft/run/run_dir.h"
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <fstream>
+
+#include "moegraft/io/files.h"
+#include "moegraft/io/json.h"
+
+namespace fs = std::filesystem;
+
+namespace moegraft::run {
+namespace {
+
+class RunDirTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    dir_ = fs::temp_directory_path() / ("moegraft_run_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
+    fs::remove_all(dir_);
+  }
+  void TearDown() override { fs::remove_all(dir_); }
+  RunConfig config(const std::vector<std::string>& overrides = {}) const {
+    const std::string yaml = "run: { dir: " + dir_.string() + R"( }
+model: { path: models/base }
+modalities: { image: { codec: models/codec } }
+adapters: [ { rank: 4 } ]
+data: { train: [ { path: d.safetensors } ] }
+)";
+    return config::parse<RunConfig>(config::Document::from_string(yaml, overrides));
+  }
+  template <class E, class F>
+  static std::string message_of(F&& f) {
+    try {
+      f();
+    } catch (const E& e) {
+      return e.what();
+    }
+    return {};
+  }
+  fs::path dir_;
+};
+
+TEST_F(RunDirTest, CreateWritesTheTruth) {
+  EXPECT_FALSE(is_run(dir_));
+  const auto run = RunDir::create(config());
+  EXPECT_TRUE(is_run(dir_));
+  EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(config()));
+  const auto j = io::read_json(dir_ / "run.json");
+  EXPECT_EQ(j.at("seed"), 17);
+  EXPECT_EQ(j.at("sessions").size(), 1u);
+  for (const char* key : {"binary", "processor", "threads", "libtorch", "device"}) EXPECT_TRUE(j.at("sessions")[0].at("environment").contains(key)) << key;
+  for (const auto& folder : {run.checkpoints(), run.samples(), run.tensorboard()}) EXPECT_TRUE(fs::is_directory(folder));
+}
+
+TEST_F(RunDirTest, ASecondRunIsRefused) {
+  { const auto run = RunDir::create(config()); }
+  EXPECT_NE(message_of<UsageError>([&] { RunDir::create(config()); }).find("--resume auto"), std::string::npos);
+}
+
+TEST_F(RunDirTest, TwoProcessesCannotShareIt) {
+  const auto run = RunDir::create(config());
+  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), 0); }).find(std::to_string(getpid())), std::string::npos) << "same process";
+  const pid_t child = fork();
+  if (child == 0) {
+    const auto message = message_of<UserError>([&] { RunDir::resume(config(), 0); });
+    _exit(message.find("process " + std::to_string(getppid())) != std::string::npos ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(status, 0) << "the owner is named";
+}
+
+TEST_F(RunDirTest, AKilledOwnerLeavesNoLock) {
+  int ready[2];
+  ASSERT_EQ(pipe(ready), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    const auto run = RunDir::create(config());
+    char c = 1;
+    if (write(ready[1], &c, 1) != 1) _exit(1);
+    pause();
+  }
+  char c;
+  ASSERT_EQ(read(ready[0], &c, 1), 1);
+  EXPECT_THROW(RunDir::resume(config(), 0), UserError);
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+  EXPECT_NO_THROW(RunDir::resume(config(), 0));
+}
+
+TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
+  { const auto run = RunDir::create(config()); }
+  const auto longer = config({"train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"});
+  { const auto run = RunDir::resume(longer, 10); }
+  EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer));
+  const auto j = io::read_json(dir_ / "run.json");
+  ASSERT_EQ(j.at("sessions").size(), 2u);
+  EXPECT_EQ(j["sessions"][1].at("from_step"), 10);
+  EXPECT_NE(j["sessions"][1].at("changed").dump().find("train.steps: 1000 -> 2000"), std::string::npos);
+
+  const std::vector<std::pair<std::string, std::string>> refused = {
+      {"adapters[0].rank=8", "adapters[0].rank (was 4, is 8)"},      {"run.seed=18", "run.seed"},
+      {"train.lora.lr=0.5", "train.lora.lr"},                        {"data.train[1].path=x", "data.train[1].path (was nothing, is x)"},
+      {"modalities.sound.codec=c", "modalities.sound.codec"},        {"data.tokens_per_step=4096", "data.tokens_per_step"}};
+  for (const auto& [override, expected] : refused) {
+    // modalities.sound needs its own token names to be valid at all.
+    std::vector<std::string> overrides = {override, "train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"};
+    if (override.starts_with("modalities")) overrides.insert(overrides.end(), {"modalities.sound.begin=<s>", "modalities.sound.end=</s>"});
+    const auto message = message_of<UsageError>([&] { RunDir::resume(config(overrides), 10); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_EQ(message.find("train.steps (was"), std::string::npos) << message;
+  }
+  EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer)) << "a refusal changes nothing";
+  EXPECT_EQ(io::read_json(dir_ / "run.json").at("sessions").size(), 2u);
+}
+
+TEST_F(RunDirTest, ResumeWithoutARunSaysSo) {
+  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), 0); }).find("holds no run"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { load_run_config(dir_); }).find("not a run directory"), std::string::npos);
+}
+
+TEST_F(RunDirTest, MetricsAreCutBackToTheStep) {
+  {
+    auto run = RunDir::create(config());
+    for (int step = 1; step <= 4; ++step) run.metrics.append(R"({"step":)" + std::to_string(step) + R"(,"loss":1.5})");
+    run.metrics.append(R"({"note":"no step"})");
+    run.routing.append(R"({"step":3})");
+    EXPECT_THROW(run.metrics.append("a\nb"), InvariantError);
+  }
+  std::ofstream(dir_ / "metrics.jsonl", std::ios::app) << R"({"step":2,"lo)";  // killed in mid-line
+  auto run = RunDir::resume(config(), 2);
+  EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"), "{\"step\":1,\"loss\":1.5}\n{\"step\":2,\"loss\":1.5}\n{\"note\":\"no step\"}\n");
+  EXPECT_EQ(io::read_file(dir_ / "routing.jsonl"), "");
+  run.metrics.append(R"({"step":3})");
+  EXPECT_TRUE(io::read_file(dir_ / "metrics.jsonl").ends_with("\n{\"step\":3}\n"));
+}
+
+TEST_F(RunDirTest, AFullDiskLeavesNoHalfLine) {
+  auto run = RunDir::create(config());
+  run.metrics.append(R"({"step":1})");
+  const auto before = io::read_file(dir_ / "metrics.jsonl");
+  const auto previous = signal(SIGXFSZ, SIG_IGN);
+  rlimit old{};
+  getrlimit(RLIMIT_FSIZE, &old);
+  rlimit tight = old;
+  tight.rlim_cur = before.size() + 4;  // room for half a line
+  setrlimit(RLIMIT_FSIZE, &tight);
+  const auto message = message_of<UserError>([&] { run.metrics.append(R"({"step":2})"); });
+  setrlimit(RLIMIT_FSIZE, &old);
+  signal(SIGXFSZ, previous);
+  EXPECT_NE(message.find("metrics.jsonl"), std::string::npos);
+  EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"), before);
+}
+
+}  // namespace
+}  // namespace moegraft::run
