@@ -123,7 +123,9 @@ TEST(EmojiSplits, ConceptsAndCompositions) {
   for (size_t i = 0; i < entries.size(); ++i) {
     ++by_concept[entries[i].concept_name][splits[i]];
     if (entries[i].name.ends_with(" heart")) hearts_out += splits[i] == EmojiSplit::composition;
-    if (well_known_rank(entries[i].name) >= 0) EXPECT_EQ(splits[i], EmojiSplit::train) << entries[i].name;
+    if (well_known_rank(entries[i].name) >= 0) {
+      EXPECT_EQ(splits[i], EmojiSplit::train) << entries[i].name;
+    }
   }
   EXPECT_EQ(hearts_out, 2);
   for (const auto& [name, counts] : by_concept) {
