@@ -95,6 +95,14 @@ at::Tensor start_codebook(const VqCodec& model, const at::Tensor& pixels_u8, uin
   return kmeans(z.flatten(0, 1), codes, kKmeansRounds, seed);
 }
 
+bool processor_has_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 double psnr_of(double mse) { return -10 * std::log10(std::max(mse, 1e-10)); }
 
 }  // namespace
@@ -102,6 +110,7 @@ double psnr_of(double mse) { return -10 * std::log10(std::max(mse, 1e-10)); }
 void CodecRunConfig::validate(const std::string& path) const {
   const std::string prefix = path.empty() ? "" : path + ".";
   MOEGRAFT_CHECK_USAGE(!dir.empty(), prefix, "dir must not be empty");
+  MOEGRAFT_CHECK_USAGE(!data.train.empty(), prefix, "data.train must list at least one source: - { path: pictures.jsonl }");
   MOEGRAFT_CHECK_USAGE(train.warm_share <= train.freeze_share, prefix, "train.warm_share (", train.warm_share, ") must not exceed train.freeze_share (",
                        train.freeze_share, ")");
 }
@@ -114,6 +123,7 @@ std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig
     for (const auto& [name, p] : list) p.requires_grad_(true);
     optimizer.add(list, train.weight_decay);
   }
+  const bool bf16 = train.precision == "bf16" || (train.precision == "auto" && processor_has_bf16());
   BatchOrder order(pixels_u8.size(0), train.batch_size, seed);
   std::unique_ptr<EmaCodebook> ema;
   at::Tensor frozen_ids_NL;
@@ -128,6 +138,7 @@ std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig
       if (minutes >= train.max_minutes) break;
       done = std::max(done, minutes / train.max_minutes);
     }
+    model->set_compute(at::kFloat);  // the k-means start and the frozen ids see what encode will see
     const bool quantised = done >= train.warm_share, frozen = done >= train.freeze_share;
     if (quantised && !ema) {
       model->set_codebook(start_codebook(*model, pixels_u8, seed));
@@ -135,6 +146,7 @@ std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig
     }
     if (frozen && !frozen_ids_NL.defined()) frozen_ids_NL = in_batches(pixels_u8, 64, [&](const at::Tensor& x) { return model->encode(x); });
 
+    model->set_compute(bf16 ? at::kBFloat16 : at::kFloat);
     const auto picks = order.indices(step);
     const auto target = to_float(pixels_u8.index_select(0, picks));
     at::Tensor z, ids, commitment, decoder_in;
@@ -176,6 +188,7 @@ std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig
     progress.update(step + 1, status);
   }
   progress.finish();
+  model->set_compute(at::kFloat);
   if (!ema) model->set_codebook(start_codebook(*model, pixels_u8, seed));  // stopped before the codebook started: still a valid codec
   for (const auto& list : {model->encoder_parameters(), model->decoder_parameters()})
     for (const auto& [name, p] : list) p.requires_grad_(false);

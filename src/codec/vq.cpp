@@ -85,11 +85,6 @@ at::Tensor initial(const Spec& spec, uint64_t seed) {
   return at::randn(spec.shape, generator).mul_(scale);
 }
 
-// Channels-last memory makes NCHW convolutions and [B,H,W,C] products two views of one buffer.
-at::Tensor conv(const at::Tensor& x_BHWC, const at::Tensor& weight, const at::Tensor& bias, int64_t stride = 1) {
-  return at::conv2d(x_BHWC.permute({0, 3, 1, 2}), weight, bias, stride, weight.size(2) / 2).permute({0, 2, 3, 1}).contiguous();
-}
-
 // [B,H,W,r*r*C] -> [B,H*r,W*r,C]
 at::Tensor depth_to_space(const at::Tensor& x, int64_t r) {
   const int64_t B = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3) / (r * r);
@@ -138,35 +133,44 @@ const at::Tensor& VqCodec::parameter(const std::string& name) const {
   return found->second;
 }
 
+// Channels-last memory makes NCHW convolutions and [B,H,W,C] products two views of one buffer.
+at::Tensor VqCodec::conv(const std::string& name, const at::Tensor& x_BHWC, int64_t stride) const {
+  const auto &weight = parameter(name + ".weight"), &bias = parameter(name + ".bias");
+  const auto x = x_BHWC.to(compute_).permute({0, 3, 1, 2});
+  return at::conv2d(x, weight.to(compute_), bias.to(compute_), stride, weight.size(2) / 2).permute({0, 2, 3, 1}).contiguous();
+}
+
+at::Tensor VqCodec::linear(const std::string& name, const at::Tensor& x) const {
+  return at::linear(x.to(compute_), parameter(name + ".weight").to(compute_), parameter(name + ".bias").to(compute_));
+}
+
+at::Tensor VqCodec::mix(const std::string& name, const at::Tensor& x_BLC) const {
+  return at::matmul(parameter(name + ".weight").to(compute_), x_BLC.to(compute_)) + parameter(name + ".bias").to(compute_).unsqueeze(1);
+}
+
+at::Tensor VqCodec::norm(const std::string& name, const at::Tensor& x) const {
+  return at::layer_norm(x, {x.size(-1)}, parameter(name + ".weight"), parameter(name + ".bias"), kNormEpsilon);
+}
+
 at::Tensor VqCodec::residual(const std::string& name, const at::Tensor& x) const {
-  auto p = [&](const char* part) -> const at::Tensor& { return parameter(name + part); };
-  auto h = at::layer_norm(x, {x.size(3)}, p(".norm.weight"), p(".norm.bias"), kNormEpsilon);
-  h = at::silu(conv(h, p(".conv.weight"), p(".conv.bias")));
-  return x + at::linear(h, p(".out.weight"), p(".out.bias"));
+  return x + linear(name + ".out", at::silu(conv(name + ".conv", norm(name + ".norm", x))));
 }
 
 at::Tensor VqCodec::mixer(const std::string& name, const at::Tensor& x_BLC) const {
-  auto p = [&](const char* part) -> const at::Tensor& { return parameter(name + part); };
-  const int64_t width = x_BLC.size(2);
-  auto h = at::layer_norm(x_BLC, {width}, p(".position_norm.weight"), p(".position_norm.bias"), kNormEpsilon);
-  h = at::silu(at::matmul(p(".position_in.weight"), h) + p(".position_in.bias").unsqueeze(1));
-  auto x = x_BLC + at::matmul(p(".position_out.weight"), h) + p(".position_out.bias").unsqueeze(1);
-  h = at::layer_norm(x, {width}, p(".channel_norm.weight"), p(".channel_norm.bias"), kNormEpsilon);
-  h = at::silu(at::linear(h, p(".channel_in.weight"), p(".channel_in.bias")));
-  return x + at::linear(h, p(".channel_out.weight"), p(".channel_out.bias"));
+  const auto x = x_BLC + mix(name + ".position_out", at::silu(mix(name + ".position_in", norm(name + ".position_norm", x_BLC))));
+  return x + linear(name + ".channel_out", at::silu(linear(name + ".channel_in", norm(name + ".channel_norm", x))));
 }
 
 at::Tensor VqCodec::embed(const at::Tensor& pixels_B3HW) const {
   auto x = space_to_depth(pixels_B3HW.permute({0, 2, 3, 1}) * 2 - 1, config_.patch);
-  x = conv(x, parameter("encoder.in.weight"), parameter("encoder.in.bias"));
+  x = conv("encoder.in", x).to(at::kFloat);
   const int64_t levels = int64_t(config_.channels.size());
   for (int64_t level = 0; level < levels; ++level) {
     const std::string at = "encoder.level." + std::to_string(level);
     for (int64_t i = 0; i < config_.encoder_blocks[level]; ++i) x = residual(at + ".block." + std::to_string(i), x);
-    if (level + 1 < levels) x = conv(x, parameter(at + ".down.weight"), parameter(at + ".down.bias"), 2);
+    if (level + 1 < levels) x = conv(at + ".down", x, 2).to(at::kFloat);
   }
-  x = at::layer_norm(x, {x.size(3)}, parameter("encoder.norm.weight"), parameter("encoder.norm.bias"), kNormEpsilon);
-  auto z = at::linear(x, parameter("encoder.out.weight"), parameter("encoder.out.bias")).flatten(1, 2);
+  const auto z = linear("encoder.out", norm("encoder.norm", x)).to(at::kFloat).flatten(1, 2);
   // A fixed scale: the commitment weight and the restarts then mean the same for every configuration.
   return z * at::rsqrt(z.square().mean(-1, /*keepdim=*/true) + 1e-6);
 }
@@ -180,16 +184,15 @@ at::Tensor VqCodec::nearest(const at::Tensor& z_BLZ) const {
 }
 
 at::Tensor VqCodec::render(const at::Tensor& z_BLZ) const {
-  auto x = at::linear(z_BLZ, parameter("decoder.in.weight"), parameter("decoder.in.bias")) + parameter("decoder.position");
+  auto x = linear("decoder.in", z_BLZ) + parameter("decoder.position");
   for (int64_t i = 0; i < config_.mixer_blocks; ++i) x = mixer("decoder.mixer." + std::to_string(i), x);
-  x = at::linear(x, parameter("decoder.grid.weight"), parameter("decoder.grid.bias")).view({x.size(0), grid(), grid(), config_.channels.back()});
+  x = linear("decoder.grid", x).to(at::kFloat).view({x.size(0), grid(), grid(), config_.channels.back()});
   for (int64_t level = int64_t(config_.channels.size()) - 1; level >= 0; --level) {
     const std::string at = "decoder.level." + std::to_string(level);
     for (int64_t i = 0; i < config_.decoder_blocks[level]; ++i) x = residual(at + ".block." + std::to_string(i), x);
-    if (level > 0) x = depth_to_space(at::linear(x, parameter(at + ".up.weight"), parameter(at + ".up.bias")), 2);
+    if (level > 0) x = depth_to_space(linear(at + ".up", x), 2).to(at::kFloat);
   }
-  x = at::layer_norm(x, {x.size(3)}, parameter("decoder.norm.weight"), parameter("decoder.norm.bias"), kNormEpsilon);
-  x = conv(at::silu(x), parameter("decoder.out.weight"), parameter("decoder.out.bias"));
+  x = conv("decoder.out", at::silu(norm("decoder.norm", x))).to(at::kFloat);
   return (depth_to_space(x, config_.patch) * 0.5 + 0.5).permute({0, 3, 1, 2});
 }
 

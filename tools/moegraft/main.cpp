@@ -23,6 +23,7 @@ int run(int argc, char** argv) {
   tools::add_train_command(app);
   tools::add_logits_command(app);
   tools::add_data_command(app);
+  tools::add_generate_command(app);
   tools::add_codec_command(app);
   try {
     app.parse(argc, argv);

@@ -9,12 +9,23 @@
 
 namespace moegraft::codec {
 
-struct CodecDataConfig {
-  std::string train, eval;
+struct CodecSourceConfig {
+  std::string path;
+  int64_t repeat = 1;
   template <class V>
   void visit_fields(V& v) {
-    v("train", train, config::required(), "JSONL manifest, or a folder of PNG/JPEG files.");
-    v("eval", eval, config::any(), "Held-out pictures, same forms; empty: none.");
+    v("path", path, config::required(), "JSONL manifest, or a folder of PNG/JPEG files.");
+    v("repeat", repeat, config::range(1, 1e6), "How often each of its pictures comes in an epoch.");
+  }
+};
+
+struct CodecDataConfig {
+  std::vector<CodecSourceConfig> train;
+  std::string eval;
+  template <class V>
+  void visit_fields(V& v) {
+    v("train", train, config::required(), "Sources of pictures.");
+    v("eval", eval, config::any(), "Held-out pictures, a manifest or folder; empty: none.");
   }
 };
 
@@ -31,6 +42,7 @@ struct CodecTrainConfig {
   double l1 = 1.0, mse = 1.0, gradient = 0.5, commitment = 0.25;
   double ema_decay = 0.97;
   double revive_below = 0.1;
+  std::string precision = "auto";
   template <class V>
   void visit_fields(V& v) {
     v("steps", steps, config::range(1, 1e9), "Optimizer steps.");
@@ -48,6 +60,7 @@ struct CodecTrainConfig {
     v("commitment", commitment, config::range(0.0, 1e6), "Weight that keeps the encoder near its codes.");
     v("ema_decay", ema_decay, config::range(0.0, 1.0), "Decay of the codes' running means.");
     v("revive_below", revive_below, config::range(0.0, 1e6), "A code whose running count per step falls below this restarts at an encoder output.");
+    v("precision", precision, config::one_of({"auto", "float32", "bf16"}), "Type of the products while training; auto: bf16 where the processor has it.");
   }
 };
 
@@ -92,10 +105,10 @@ class EmaCodebook {
   double decay_, revive_below_;
 };
 
-// Lloyd's algorithm from rows drawn by seed; an empty cluster restarts at the row furthest from its centre. float32 [clusters, d].
+// Lloyd's algorithm from rows drawn by seed, far apart up to 2048 clusters; an empty cluster restarts at the row furthest from its centre. float32 [clusters, d].
 at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed);
 
-// Trains from scratch; a function of (config, pixels, thread count) alone unless max_minutes is set. losses: one value a step, when given.
+// Trains from scratch; a function of (config, pixels, machine type, thread count) alone unless max_minutes is set. losses: one value a step, when given.
 // Throws UserError when the loss stops being finite.
 std::unique_ptr<VqCodec> train_vq(const VqConfig& codec, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_N3HW_u8,
                                   std::vector<double>* losses = nullptr);

@@ -68,15 +68,22 @@ class VqCodec final : public ImageCodec {
   ParameterList encoder_parameters() const;
   ParameterList decoder_parameters() const;
   void set_codebook(const at::Tensor& codebook_NZ);
+  // Type of the products: float32 (the default, and what encode and decode should use) or bfloat16 with float32 sums between them.
+  void set_compute(at::ScalarType type) { compute_ = type; }
   const VqConfig& config() const { return config_; }
 
  private:
   const at::Tensor& parameter(const std::string& name) const;
+  at::Tensor conv(const std::string& name, const at::Tensor& x_BHWC, int64_t stride = 1) const;
+  at::Tensor linear(const std::string& name, const at::Tensor& x) const;
+  at::Tensor mix(const std::string& name, const at::Tensor& x_BLC) const;  // a product over positions
+  at::Tensor norm(const std::string& name, const at::Tensor& x) const;
   at::Tensor residual(const std::string& name, const at::Tensor& x_BHWC) const;
-  at::Tensor mixer(const std::string& name, const at::Tensor& x_BHWC) const;
+  at::Tensor mixer(const std::string& name, const at::Tensor& x_BLC) const;
   VqConfig config_;
   io::TensorMap parameters_;
   at::Tensor codebook_NZ_;
+  at::ScalarType compute_ = at::kFloat;
 };
 
 }  // namespace moegraft::codec
