@@ -116,7 +116,7 @@ TEST(GenerateText, RefusesBadCalls) {
   EXPECT_THROW(generate_text(mute, prompt), UserError);
   auto no_bos = tiny_graft(false);
   no_bos.vocabulary.bos_id = -1;
-  EXPECT_NE(message_of<UserError>([&] { generate_text(no_bos, std::vector<std::string>{""}); }).find("nothing to continue"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { generate_text(no_bos, std::vector<std::string>{""}, greedy(4)); }).find("nothing to continue"), std::string::npos);
 }
 
 }  // namespace
