@@ -39,7 +39,7 @@ Cost Cost::dense(const at::Tensor& matrix_NN) {
 Cost Cost::squared_euclidean(const at::Tensor& points_ND) {
   at::NoGradGuard no_grad;
   at::Tensor x = checked_points(points_ND);
-  if (x.size(1) + 2 >= x.size(0)) {
+  if (2 * (x.size(1) + 2) > x.size(0)) {
     Cost cost;
     cost.matrix_ = at::cdist(x, x, 2.0, kCdistWithoutMatmul).square_();
     cost.size_ = x.size(0);
@@ -67,7 +67,11 @@ Cost Cost::euclidean(const at::Tensor& points_ND) {
 
 at::Device Cost::device() const { return factored() ? left_.device() : matrix_.device(); }
 
-at::Tensor Cost::matrix() const { return factored() ? at::mm(left_, right_.t()).clamp_min_(0.0) : matrix_; }
+at::Tensor Cost::matrix() const {
+  if (!factored()) return matrix_;
+  // Only squared distances are factored: the rounding of their diagonal would show in a logarithm.
+  return at::mm(left_, right_.t()).clamp_min_(0.0).fill_diagonal_(0.0);
+}
 
 double Cost::max() const {
   if (!factored()) return matrix_.max().item<double>();

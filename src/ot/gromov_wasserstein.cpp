@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kMarginalTolerance = 1e-9;   // what a returned plan keeps
 constexpr double kWeightSumTolerance = 1e-6;  // what a user's marginals may miss one by; they are renormalised
-constexpr double kLogFloor = 1e-15;           // POT's guard inside the KL loss
+constexpr double kLogFloor = 1e-18;           // POT's guard inside the KL loss
 
 // The loss L(a,b) = f1(a) + f2(b) - h1(a) h2(b) split into what the plan changes and what it does not.
 struct Split {
@@ -84,7 +84,7 @@ class Descent {
   Stage run(double epsilon) {
     Stage stage;
     stage.epsilon = epsilon;
-    if (settings_.solver == Solver::entropic && log_v_M_.defined()) log_v_M_ = log_v_M_ * (previous_epsilon_ / epsilon);
+    if (settings_.solver == Solver::entropic && sinkhorn_.log_v_M.defined()) sinkhorn_.log_v_M = sinkhorn_.log_v_M * (previous_epsilon_ / epsilon);
     previous_epsilon_ = epsilon;
     bool marginals = true;
     stage.change = 1.0;
@@ -93,7 +93,6 @@ class Descent {
       SinkhornResult inner = step(epsilon, inner_tolerance);
       stage.change = plan_NM.sub_(inner.plan_NM).norm().item<double>();
       plan_NM = std::move(inner.plan_NM);
-      log_v_M_ = inner.log_v_M;
       ++stage.iterations;
       stage.sinkhorn_iterations += inner.iterations;
       stage.marginal_error = inner.error;
@@ -118,12 +117,22 @@ class Descent {
     if (!symmetric_) logits_NM.add_(cross(x_t_, y_t_, plan_NM, 1.0 / epsilon));
     const at::Tensor column_M = split_.const_M * (-2.0 / epsilon);
     if (settings_.solver == Solver::proximal) {
+      if (settings_.plain) {
+        logits_NM = logits_NM + plan_NM.clamp_min(1e-300).log();
+        sinkhorn_ = {at::log(q_M_) - at::logsumexp(logits_NM - (split_.const_N * (2.0 / epsilon)).unsqueeze(1), 0), 1.0, false};
+        return sinkhorn(logits_NM, p_N_, q_M_, sinkhorn_, settings_.sinkhorn_iterations, tolerance);
+      }
       logits_NM_.add_(logits_NM);
-      log_v_M_ = log_v_M_.defined() ? log_v_M_ + column_M : column_M;
-      return sinkhorn(logits_NM_, p_N_, q_M_, log_v_M_, settings_.sinkhorn_iterations, tolerance);
+      sinkhorn_.log_v_M = sinkhorn_.log_v_M.defined() ? sinkhorn_.log_v_M + column_M : column_M;
+      return sinkhorn(logits_NM_, p_N_, q_M_, sinkhorn_, settings_.sinkhorn_iterations, tolerance);
     }
-    if (!log_v_M_.defined()) log_v_M_ = column_M;
-    return sinkhorn(logits_NM, p_N_, q_M_, log_v_M_, settings_.sinkhorn_iterations, tolerance);
+    if (settings_.plain) {
+      // u = 1 on the full gradient, as POT starts each projection: v follows from the columns, the kernel's first build is the u update.
+      sinkhorn_ = {at::log(q_M_) - at::logsumexp(logits_NM - (split_.const_N * (2.0 / epsilon)).unsqueeze(1), 0), 1.0, false};
+    } else if (!sinkhorn_.log_v_M.defined()) {
+      sinkhorn_.log_v_M = column_M;
+    }
+    return sinkhorn(logits_NM, p_N_, q_M_, sinkhorn_, settings_.sinkhorn_iterations, tolerance);
   }
 
   Split split_;
@@ -131,7 +140,8 @@ class Descent {
   at::Tensor p_N_, q_M_;
   const Settings& settings_;
   bool symmetric_;
-  at::Tensor logits_NM_, log_v_M_;
+  at::Tensor logits_NM_;
+  SinkhornState sinkhorn_;
   double previous_epsilon_ = 1.0;
 };
 
@@ -166,12 +176,12 @@ Result solve(const Cost& x_given, const Cost& y_given, const Settings& settings,
   result.plan_NM = std::move(descent.plan_NM);
   auto marginal_error = [&] { return (result.plan_NM.sum(1) - p_N).abs_().sum().item<double>() + (result.plan_NM.sum(0) - q_M).abs_().sum().item<double>(); };
   result.marginal_error = marginal_error();
-  result.rounded = result.marginal_error > kMarginalTolerance;
+  result.rounded = result.marginal_error > kMarginalTolerance && !settings.plain;
   if (result.rounded) {
     round_to_marginals(result.plan_NM, p_N, q_M);
     result.marginal_error = marginal_error();
   }
-  result.objective = objective(x, y, result.plan_NM, settings.loss);
+  result.objective = settings.plain ? result.stages.back().objective : objective(x, y, result.plan_NM, settings.loss);
   result.row_perplexity = row_perplexity(result.plan_NM);
   for (const Stage& stage : result.stages) result.iterations += stage.iterations;
   result.converged = result.stages.back().converged;

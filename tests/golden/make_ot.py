@@ -2,7 +2,7 @@
 
 Writes tests/golden/ot/pot.txt: blocks of "name rows columns" followed by the numbers, row by row.
 Clouds are ot.datasets.make_2D_samples_gauss; costs squared Euclidean divided by their maximum, as in POT's own test-suite.
-POT's Sinkhorn stops at numItermax; with warmstart it goes on where it stopped, so the fixed points here are converged (marginals in the file).
+The ten-iteration plans keep POT's defaults (at most 1000 inner iterations, inner stop 1e-9): their marginals are off by up to 1e-6.
 """
 import pathlib
 import warnings
@@ -39,19 +39,13 @@ def solve(cx, cy, p, q, **kw):
 x = gauss(10, 42)
 put("x10", x)
 for solver, epsilon in (("PGD", 0.01), ("PPA", 0.1)):
-    plan, value = solve(cost(x), cost(x[::-1]), None, None, solver=solver, epsilon=epsilon, max_iter=10, numItermax=100000, stopThr=1e-13)
+    plan, value = solve(cost(x), cost(x[::-1]), None, None, solver=solver, epsilon=epsilon, max_iter=10)
     put(f"{solver}10.value", value)
     put(f"{solver}10.plan", plan)
 
 a, b = gauss(20, 4), gauss(20, 5)
 put("a20", a)
 put("b20", b)
-for epsilon in (0.1, 0.05, 0.01, 0.005):
-    plan, value = solve(cost(a), cost(b), None, None, solver="PGD", epsilon=epsilon, max_iter=1000, tol=1e-13, warmstart=True,
-                        numItermax=20000, stopThr=1e-13)
-    print(epsilon, value, abs(plan.sum(0) - 0.05).max())
-    put(f"converged20.{epsilon}", value)
-
 # Odd shape, non-uniform marginals, KL loss, an asymmetric cost.
 c = gauss(7, 3)
 put("c7", c)

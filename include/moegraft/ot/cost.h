@@ -10,7 +10,7 @@ class Cost {
  public:
   // Any square cost matrix C_NN (symmetric or not). UserError: not square, NaN or Inf.
   static Cost dense(const at::Tensor& matrix_NN);
-  // |x_i - x_j|^2 of the rows of points_ND (a vector is read as one column). Factored when d+2 < n, dense otherwise. UserError: NaN, Inf, no rows.
+  // |x_i - x_j|^2 of the rows of points_ND (a vector is read as one column). Factored when that saves work: 2(d+2) <= n. UserError: NaN, Inf, no rows.
   static Cost squared_euclidean(const at::Tensor& points_ND);
   // |x_i - x_j|, dense.
   static Cost euclidean(const at::Tensor& points_ND);

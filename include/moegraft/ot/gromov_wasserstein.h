@@ -29,6 +29,8 @@ struct Settings {
   double sinkhorn_tolerance = 1e-9;     // on the marginal error, L1
   // Inner tolerance = max(sinkhorn_tolerance, slack * last change of the plan): early steps need no exact marginals. 0: always exact (parity with POT).
   double slack = 0.0;
+  // POT's own path, for comparisons: each projection starts cold, without over-relaxation, and its error stays in the plan.
+  bool plain = false;
   // Continue halving epsilon, at most this often, while the rows' perplexity is above sharp_perplexity * max(1, m/n). 0: keep to the schedule.
   int64_t sharpen = 0;
   double sharp_perplexity = 2.0;

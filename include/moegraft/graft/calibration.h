@@ -1,0 +1,45 @@
+#pragma once
+// Keeps a fixed-size uniform sample of the inputs of expert sites while the base runs, for initialisations that look at activations.
+
+#include <torch/types.h>
+
+#include <cstdint>
+#include <map>
+#include <tuple>
+#include <vector>
+
+#include "moegraft/base/rng.h"
+#include "moegraft/model/decoder.h"
+
+namespace moegraft::graft {
+
+// Pass it as ForwardOptions::sites. Reservoir sampling (Vitter's algorithm R) per (layer, site, expert, modality), a function of the seed and of the
+// rows' order alone. Rows are kept as float32 on the CPU.
+class Calibration : public model::SiteObserver {
+ public:
+  Calibration(int64_t rows_per_key, uint64_t seed);
+
+  void observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX, const std::vector<int64_t>& offsets, int64_t num_modalities) override;
+
+  // [n, X], n <= rows_per_key; undefined when the key was never seen. Site up reads gate's rows: they are the same.
+  at::Tensor rows(int64_t layer, model::Site site, int64_t expert, int64_t modality) const;
+  // A sample of at most rows_per_key rows over all experts of the layer.
+  at::Tensor pool(int64_t layer, model::Site site, int64_t modality) const;
+  int64_t seen(int64_t layer, model::Site site, int64_t expert, int64_t modality) const;
+  int64_t rows_per_key() const { return rows_per_key_; }
+
+ private:
+  using Key = std::tuple<int64_t, model::Site, int64_t, int64_t>;  // layer, site, expert, modality
+  struct Reservoir {
+    Rng rng;
+    int64_t seen = 0;
+    at::Tensor rows_NX;
+  };
+  const Reservoir* find(int64_t layer, model::Site site, int64_t expert, int64_t modality) const;
+
+  int64_t rows_per_key_;
+  uint64_t seed_;
+  std::map<Key, Reservoir> reservoirs_;
+};
+
+}  // namespace moegraft::graft

@@ -1,0 +1,79 @@
+#include "moegraft/graft/calibration.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "moegraft/base/check.h"
+
+namespace moegraft::graft {
+namespace {
+
+model::Site stored(model::Site site) { return site == model::Site::up ? model::Site::gate : site; }
+
+}  // namespace
+
+Calibration::Calibration(int64_t rows_per_key, uint64_t seed) : rows_per_key_(rows_per_key), seed_(seed) {
+  MOEGRAFT_CHECK(rows_per_key >= 1, "calibration must keep at least one row per expert, got ", rows_per_key);
+}
+
+void Calibration::observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX, const std::vector<int64_t>& offsets, int64_t num_modalities) {
+  at::NoGradGuard no_grad;
+  MOEGRAFT_INVARIANT(num_modalities >= 1 && (int64_t(offsets.size()) - 1) % num_modalities == 0, "offsets of ", offsets.size(), " entries for ", num_modalities, " modalities");
+  const int64_t groups = int64_t(offsets.size()) - 1;
+  std::vector<int64_t> picked;                           // rows to fetch, in one copy from the device
+  std::vector<std::pair<Reservoir*, int64_t>> targets;   // where each goes
+  for (int64_t g = 0; g < groups; ++g) {
+    if (offsets[g] == offsets[g + 1]) continue;
+    const int64_t expert = g / num_modalities, modality = g % num_modalities;
+    const Key key{layer, stored(site), expert, modality};
+    auto found = reservoirs_.find(key);
+    if (found == reservoirs_.end()) {
+      const uint64_t index = ((uint64_t(layer) * 64 + uint64_t(stored(site))) << 32) + uint64_t(expert) * 1024 + uint64_t(modality);
+      found = reservoirs_.emplace(key, Reservoir{Rng(seed_, "graft.calibration", index), 0, at::empty({rows_per_key_, rows_RX.size(1)}, at::kFloat)}).first;
+    }
+    Reservoir& r = found->second;
+    for (int64_t row = offsets[g]; row < offsets[g + 1]; ++row, ++r.seen) {
+      const int64_t slot = r.seen < rows_per_key_ ? r.seen : int64_t(r.rng.below(uint64_t(r.seen) + 1));
+      if (slot >= rows_per_key_) continue;
+      picked.push_back(row);
+      targets.emplace_back(&r, slot);
+    }
+  }
+  if (picked.empty()) return;
+  const at::Tensor rows = rows_RX.detach().index_select(0, at::tensor(picked, at::kLong).to(rows_RX.device())).to(at::kFloat).cpu().contiguous();
+  const int64_t width = rows.size(1);
+  const float* from = rows.const_data_ptr<float>();
+  for (size_t i = 0; i < picked.size(); ++i) {
+    std::copy(from + int64_t(i) * width, from + int64_t(i + 1) * width, targets[i].first->rows_NX.mutable_data_ptr<float>() + targets[i].second * width);
+  }
+}
+
+const Calibration::Reservoir* Calibration::find(int64_t layer, model::Site site, int64_t expert, int64_t modality) const {
+  const auto found = reservoirs_.find({layer, stored(site), expert, modality});
+  return found == reservoirs_.end() ? nullptr : &found->second;
+}
+
+at::Tensor Calibration::rows(int64_t layer, model::Site site, int64_t expert, int64_t modality) const {
+  const Reservoir* r = find(layer, site, expert, modality);
+  return r ? r->rows_NX.slice(0, 0, std::min(r->seen, rows_per_key_)) : at::Tensor();
+}
+
+at::Tensor Calibration::pool(int64_t layer, model::Site site, int64_t modality) const {
+  std::vector<at::Tensor> parts;
+  for (const auto& [key, r] : reservoirs_) {
+    if (std::get<0>(key) == layer && std::get<1>(key) == stored(site) && std::get<3>(key) == modality) parts.push_back(r.rows_NX.slice(0, 0, std::min(r.seen, rows_per_key_)));
+  }
+  if (parts.empty()) return {};
+  const at::Tensor all = at::cat(parts);
+  auto order = Rng(seed_, "graft.calibration.pool", uint64_t(layer)).permutation(all.size(0));
+  if (int64_t(order.size()) > rows_per_key_) order.resize(rows_per_key_);
+  return all.index_select(0, at::tensor(order, at::kLong));
+}
+
+int64_t Calibration::seen(int64_t layer, model::Site site, int64_t expert, int64_t modality) const {
+  const Reservoir* r = find(layer, site, expert, modality);
+  return r ? r->seen : 0;
+}
+
+}  // namespace moegraft::graft

@@ -1,0 +1,169 @@
+#include "moegraft/graft/initialise_lora.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <map>
+
+#include "moegraft/base/check.h"
+#include "moegraft/graft/initialise_rows.h"
+#include "moegraft/io/json.h"
+
+namespace moegraft::graft {
+namespace {
+
+constexpr double kRidge = 1e-2;            // of the mean squared singular value
+constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan
+
+// Rows that the data cannot decide (fewer states than P, or a null direction) fall back to Kaiming's.
+at::Tensor scaled_rows(const at::Tensor& rows_KD, int64_t rank, uint64_t seed, int64_t* directions) {
+  const int64_t d = rows_KD.size(1);
+  const double norm = std::sqrt(1.0 / 3.0);
+  at::Tensor a_PD = kaiming_A({rank, d}, seed, "fallback").to(at::kDouble);
+  const at::Tensor norms = rows_KD.norm(2, {1});
+  const double smallest = norms.numel() ? norms.max().item<double>() * 1e-9 : 0.0;
+  int64_t decided = 0;
+  for (int64_t i = 0; i < std::min(rank, rows_KD.size(0)); ++i) {
+    const double length = norms[i].item<double>();
+    if (!(length > smallest)) continue;
+    a_PD[i].copy_(rows_KD[i] * (norm / length));
+    ++decided;
+  }
+  if (directions) *directions = decided;
+  return a_PD.to(at::kFloat);
+}
+
+// Top right singular vectors as rows [min(P, n, D), D], leaving out directions below rounding. Signs fixed: the largest entry is positive.
+at::Tensor top_right_vectors(const at::Tensor& x_ND, int64_t rank) {
+  const auto [u, s, vh] = at::linalg_svd(x_ND, /*full_matrices=*/false);
+  const double floor = s[0].item<double>() * 1e-10;
+  const int64_t count = std::min(rank, (s > floor).sum().item<int64_t>());
+  const at::Tensor rows = vh.slice(0, 0, count);
+  const at::Tensor sign = at::sign(rows.gather(1, rows.abs().argmax(1, true)));
+  return rows * sign;
+}
+
+at::Tensor checked_states(const at::Tensor& x, const char* name) {
+  MOEGRAFT_CHECK(x.defined() && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name, " must be a matrix [rows, width] with rows, got ", x.defined() ? x.sizes().vec() : std::vector<int64_t>{});
+  const at::Tensor d = x.detach().to(at::kCPU, at::kDouble);
+  MOEGRAFT_CHECK(d.isfinite().all().item<bool>(), name, " holds NaN or Inf: the base produced them during calibration");
+  return d;
+}
+
+struct SiteInit {
+  at::Tensor A_EPX;
+  io::Json report;
+};
+
+SiteInit expert_site(const std::string& method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const run::OtSection& ot,
+                     uint64_t seed, const std::string& name) {
+  const int64_t experts = shape[0], rank = shape[1];
+  SiteInit init{kaiming_A(shape, seed, name), {}};
+  std::vector<GwSubspaceReport> reports(experts);
+  std::vector<at::Tensor> x_v(experts), x_t(experts);
+  int64_t pooled = 0, fallback = 0;
+  const auto enough = [&](const at::Tensor& x) { return x.defined() && x.size(0) >= rank; };
+  at::Tensor pool_v, pool_t;
+  for (int64_t e = 0; e < experts; ++e) {
+    x_v[e] = calibration.rows(layer, site, e, modality);
+    x_t[e] = calibration.rows(layer, site, e, 0);
+    if (enough(x_v[e]) && enough(x_t[e])) continue;
+    ++pooled;
+    if (!pool_v.defined() && !pool_t.defined()) {
+      pool_v = calibration.pool(layer, site, modality);
+      pool_t = calibration.pool(layer, site, 0);
+    }
+    if (!enough(x_v[e])) x_v[e] = pool_v;
+    if (!enough(x_t[e])) x_t[e] = pool_t;
+    if (!enough(x_v[e]) || !enough(x_t[e])) ++fallback;
+  }
+  at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
+    at::NoGradGuard no_grad;
+    for (int64_t e = first; e < last; ++e) {
+      if (!enough(x_v[e]) || !enough(x_t[e])) continue;
+      init.A_EPX[e].copy_(method == "gw_subspace" ? gw_subspace_A(x_v[e], x_t[e], rank, ot, seed + uint64_t(e), &reports[e]) : activation_svd_A(x_v[e], rank, seed + uint64_t(e)));
+    }
+  });
+  init.report = {{"from_pool", pooled}, {"kaiming_fallback", fallback}};
+  if (method == "gw_subspace" && fallback < experts) {
+    double perplexity = 0, objective = 0;
+    int64_t converged = 0;
+    for (const auto& r : reports) perplexity += r.row_perplexity, objective += r.objective, converged += r.converged;
+    init.report["row_perplexity"] = perplexity / double(experts - fallback);
+    init.report["objective"] = objective / double(experts - fallback);
+    init.report["converged"] = converged;
+  }
+  return init;
+}
+
+}  // namespace
+
+at::Tensor kaiming_A(at::IntArrayRef shape, uint64_t seed, const std::string& name) {
+  const double bound = 1.0 / std::sqrt(double(shape.back()));
+  const auto generator = at::detail::createCPUGenerator(Rng(seed, "graft.lora." + name).derive_seed());
+  return at::rand(shape, generator, at::TensorOptions(at::kFloat)).mul_(2.0 * bound).sub_(bound);
+}
+
+at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_given, int64_t rank, const run::OtSection& ot, uint64_t seed, GwSubspaceReport* report) {
+  at::NoGradGuard no_grad;
+  const at::Tensor x_v = checked_states(x_v_given, "gw_subspace: x_v"), x_t = checked_states(x_t_given, "gw_subspace: x_t");
+  MOEGRAFT_CHECK(x_v.size(1) == x_t.size(1), "gw_subspace: x_v and x_t must have one width, got ", x_v.size(1), " and ", x_t.size(1));
+  MOEGRAFT_CHECK(rank >= 1, "gw_subspace: rank must be at least 1, got ", rank);
+  ot::Settings settings = solver_settings(ot, x_v.size(0), x_t.size(0));
+  settings.max_iterations = std::min(settings.max_iterations, kIterationsPerEpsilon);
+  settings.sharpen = 0;
+  const ot::Result plan = ot::solve(ot::Cost::squared_euclidean(x_v), ot::Cost::squared_euclidean(x_t), settings);
+  const at::Tensor aligned = ot::barycentric(plan.plan_NM, x_t);
+  // M^T = (X^T X + l I)^-1 X^T Y = X^T (X X^T + l I)^-1 Y: solved on the smaller side.
+  const int64_t n = x_v.size(0), d = x_v.size(1);
+  const bool wide = d > n;
+  at::Tensor gram = wide ? at::mm(x_v, x_v.t()) : at::mm(x_v.t(), x_v);
+  const double ridge = kRidge * x_v.square().sum().item<double>() / double(std::min(n, d)) + 1e-300;
+  gram.diagonal().add_(ridge);
+  const at::Tensor factor = at::linalg_cholesky(gram);
+  const at::Tensor m_t = wide ? at::mm(x_v.t(), at::cholesky_solve(aligned, factor)) : at::cholesky_solve(at::mm(x_v.t(), aligned), factor);
+  const at::Tensor top = top_right_vectors(at::mm(x_v, m_t), rank);  // U^T
+  int64_t directions = 0;
+  const at::Tensor a_PD = scaled_rows(at::mm(top, m_t.t()), rank, seed, &directions);
+  if (report) *report = {plan.objective, plan.row_perplexity, plan.converged, directions};
+  return a_PD;
+}
+
+at::Tensor activation_svd_A(const at::Tensor& x_v_given, int64_t rank, uint64_t seed) {
+  at::NoGradGuard no_grad;
+  const at::Tensor x_v = checked_states(x_v_given, "activation_svd: x_v");
+  MOEGRAFT_CHECK(rank >= 1, "activation_svd: rank must be at least 1, got ", rank);
+  return scaled_rows(top_right_vectors(x_v, rank), rank, seed, nullptr);
+}
+
+std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const run::OtSection& ot, uint64_t seed) {
+  at::NoGradGuard no_grad;
+  MOEGRAFT_CHECK_USAGE(method == "kaiming_zero" || method == "gw_subspace" || method == "activation_svd", "adapters.init must be kaiming_zero, gw_subspace or activation_svd, got ", method);
+  const bool calibrated = method != "kaiming_zero";
+  MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", method, " needs a calibration");
+  const auto start = std::chrono::steady_clock::now();
+  io::Json report = {{"method", method}, {"sites", io::Json::object()}};
+  std::map<std::pair<int64_t, model::Site>, SiteInit> done;  // gate and up see the same input
+  for (auto& factor : lora.factors()) {
+    factor.B.zero_();
+    if (!calibrated || !adapters::is_expert_site(factor.site)) {
+      factor.A.copy_(kaiming_A(factor.A.sizes(), seed, factor.name));
+      continue;
+    }
+    const auto key = std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site};
+    auto found = done.find(key);
+    if (found == done.end()) {
+      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, factor.A.sizes(), modality, ot, seed, factor.name)).first;
+      report["sites"][factor.name] = found->second.report;
+    }
+    factor.A.copy_(found->second.A_EPX);
+  }
+  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return report.dump();
+}
+
+}  // namespace moegraft::graft

@@ -1,0 +1,149 @@
+#include "moegraft/graft/initialise_lora.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/rng.h"
+
+namespace moegraft::graft {
+namespace {
+
+at::Tensor cloud(int64_t n, int64_t d, uint64_t seed) {
+  Rng rng(seed, "test.lora");
+  at::Tensor x = at::empty({n, d}, at::kFloat);
+  for (int64_t i = 0; i < n * d; ++i) x.mutable_data_ptr<float>()[i] = float(rng.normal());
+  return x;
+}
+
+run::OtSection quick() {
+  run::OtSection ot;
+  ot.epsilon = {0.05, 0.01};
+  return ot;
+}
+
+TEST(KaimingA, BoundsAndVariance) {
+  const at::Tensor a = kaiming_A({4, 64, 48}, 1, "x");
+  const double bound = 1.0 / std::sqrt(48.0);
+  EXPECT_LE(a.abs().max().item<double>(), bound);
+  EXPECT_GT(a.abs().max().item<double>(), 0.99 * bound);
+  EXPECT_NEAR(a.var().item<double>(), bound * bound / 3, 0.03 * bound * bound / 3);
+  EXPECT_TRUE(at::equal(a, kaiming_A({4, 64, 48}, 1, "x")));
+  EXPECT_FALSE(at::equal(a, kaiming_A({4, 64, 48}, 1, "y")));
+  EXPECT_FALSE(at::equal(a, kaiming_A({4, 64, 48}, 2, "x")));
+}
+
+TEST(GwSubspace, NormRankAndDeterminism) {
+  GwSubspaceReport report;
+  for (const int64_t n : {20, 60}) {  // narrower and wider than the width: both ridge forms
+    const at::Tensor x_v = cloud(n, 32, 1), x_t = cloud(50, 32, 2) * 2.0 + 1.0;
+    const at::Tensor a = gw_subspace_A(x_v, x_t, 8, quick(), 3, &report);
+    EXPECT_EQ(a.sizes(), (std::vector<int64_t>{8, 32}));
+    EXPECT_TRUE(at::allclose(a.norm(2, {1}), at::full({8}, std::sqrt(1.0 / 3.0)), 1e-5));
+    EXPECT_EQ(report.directions, 8);
+    EXPECT_GT(at::linalg_svdvals(a)[7].item<double>(), 1e-4);
+    EXPECT_TRUE(at::equal(a, gw_subspace_A(x_v, x_t, 8, quick(), 3)));
+    EXPECT_FALSE(at::allclose(a, activation_svd_A(x_v, 8, 3)));
+  }
+}
+
+TEST(GwSubspace, FindsTheStretchedDirectionsOfAnIsometricCopy) {
+  // x_v = x_t turned by R. Then M is (nearly) R^T, aligned states are x_t's, and A x = U^T M x reads x_v along R u: u the top directions of x_t.
+  const at::Tensor scale = at::tensor({9.0, 6.0, 3.0, 0.3, 0.2, 0.1}, at::kFloat), x_t = cloud(60, 6, 4) * scale;
+  const at::Tensor turn = std::get<0>(at::linalg_qr(cloud(6, 6, 5)));
+  const at::Tensor x_v = at::mm(x_t, turn).index_select(0, at::tensor(Rng(6, "test.order").permutation(60), at::kLong));
+  run::OtSection ot;
+  ot.epsilon = {0.05, 0.01, 0.002, 0.0005};
+  GwSubspaceReport report;
+  const at::Tensor a = gw_subspace_A(x_v, x_t, 2, ot, 1, &report);
+  EXPECT_NEAR(report.row_perplexity, 1.0, 0.2);
+  // The span of A's rows is that of the two directions of most variance of x_v.
+  const at::Tensor top = turn.slice(0, 0, 2);
+  const at::Tensor inside = at::mm(a, top.t());
+  EXPECT_GT((inside.norm() / a.norm()).item<double>(), 0.98);
+}
+
+TEST(GwSubspace, DegenerateStatesFallBackToKaiming) {
+  GwSubspaceReport report;
+  const at::Tensor x_v = at::ones({10, 6});  // one direction only
+  const at::Tensor a = gw_subspace_A(x_v, cloud(12, 6, 7), 4, quick(), 1, &report);
+  EXPECT_TRUE(a.isfinite().all().item<bool>());
+  EXPECT_EQ(report.directions, 1);
+  EXPECT_TRUE(gw_subspace_A(at::zeros({10, 6}), cloud(12, 6, 7), 4, quick(), 1, &report).isfinite().all().item<bool>());
+  EXPECT_EQ(report.directions, 0);
+  EXPECT_THROW(gw_subspace_A(x_v, cloud(12, 5, 7), 4, quick(), 1), UserError);
+  EXPECT_THROW(gw_subspace_A(x_v * std::nan(""), cloud(12, 6, 7), 4, quick(), 1), UserError);
+  EXPECT_THROW(gw_subspace_A(at::empty({0, 6}), cloud(12, 6, 7), 4, quick(), 1), UserError);
+}
+
+TEST(Calibration, ReservoirKeepsAUniformDeterministicSample) {
+  Calibration a(50, 1), b(50, 1);
+  // Two experts, text and one new modality; every row's first entry is its number.
+  for (int64_t call = 0; call < 20; ++call) {
+    const at::Tensor rows = (at::arange(60, at::kFloat) + 60.0 * double(call)).unsqueeze(1).expand({60, 3}).contiguous();
+    for (Calibration* c : {&a, &b}) c->observe_experts(2, model::Site::gate, rows, {0, 40, 50, 50, 60}, 2);
+  }
+  EXPECT_EQ(a.seen(2, model::Site::gate, 0, 0), 800);
+  EXPECT_EQ(a.seen(2, model::Site::up, 0, 1), 200);
+  EXPECT_EQ(a.seen(2, model::Site::gate, 1, 0), 0);
+  EXPECT_FALSE(a.rows(2, model::Site::gate, 1, 0).defined());
+  EXPECT_FALSE(a.rows(3, model::Site::gate, 0, 0).defined());
+  const at::Tensor kept = a.rows(2, model::Site::up, 0, 0);
+  EXPECT_EQ(kept.sizes(), (std::vector<int64_t>{50, 3}));
+  EXPECT_TRUE(at::equal(kept, b.rows(2, model::Site::up, 0, 0)));
+  // Rows 0..39 of each call: the mean number of a uniform sample is 589.5, standard error 347/sqrt(50) = 49.
+  EXPECT_NEAR(kept.select(1, 0).mean().item<double>(), 589.5, 4 * 49.0);
+  EXPECT_LT(at::fmod(kept.select(1, 0), 60).max().item<double>(), 40.0);
+  EXPECT_EQ(std::get<0>(at::_unique(kept.select(1, 0))).size(0), 50);
+  EXPECT_EQ(a.pool(2, model::Site::gate, 1).size(0), 50);
+  EXPECT_FALSE(a.pool(2, model::Site::down, 1).defined());
+  EXPECT_THROW(Calibration(0, 1), UserError);
+}
+
+TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
+  model::DecoderSpec spec;
+  spec.hidden_size = 24;
+  spec.num_layers = 2;
+  spec.num_heads = 2;
+  spec.num_kv_heads = 1;
+  spec.head_dim = 8;
+  spec.num_experts = 3;
+  spec.num_experts_per_tok = 1;
+  spec.moe_intermediate_size = 16;
+  spec.layers.resize(2);
+  adapters::AdapterConfig config;
+  config.rank = 4;
+  Calibration calibration(32, 1);
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    // Expert 2 sees two new rows only: it must use the pool.
+    calibration.observe_experts(layer, model::Site::gate, cloud(152, 24, uint64_t(layer)), {0, 30, 60, 90, 120, 150, 152}, 2);
+    if (layer == 0) calibration.observe_experts(layer, model::Site::down, cloud(150, 16, 9), {0, 30, 60, 90, 120, 150, 150}, 2);
+  }
+  for (const char* method : {"kaiming_zero", "gw_subspace", "activation_svd"}) {
+    adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU), again(spec, config, 0, {1}, at::kCPU);
+    const auto report = nlohmann::json::parse(initialise_lora(lora, method, &calibration, 1, quick(), 5));
+    initialise_lora(again, method, &calibration, 1, quick(), 5);
+    EXPECT_EQ(report["method"], method);
+    ASSERT_EQ(lora.factors().size(), 14u);
+    for (size_t i = 0; i < lora.factors().size(); ++i) {
+      const auto& f = lora.factors()[i];
+      EXPECT_EQ(f.B.abs().max().item<double>(), 0.0) << f.name;
+      EXPECT_TRUE(at::equal(f.A, again.factors()[i].A)) << f.name;
+      EXPECT_NEAR(f.A.square().sum(-1).mean().item<double>(), 1.0 / 3.0, 0.12) << method << " " << f.name;
+      EXPECT_TRUE(f.A.requires_grad()) << f.name;
+      if (f.A.dim() == 3) EXPECT_FALSE(at::equal(f.A[0], f.A[1])) << f.name;
+    }
+    if (std::string(method) == "kaiming_zero") continue;
+    EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["from_pool"], 1);
+    EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["kaiming_fallback"], 0);
+    EXPECT_EQ(report["sites"]["adapters.0.layers.1.down"]["kaiming_fallback"], 3);  // never observed
+  }
+  adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU);
+  EXPECT_THROW(initialise_lora(lora, "pissa", nullptr, 1, quick(), 5), UsageError);
+}
+
+}  // namespace
+}  // namespace moegraft::graft
