@@ -1,6 +1,6 @@
 #include "moegraft/adapters/modality_lora.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <cmath>

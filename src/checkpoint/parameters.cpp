@@ -1,6 +1,6 @@
 #include "moegraft/checkpoint/parameters.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"

@@ -1,6 +1,6 @@
 #include "moegraft/codec/codec.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "janus.h"
 #include "moegraft/base/check.h"

@@ -1,6 +1,6 @@
 #include "janus.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/io/json.h"

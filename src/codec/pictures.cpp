@@ -1,6 +1,6 @@
 #include "moegraft/codec/pictures.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,4 @@
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"

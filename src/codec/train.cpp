@@ -1,6 +1,6 @@
 #include "moegraft/codec/train.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <chrono>
 #include <cmath>

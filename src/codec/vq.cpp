@@ -1,6 +1,6 @@
 #include "moegraft/codec/vq.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <cmath>
 

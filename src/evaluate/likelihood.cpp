@@ -1,6 +1,6 @@
 #include "moegraft/evaluate/likelihood.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <cmath>
 

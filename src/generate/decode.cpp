@@ -1,6 +1,6 @@
 #include "decode.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <numeric>
 

@@ -1,6 +1,6 @@
 #include "moegraft/generate/prompt.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <cctype>
 #include <deque>

@@ -1,6 +1,6 @@
 #include "moegraft/generate/text.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 

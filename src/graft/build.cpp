@@ -1,5 +1,5 @@
 // A new grafted model: rows and factors initialised as the run asks.
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <chrono>
 #include <fstream>

@@ -1,7 +1,7 @@
 // Putting a model together from a run's config, and opening runs and plain models.
 #include "moegraft/graft/grafted_model.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <charconv>

@@ -1,6 +1,6 @@
 // Attention over packed sequences: one library flash call per sequence, sequences spread over the threads.
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"

@@ -1,5 +1,5 @@
 // Cross-entropy of a linear head without holding the logits: rows in chunks, gradients formed on the way.
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"

@@ -1,6 +1,6 @@
 // Local dispatch: rows of the experts sorted by (expert, group), and the weighted sum back. Gathers only, so the order of sums is fixed.
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"

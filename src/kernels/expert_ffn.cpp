@@ -3,7 +3,7 @@
 // Work is cut into tasks of at most kChunkRows rows of one (expert, group). The cut depends on shapes alone, never on the adapters, so a call
 // whose rows are all text gives the base's bits. Weight gradients are summed per expert over whole row ranges, in a fixed order.
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"

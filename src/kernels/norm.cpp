@@ -1,6 +1,6 @@
 // RMSNorm and rotary embedding. On the CPU one pass over each row; elsewhere composed of ATen operations.
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"

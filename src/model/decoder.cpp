@@ -1,7 +1,7 @@
 // The forward pass. Control flow stays visible here; the arithmetic lives in kernels/.
 #include "moegraft/model/decoder.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <numeric>

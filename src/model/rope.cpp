@@ -1,7 +1,7 @@
 // Rotary frequencies: default, linear, dynamic NTK, YaRN (arXiv:2309.00071) and Llama-3, as transformers computes them.
 #include "rope.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <cmath>
 #include <numbers>

@@ -1,7 +1,7 @@
 // Hugging Face directories: reading (memory-mapped), making from scratch, writing.
 #include "moegraft/model/weights.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "family.h"
 #include "moegraft/base/check.h"

@@ -1,6 +1,6 @@
 #include "moegraft/routing/stats.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <cmath>

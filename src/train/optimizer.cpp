@@ -1,7 +1,7 @@
 #include "moegraft/train/optimizer.h"
 
 #include <ATen/Parallel.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
 #include "samples.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/log.h"
 #include "moegraft/checkpoint/checkpoint.h"

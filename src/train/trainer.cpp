@@ -1,6 +1,6 @@
 #include "moegraft/train/trainer.h"
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <chrono>
 #include <cmath>

@@ -1,6 +1,6 @@
 #pragma once
 // A tiny random graft without files: 2 layers, byte tokenizer, 16 codes of 3x3 pictures, random factors on every site.
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/check.h"
 #include "moegraft/generate/images.h"

@@ -1,7 +1,7 @@
 #include "moegraft/io/image.h"
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 #include <unistd.h>
 
 #include <filesystem>
@@ -81,7 +81,7 @@ TEST_F(Image, JpegAsPillowDecodesIt) {
 }
 
 TEST_F(Image, RoundTrips) {
-  torch::manual_seed(3);
+  at::manual_seed(3);
   const auto noise = torch::randint(0, 256, {3, 17, 33}, at::kByte);
   save_image(dir_ / "a.png", noise);
   EXPECT_TRUE(torch::equal(load_image(dir_ / "a.png"), noise));

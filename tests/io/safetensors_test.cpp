@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 #include <unistd.h>
 
 #include <csignal>
@@ -86,7 +86,7 @@ TEST_F(Safetensors, ReadsEveryDtypeOfThePythonPackage) {
 }
 
 TEST_F(Safetensors, RoundTripKeepsBytesStridesAndMetadata) {
-  torch::manual_seed(1);
+  at::manual_seed(1);
   TensorMap tensors;
   for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16})
     tensors[std::string("r.") + c10::toString(dtype)] = torch::randn({3, 5}).to(dtype);

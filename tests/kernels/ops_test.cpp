@@ -1,6 +1,6 @@
 // One case table per op: fused against plain ATen in double-checked precision, and gradients.
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include "moegraft/base/rng.h"
 #include "moegraft/kernels/ops.h"

@@ -1,7 +1,7 @@
 #include "moegraft/routing/stats.h"
 
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -91,7 +91,7 @@ TEST(RoutingStats, UniformProbabilitiesAndTopTwo) {
 }
 
 TEST(RoutingStats, CallsAddUpAndResetForgets) {
-  torch::manual_seed(2);
+  at::manual_seed(2);
   const auto probs = torch::rand({50, 8}).softmax(1);
   const auto ids = std::get<1>(probs.topk(2, 1));
   const auto modality = torch::randint(0, 3, {50}, at::kLong);

@@ -1,5 +1,5 @@
 # moegraft_module(NAME [TORCH] LIBS ...): a static library from src/NAME/*.cpp, public headers in include/moegraft/NAME.
-# TORCH modules share one precompiled header: torch/torch.h costs half a minute per file without it.
+# TORCH modules share one precompiled header: see src/libtorch.h.
 function(moegraft_module name)
   cmake_parse_arguments(ARG "TORCH" "" "LIBS" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/${name}/*.cpp)
@@ -67,4 +67,4 @@ set(CMAKE_CXX_COMPILE_OPTIONS_PIE ${CMAKE_CXX_COMPILE_OPTIONS_PIC})
 file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/pch.cpp "// Owns the precompiled header that every LibTorch module reuses.\n")
 add_library(moegraft_pch OBJECT ${CMAKE_CURRENT_BINARY_DIR}/pch.cpp)
 target_link_libraries(moegraft_pch PUBLIC moegraft::torch moegraft_flags)
-target_precompile_headers(moegraft_pch PRIVATE <torch/torch.h>)
+target_precompile_headers(moegraft_pch PRIVATE ${PROJECT_SOURCE_DIR}/src/libtorch.h)

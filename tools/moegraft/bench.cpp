@@ -1,6 +1,6 @@
 // moegraft bench: a whole LoRA training step on all experts, gate open, every token labelled, nothing skipped (the twin of tests/bench/peer_step.py).
 #include <sys/resource.h>
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <chrono>
 #include <fstream>

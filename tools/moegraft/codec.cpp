@@ -1,6 +1,6 @@
 // moegraft codec train | encode | decode | eval
 
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <chrono>
 #include <iostream>

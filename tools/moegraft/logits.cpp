@@ -1,5 +1,5 @@
 // moegraft logits: an exact forward pass on given ids, for parity checks.
-#include <torch/torch.h>
+#include "libtorch.h"
 
 #include <memory>
 
