@@ -1,6 +1,7 @@
 #include "moegraft/data/emoji.h"
 
 #include <algorithm>
+#include <fstream>
 
 #include "data/emoji_font.h"
 #include "data/emoji_splits.h"
@@ -18,6 +19,14 @@ std::string manifest_line(const EmojiEntry& entry) {
   const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"}, {"text", entry.name},   {"captions", emoji_captions(entry)},
                          {"keywords", entry.keywords},                      {"emoji", entry.utf8}, {"concept", entry.concept_name}};
   return line.dump() + "\n";
+}
+
+// Without fsync: thousands of small files would take a minute. The manifests come last and are durable.
+void write_picture(const std::filesystem::path& path, const std::string& bytes) {
+  std::ofstream file(path, std::ios::binary);
+  file << bytes;
+  file.close();
+  MOEGRAFT_CHECK(file.good(), "cannot write ", path.string(), " (is the disk full?)");
 }
 
 }  // namespace
@@ -61,7 +70,7 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
       continue;
     }
     keep[i] = true;
-    io::save_image(options.output / "images" / (entries[i].file_stem() + ".png"), io::resize_and_pad(picture, options.size));
+    write_picture(options.output / "images" / (entries[i].file_stem() + ".png"), io::png_bytes(io::resize_and_pad(picture, options.size)));
   }
   progress.finish();
 

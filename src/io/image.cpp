@@ -55,6 +55,13 @@ int64_t scaled(int64_t side, int64_t numerator, int64_t denominator) {
 
 bool starts_with(std::string_view bytes, std::string_view magic) { return bytes.substr(0, magic.size()) == magic; }
 
+Pixels to_pixels(const at::Tensor& image_3HW, const char* what) {
+  check_image(image_3HW, what);
+  const at::Tensor interleaved = to_bytes(image_3HW).permute({1, 2, 0}).contiguous();
+  const uint8_t* data = interleaved.const_data_ptr<uint8_t>();
+  return {interleaved.size(1), interleaved.size(0), std::vector<uint8_t>(data, data + interleaved.numel()), 1};
+}
+
 }  // namespace
 
 at::Tensor decode_image(std::string_view bytes, const std::string& name) {
@@ -78,12 +85,11 @@ void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW) 
   std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return std::tolower(c); });
   const bool png = extension == ".png", jpeg = extension == ".jpg" || extension == ".jpeg";
   MOEGRAFT_CHECK(png || jpeg, "cannot write ", path.string(), ": expected a name ending in .png or .jpg");
-  check_image(image_3HW, "save_image");
-  const at::Tensor interleaved = to_bytes(image_3HW).permute({1, 2, 0}).contiguous();
-  const uint8_t* data = interleaved.const_data_ptr<uint8_t>();
-  const Pixels pixels{interleaved.size(1), interleaved.size(0), std::vector<uint8_t>(data, data + interleaved.numel()), 1};
+  const Pixels pixels = to_pixels(image_3HW, "save_image");
   write_file_atomic(path, png ? encode_png(pixels) : encode_jpeg(pixels, kJpegQuality));
 }
+
+std::string png_bytes(const at::Tensor& image_3HW) { return encode_png(to_pixels(image_3HW, "png_bytes")); }
 
 at::Tensor resize_and_crop(const at::Tensor& image_3HW, int64_t size) {
   check_image(image_3HW, "resize_and_crop");
