@@ -39,7 +39,52 @@ build_binary() {
   cmake --build "$build" --target moegraft
 }
 
+data=data/quickstart models=models/quickstart graft=$runs/graft
+moegraft=$build/moegraft
+prepare_data() {
+  "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 310
+  "$moegraft" data prepare corpus -o "$data/corpus"
+}
+train_tokenizer() {
+  "$moegraft" tokenize train --text "$data/corpus/train.txt" --vocab-size 2048 --type bpe -o "$models/tokenizer"
+}
+shard_text() {
+  for part in train eval; do "$moegraft" data prepare text "$data/corpus/$part.txt" --tokenizer "$models/tokenizer" -o "$data/text/$part"; done
+}
+train_base() { "$moegraft" train -c configs/quickstart/base.yaml --set "run.dir=$runs/base" --resume auto; }
+train_codec() {
+  "$moegraft" codec train -c configs/quickstart/codec.yaml
+  "$moegraft" codec eval "$models/codec" --images "$data/emoji/heldout.jsonl" --sheet "$runs/codec.png" --json >"$runs/codec.json"
+}
+shard_images() {
+  for part in popular heldout compositions; do
+    "$moegraft" data prepare shards --manifest "$data/emoji/$part.jsonl" --tokenizer "$models/tokenizer" --codec "$models/codec" -o "$data/images/$part"
+  done
+}
+train_graft() {
+  "$moegraft" train -c configs/quickstart/graft.yaml --set "run.dir=$graft" --set "model.path=$runs/base/model" --resume auto
+}
+draw() {
+  "$moegraft" generate "$graft" --prompts configs/quickstart/prompts.txt --n 1 --temperature 0 --image "$runs/sheet.png" --seed 17
+}
+evaluate() {
+  "$moegraft" inspect "$graft" --json >"$runs/inspect.json"
+  "$moegraft" eval "$graft" -c configs/quickstart/eval.yaml --json >"$runs/eval.json"
+}
+export_adapter() { "$moegraft" export "$graft" --format peft -o "$runs/peft" --overwrite --json >"$runs/export.json"; }
+
 begin=$SECONDS
-bash tools/setup.sh --runtime
-build_binary
-echo "quickstart: finished in $((SECONDS - begin)) s"
+stage setup bash tools/setup.sh --runtime
+stage build build_binary
+stage data prepare_data
+stage tokenizer train_tokenizer
+stage text-shards shard_text
+stage base train_base
+stage codec train_codec
+stage image-shards shard_images
+stage graft train_graft
+stage draw draw
+stage evaluate evaluate
+stage export export_adapter
+"$moegraft" summary "$runs"
+echo "quickstart: finished in $((SECONDS - begin)) s; pictures in $runs/sheet.png"

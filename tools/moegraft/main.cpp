@@ -18,6 +18,7 @@ int run(int argc, char** argv) {
     if (verbose) log::set_level(log::Level::debug);
   });
   tools::add_tokenize_command(app);
+  tools::add_summary_command(app);
   tools::add_inspect_command(app);
   tools::add_bench_command(app);
   tools::add_train_command(app);
@@ -25,6 +26,7 @@ int run(int argc, char** argv) {
   tools::add_data_command(app);
   tools::add_generate_command(app);
   tools::add_codec_command(app);
+  tools::add_export_command(app);
   try {
     app.parse(argc, argv);
     return 0;

@@ -1,0 +1,79 @@
+// moegraft summary: what a quickstart left behind, as one table and summary.json.
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <sstream>
+
+#include "command.h"
+#include "moegraft/base/check.h"
+#include "moegraft/io/json.h"
+
+namespace moegraft::tools {
+namespace {
+
+using io::Json;
+namespace fs = std::filesystem;
+
+std::vector<std::pair<std::string, int64_t>> read_stages(const fs::path& file) {
+  std::vector<std::pair<std::string, int64_t>> stages;
+  std::ifstream in(file);
+  MOEGRAFT_CHECK(in.good(), file.string(), " is missing: run tools/quickstart.sh first");
+  for (std::string line; std::getline(in, line);) {
+    std::istringstream fields(line);
+    std::string name;
+    int64_t seconds = 0;
+    MOEGRAFT_CHECK(std::getline(fields, name, '\t') && (fields >> seconds), file.string(), ": expected NAME<tab>SECONDS, got '", line, "'");
+    stages.emplace_back(name, seconds);
+  }
+  return stages;
+}
+
+// Leaves of a JSON object as "a.b  value" rows.
+void flatten(const Json& j, const std::string& prefix, std::vector<std::pair<std::string, std::string>>& rows) {
+  if (j.is_object()) {
+    for (const auto& [key, value] : j.items()) flatten(value, prefix.empty() ? key : prefix + "." + key, rows);
+  } else if (j.is_number_float()) {
+    char buffer[32];
+    std::snprintf(buffer, sizeof buffer, "%.4g", j.get<double>());
+    rows.emplace_back(prefix, buffer);
+  } else if (!j.is_array()) {
+    rows.emplace_back(prefix, j.is_string() ? j.get<std::string>() : j.dump());
+  }
+}
+
+void run(const fs::path& dir) {
+  Json summary{{"stages", Json::object()}};
+  int64_t total = 0;
+  std::printf("%-16s %8s\n", "stage", "seconds");
+  for (const auto& [name, seconds] : read_stages(dir / "stages.tsv")) {
+    std::printf("%-16s %8lld\n", name.c_str(), static_cast<long long>(seconds));
+    summary["stages"][name] = seconds;
+    total += seconds;
+  }
+  std::printf("%-16s %8lld\n\n", "total", static_cast<long long>(total));
+  summary["seconds"] = total;
+  for (const char* part : {"codec", "inspect", "eval", "export"})
+    if (fs::exists(dir / (std::string(part) + ".json"))) summary[part] = io::read_json(dir / (std::string(part) + ".json"));
+  if (fs::exists(dir / "graft" / "init.json")) summary["init"] = io::read_json(dir / "graft" / "init.json");
+  io::write_json(dir / "summary.json", summary);
+  for (const char* part : {"codec", "inspect", "eval"}) {
+    if (!summary.contains(part)) continue;
+    std::vector<std::pair<std::string, std::string>> rows;
+    flatten(summary[part], part, rows);
+    for (const auto& [key, value] : rows) std::printf("%-52s %s\n", key.c_str(), value.c_str());
+  }
+  std::printf("\nwritten: %s\n", (dir / "summary.json").c_str());
+}
+
+}  // namespace
+
+void add_summary_command(CLI::App& app) {
+  auto dir = std::make_shared<std::string>();
+  CLI::App* cmd = app.add_subcommand("summary", "One table of what a quickstart measured");
+  cmd->add_option("dir", *dir, "The quickstart's folder")->required();
+  cmd->footer("Example: moegraft summary runs/quickstart");
+  cmd->callback([dir] { run(*dir); });
+}
+
+}  // namespace moegraft::tools
