@@ -1,0 +1,44 @@
+#pragma once
+// Child processes of tests: the moegraft binary above all.
+
+#include <sys/types.h>
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace moegraft::testing {
+
+struct ProcessResult {
+  int code = -1;    // exit code; -1 when a signal ended it
+  int signal = 0;   // the signal that ended it, or 0
+  std::string out, err;
+};
+
+// A started program; killed by the destructor when it still runs.
+class Process {
+ public:
+  // argv[0] is the program. environment: "NAME=value" entries on top of this process's.
+  explicit Process(const std::vector<std::string>& argv, const std::vector<std::string>& environment = {});
+  ~Process();
+  Process(const Process&) = delete;
+  bool running();
+  void send(int signal);
+  ProcessResult wait();
+  std::string output() const;  // of stdout, so far
+  std::string errors() const;  // of stderr, so far
+
+ private:
+  bool reap(bool block);
+  pid_t pid_ = -1;
+  int out_ = -1, err_ = -1, status_ = 0;  // unlinked files
+  bool done_ = false;
+};
+
+// The binary that MOEGRAFT_BIN names (set by ctest), or the one beside the tests' folder. Empty when it is not built: tests then skip.
+std::filesystem::path moegraft_binary();
+
+// Runs `moegraft ARGS…` to its end.
+ProcessResult run_moegraft(const std::vector<std::string>& args);
+
+}  // namespace moegraft::testing
