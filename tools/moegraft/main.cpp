@@ -3,10 +3,11 @@
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "startup.h"
 
 namespace {
 
-// Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+// Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 stopped by a signal with everything saved (train).
 int run(int argc, char** argv) {
   using namespace moegraft;
   CLI::App app{"moegraft: graft a new modality onto a text-only Mixture-of-Experts LLM", "moegraft"};
@@ -26,6 +27,7 @@ int run(int argc, char** argv) {
   tools::add_data_command(app);
   tools::add_generate_command(app);
   tools::add_codec_command(app);
+  tools::add_eval_command(app);
   tools::add_export_command(app);
   try {
     app.parse(argc, argv);
@@ -48,4 +50,8 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run(argc, argv); }
+int main(int argc, char** argv) {
+  moegraft::tools::choose_wait_policy(argv);
+  moegraft::tools::keep_pages();
+  return run(argc, argv);
+}
