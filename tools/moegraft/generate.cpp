@@ -95,6 +95,8 @@ void draw(const Options& o, const graft::GraftedModel& model, const std::vector<
   const auto prompts = parse(o, texts, model);
   const auto& tokens = generate::find_modality(model, o.images.modality);
   generate::ImageOptions options = o.images;
+  if (options.cfg != 1 && model.config && model.config->data.caption_dropout == 0)
+    log::warning("--cfg ", options.cfg, ": the run was trained with data.caption_dropout 0, so it never learnt the unconditional pictures that guidance leads away from");
   const auto start = std::chrono::steady_clock::now();
   Progress progress("drawing", static_cast<int64_t>(prompts.size()) * options.n * tokens.item_length);
   options.on_progress = [&](int64_t done, int64_t) { progress.update(done, format_count(double(done) / std::max(1e-9, seconds_since(start))) + " codes/s"); };
