@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # From a fresh machine to pictures drawn by a text model: set-up, build, and the whole job on real data.
 #
-#   tools/quickstart.sh [--runs DIR]
+#   tools/quickstart.sh [--recipe NAME] [--runs DIR]
 #
-#   --runs DIR   where results go (default: runs/quickstart); a repeated call continues where it stopped
+#   --recipe NAME  configs/NAME: quickstart (default; minutes) or emoji-long (hours on a CPU: all pictures, several captions each)
+#   --runs DIR     where results go (default: runs/NAME); a repeated call continues where it stopped
 #
 # Ends with a contact sheet, a summary table and DIR/summary.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-runs=runs/quickstart
+recipe=quickstart runs=
 while [ $# -gt 0 ]; do
   case $1 in
+    --recipe) recipe=${2:?--recipe needs a name}; shift 2 ;;
     --runs) runs=${2:?--runs needs a folder}; shift 2 ;;
     -h | --help) sed -n '2,/^set -/p' "$0" | sed '$d;s/^# \{0,1\}//'; exit 0 ;;
     *) echo "quickstart: unknown option $1 (try --help)" >&2; exit 2 ;;
   esac
 done
+[ -d "configs/$recipe" ] || { echo "quickstart: no recipe configs/$recipe" >&2; exit 2; }
+runs=${runs:-runs/$recipe}
 build=${MOEGRAFT_BUILD_DIR:-build}
-export OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$runs"
 
 # stage NAME COMMAND…: runs a stage once; a finished one is skipped when the script is called again. Seconds go to stages.tsv.
@@ -39,7 +42,7 @@ build_binary() {
   cmake --build "$build" --target moegraft
 }
 
-data=data/quickstart models=models/quickstart graft=$runs/graft
+data=data/$recipe models=models/$recipe configs=configs/$recipe graft=$runs/graft
 moegraft=$build/moegraft
 prepare_data() {
   "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 310
@@ -51,25 +54,28 @@ train_tokenizer() {
 shard_text() {
   for part in train eval; do "$moegraft" data prepare text "$data/corpus/$part.txt" --tokenizer "$models/tokenizer" -o "$data/text/$part"; done
 }
-train_base() { "$moegraft" train -c configs/quickstart/base.yaml --set "run.dir=$runs/base" --resume auto; }
+train_base() { "$moegraft" train -c $configs/base.yaml --set "run.dir=$runs/base" --resume auto; }
 train_codec() {
-  "$moegraft" codec train -c configs/quickstart/codec.yaml
+  "$moegraft" codec train -c $configs/codec.yaml
   "$moegraft" codec eval "$models/codec" --images "$data/emoji/heldout.jsonl" --sheet "$runs/codec.png" --json >"$runs/codec.json"
 }
 shard_images() {
-  for part in popular heldout compositions; do
-    "$moegraft" data prepare shards --manifest "$data/emoji/$part.jsonl" --tokenizer "$models/tokenizer" --codec "$models/codec" -o "$data/images/$part"
+  local part captions
+  for part in popular heldout compositions train; do
+    captions=text
+    [ "$part" = train ] && captions=all
+    "$moegraft" data prepare shards --manifest "$data/emoji/$part.jsonl" --captions "$captions" --tokenizer "$models/tokenizer" --codec "$models/codec" -o "$data/images/$part"
   done
 }
 train_graft() {
-  "$moegraft" train -c configs/quickstart/graft.yaml --set "run.dir=$graft" --set "model.path=$runs/base/model" --resume auto
+  "$moegraft" train -c $configs/graft.yaml --set "run.dir=$graft" --set "model.path=$runs/base/model" --resume auto
 }
 draw() {
-  "$moegraft" generate "$graft" --prompts configs/quickstart/prompts.txt --n 1 --temperature 0 --image "$runs/sheet.png" --seed 17
+  "$moegraft" generate "$graft" --prompts $configs/prompts.txt --n 1 --temperature 0 --image "$runs/sheet.png" --seed 17
 }
 evaluate() {
   "$moegraft" inspect "$graft" --json >"$runs/inspect.json"
-  "$moegraft" eval "$graft" -c configs/quickstart/eval.yaml --json >"$runs/eval.json"
+  "$moegraft" eval "$graft" -c $configs/eval.yaml --json >"$runs/eval.json"
 }
 export_adapter() { "$moegraft" export "$graft" --format peft -o "$runs/peft" --overwrite --json >"$runs/export.json"; }
 
