@@ -1,0 +1,122 @@
+// The command line as a user meets it: shipped configs, dry runs, parity figures, exit codes.
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "libtorch.h"
+#include "moegraft/config/config.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/json.h"
+#include "moegraft/io/safetensors.h"
+#include "moegraft/run/run_config.h"
+#include "support/process.h"
+#include "support/tiny_world.h"
+
+namespace moegraft {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::run_moegraft;
+const fs::path kConfigs = fs::path(MOEGRAFT_SOURCE_DIR) / "configs";
+
+class Command : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
+  }
+};
+
+TEST(Configs, EveryShippedRunParses) {
+  int runs = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(kConfigs)) {
+    const std::string name = entry.path().filename().string();
+    if (entry.path().extension() != ".yaml" || name == "codec.yaml" || name == "eval.yaml") continue;
+    EXPECT_NO_THROW(config::parse<run::RunConfig>(config::Document::from_file(entry.path().string()))) << entry.path();
+    ++runs;
+  }
+  EXPECT_GE(runs, 7);
+}
+
+// A dry run of the recipes on the published sizes: nothing but config.json is needed.
+TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
+  struct Case {
+    const char *config, *json;
+    double billions, active;
+  };
+  const std::vector<Case> cases{
+      {"qwen3-30b-a3b", R"({"model_type":"qwen3_moe","vocab_size":151936,"hidden_size":2048,"num_hidden_layers":48,"num_attention_heads":32,"num_key_value_heads":4,"head_dim":128,
+       "intermediate_size":6144,"moe_intermediate_size":768,"num_experts":128,"num_experts_per_tok":8,"norm_topk_prob":true,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+       "max_position_embeddings":40960,"mlp_only_layers":[],"decoder_sparse_step":1})", 30.5, 3.3},
+      {"olmoe-1b-7b", R"({"model_type":"olmoe","vocab_size":50304,"hidden_size":2048,"num_hidden_layers":16,"num_attention_heads":16,"num_key_value_heads":16,"intermediate_size":1024,
+       "num_experts":64,"num_experts_per_tok":8,"rope_theta":10000.0,"max_position_embeddings":4096})", 6.9, 1.3},
+      {"mixtral-8x7b", R"({"model_type":"mixtral","vocab_size":32000,"hidden_size":4096,"num_hidden_layers":32,"num_attention_heads":32,"num_key_value_heads":8,"intermediate_size":14336,
+       "num_local_experts":8,"num_experts_per_tok":2,"rope_theta":1000000.0,"max_position_embeddings":32768})", 46.7, 12.9}};
+  for (const auto& c : cases) {
+    testing::TemporaryFolder folder;
+    io::write_file_atomic(folder / "config.json", c.json);
+    const auto r = run_moegraft({"inspect", "-c", (kConfigs / (std::string(c.config) + ".yaml")).string(), "--set", "model.path=" + folder.path().string(), "--codebook", "16384", "--json"});
+    ASSERT_EQ(r.code, 0) << r.err;
+    const io::Json j = io::Json::parse(r.out);
+    EXPECT_NEAR(j["model"]["parameters"].get<double>() / 1e9, c.billions, 0.05) << c.config;
+    EXPECT_NEAR(j["model"]["active_parameters"].get<double>() / 1e9, c.active, 0.1) << c.config;
+    EXPECT_LE(j["trained"]["share_percent"].get<double>(), 5.0) << c.config;
+    EXPECT_GT(j["trained"]["share_percent"].get<double>(), 0.1) << c.config;
+  }
+}
+
+TEST_F(Command, BenchStepEqualsThePlainLoss) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  const at::Tensor ids = at::arange(3, 43).view({2, 20});
+  io::save_safetensors(folder / "ids.safetensors", {{"input_ids", ids}});
+  const auto logits = run_moegraft({"logits", world.base.string(), "--ids", (folder / "ids.safetensors").string(), "-o", (folder / "logits.safetensors").string()});
+  ASSERT_EQ(logits.code, 0) << logits.err;
+  const at::Tensor l = io::load_safetensors(folder / "logits.safetensors").at("logits");
+  const double expected = at::cross_entropy_loss(l.narrow(1, 0, 19).reshape({38, -1}), ids.narrow(1, 1, 19).reshape({-1})).item<double>();
+  const auto bench = run_moegraft({"bench", world.base.string(), "--dtype", "float32", "--rank", "4", "--steps", "2", "--ids", (folder / "ids.safetensors").string(), "--json"});
+  ASSERT_EQ(bench.code, 0) << bench.err;
+  const io::Json j = io::Json::parse(bench.out);
+  EXPECT_NEAR(j["loss"][0].get<double>(), expected, 1e-4);
+  EXPECT_NE(j["loss"][0], j["loss"][1]) << "the step must train";
+  for (const char* key : {"tokens_per_s", "step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(j.contains(key)) << key;
+}
+
+TEST_F(Command, UsageErrorsExitWithTwoAndFailuresWithOne) {
+  EXPECT_EQ(run_moegraft({}).code, 2);
+  EXPECT_EQ(run_moegraft({"fly"}).code, 2);
+  EXPECT_EQ(run_moegraft({"--help"}).code, 0);
+  EXPECT_EQ(run_moegraft({"logits", "/nowhere", "--ids", "x", "-o", "y"}).code, 1);
+  EXPECT_EQ(run_moegraft({"logits", "/nowhere", "--ids", "x", "-o", "y", "--gate", "half"}).code, 2);
+  EXPECT_EQ(run_moegraft({"logits", "/nowhere", "--ids", "x", "-o", "y", "--dtype", "int8"}).code, 2);
+  testing::TemporaryFolder folder;
+  EXPECT_EQ(run_moegraft({"inspect", folder.path().string()}).code, 1);
+}
+
+TEST_F(Command, AnIdOutsideTheVocabularyIsOneClearLine) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  io::save_safetensors(folder / "ids.safetensors", {{"input_ids", at::full({1, 3}, 1000000, at::kLong)}});
+  const auto r = run_moegraft({"logits", world.base.string(), "--ids", (folder / "ids.safetensors").string(), "-o", (folder / "out.safetensors").string()});
+  EXPECT_EQ(r.code, 1);
+  EXPECT_NE(r.err.find("token id 1000000 is outside the vocabulary"), std::string::npos) << r.err;
+  EXPECT_FALSE(fs::exists(folder / "out.safetensors"));
+}
+
+// An interrupted disk: a file-size limit stands for a full one.
+TEST_F(Command, AFullDiskDuringASaveLosesNothing) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  ASSERT_EQ(run_moegraft({"train", "-c", world.yaml.string(), "--set", "train.steps=2", "--set", "checkpoint.every=1", "--set", "train.eval_every=0"}).code, 0);
+  const auto before = testing::read_parameters(world.run);
+  testing::Process full({"/bin/bash", "-c", "ulimit -f 8; exec \"$0\" train -c \"$1\" --set train.steps=4 --set checkpoint.every=1 --set train.eval_every=0 --resume auto", testing::moegraft_binary().string(),
+                         world.yaml.string()});
+  const auto r = full.wait();
+  EXPECT_EQ(r.code, 1) << r.err;
+  EXPECT_EQ(r.signal, 0);
+  const auto after = testing::read_parameters(world.run);
+  for (const auto& [name, tensor] : before) EXPECT_TRUE(at::equal(tensor, after.at(name))) << name;
+  EXPECT_EQ(run_moegraft({"train", "-c", world.yaml.string(), "--set", "train.steps=4", "--set", "checkpoint.every=1", "--set", "train.eval_every=0", "--resume", "auto"}).code, 0);
+}
+
+}  // namespace
+}  // namespace moegraft
