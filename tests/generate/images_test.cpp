@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
+#include <unistd.h>
+
 #include "fixture.h"
 #include "generate/decode.h"
 #include "moegraft/io/image.h"
