@@ -1,5 +1,7 @@
 #include "moegraft/data/emoji.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <fstream>
 
@@ -61,16 +63,23 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
 
   std::filesystem::create_directories(options.output / "images");
   Progress progress("emoji", static_cast<int64_t>(order.size()));
-  for (size_t n = 0; n < order.size(); ++n) {
-    const int64_t i = order[n];
-    const auto picture = font.picture(glyphs[i]);
-    progress.update(static_cast<int64_t>(n) + 1);
-    if (!picture.defined()) {
-      ++summary.without_glyph;
-      continue;
+  constexpr size_t kChunk = 128;
+  for (size_t begin = 0; begin < order.size(); begin += kChunk) {
+    const size_t end = std::min(begin + kChunk, order.size());
+    std::vector<at::Tensor> pictures;  // a FreeType face is not for several threads
+    for (size_t n = begin; n < end; ++n) pictures.push_back(font.picture(glyphs[order[n]]));
+    at::parallel_for(0, static_cast<int64_t>(end - begin), 1, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) {
+        if (!pictures[n].defined()) continue;
+        const auto path = options.output / "images" / (entries[order[begin + n]].file_stem() + ".png");
+        write_picture(path, io::png_bytes(io::resize_and_pad(pictures[n], options.size)));
+      }
+    });
+    for (size_t n = begin; n < end; ++n) {
+      keep[order[n]] = pictures[n - begin].defined();
+      if (!keep[order[n]]) ++summary.without_glyph;
     }
-    keep[i] = true;
-    write_picture(options.output / "images" / (entries[i].file_stem() + ".png"), io::png_bytes(io::resize_and_pad(picture, options.size)));
+    progress.update(static_cast<int64_t>(end));
   }
   progress.finish();
 
