@@ -1,0 +1,113 @@
+#pragma once
+// eval.yaml: what `moegraft eval` measures. Everything is optional; a section that is absent is not measured.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moegraft/config/config.h"
+
+namespace moegraft::evaluate {
+
+struct TextSection {
+  std::vector<std::string> shards;
+  int64_t max_tokens = 32768;
+  std::string packing = "documents";
+  template <class V>
+  void visit_fields(V& v) {
+    v("shards", shards, config::required(), "Text shards.");
+    v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
+    v("packing", packing, config::one_of({"documents", "stream"}), "As data.packing of a run.");
+  }
+};
+
+struct ImageSection {
+  std::string name, shards;
+  int64_t max_items = 256;
+  template <class V>
+  void visit_fields(V& v) {
+    v("name", name, config::required(), "What the result is called.");
+    v("shards", shards, config::required(), "Shards of captioned pictures.");
+    v("max_items", max_items, config::range(2, 1e9), "Pictures to look at, spread evenly over the shards.");
+  }
+};
+
+struct CodecSection {
+  std::string name, pictures;
+  int64_t max_items = 1024;
+  template <class V>
+  void visit_fields(V& v) {
+    v("name", name, config::required(), "What the result is called.");
+    v("pictures", pictures, config::required(), "Manifest, folder of PNG/JPEG files, or one picture.");
+    v("max_items", max_items, config::range(1, 1e9), "Pictures to look at, spread evenly.");
+  }
+};
+
+struct RetrievalSection {
+  std::string name, manifest, candidates, sheet;
+  int64_t n = 100, seed = 17, top_k = 0;
+  double temperature = 0, top_p = 1, cfg = 1;
+  template <class V>
+  void visit_fields(V& v) {
+    v("name", name, config::required(), "What the result is called.");
+    v("manifest", manifest, config::required(), "Manifest whose captions are the prompts.");
+    v("candidates", candidates, config::any(), "Manifest of further pictures to choose among; empty: the manifest's own.");
+    v("n", n, config::range(1, 1e9), "Prompts, drawn from the manifest by `seed`; all when it holds fewer.");
+    v("seed", seed, config::range(0, 9e15), "Seed of the choice and of the sampling.");
+    v("temperature", temperature, config::range(0.0, 100.0), "0: the likeliest codes.");
+    v("top_k", top_k, config::range(0, 1 << 30), "0: off.");
+    v("top_p", top_p, config::range(0.0, 1.0), "1: off.");
+    v("cfg", cfg, config::range(0.0, 1000.0), "Guidance; 1: off.");
+    v("sheet", sheet, config::any(), "Picture to write: sample beside original. Empty: none.");
+  }
+};
+
+struct DriftSection {
+  std::vector<std::string> dtypes = {"float32", "bfloat16"};
+  int64_t seed = 17;
+  template <class V>
+  void visit_fields(V& v) {
+    v("dtypes", dtypes, config::any(), "Compute types to try: float32, bfloat16.");
+    v("seed", seed, config::range(0, 9e15), "Seed of the token ids.");
+  }
+};
+
+struct RoutingSection {
+  int64_t max_tokens = 8192;
+  bool start = true;
+  template <class V>
+  void visit_fields(V& v) {
+    v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens of `text` and `images` to route.");
+    v("start", start, config::any(), "Also measure the run as it was before training.");
+  }
+};
+
+struct EvalConfig {
+  std::string checkpoint = "latest", dtype = "auto", device = "auto", modality;
+  int64_t sequence_length = 0;
+  std::optional<TextSection> text;
+  std::vector<ImageSection> images;
+  std::vector<std::string> unigram;
+  std::vector<CodecSection> codec;
+  std::vector<RetrievalSection> retrieval;
+  std::optional<DriftSection> drift;
+  std::optional<RoutingSection> routing;
+  template <class V>
+  void visit_fields(V& v) {
+    v("checkpoint", checkpoint, config::any(), "latest, best, a step, or a checkpoint directory (runs).");
+    v("dtype", dtype, config::one_of({"auto", "float32", "bfloat16"}), "Compute type; auto: the run's, float32 for a plain model.");
+    v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run.");
+    v("modality", modality, config::any(), "The image modality; empty: the only one.");
+    v("sequence_length", sequence_length, config::range(0, 1 << 24), "Longest sequence; 0: the run's, or 512.");
+    v("text", text, config::any(), "Text perplexity.");
+    v("images", images, config::any(), "Likelihood of pictures, with true, dropped and shuffled captions.");
+    v("unigram", unigram, config::any(), "Shards the unigram baseline is counted on; empty: the run's data.train.");
+    v("codec", codec, config::any(), "Reconstruction by the codec.");
+    v("retrieval", retrieval, config::any(), "Is the picture nearest to a drawn one the right one?");
+    v("drift", drift, config::any(), "Text logits of the graft against its base.");
+    v("routing", routing, config::any(), "Routing by modality.");
+  }
+  void validate(const std::string& path) const;  // names distinct, dtypes known, routing has data
+};
+
+}  // namespace moegraft::evaluate

@@ -1,0 +1,259 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <set>
+
+#include "libtorch.h"
+#include "moegraft/base/check.h"
+#include "moegraft/codec/codec.h"
+#include "moegraft/data/shard.h"
+#include "moegraft/data/stream.h"
+#include "moegraft/evaluate/evaluation.h"
+#include "moegraft/evaluate/likelihood.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/image.h"
+#include "moegraft/io/json.h"
+#include "moegraft/model/weights.h"
+#include "support/process.h"
+#include "support/tiny_world.h"
+
+namespace moegraft::evaluate {
+namespace {
+
+namespace fs = std::filesystem;
+
+template <class E = UserError, class F>
+std::string message_of(F&& f) {
+  try {
+    f();
+  } catch (const E& e) {
+    return e.what();
+  } catch (const std::exception& e) {
+    return std::string("another kind of error: ") + e.what();
+  }
+  return "no error";
+}
+
+class Measures : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = new testing::TemporaryFolder("moegraft-evaluate");
+    world_ = new testing::TinyWorld(testing::make_tiny_world(folder_->path() / "world"));
+    testing::write_run(*world_, 0.5);
+  }
+  static void TearDownTestSuite() {
+    delete world_;
+    delete folder_;
+  }
+  static std::string text_of(const fs::path& path) { return path.string(); }
+
+  // A graft whose heads are all zero: every next token is equally likely.
+  static graft::GraftedModel uniform() {
+    const at::NoGradGuard no_grad;
+    graft::GraftedModel m;
+    m.tokenizer = tokenizer::load_tokenizer(world_->tokenizer);
+    m.codecs["image"] = codec::load_codec(world_->codec);
+    model::BaseModel base = model::init_base(model::read_spec(world_->base), {1.0, 1});
+    base.weights->head_VD().zero_();
+    const int64_t V = base.spec.vocab_size, D = base.spec.hidden_size;
+    m.vocabulary = {V, base.spec.bos_id, base.spec.eos_id, {{"image", 1, V, 16, 4}}};
+    m.decoder = std::make_unique<model::Decoder>(std::move(base));
+    m.decoder->attach_rows({1, V, at::ones({18, D}), at::zeros({18, D})});
+    return m;
+  }
+
+  static testing::TemporaryFolder* folder_;
+  static testing::TinyWorld* world_;
+};
+testing::TemporaryFolder* Measures::folder_ = nullptr;
+testing::TinyWorld* Measures::world_ = nullptr;
+
+TEST_F(Measures, AUniformModelHasTheLogOfItsVocabulary) {
+  const graft::GraftedModel m = uniform();
+  data::EvalStream stream({{text_of(world_->text_shards), 1.0}, {text_of(world_->image_shards), 1.0}}, world_->config.data, m.vocabulary);
+  const Likelihood l = measure_likelihood(m, stream);
+  EXPECT_NEAR(l.nll_M[0], std::log(double(m.vocabulary.text_size)), 1e-5);
+  EXPECT_NEAR(l.nll_M[1], std::log(18.0), 1e-5);
+  EXPECT_EQ(l.labels_M[1], 16 * 5);  // 16 pictures of 4 codes and an end
+  const auto& tokens = m.vocabulary.modalities[0];
+  const auto items = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 100);
+  const CaptionUse use = measure_captions(m, tokens, items, world_->config.data, 3);
+  EXPECT_EQ(use.items, 16);
+  EXPECT_EQ(use.labels, 80);
+  for (const double nll : {use.nll_true, use.nll_empty, use.nll_shuffled}) EXPECT_NEAR(nll, std::log(18.0), 1e-5);
+  EXPECT_NEAR(use.prompt_used(), 0, 1e-6);
+}
+
+TEST_F(Measures, CaptionsAgreeWithTheStreamAndShufflingChangesThem) {
+  const auto m = graft::open_model(world_->run);
+  const auto& tokens = m.vocabulary.modalities[0];
+  data::EvalStream stream({{text_of(world_->image_shards), 1.0}}, world_->config.data, m.vocabulary);
+  const Likelihood l = measure_likelihood(m, stream);
+  const auto items = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 100);
+  const CaptionUse use = measure_captions(m, tokens, items, world_->config.data, 3);
+  EXPECT_NEAR(use.nll_true, l.nll_M[1], 1e-5);
+  EXPECT_NE(use.nll_empty, use.nll_true);
+  EXPECT_NE(use.nll_shuffled, use.nll_true);
+}
+
+TEST_F(Measures, ItemsAreSpreadOverTheShards) {
+  const auto m = uniform();
+  const auto& tokens = m.vocabulary.modalities[0];
+  const auto all = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 100), some = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 4);
+  ASSERT_EQ(all.size(), 16u);
+  ASSERT_EQ(some.size(), 4u);
+  for (size_t i = 0; i < 4; ++i) EXPECT_EQ(some[i].before, all[4 * i].before);
+  EXPECT_NE(message_of([&] { read_captioned_items(text_of(world_->text_shards), m.vocabulary, tokens, 4); }).find("holds no document with a caption"), std::string::npos);
+}
+
+TEST(Captions, EachIsBorrowedFromAnotherPicture) {
+  std::vector<CaptionedItem> items;
+  for (int32_t i = 0; i < 20; ++i) items.push_back({{i / 2}, {i / 4, 1}, {}});  // captions come in pairs, pictures in fours
+  const auto lender = borrow_captions(items, 7);
+  for (size_t i = 0; i < items.size(); ++i) {
+    const auto& other = items[size_t(lender[i])];
+    EXPECT_NE(other.before, items[i].before);
+    EXPECT_NE(other.codes, items[i].codes);
+  }
+  EXPECT_EQ(lender, borrow_captions(items, 7));
+  EXPECT_NE(lender, borrow_captions(items, 8));
+  EXPECT_NE(message_of([&] { borrow_captions({items[0], items[1]}, 7); }).find("alike"), std::string::npos);
+  EXPECT_NE(message_of([&] { borrow_captions({items[0]}, 7); }).find("alike"), std::string::npos);
+}
+
+TEST(Captions, UnigramOnKnownCounts) {
+  const testing::TemporaryFolder folder;
+  data::ShardWriter writer(folder / "shards", {{{"text", 10, 0}, {"image", 4, 4}}});
+  const std::vector<int32_t> caption{3}, a{0, 0, 1, 2}, b{0, 0, 0, 0};
+  writer.add({{0, caption}, {1, a}});
+  writer.add({{1, b}, {0, caption}});
+  writer.add({{0, caption}});
+  writer.finish();
+  const model::ModalityTokens tokens{"image", 1, 10, 4, 4};
+  const model::Vocabulary vocabulary{10, -1, -1, {tokens}};
+  const Unigram u = count_codes({(folder / "shards").string()}, vocabulary, tokens);
+  EXPECT_EQ(u.counts, (std::vector<int64_t>{6, 1, 1, 0, 2}));
+  // With one added: 7, 2, 2, 1, 3 of 15.
+  EXPECT_DOUBLE_EQ(u.nll(int64_t{0}), std::log(15.0 / 7));
+  EXPECT_DOUBLE_EQ(u.nll(int64_t{3}), std::log(15.0));
+  EXPECT_DOUBLE_EQ(u.nll({{{}, {0, 1, 3, 3}, {}}}), (std::log(15.0 / 7) + std::log(15.0 / 2) + 2 * std::log(15.0) + std::log(5.0)) / 5);
+  const auto items = read_captioned_items((folder / "shards").string(), vocabulary, tokens, 10);
+  ASSERT_EQ(items.size(), 2u);
+  EXPECT_EQ(items[0].before, caption);
+  EXPECT_EQ(items[1].after, caption);
+}
+
+TEST(Retrieval, RanksOnPicturesWhereTheAnswerIsKnown) {
+  // Candidate m is the constant m / 8; the fourth and fifth are the same picture.
+  at::Tensor candidates = at::zeros({6, 3, 2, 2});
+  for (int64_t m = 0; m < 6; ++m) candidates[m].fill_(double(m == 4 ? 3 : m) / 8);
+  at::Tensor samples = at::zeros({5, 3, 2, 2});
+  const double values[] = {0.0, 0.26, 0.375, 1.0, 0.1875};
+  for (int64_t n = 0; n < 5; ++n) samples[n].fill_(values[n]);
+  // 0.26 is nearest to 2/8; 0.375 is 3 and its twin; 1.0 is furthest from 0; 0.1875 lies in the middle of 1/8 and 2/8: a tie counts against.
+  const Ranking r = rank_pictures(samples, candidates, {0, 1, 4, 0, 2});
+  EXPECT_EQ(r.rank_N, (std::vector<int64_t>{1, 4, 1, 6, 2}));
+  EXPECT_EQ(r.nearest_N, (std::vector<int64_t>{0, 2, 3, 5, 1}));
+  EXPECT_DOUBLE_EQ(r.top(1), 0.4);
+  EXPECT_DOUBLE_EQ(r.top(4), 0.8);
+  EXPECT_DOUBLE_EQ(r.mean_rank(), 14.0 / 5);
+}
+
+TEST_F(Measures, RetrievalFindsThePictureThatTheModelDraws) {
+  const auto m = uniform();  // greedy on equal logits: code 0 everywhere, whatever the prompt
+  const fs::path dir = folder_->path() / "gallery";
+  fs::create_directories(dir);
+  io::save_image(dir / "zero.png", m.codecs.at("image")->decode(at::zeros({1, 4}, at::kLong))[0]);
+  std::string manifest = io::Json{{"image", "zero.png"}, {"text", "zero"}}.dump() + "\n";
+  io::write_file_atomic(dir / "broken.png", "not a picture");
+  manifest += io::Json{{"image", "broken.png"}, {"text", "broken"}}.dump() + "\n";
+  for (const char* name : {"red-disc", "blue-bar"}) manifest += io::Json{{"image", (world_->dir / "images" / (std::string(name) + ".png")).string()}, {"text", name}}.dump() + "\n";
+  io::write_file_atomic(dir / "m.jsonl", manifest);
+  RetrievalSection options;
+  options.name = "gallery", options.manifest = text_of(dir / "m.jsonl"), options.sheet = text_of(dir / "sheet.png");
+  const auto& tokens = m.vocabulary.modalities[0];
+  const auto r = measure_retrieval(m, tokens, options);
+  EXPECT_EQ(r.items.size(), 3u);
+  EXPECT_EQ(r.candidates, 3);
+  EXPECT_EQ(r.skipped, 1);
+  for (const auto& item : r.items) {
+    EXPECT_EQ(fs::path(item.nearest).filename(), "zero.png") << item.caption;
+    EXPECT_EQ(item.rank == 1, item.caption == "zero") << item.caption;
+  }
+  EXPECT_NEAR(r.real.top(1), 1.0 / 3, 1e-12);
+  EXPECT_EQ(r.real.top(10), 1.0);
+  EXPECT_EQ(io::load_image(dir / "sheet.png").size(2), 6 * 12 + 7 * 2);  // three pairs of 12 pixels, border 2
+
+  options.candidates = text_of(world_->manifest);
+  options.n = 1;
+  const auto more = measure_retrieval(m, tokens, options);
+  EXPECT_EQ(more.items.size(), 1u);
+  EXPECT_EQ(more.candidates, 1 + 16);  // red-disc and blue-bar are among the 16
+  options.manifest = text_of(dir / "absent.jsonl");
+  EXPECT_NE(message_of([&] { measure_retrieval(m, tokens, options); }).find("absent.jsonl"), std::string::npos);
+}
+
+EvalConfig everything(const testing::TinyWorld& world) {
+  return config::parse<EvalConfig>(config::Document::from_string(
+      "text: { shards: [" + world.text_shards.string() + "] }\n"
+      "images: [{ name: all, shards: " + world.image_shards.string() + " }]\n"
+      "codec: [{ name: all, pictures: " + world.manifest.string() + " }]\n"
+      "retrieval: [{ name: all, manifest: " + world.manifest.string() + ", n: 5 }]\n"
+      "drift: {}\nrouting: { max_tokens: 512 }\n"));
+}
+
+TEST_F(Measures, TheWholeEvaluationOfARun) {
+  const Evaluation e = evaluate_model(world_->run, everything(*world_));
+  ASSERT_TRUE(e.text.has_value());
+  EXPECT_TRUE(e.text->equal_bits());
+  EXPECT_TRUE(e.drift.at("float32").exact() && e.drift.at("bfloat16").exact());
+  EXPECT_TRUE(e.images.at("all").unigram.has_value());
+  EXPECT_EQ(e.codec.at("all").pictures, 16);
+  EXPECT_EQ(e.retrieval.at("all").items.size(), 5u);
+  ASSERT_TRUE(e.routing && e.routing_start);
+  EXPECT_GE(e.routing->mean_divergence(1), 0);
+  // Step 0 is the checkpoint itself here, so nothing moved.
+  EXPECT_EQ(e.routing->mean_divergence(1), e.routing_start->mean_divergence(1));
+  const auto j = io::Json::parse(e.to_json());
+  for (const char* key : {"model", "text", "drift", "images", "codec", "retrieval", "routing"}) EXPECT_TRUE(j.contains(key)) << key;
+  EXPECT_EQ(j["drift"]["float32"]["max_abs"].get<double>(), 0);
+  EXPECT_NE(e.to_table().find("every bit equal"), std::string::npos);
+}
+
+TEST_F(Measures, ARunAloneIsJudgedOnItsHeldOutData) {
+  const Evaluation e = evaluate_model(world_->run, {});
+  EXPECT_TRUE(e.text && e.images.size() == 1 && e.drift.size() == 2);
+}
+
+TEST_F(Measures, BadInputIsRefused) {
+  const auto parse = [](const std::string& yaml) { return message_of<UsageError>([&] { config::parse<EvalConfig>(config::Document::from_string(yaml)); }); };
+  EXPECT_NE(parse("txt: {}\n").find("text"), std::string::npos);
+  EXPECT_NE(parse("images: [{ name: a, shards: x }, { name: a, shards: y }]\n").find("images[1].name must differ"), std::string::npos);
+  EXPECT_NE(parse("drift: { dtypes: [float16] }\n").find("float16"), std::string::npos);
+  EXPECT_NE(parse("routing: {}\n").find("`text` and `images`"), std::string::npos);
+  EXPECT_NE(parse("text: { shards: [] }\n").find("text.shards"), std::string::npos);
+  EvalConfig images;
+  images.images.push_back({"a", text_of(world_->image_shards)});
+  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, images); }).find("plain text model"), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, {}); }).find("nothing to measure"), std::string::npos);
+  EvalConfig missing;
+  missing.text.emplace().shards = {"/nowhere/shards"};
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, missing); }).find("/nowhere/shards"), std::string::npos);
+  missing.checkpoint = "77";
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, missing); }).find("77"), std::string::npos);
+}
+
+TEST_F(Measures, TheCommandPrintsATableOrOneObject) {
+  if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
+  const auto json = testing::run_moegraft({"eval", world_->run.string(), "--images", world_->image_shards.string(), "--retrieval", world_->manifest.string(), "--n", "3", "--json"});
+  ASSERT_EQ(json.code, 0) << json.err;
+  const auto j = io::Json::parse(json.out);
+  EXPECT_EQ(j["images"]["image"]["items"], 16);
+  EXPECT_EQ(j["retrieval"]["pictures"]["n"], 3);
+  EXPECT_FALSE(j.contains("text"));
+  EXPECT_EQ(testing::run_moegraft({"eval", world_->run.string(), "--set", "imges=[]"}).code, 2);
+  EXPECT_EQ(testing::run_moegraft({"eval", "/nowhere", "--drift"}).code, 1);
+}
+
+}  // namespace
+}  // namespace moegraft::evaluate

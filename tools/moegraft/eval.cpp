@@ -1,0 +1,100 @@
+// moegraft eval: the measures of a run or model.
+#include <filesystem>
+#include <iostream>
+#include <memory>
+
+#include "command.h"
+#include "moegraft/base/check.h"
+#include "moegraft/config/config.h"
+#include "moegraft/evaluate/evaluation.h"
+
+namespace moegraft::tools {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  std::string model, config, checkpoint, dtype, device, sheet, candidates;
+  std::vector<std::string> set, text, images, codec, retrieval;
+  int64_t n = 0, max_items = 0;
+  double temperature = -1;
+  bool drift = false, routing = false, json = false;
+};
+
+// "popular" for data/images/popular, "train" for data/emoji/train.jsonl; made distinct by its place.
+template <class Sections>
+std::string name_of(const std::string& path, const Sections& sections) {
+  fs::path p = fs::path(path).lexically_normal();
+  if (p.filename().empty()) p = p.parent_path();
+  std::string name = p.stem().string();
+  for (const auto& s : sections)
+    if (s.name == name) return name + "-" + std::to_string(sections.size());
+  return name;
+}
+
+evaluate::EvalConfig read_config(const Options& o) {
+  auto c = o.config.empty() ? config::parse<evaluate::EvalConfig>(config::Document::from_string("{}", o.set, "--set"))
+                            : config::parse<evaluate::EvalConfig>(config::Document::from_file(o.config, o.set));
+  if (!o.checkpoint.empty()) c.checkpoint = o.checkpoint;
+  if (!o.dtype.empty()) c.dtype = o.dtype == "bf16" ? "bfloat16" : o.dtype;
+  if (!o.device.empty()) c.device = o.device;
+  if (!o.text.empty()) {
+    if (!c.text) c.text.emplace();
+    c.text->shards = o.text;
+  }
+  for (const auto& path : o.images) c.images.push_back({name_of(path, c.images), path});
+  for (const auto& path : o.codec) c.codec.push_back({name_of(path, c.codec), path});
+  MOEGRAFT_CHECK_USAGE(o.sheet.empty() || o.retrieval.size() == 1, "--sheet needs exactly one --retrieval, got ", o.retrieval.size());
+  for (const auto& path : o.retrieval) {
+    evaluate::RetrievalSection r;
+    r.name = name_of(path, c.retrieval);
+    r.manifest = path;
+    r.sheet = o.sheet;
+    c.retrieval.push_back(r);
+  }
+  for (auto& r : c.retrieval) {
+    if (o.n > 0) r.n = o.n;
+    if (o.temperature >= 0) r.temperature = o.temperature;
+    if (!o.candidates.empty()) r.candidates = o.candidates;
+  }
+  if (o.max_items > 0)
+    for (auto& i : c.images) i.max_items = o.max_items;
+  if (o.drift && !c.drift) c.drift.emplace();
+  if (o.routing && !c.routing) c.routing.emplace();
+  c.validate("");
+  return c;
+}
+
+}  // namespace
+
+void add_eval_command(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* cmd = app.add_subcommand("eval", "Text perplexity and drift, likelihood of pictures, codec quality, prompt retrieval, routing");
+  cmd->add_option("model", o->model, "Run or Hugging Face directory")->required();
+  cmd->add_option("-c,--config", o->config, "YAML file of what to measure; nothing at all on a run: its data.eval and the drift");
+  cmd->add_option("--set", o->set, "Override a key of the YAML (repeatable)")->take_all()->allow_extra_args(false);
+  cmd->add_option("--text", o->text, "Text shards: perplexity, of the graft and of its base")->allow_extra_args(false);
+  cmd->add_option("--images", o->images, "Shards of captioned pictures: likelihood with true, dropped and shuffled captions")->allow_extra_args(false);
+  cmd->add_option("--codec", o->codec, "Pictures (manifest or folder): how well the codec reproduces them")->allow_extra_args(false);
+  cmd->add_option("--retrieval", o->retrieval, "Manifest: draw from its captions, look for the nearest real picture")->allow_extra_args(false);
+  cmd->add_option("--candidates", o->candidates, "Manifest of further pictures to look among");
+  cmd->add_option("--n", o->n, "Prompts of each retrieval")->check(CLI::PositiveNumber);
+  cmd->add_option("--temperature", o->temperature, "Of the retrieval's drawings; 0: the likeliest codes")->check(CLI::NonNegativeNumber);
+  cmd->add_option("--sheet", o->sheet, "Picture to write: drawn beside original");
+  cmd->add_option("--max-items", o->max_items, "Pictures of each --images")->check(CLI::Range(int64_t{2}, int64_t{1000000000}));
+  cmd->add_flag("--drift", o->drift, "Text logits of the graft against its base, in float32 and bfloat16");
+  cmd->add_flag("--routing", o->routing, "Routing of text against pictures, now and at the start (needs --text and --images)");
+  cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)");
+  cmd->add_option("--dtype", o->dtype, "float32 or bfloat16 (default: the run's)")->check(CLI::IsMember({"float32", "bfloat16", "bf16"}));
+  cmd->add_option("--device", o->device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
+  cmd->add_flag("--json", o->json, "One JSON object on stdout");
+  cmd->footer("Examples:\n  moegraft eval runs/emoji -c configs/quickstart/eval.yaml --json\n"
+              "  moegraft eval runs/emoji --retrieval data/emoji/popular.jsonl --n 120 --sheet sheet.png --drift\n"
+              "  moegraft eval models/base --text data/text/eval");
+  cmd->callback([o] {
+    const auto result = evaluate::evaluate_model(o->model, read_config(*o));
+    std::cout << (o->json ? result.to_json() + "\n" : result.to_table()) << std::flush;
+  });
+}
+
+}  // namespace moegraft::tools
