@@ -45,7 +45,7 @@ build_binary() {
 data=data/$recipe models=models/$recipe configs=configs/$recipe graft=$runs/graft
 moegraft=$build/moegraft
 prepare_data() {
-  "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 310
+  "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 600
   "$moegraft" data prepare corpus -o "$data/corpus"
 }
 train_tokenizer() {
