@@ -272,7 +272,9 @@ ot::Settings solver_settings(const run::OtSection& ot, int64_t n, int64_t m) {
   s.sinkhorn_iterations = 100;
   s.sinkhorn_tolerance = 1e-6;
   s.slack = 1.0;
-  s.sharpen = 6;
+  s.anneal_iterations = 30;
+  s.sharpen = 5;
+  s.sharpen_factor = 0.35;
   return s;
 }
 
@@ -281,7 +283,8 @@ RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embed
   at::NoGradGuard no_grad;
   Text text;
   text.embedding_VD = checked_matrix(text_embedding_VD, "text embedding");
-  text.tied = !text_head_VD.defined() || text_head_VD.is_same(text_embedding_VD) || text_head_VD.const_data_ptr() == text_embedding_VD.const_data_ptr();
+  text.tied = !text_head_VD.defined() || text_head_VD.is_same(text_embedding_VD) ||
+              (text_head_VD.const_data_ptr() == text_embedding_VD.const_data_ptr() && text_head_VD.sizes() == text_embedding_VD.sizes() && text_head_VD.strides() == text_embedding_VD.strides());
   text.head_VD = text.tied ? text.embedding_VD : checked_matrix(text_head_VD, "text head");
   MOEGRAFT_CHECK(text.head_VD.sizes() == text.embedding_VD.sizes(), "row initialisation: text head ", text.head_VD.sizes().vec(), " must have the embedding's shape ", text.embedding_VD.sizes().vec());
   const at::Tensor codebook = checked_matrix(codebook_NZ, "codebook");

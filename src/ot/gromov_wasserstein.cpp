@@ -62,6 +62,7 @@ double scaling_of(const Cost& cost, Scaling scaling) {
 void check_settings(const Settings& s) {
   MOEGRAFT_CHECK_USAGE(!s.epsilon.empty(), "ot.epsilon must name at least one value");
   for (double e : s.epsilon) MOEGRAFT_CHECK_USAGE(std::isfinite(e) && e > 0, "ot.epsilon must be positive, got ", e);
+  MOEGRAFT_CHECK_USAGE(s.sharpen == 0 || (s.sharpen_factor > 0 && s.sharpen_factor < 1), "ot.sharpen_factor must be between 0 and 1, got ", s.sharpen_factor);
   MOEGRAFT_CHECK_USAGE(s.max_iterations >= 1 && s.sinkhorn_iterations >= 1, "ot: iteration limits must be at least 1, got ", s.max_iterations, " and ", s.sinkhorn_iterations);
 }
 
@@ -81,14 +82,14 @@ class Descent {
     }
   }
 
-  Stage run(double epsilon) {
+  Stage run(double epsilon, int64_t max_iterations) {
     Stage stage;
     stage.epsilon = epsilon;
     if (settings_.solver == Solver::entropic && sinkhorn_.log_v_M.defined()) sinkhorn_.log_v_M = sinkhorn_.log_v_M * (previous_epsilon_ / epsilon);
     previous_epsilon_ = epsilon;
     bool marginals = true;
     stage.change = 1.0;
-    while (stage.iterations < settings_.max_iterations) {
+    while (stage.iterations < max_iterations) {
       const double inner_tolerance = std::max(settings_.sinkhorn_tolerance, settings_.slack * std::min(1.0, stage.change));
       SinkhornResult inner = step(epsilon, inner_tolerance);
       stage.change = plan_NM.sub_(inner.plan_NM).norm().item<double>();
@@ -167,10 +168,13 @@ Result solve(const Cost& x_given, const Cost& y_given, const Settings& settings,
   y.scale(1.0 / result.scale_y);
 
   Descent descent(split_loss(x, y, p_N, q_M, settings.loss), p_N, q_M, settings, initial_NM);
-  for (double epsilon : settings.epsilon) result.stages.push_back(descent.run(epsilon));
+  const int64_t anneal_iterations = settings.anneal_iterations > 0 ? std::min(settings.anneal_iterations, settings.max_iterations) : settings.max_iterations;
+  for (size_t i = 0; i < settings.epsilon.size(); ++i) {
+    result.stages.push_back(descent.run(settings.epsilon[i], i + 1 == settings.epsilon.size() ? settings.max_iterations : anneal_iterations));
+  }
   const double sharp = settings.sharp_perplexity * std::max(1.0, double(m) / double(n));
   for (int64_t i = 0; i < settings.sharpen && result.stages.back().row_perplexity > sharp; ++i) {
-    result.stages.push_back(descent.run(result.stages.back().epsilon / 2.0));
+    result.stages.push_back(descent.run(result.stages.back().epsilon * settings.sharpen_factor, anneal_iterations));
   }
 
   result.plan_NM = std::move(descent.plan_NM);

@@ -19,7 +19,7 @@ constexpr int64_t kRateWindow = 20;         // iterations between estimates of t
 constexpr double kRelaxBelow = 0.1;         // over-relaxation is a local method
 constexpr double kLargestRelaxation = 1.995;
 constexpr int64_t kBlocks = 16;             // fixed, so that sums do not depend on the number of threads
-constexpr int64_t kSerialElements = 1 << 15;
+constexpr int64_t kSerialElements = 1 << 17;  // below, a pass takes less than waking a thread
 
 using Doubles = std::vector<double>;
 using Pack = double __attribute__((vector_size(32)));

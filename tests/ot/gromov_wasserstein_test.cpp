@@ -75,7 +75,7 @@ TEST(GromovWasserstein, PublishedPotValuesAtConvergence) {
     const Result r = solve(a, b, s);
     EXPECT_NEAR(r.objective, c.published, c.slip) << c.epsilon;
     EXPECT_LT(r.marginal_error, 1e-9) << c.epsilon;
-    if (c.epsilon > 0.007) EXPECT_TRUE(r.converged) << c.epsilon << ": " << r.reason;
+    EXPECT_TRUE(r.converged || c.epsilon < 0.007) << c.epsilon << ": " << r.reason;
   }
 }
 
@@ -120,7 +120,7 @@ TEST(GromovWasserstein, RecoversAPermutedIsometricCopy) {
     const at::Tensor match = r.plan_NM.argmax(0);
     EXPECT_TRUE(at::equal(match, index(order))) << int(solver);
     EXPECT_LT(r.marginal_error, 1e-9);
-    if (solver == Solver::proximal) EXPECT_TRUE(r.converged) << r.reason;
+    EXPECT_TRUE(r.converged || solver == Solver::entropic) << r.reason;
   }
 }
 

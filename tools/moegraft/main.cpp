@@ -27,6 +27,7 @@ int run(int argc, char** argv) {
   tools::add_data_command(app);
   tools::add_generate_command(app);
   tools::add_codec_command(app);
+  tools::add_ot_command(app);
   tools::add_eval_command(app);
   tools::add_export_command(app);
   try {

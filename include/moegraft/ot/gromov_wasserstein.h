@@ -24,6 +24,7 @@ struct Settings {
   Scaling scaling = Scaling::max;
   std::vector<double> epsilon = {0.1, 0.03, 0.01};  // annealed in order; each starts from the plan of the one before
   int64_t max_iterations = 1000;        // outer, for each epsilon
+  int64_t anneal_iterations = 0;        // outer, for every epsilon but the schedule's last (stages on the way need not converge); 0: max_iterations
   double tolerance = 1e-9;              // on |T - T_previous|_F
   int64_t sinkhorn_iterations = 1000;   // inner, for each outer one
   double sinkhorn_tolerance = 1e-9;     // on the marginal error, L1
@@ -31,8 +32,9 @@ struct Settings {
   double slack = 0.0;
   // POT's own path, for comparisons: each projection starts cold, without over-relaxation, and its error stays in the plan.
   bool plain = false;
-  // Continue halving epsilon, at most this often, while the rows' perplexity is above sharp_perplexity * max(1, m/n). 0: keep to the schedule.
+  // Continue with sharpen_factor * epsilon, at most this often, while the rows' perplexity is above sharp_perplexity * max(1, m/n). 0: keep to the schedule.
   int64_t sharpen = 0;
+  double sharpen_factor = 0.5;
   double sharp_perplexity = 2.0;
 };
 
