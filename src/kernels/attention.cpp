@@ -1,7 +1,6 @@
 // Attention over packed sequences: one library flash call per sequence, sequences spread over the threads.
-#include <ATen/Parallel.h>
-#include "libtorch.h"
 
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -10,20 +9,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Spreads sequences over threads when there are enough of them; otherwise the library call uses the threads inside one sequence.
-// The choice depends on shapes only, so equal calls give equal bits.
-template <class F>
-void for_each_sequence(int64_t count, bool cpu, const F& f) {
-  if (!cpu || count < at::get_num_threads()) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 at::Tensor heads_first(const at::Tensor& x_SGC, int64_t repeat) {  // [S,G,C] -> [1,G*repeat,S,C]
   const at::Tensor x = x_SGC.transpose(0, 1).unsqueeze(0);
@@ -57,7 +42,7 @@ class PackedAttention : public torch::autograd::Function<PackedAttention> {
     const int64_t sequences = int64_t(cu_seqlens.size()) - 1, heads = q.size(1), repeat = heads / k.size(1);
     at::Tensor out = at::empty({q.size(0), heads, q.size(2)}, q.options());
     at::Tensor lse = at::empty({q.size(0), heads}, q.options().dtype(at::kFloat));
-    for_each_sequence(sequences, q.is_cpu(), [&](int64_t i) {
+    run_tasks(sequences, q.is_cpu(), [&](int64_t i) {
       const int64_t begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
       if (length == 0) return;
       const at::Tensor mask = window_mask(length, length, window, q.device());
@@ -84,7 +69,7 @@ class PackedAttention : public torch::autograd::Function<PackedAttention> {
     const int64_t sequences = int64_t(cu_seqlens.size()) - 1, heads = q.size(1), groups = k.size(1), repeat = heads / groups;
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
     const at::Tensor dout = grads[0].contiguous();
-    for_each_sequence(sequences, q.is_cpu(), [&](int64_t i) {
+    run_tasks(sequences, q.is_cpu(), [&](int64_t i) {
       const int64_t begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
       if (length == 0) return;
       const at::Tensor mask = window_mask(length, length, window, q.device());
@@ -130,7 +115,7 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
   const int64_t sequences = int64_t(cu_seqlens.size()) - 1, repeat = q_THC.size(1) / keys_BSGC.size(2);
   MOEGRAFT_INVARIANT(int64_t(kv_lengths.size()) == sequences && keys_BSGC.size(0) >= sequences, "attention: cache does not fit the batch");
   at::Tensor out = at::empty(q_THC.sizes(), q_THC.options());
-  for_each_sequence(sequences, q_THC.is_cpu(), [&](int64_t i) {
+  run_tasks(sequences, q_THC.is_cpu(), [&](int64_t i) {
     const int64_t begin = cu_seqlens[i], queries = cu_seqlens[i + 1] - begin;
     if (queries == 0) return;
     // Keys that no query of this call can see need not be read.

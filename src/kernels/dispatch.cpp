@@ -1,7 +1,6 @@
 // Local dispatch: rows of the experts sorted by (expert, group), and the weighted sum back. Gathers only, so the order of sums is fixed.
-#include <ATen/Parallel.h>
-#include "libtorch.h"
 
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -66,8 +65,6 @@ void combine_backward_cpu(const scalar_t* dout, const scalar_t* y, const float* 
     }
   });
 }
-
-bool has_cpu_path(const at::Tensor& x) { return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
 
 class Combine : public torch::autograd::Function<Combine> {
  public:

@@ -2,9 +2,8 @@
 //
 // Work is cut into tasks of at most kChunkRows rows of one (expert, group). The cut depends on shapes alone, never on the adapters, so a call
 // whose rows are all text gives the base's bits. Weight gradients are summed per expert over whole row ranges, in a fixed order.
-#include <ATen/Parallel.h>
-#include "libtorch.h"
 
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -28,18 +27,6 @@ std::vector<Task> make_tasks(const Dispatch& d) {
       for (int64_t at = d.offsets[e * d.num_groups + g]; at < end; at += kChunkRows) tasks.push_back({e, g, at, std::min(kChunkRows, end - at)});
     }
   return tasks;
-}
-
-template <class F>
-void run_tasks(int64_t count, bool cpu, const F& f) {
-  if (!cpu || count < at::get_num_threads()) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
 }
 
 // The low-rank terms of one site in the compute dtype.

@@ -1,7 +1,6 @@
 // RMSNorm and rotary embedding. On the CPU one pass over each row; elsewhere composed of ATen operations.
-#include <ATen/Parallel.h>
-#include "libtorch.h"
 
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -44,8 +43,6 @@ void rms_backward_cpu(const scalar_t* dy, const scalar_t* x, const scalar_t* w, 
     }
   });
 }
-
-bool has_cpu_path(const at::Tensor& x) { return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
 
 class RmsNorm : public torch::autograd::Function<RmsNorm> {
  public:
