@@ -27,13 +27,13 @@ mkdir -p "$runs"
 stage() {
   local name=$1 start=$SECONDS
   shift
-  if [ -e "$runs/.done-$name" ]; then
-    echo "== $name: done before"
-    return
-  fi
+  case $name in
+    setup | build) ;;  # quick when nothing changed
+    *) if [ -e "$runs/.done-$name" ]; then echo "== $name: done before"; return; fi ;;
+  esac
   echo "== $name"
   "$@" || { echo "quickstart: stage '$name' failed (exit $?); repeat the command to continue from here" >&2; exit 1; }
-  printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$runs/stages.tsv"
+  [ -e "$runs/.done-$name" ] || printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$runs/stages.tsv"
   touch "$runs/.done-$name"
   echo "== $name: $((SECONDS - start)) s"
 }
@@ -52,11 +52,11 @@ train_tokenizer() {
   "$moegraft" tokenize train --text "$data/corpus/train.txt" --vocab-size 2048 --type bpe -o "$models/tokenizer"
 }
 shard_text() {
-  for part in train eval; do "$moegraft" data prepare text "$data/corpus/$part.txt" --tokenizer "$models/tokenizer" -o "$data/text/$part"; done
+  for part in train eval; do "$moegraft" data prepare text "$data/corpus/$part.txt" --tokenizer "$models/tokenizer" -o "$data/text/$part" --overwrite; done
 }
-train_base() { "$moegraft" train -c $configs/base.yaml --set "run.dir=$runs/base" --resume auto; }
+train_base() { "$moegraft" train -c "$configs/base.yaml" --set "run.dir=$runs/base" --resume auto; }
 train_codec() {
-  "$moegraft" codec train -c $configs/codec.yaml
+  "$moegraft" codec train -c "$configs/codec.yaml"
   "$moegraft" codec eval "$models/codec" --images "$data/emoji/heldout.jsonl" --sheet "$runs/codec.png" --json >"$runs/codec.json"
 }
 shard_images() {
@@ -64,18 +64,32 @@ shard_images() {
   for part in popular heldout compositions train; do
     captions=text
     [ "$part" = train ] && captions=all
-    "$moegraft" data prepare shards --manifest "$data/emoji/$part.jsonl" --captions "$captions" --tokenizer "$models/tokenizer" --codec "$models/codec" -o "$data/images/$part"
+    "$moegraft" data prepare shards --manifest "$data/emoji/$part.jsonl" --captions "$captions" --tokenizer "$models/tokenizer" --codec "$models/codec" -o "$data/images/$part" --overwrite
   done
 }
 train_graft() {
-  "$moegraft" train -c $configs/graft.yaml --set "run.dir=$graft" --set "model.path=$runs/base/model" --resume auto
+  "$moegraft" train -c "$configs/graft.yaml" --set "run.dir=$graft" --set "model.path=$runs/base/model" --resume auto
 }
 draw() {
-  "$moegraft" generate "$graft" --prompts $configs/prompts.txt --n 1 --temperature 0 --image "$runs/sheet.png" --seed 17
+  mkdir -p "$runs/pictures"
+  "$moegraft" generate "$graft" --prompts "$configs/prompts.txt" --n 1 --temperature 0 --image "$runs/pictures/sheet.png" --seed 17
+  cp "$runs/pictures/sheet.png" "$runs/sheet.png"
+}
+# The same short run from each initialisation of the new rows: training NLL after 50 and 150 steps (one seed; a study needs more).
+compare_initialisations() {
+  local init line list=
+  for init in random sampled_rows moment_match gw_barycentric gw_cluster; do
+    "$moegraft" train -c "$configs/graft.yaml" --set "run.dir=$runs/inits/$init" --set "model.path=$runs/base/model" --set "embeddings.init=$init" --set train.steps=150 \
+      --set train.sample_every=0 --set 'train.sample_prompts=[]' --set 'data.eval=[]' --set checkpoint.every=150 --resume auto
+    for line in 50 150; do
+      list+="${list:+, }\"${init}_step_$line\": $(grep -E "\"step\":$line," "$runs/inits/$init/metrics.jsonl" | sed -nE 's/.*"nll_image":([0-9.e+-]+).*/\1/p' | tail -n 1)"
+    done
+  done
+  echo "{$list}" >"$runs/initialisations.json"
 }
 evaluate() {
   "$moegraft" inspect "$graft" --json >"$runs/inspect.json"
-  "$moegraft" eval "$graft" -c $configs/eval.yaml --json >"$runs/eval.json"
+  "$moegraft" eval "$graft" -c "$configs/eval.yaml" --json >"$runs/eval.json"
 }
 export_adapter() { "$moegraft" export "$graft" --format peft -o "$runs/peft" --overwrite --json >"$runs/export.json"; }
 
@@ -89,6 +103,7 @@ stage base train_base
 stage codec train_codec
 stage image-shards shard_images
 stage graft train_graft
+stage initialisations compare_initialisations
 stage draw draw
 stage evaluate evaluate
 stage export export_adapter

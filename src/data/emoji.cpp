@@ -17,8 +17,8 @@
 namespace moegraft::data {
 namespace {
 
-std::string manifest_line(const EmojiEntry& entry) {
-  const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"}, {"text", entry.name},   {"captions", emoji_captions(entry)},
+std::string manifest_line(const EmojiEntry& entry, const std::string& text, const std::vector<std::string>& captions) {
+  const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"}, {"text", text},         {"captions", captions},
                          {"keywords", entry.keywords},                      {"emoji", entry.utf8}, {"concept", entry.concept_name}};
   return line.dump() + "\n";
 }
@@ -83,23 +83,29 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   }
   progress.finish();
 
-  std::string train, heldout, compositions, popular_lines;
+  std::string train, heldout, compositions, popular_lines, paraphrases;
   for (size_t i = 0; i < entries.size(); ++i) {
     if (!keep[i]) continue;
     ++summary.pictures;
-    const std::string line = manifest_line(entries[i]);
+    const std::string line = manifest_line(entries[i], entries[i].name, emoji_captions(entries[i]));
     switch (splits[i]) {
       case EmojiSplit::train: train += line, ++summary.train; break;
       case EmojiSplit::heldout: heldout += line, ++summary.heldout; break;
       case EmojiSplit::composition: compositions += line, ++summary.compositions; break;
     }
   }
-  for (int64_t i : popular)
-    if (keep[i]) popular_lines += manifest_line(entries[i]), ++summary.popular;
+  for (int64_t i : popular) {
+    if (!keep[i]) continue;
+    const auto captions = emoji_captions(entries[i]);
+    popular_lines += manifest_line(entries[i], entries[i].name, captions);
+    ++summary.popular;
+    if (const std::string other = emoji_paraphrase(entries[i]); !other.empty()) paraphrases += manifest_line(entries[i], other, {other});
+  }
   io::write_file_atomic(options.output / "train.jsonl", train);
   io::write_file_atomic(options.output / "heldout.jsonl", heldout);
   io::write_file_atomic(options.output / "compositions.jsonl", compositions);
   io::write_file_atomic(options.output / "popular.jsonl", popular_lines);
+  io::write_file_atomic(options.output / "paraphrases.jsonl", paraphrases);
   return summary;
 }
 

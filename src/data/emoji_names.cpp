@@ -76,6 +76,13 @@ std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root
   return out;
 }
 
+std::string emoji_paraphrase(const EmojiEntry& entry) {
+  std::vector<std::string> others;
+  for (const auto& keyword : entry.keywords)
+    if (keyword != entry.name) others.push_back(keyword);
+  return join(others, ", ");
+}
+
 std::vector<std::string> emoji_captions(const EmojiEntry& entry) {
   std::vector<std::string> captions;
   std::set<std::string> seen;

@@ -165,6 +165,10 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   EXPECT_EQ(summary.train + summary.heldout + summary.compositions, 60);
   const auto entries = read_manifest(folder / "emoji/popular.jsonl");
   ASSERT_EQ(entries[0].captions[0], "red heart");
+  const auto paraphrases = read_manifest(folder / "emoji/paraphrases.jsonl");
+  ASSERT_FALSE(paraphrases.empty());
+  EXPECT_EQ(paraphrases[0].captions[0], "heart");
+  EXPECT_EQ(paraphrases[0].segments[1].image, entries[0].segments[1].image);
   const auto heart = io::load_image(entries[0].segments[1].image);
   EXPECT_EQ(heart.sizes(), (at::IntArrayRef{3, 24, 24}));
   const auto centre = heart.slice(1, 9, 15).slice(2, 9, 15).to(at::kFloat).mean({1, 2});

@@ -39,9 +39,12 @@ std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root
 // How a picture may be described: the name first, then sentences and keyword lists made from the same words. Distinct.
 std::vector<std::string> emoji_captions(const EmojiEntry& entry);
 
-// Writes <output>/images/*.png and four manifests (see manifest.h): train.jsonl, heldout.jsonl (whole concepts), compositions.jsonl
+// The keywords other than the name ("cheese, slice" for pizza): the same picture in other words. Empty when there are none.
+std::string emoji_paraphrase(const EmojiEntry& entry);
+
+// Writes <output>/images/*.png and five manifests (see manifest.h): train.jsonl, heldout.jsonl (whole concepts), compositions.jsonl
 // (skin tone × gesture and colour × thing combinations whose parts are in train.jsonl) and popular.jsonl (a subset of train.jsonl:
-// single code points with short, distinct names). Deterministic in the options. UserError: missing files, nothing to write.
+// single code points with short, distinct names), paraphrases.jsonl (the popular ones in other words). Deterministic in the options. UserError: missing files, nothing to write.
 EmojiSummary prepare_emoji(const EmojiOptions& options);
 
 }  // namespace moegraft::data
