@@ -97,7 +97,8 @@ Ranking rank_pictures(const at::Tensor& samples_N3HW, const at::Tensor& candidat
     MOEGRAFT_INVARIANT(target >= 0 && target < M, "target ", target, " of ", M);
     int64_t rank = 1;
     for (int64_t m = 0; m < M; ++m)
-      if (d[m] < d[target] || (m != target && d[m] == d[target] && !at::equal(candidates_MX[m], candidates_MX[target]))) ++rank;
+      // Not "nearer than": a sample of NaN must come last.
+      if (m != target && !(d[m] > d[target]) && !(d[m] == d[target] && at::equal(candidates_MX[m], candidates_MX[target]))) ++rank;
     ranking.rank_N.push_back(rank);
     ranking.nearest_N.push_back(std::min_element(d, d + M) - d);
   }

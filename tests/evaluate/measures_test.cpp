@@ -157,6 +157,7 @@ TEST(Retrieval, RanksOnPicturesWhereTheAnswerIsKnown) {
   EXPECT_DOUBLE_EQ(r.top(1), 0.4);
   EXPECT_DOUBLE_EQ(r.top(4), 0.8);
   EXPECT_DOUBLE_EQ(r.mean_rank(), 14.0 / 5);
+  EXPECT_EQ(rank_pictures(at::full({1, 3, 2, 2}, NAN), candidates, {0}).rank_N[0], 6);
 }
 
 TEST_F(Measures, RetrievalFindsThePictureThatTheModelDraws) {
