@@ -17,7 +17,8 @@ namespace moegraft::graft {
 namespace {
 
 constexpr double kRidge = 1e-2;            // of the mean squared singular value
-constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan
+constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan, and there are layers x sites x experts of them
+constexpr int64_t kSharpen = 2;
 
 // Rows that the data cannot decide (fewer states than P, or a null direction) fall back to Kaiming's.
 at::Tensor scaled_rows(const at::Tensor& rows_KD, int64_t rank, uint64_t seed, int64_t* directions) {
@@ -115,7 +116,7 @@ at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_give
   MOEGRAFT_CHECK(rank >= 1, "gw_subspace: rank must be at least 1, got ", rank);
   ot::Settings settings = solver_settings(ot, x_v.size(0), x_t.size(0));
   settings.max_iterations = std::min(settings.max_iterations, kIterationsPerEpsilon);
-  settings.sharpen = 0;
+  settings.sharpen = kSharpen;
   const ot::Result plan = ot::solve(ot::Cost::squared_euclidean(x_v), ot::Cost::squared_euclidean(x_t), settings);
   const at::Tensor aligned = ot::barycentric(plan.plan_NM, x_t);
   // M^T = (X^T X + l I)^-1 X^T Y = X^T (X X^T + l I)^-1 Y: solved on the smaller side.

@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "moegraft/base/check.h"
-#include "moegraft/base/log.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/ot/kmeans.h"
 
@@ -321,7 +320,6 @@ RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embed
   report.embedding = row_statistics(codes.embedding_ND);
   report.head = text.tied ? report.embedding : row_statistics(codes.head_ND);
   note_collapse(report);
-  for (const std::string& warning : report.warnings) log::warning(warning);
 
   init.embedding_ND = at::cat({drawn.embedding_ND.slice(0, 0, num_special), codes.embedding_ND}).to(at::kFloat).contiguous();
   init.head_ND = text.tied ? init.embedding_ND : at::cat({drawn.head_ND.slice(0, 0, num_special), codes.head_ND}).to(at::kFloat).contiguous();
