@@ -5,17 +5,17 @@
 
 namespace moegraft::tools {
 
-void add_tokenize_command(CLI::App& app);
-void add_codec_command(CLI::App& app);
-void add_data_command(CLI::App& app);
-void add_ot_command(CLI::App& app);
-void add_logits_command(CLI::App& app);
-void add_bench_command(CLI::App& app);
-void add_inspect_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_generate_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_export_command(CLI::App& app);
+void add_inspect_command(CLI::App& app);
+void add_logits_command(CLI::App& app);
+void add_tokenize_command(CLI::App& app);
+void add_codec_command(CLI::App& app);
+void add_data_command(CLI::App& app);
+void add_ot_command(CLI::App& app);
+void add_bench_command(CLI::App& app);
 void add_summary_command(CLI::App& app);
 
 }  // namespace moegraft::tools

@@ -18,18 +18,18 @@ int run(int argc, char** argv) {
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
   });
-  tools::add_tokenize_command(app);
-  tools::add_summary_command(app);
-  tools::add_inspect_command(app);
-  tools::add_bench_command(app);
   tools::add_train_command(app);
-  tools::add_logits_command(app);
-  tools::add_data_command(app);
   tools::add_generate_command(app);
-  tools::add_codec_command(app);
-  tools::add_ot_command(app);
   tools::add_eval_command(app);
   tools::add_export_command(app);
+  tools::add_inspect_command(app);
+  tools::add_logits_command(app);
+  tools::add_tokenize_command(app);
+  tools::add_codec_command(app);
+  tools::add_data_command(app);
+  tools::add_ot_command(app);
+  tools::add_bench_command(app);
+  tools::add_summary_command(app);
   try {
     app.parse(argc, argv);
     return 0;
