@@ -59,15 +59,6 @@ class Evaluator {
     return result;
   }
 
-  codec::Quality codec(const CodecSection& section) {
-    const auto found = model_.codecs.find(tokens().name);
-    MOEGRAFT_CHECK(found != model_.codecs.end(), "the codec of ", tokens().name, " is not loaded");
-    const auto pictures = codec::load_pictures(section.pictures, found->second->image_size(), found->second->fit());
-    const int64_t total = pictures.pixels_N3HW.size(0), count = std::min(total, section.max_items);
-    const at::Tensor chosen = (at::arange(count, at::kLong) * total).div(count, "floor");
-    return codec::measure(*found->second, pictures.pixels_N3HW.index_select(0, chosen));
-  }
-
   routing::RoutingReport routing() {
     std::vector<std::string> names{"text"}, shards = config_.text->shards;
     for (const auto& m : model_.vocabulary.modalities) names.push_back(m.name);
@@ -133,6 +124,15 @@ void take_from_run(EvalConfig& config, const graft::GraftedModel& model) {
 
 }  // namespace
 
+codec::Quality measure_codec(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const CodecSection& section) {
+  const auto found = model.codecs.find(tokens.name);
+  MOEGRAFT_CHECK(found != model.codecs.end() && found->second, "the codec of ", tokens.name, " is not loaded");
+  const auto pictures = codec::load_pictures(section.pictures, found->second->image_size(), found->second->fit());
+  const int64_t total = pictures.pixels_N3HW.size(0), count = std::min(total, section.max_items);
+  const at::Tensor chosen = (at::arange(count, at::kLong) * total).div(count, "floor");
+  return codec::measure(*found->second, pictures.pixels_N3HW.index_select(0, chosen));
+}
+
 Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
   const at::NoGradGuard no_grad;
   const graft::OpenOptions open = open_options(config);
@@ -159,7 +159,7 @@ Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
   }
   for (const auto& section : config.codec) {
     log::info("codec: ", section.name);
-    result.codec[section.name] = evaluator.codec(section);
+    result.codec[section.name] = measure_codec(model, evaluator.tokens(), section);
   }
   for (const auto& section : config.retrieval) {
     result.retrieval[section.name] = measure_retrieval(model, evaluator.tokens(), section);

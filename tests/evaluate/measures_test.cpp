@@ -194,6 +194,33 @@ TEST_F(Measures, RetrievalFindsThePictureThatTheModelDraws) {
   EXPECT_NE(message_of([&] { measure_retrieval(m, tokens, options); }).find("absent.jsonl"), std::string::npos);
 }
 
+// Every pixel comes back darker by a quarter; the codes alternate.
+class DarkCodec : public codec::ImageCodec {
+ public:
+  std::string architecture() const override { return "dark"; }
+  int64_t image_size() const override { return 4; }
+  int64_t grid() const override { return 2; }
+  int64_t codebook_size() const override { return 8; }
+  at::Tensor codebook_NZ() const override { return at::zeros({8, 1}); }
+  at::Tensor encode(const at::Tensor& x) const override { return at::arange(4, at::kLong).remainder(2).expand({x.size(0), 4}); }
+  at::Tensor decode(const at::Tensor& ids) const override { return at::full({ids.size(0), 3, 4, 4}, 0.75); }
+  void to(at::Device) override {}
+};
+
+TEST_F(Measures, CodecQualityOfAKnownError) {
+  const fs::path dir = folder_->path() / "white";
+  fs::create_directories(dir);
+  for (const char* name : {"a.png", "b.png", "c.png"}) io::save_image(dir / name, at::full({3, 4, 4}, 255, at::kByte));
+  graft::GraftedModel m = uniform();
+  m.codecs["image"] = std::make_shared<DarkCodec>();
+  const codec::Quality q = measure_codec(m, m.vocabulary.modalities[0], {"white", text_of(dir), 2});
+  EXPECT_EQ(q.pictures, 2);
+  EXPECT_NEAR(q.psnr, -20 * std::log10(0.25), 1e-5);
+  EXPECT_NEAR(q.l1, 0.25, 1e-7);
+  EXPECT_EQ(q.used_codes, 2);
+  EXPECT_NEAR(q.perplexity, 2, 1e-12);
+}
+
 EvalConfig everything(const testing::TinyWorld& world) {
   return config::parse<EvalConfig>(config::Document::from_string(
       "text: { shards: [" + world.text_shards.string() + "] }\n"

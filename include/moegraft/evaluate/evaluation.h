@@ -42,6 +42,9 @@ struct Evaluation {
   std::string to_table() const;  // aligned, for people
 };
 
+// Reconstruction and code use on section's pictures, evenly spread. UserError: no codec, no picture that decodes.
+codec::Quality measure_codec(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const CodecSection& section);
+
 // Opens the model and measures what config asks for. An empty config on a run means its data.eval and the drift. UsageError: a measure of pictures on a
 // plain text model; nothing to measure.
 Evaluation evaluate_model(const std::filesystem::path& path, EvalConfig config);
