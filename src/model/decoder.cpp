@@ -72,9 +72,14 @@ struct Route {
   at::Tensor probs_TE, topk_ids_TK, topk_weights_TK;
 };
 
+// The residual stream and the router stay in float32 under a bf16 base: rounding them is what flips near-tied experts, and one flip moves a
+// position's logits more than all other bf16 rounding together.
+constexpr at::ScalarType kResidual = at::kFloat;
+
+at::Tensor norm(const at::Tensor& x_TX, const at::Tensor& weight, const DecoderSpec& spec) { return k::rms_norm(x_TX, weight.to(x_TX.scalar_type()), spec.rms_norm_eps); }
+
 Route route(const DecoderSpec& spec, const at::Tensor& x_TD, const at::Tensor& router_ED) {
-  // Softmax in float32: in bf16, ties reorder the top-k.
-  const at::Tensor probs = at::softmax(at::linear(x_TD, router_ED).to(at::kFloat), -1);
+  const at::Tensor probs = at::softmax(at::linear(x_TD, router_ED.to(kResidual)), -1);
   const at::Tensor ids = std::get<1>(at::topk(probs.detach(), spec.num_experts_per_tok, -1));
   at::Tensor weights = probs.gather(1, ids);
   if (spec.norm_topk_prob) weights = weights / weights.sum(-1, true);
@@ -220,8 +225,10 @@ struct MoeResult {
   at::Tensor counts_E, prob_sum_E;  // for the balance loss, when asked for
 };
 
-MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD) {
-  const Route r = route(spec, x_TD, router_ED);
+// h_TD: normed, float32; the experts work in their own dtype.
+MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& h_TD) {
+  const Route r = route(spec, h_TD, router_ED);
+  const at::Tensor x_TD = h_TD.to(w.gate_FD.front().scalar_type());
   if (call.options.routing) {
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
@@ -252,15 +259,16 @@ ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& o
   const DecoderSpec& s = spec();
   WeightProvider& weights = *base_.weights;
   const Call call = make_call(s, batch, options, adapters_.get());
-  at::Tensor x = embed(*this, weights, batch.ids_T), counts_E, prob_sum_E;
+  at::Tensor x = embed(*this, weights, batch.ids_T).to(kResidual), counts_E, prob_sum_E;
   int64_t sparse_layers = 0;
   for (int64_t l = 0; l < s.num_layers; ++l) {
     weights.prefetch(l + 1);
     const LayerWeights w = weights.layer(l);
-    x = x + attention(s, call, l, w.attention, k::rms_norm(x, w.input_norm_D, s.rms_norm_eps));
-    const at::Tensor h = k::rms_norm(x, w.post_norm_D, s.rms_norm_eps);
+    x = x + attention(s, call, l, w.attention, norm(x, w.input_norm_D, s).to(dtype()));
+    const at::Tensor h = norm(x, w.post_norm_D, s);
     if (!s.layers[l].sparse) {
-      x = x + at::linear(at::silu(at::linear(h, w.dense.gate_ID)) * at::linear(h, w.dense.up_ID), w.dense.down_DI);
+      const at::Tensor hc = h.to(dtype());
+      x = x + at::linear(at::silu(at::linear(hc, w.dense.gate_ID)) * at::linear(hc, w.dense.up_ID), w.dense.down_DI);
       continue;
     }
     const MoeResult m = moe(s, call, l, w.router_ED, weights.experts(l, 0, s.num_experts), h);
@@ -274,7 +282,7 @@ ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& o
   if (options.cache)
     for (int64_t i = 0; i < batch.num_sequences(); ++i) options.cache->lengths_[i] = call.kv_lengths[i];
   ForwardResult result;
-  result.hidden_TD = k::rms_norm(x, weights.final_norm_D(), s.rms_norm_eps);
+  result.hidden_TD = norm(x, weights.final_norm_D(), s).to(dtype());
   if (options.aux_loss && sparse_layers > 0) {
     // transformers' load_balancing_loss_func: counts and probabilities pooled over the layers; K at uniform routing.
     const double rows = double(sparse_layers) * double(batch.num_tokens());
