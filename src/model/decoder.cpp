@@ -19,6 +19,7 @@ namespace k = kernels;
 struct Call {
   const PackedBatch& batch;
   const ForwardOptions& options;
+  TokenDispatcher& dispatcher;
   const AdapterSites* adapters = nullptr;  // null: none, or the gate is closed
   int64_t num_groups = 1;                  // modalities that rows are sorted by
   at::Tensor modality_T;                   // defined when num_groups > 1
@@ -88,8 +89,6 @@ Route route(const DecoderSpec& spec, const at::Tensor& x_TD, const at::Tensor& r
 
 }  // namespace
 
-struct Decoder::Impl {};
-
 PackedBatch pack_rows(const at::Tensor& ids_BS) {
   MOEGRAFT_CHECK(ids_BS.dim() == 2 && ids_BS.scalar_type() == at::kLong, "input_ids must be int64 [B,S], got ", c10::toString(ids_BS.scalar_type()), " ", ids_BS.sizes().vec());
   const int64_t B = ids_BS.size(0), S = ids_BS.size(1);
@@ -119,7 +118,7 @@ void KvCache::copy_sequence(int64_t target, const KvCache& other, int64_t source
   lengths_.at(target) = length;
 }
 
-Decoder::Decoder(BaseModel base) : base_(std::move(base)), impl_(std::make_shared<Impl>()) {
+Decoder::Decoder(BaseModel base) : base_(std::move(base)), dispatcher_(std::make_shared<LocalDispatcher>()) {
   MOEGRAFT_INVARIANT(base_.weights != nullptr, "Decoder needs weights");
 }
 
@@ -160,10 +159,10 @@ at::Tensor embed(const Decoder& decoder, WeightProvider& weights, const at::Tens
   return x;
 }
 
-Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, const AdapterSites* adapters) {
+Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, TokenDispatcher& dispatcher, const AdapterSites* adapters) {
   const int64_t T = batch.num_tokens();
   MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
-  Call call{batch, options, options.gate == Gate::none ? nullptr : adapters, 1, {}, {}, {}, {}};
+  Call call{batch, options, dispatcher, options.gate == Gate::none ? nullptr : adapters, 1, {}, {}, {}, {}};
   if (batch.modality_T.defined() && options.gate == Gate::modality) {
     call.num_groups = batch.modality_T.numel() ? batch.modality_T.max().item<int64_t>() + 1 : 1;
     call.modality_T = batch.modality_T;
@@ -233,20 +232,19 @@ MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Te
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
   }
-  const k::Dispatch dispatch = k::make_dispatch(r.topk_ids_TK, spec.num_experts, call.modality_T, call.num_groups);
-  const at::Tensor x_RD = k::permute(x_TD, dispatch);
+  const TokenDispatcher::Routed routed = call.dispatcher.dispatch(x_TD, r.topk_ids_TK, spec.num_experts, call.modality_T, call.num_groups);
   const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF};
   const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down)};
   at::Tensor hidden_RF;
-  const at::Tensor y_RD = k::expert_ffn(x_RD, dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
+  const at::Tensor y_RD = k::expert_ffn(routed.x_RD, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
   if (SiteObserver* sites = call.options.sites) {
-    sites->observe_experts(l, Site::gate, x_RD.detach(), dispatch.offsets, call.num_groups);
-    sites->observe_experts(l, Site::down, hidden_RF, dispatch.offsets, call.num_groups);
+    sites->observe_experts(l, Site::gate, routed.x_RD.detach(), routed.dispatch.offsets, call.num_groups);
+    sites->observe_experts(l, Site::down, hidden_RF, routed.dispatch.offsets, call.num_groups);
   }
-  MoeResult out{k::combine(y_RD, r.topk_weights_TK, dispatch), {}, {}};
+  MoeResult out{call.dispatcher.combine(y_RD, r.topk_weights_TK, routed), {}, {}};
   if (call.options.aux_loss) {
     std::vector<float> counts;
-    for (int64_t e = 0; e < spec.num_experts; ++e) counts.push_back(float(dispatch.offsets[(e + 1) * call.num_groups] - dispatch.offsets[e * call.num_groups]));
+    for (int64_t e = 0; e < spec.num_experts; ++e) counts.push_back(float(routed.dispatch.offsets[(e + 1) * call.num_groups] - routed.dispatch.offsets[e * call.num_groups]));
     out.counts_E = at::tensor(counts, at::kFloat).to(x_TD.device());
     out.prob_sum_E = r.probs_TE.sum(0);
   }
@@ -258,7 +256,7 @@ MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Te
 ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& options) const {
   const DecoderSpec& s = spec();
   WeightProvider& weights = *base_.weights;
-  const Call call = make_call(s, batch, options, adapters_.get());
+  const Call call = make_call(s, batch, options, *dispatcher_, adapters_.get());
   at::Tensor x = embed(*this, weights, batch.ids_T).to(kResidual), counts_E, prob_sum_E;
   int64_t sparse_layers = 0;
   for (int64_t l = 0; l < s.num_layers; ++l) {

@@ -1,4 +1,4 @@
-// moegraft bench: a whole LoRA training step on all experts, gate open, every token labelled, nothing skipped (the twin of tests/bench/peer_step.py).
+// moegraft bench: a whole LoRA training step on all experts, gate open, every token labelled, nothing skipped: what transformers + PEFT would do.
 #include <sys/resource.h>
 #include "libtorch.h"
 

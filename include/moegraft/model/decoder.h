@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moegraft/model/batch.h"
+#include "moegraft/model/dispatcher.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
 #include "moegraft/model/weights.h"
@@ -72,6 +73,7 @@ class Decoder {
   void attach(std::shared_ptr<const AdapterSites> adapters);  // null detaches
   void attach_rows(ModalityRows rows);                         // appended in order; first_id must continue the vocabulary
   void detach_all();
+  void set_dispatcher(std::shared_ptr<TokenDispatcher> dispatcher) { dispatcher_ = std::move(dispatcher); }
 
   const DecoderSpec& spec() const { return base_.spec; }
   const BaseModel& base() const { return base_; }
@@ -92,9 +94,7 @@ class Decoder {
   BaseModel base_;
   std::shared_ptr<const AdapterSites> adapters_;
   std::vector<ModalityRows> rows_;
-  // Rotary tables and layer plans are private to decoder.cpp.
-  struct Impl;
-  std::shared_ptr<Impl> impl_;
+  std::shared_ptr<TokenDispatcher> dispatcher_;
 };
 
 // Summed cross-entropy over labelled positions, divided by `denominator`. Labels are normalised over their own modality's rows (SYSTEMS §1):
