@@ -8,6 +8,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/evaluate/likelihood.h"
+#include "moegraft/model/device.h"
 
 namespace moegraft::evaluate {
 namespace {
@@ -27,7 +28,7 @@ Sum sum_likelihood(const graft::GraftedModel& model, size_t set, const std::vect
   int64_t tokens = 0;
   const auto flush = [&] {
     if (batch.empty()) return;
-    const model::PackedBatch b = to_device(data::pack(batch), model.device());
+    const model::PackedBatch b = model::to_device(data::pack(batch), model.device());
     const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b).hidden_TD, b.labels_T);
     sum.nll += loss.nll_sum_M[int64_t(set)].item<double>();
     sum.labels += loss.count_M[set];

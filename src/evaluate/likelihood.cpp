@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "moegraft/model/device.h"
+
 namespace moegraft::evaluate {
 
 double Likelihood::total() const {
@@ -20,7 +22,7 @@ Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream
   Likelihood out{std::vector<double>(sets, NAN), std::vector<int64_t>(sets, 0)};
   stream.rewind();
   while (const auto batch = stream.next()) {
-    const model::PackedBatch b = to_device(*batch, model.device());
+    const model::PackedBatch b = model::to_device(*batch, model.device());
     const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b, options).hidden_TD, b.labels_T);
     const at::Tensor nll = loss.nll_sum_M.to(at::kCPU, at::kDouble);
     for (size_t m = 0; m < sets; ++m) sums[m] += nll[int64_t(m)].item<double>(), out.labels_M[m] += loss.count_M[m];
@@ -28,12 +30,6 @@ Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream
   for (size_t m = 0; m < sets; ++m)
     if (out.labels_M[m] > 0) out.nll_M[m] = sums[m] / double(out.labels_M[m]);
   return out;
-}
-
-model::PackedBatch to_device(const model::PackedBatch& batch, at::Device device) {
-  if (device.is_cpu()) return batch;
-  const auto move = [&](const at::Tensor& t) { return t.defined() ? t.to(device) : t; };
-  return {move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens, move(batch.labels_T)};
 }
 
 }  // namespace moegraft::evaluate

@@ -13,6 +13,7 @@
 #include "moegraft/graft/initialise_lora.h"
 #include "moegraft/graft/initialise_rows.h"
 #include "moegraft/io/json.h"
+#include "moegraft/model/device.h"
 
 namespace moegraft::graft {
 namespace {
@@ -48,10 +49,7 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
   model::ForwardOptions options;
   options.sites = &calibration;
   for (int64_t tokens = 0; tokens < config.ot.calibration_tokens;) {
-    model::PackedBatch batch = stream.next();
-    batch.ids_T = batch.ids_T.to(m.device());
-    batch.positions_T = batch.positions_T.to(m.device());
-    if (batch.modality_T.defined()) batch.modality_T = batch.modality_T.to(m.device());
+    const model::PackedBatch batch = model::to_device(stream.next(), m.device());
     m.decoder->forward(batch, options);
     tokens += batch.num_tokens();
   }

@@ -18,6 +18,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/model/device.h"
 #include "moegraft/routing/stats.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/optimizer.h"
@@ -69,6 +70,7 @@ class Trainer {
     progress.start_at(state_.step);
     session_start_ = Clock::now();
     earlier_seconds_ = state_.seconds;
+    first_tokens_ = state_.tokens_seen;
     if (state_.step == 0) {
       if (eval_) log_evaluation();
       save();  // what the initialisation made: it is never computed twice
@@ -112,10 +114,11 @@ class Trainer {
  private:
   void restore(const checkpoint::Checkpoint& from) {
     optimizer_.load_state(from.optimizer);
+    const auto environment = std::move(state_.environment);
     state_ = checkpoint::state_from_json(from.state);
-    for (const auto& line : checkpoint::environment_differences(state_.environment, run::describe_environment(model_.device().str())))
+    for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
       log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
-    state_.environment = run::describe_environment(model_.device().str());
+    state_.environment = environment;
     stream_.restore(state_.data_cursor);
     writer_.discard_after(from.step);
   }
@@ -128,7 +131,7 @@ class Trainer {
     std::vector<model::PackedBatch> batches;
     int64_t labels = 0, tokens = 0;
     for (int64_t i = 0; i < t.accumulation; ++i) {
-      batches.push_back(evaluate::to_device(stream_.next(), model_.device()));
+      batches.push_back(model::to_device(stream_.next(), model_.device()));
       labels += (batches.back().labels_T >= 0).sum().item<int64_t>();
       tokens += batches.back().num_tokens();
     }
@@ -174,12 +177,8 @@ class Trainer {
   std::string status() {
     const double elapsed = std::chrono::duration<double>(Clock::now() - session_start_).count();
     char buffer[96];
-    std::snprintf(buffer, sizeof buffer, "loss %.4f · %s tok/s", loss_, format_count(double(state_.tokens_seen - session_tokens()) / std::max(elapsed, 1e-9)).c_str());
+    std::snprintf(buffer, sizeof buffer, "loss %.4f · %s tok/s", loss_, format_count(double(state_.tokens_seen - first_tokens_) / std::max(elapsed, 1e-9)).c_str());
     return buffer;
-  }
-  int64_t session_tokens() {
-    if (first_tokens_ < 0) first_tokens_ = state_.tokens_seen - window_tokens_;
-    return first_tokens_;
   }
 
   void log_metrics() {
@@ -267,7 +266,7 @@ class Trainer {
   double loss_ = 0, grad_norm_ = 0;
   std::vector<double> window_nll_;
   std::vector<int64_t> window_labels_;
-  int64_t window_tokens_ = 0, first_tokens_ = -1;
+  int64_t window_tokens_ = 0, first_tokens_ = 0;  // first: seen before this session
   double window_start_ = 0, earlier_seconds_ = 0;
   Clock::time_point session_start_;
 };

@@ -18,7 +18,4 @@ struct Likelihood {
 // One pass over the stream from its start. Labels are normalised over their own modality's rows. Observers see every batch.
 Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options = {});
 
-// Copies a CPU batch to the model's device.
-model::PackedBatch to_device(const model::PackedBatch& batch, at::Device device);
-
 }  // namespace moegraft::evaluate
