@@ -69,7 +69,7 @@ class Trainer {
     Progress progress("train", t.steps);
     progress.start_at(state_.step);
     session_start_ = Clock::now();
-    earlier_seconds_ = state_.seconds;
+    earlier_seconds_ = window_start_ = state_.seconds;
     first_tokens_ = state_.tokens_seen;
     if (state_.step == 0) {
       if (eval_) log_evaluation();
