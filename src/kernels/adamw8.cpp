@@ -1,0 +1,139 @@
+// Checks, the CPU path and the choice of device of the 8-bit AdamW step.
+
+#include "adamw8.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "libtorch.h"
+#include "moegraft/base/check.h"
+#include "moegraft/kernels/optimizer.h"
+
+namespace moegraft::kernels {
+namespace {
+
+static_assert(kAdamw8Block == adamw8::kBlock);
+constexpr int64_t kGrainBlocks = 32;
+
+std::array<float, 256> make_map(DynamicMap map) {
+  std::array<float, 256> values;
+  for (int code = 0; code < 256; ++code) values[code] = map == DynamicMap::with_sign ? adamw8::signed_value(code) : adamw8::unsigned_value(code);
+  return values;
+}
+
+// Magnitudes compare as their bits: an integer maximum vectorises, and NaN is the largest, so it is not lost.
+float largest_magnitude(const float* x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = largest > bits ? largest : bits;
+  }
+  float value;
+  std::memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+void dequantize_block(const uint8_t* codes, float scale, const float* map, float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = map[codes[i]] * scale;
+}
+
+template <DynamicMap kMap>
+void quantize_block(const float* x, uint8_t* codes, float* scale, int64_t n) {
+  *scale = adamw8::usable_scale(largest_magnitude(x, n));
+  const float inverse = adamw8::inverse_scale(*scale);
+  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(kMap == DynamicMap::with_sign ? adamw8::signed_code(x[i] * inverse) : adamw8::unsigned_code(x[i] * inverse));
+}
+
+template <class F>
+void for_blocks(int64_t numel, const F& f) {
+  at::parallel_for(0, (numel + kAdamw8Block - 1) / kAdamw8Block, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b, b * kAdamw8Block, std::min(kAdamw8Block, numel - b * kAdamw8Block));
+  });
+}
+
+void step_cpu(const adamw8::Factors& f, const adamw8::Arrays& a) {
+  const float *with_sign = dynamic_map(DynamicMap::with_sign).data(), *without_sign = dynamic_map(DynamicMap::without_sign).data();
+  for_blocks(a.numel, [&](int64_t b, int64_t at, int64_t n) {
+    alignas(64) float exp_avg[kAdamw8Block], root[kAdamw8Block];
+    dequantize_block(a.exp_avg_codes + at, a.exp_avg_scales[b], with_sign, exp_avg, n);
+    dequantize_block(a.root_codes + at, a.root_scales[b], without_sign, root, n);
+    float* parameter = a.parameter + at;
+    const float* grad = a.grad + at;
+    for (int64_t i = 0; i < n; ++i) adamw8::update(f, grad[i], parameter[i], exp_avg[i], root[i]);
+    quantize_block<DynamicMap::with_sign>(exp_avg, a.exp_avg_codes + at, a.exp_avg_scales + b, n);
+    quantize_block<DynamicMap::without_sign>(root, a.root_codes + at, a.root_scales + b, n);
+  });
+}
+
+Quantized8 zero_quantized(const at::Tensor& x) {
+  return {at::zeros(x.sizes(), x.options().dtype(at::kByte).requires_grad(false)), at::zeros({(x.numel() + kAdamw8Block - 1) / kAdamw8Block}, x.options().requires_grad(false))};
+}
+
+void check_state(const Quantized8& q, const at::Tensor& parameter) {
+  MOEGRAFT_INVARIANT(q.codes.scalar_type() == at::kByte && q.codes.is_contiguous() && q.codes.numel() == parameter.numel() && q.codes.device() == parameter.device(),
+                     "adamw8: codes ", q.codes.sizes(), " for a parameter ", parameter.sizes());
+  MOEGRAFT_INVARIANT(q.scales.scalar_type() == at::kFloat && q.scales.is_contiguous() && q.scales.numel() == (parameter.numel() + kAdamw8Block - 1) / kAdamw8Block &&
+                         q.scales.device() == parameter.device(),
+                     "adamw8: scales ", q.scales.sizes(), " for a parameter ", parameter.sizes());
+}
+
+}  // namespace
+
+const std::array<float, 256>& dynamic_map(DynamicMap map) {
+  static const std::array<float, 256> with_sign = make_map(DynamicMap::with_sign), without_sign = make_map(DynamicMap::without_sign);
+  return map == DynamicMap::with_sign ? with_sign : without_sign;
+}
+
+Quantized8 quantize8(const at::Tensor& x, DynamicMap map) {
+  MOEGRAFT_INVARIANT(x.is_cpu() && x.scalar_type() == at::kFloat, "quantize8: float32 on the CPU, got ", x.toString());
+  const at::Tensor dense = x.contiguous();
+  const Quantized8 q = zero_quantized(dense);
+  const float* values = dense.const_data_ptr<float>();
+  uint8_t* codes = q.codes.data_ptr<uint8_t>();
+  float* scales = q.scales.data_ptr<float>();
+  for_blocks(dense.numel(), [&](int64_t b, int64_t at, int64_t n) {
+    if (map == DynamicMap::with_sign)
+      quantize_block<DynamicMap::with_sign>(values + at, codes + at, scales + b, n);
+    else
+      quantize_block<DynamicMap::without_sign>(values + at, codes + at, scales + b, n);
+  });
+  return q;
+}
+
+at::Tensor dequantize8(const Quantized8& q, DynamicMap map) {
+  check_state(q, q.codes);
+  MOEGRAFT_INVARIANT(q.codes.is_cpu(), "dequantize8: on the CPU");
+  const at::Tensor x = at::empty(q.codes.sizes(), q.scales.options());
+  const uint8_t* codes = q.codes.const_data_ptr<uint8_t>();
+  const float* scales = q.scales.const_data_ptr<float>();
+  float* values = x.data_ptr<float>();
+  for_blocks(x.numel(), [&](int64_t b, int64_t at, int64_t n) { dequantize_block(codes + at, scales[b], dynamic_map(map).data(), values + at, n); });
+  return x;
+}
+
+// Scales of 0 make every code a zero.
+Adamw8State adamw8_zero_state(const at::Tensor& parameter) { return {zero_quantized(parameter), zero_quantized(parameter)}; }
+
+void adamw8_step(const at::Tensor& parameter, const at::Tensor& grad, const Adamw8State& state, const Adamw8Options& o) {
+  MOEGRAFT_INVARIANT(parameter.scalar_type() == at::kFloat && parameter.is_contiguous(), "adamw8: the parameter must be float32 and contiguous");
+  MOEGRAFT_INVARIANT(grad.scalar_type() == at::kFloat && grad.is_contiguous() && grad.sizes() == parameter.sizes() && grad.device() == parameter.device(), "adamw8: gradient ",
+                     grad.sizes(), " for a parameter ", parameter.sizes());
+  MOEGRAFT_INVARIANT(o.step >= 1, "adamw8: step ", o.step);
+  check_state(state.exp_avg, parameter);
+  check_state(state.root, parameter);
+  if (parameter.numel() == 0) return;
+  const double correction1 = 1 - std::pow(o.beta1, double(o.step)), correction2 = 1 - std::pow(o.beta2, double(o.step));
+  const adamw8::Factors factors{float(o.beta1),          float(1 - o.beta1), float(o.beta2), float(1 - o.beta2), float(1 - o.lr * o.weight_decay), float(o.lr / correction1),
+                                float(1 / std::sqrt(correction2)), float(o.epsilon),   float(o.grad_factor)};
+  const adamw8::Arrays arrays{parameter.data_ptr<float>(),          grad.const_data_ptr<float>(),          state.exp_avg.codes.data_ptr<uint8_t>(), state.exp_avg.scales.data_ptr<float>(),
+                              state.root.codes.data_ptr<uint8_t>(), state.root.scales.data_ptr<float>(), parameter.numel()};
+  if (parameter.is_cuda())
+    adamw8::step_cuda(factors, arrays, parameter.get_device());
+  else
+    step_cpu(factors, arrays);
+}
+
+}  // namespace moegraft::kernels
