@@ -232,20 +232,19 @@ MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Te
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
   }
-  const TokenDispatcher::Routed routed = call.dispatcher.dispatch(x_TD, r.topk_ids_TK, spec.num_experts, call.modality_T, call.num_groups);
-  const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF};
+  const TokenDispatcher::Routed routed = call.dispatcher.dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK, spec.num_experts, call.modality_T, call.num_groups);
+  const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF, w.panels};
   const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down)};
   at::Tensor hidden_RF;
-  const at::Tensor y_RD = k::expert_ffn(routed.x_RD, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
+  const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
   if (SiteObserver* sites = call.options.sites) {
-    sites->observe_experts(l, Site::gate, routed.x_RD.detach(), routed.dispatch.offsets, call.num_groups);
-    sites->observe_experts(l, Site::down, hidden_RF, routed.dispatch.offsets, call.num_groups);
+    const auto offsets = routed.dispatch.host_offsets();
+    sites->observe_experts(l, Site::gate, k::permute(routed.x_XD, routed.dispatch), offsets, call.num_groups);
+    sites->observe_experts(l, Site::down, hidden_RF, offsets, call.num_groups);
   }
-  MoeResult out{call.dispatcher.combine(y_RD, r.topk_weights_TK, routed), {}, {}};
+  MoeResult out{call.dispatcher.combine(out_XD, routed), {}, {}};
   if (call.options.aux_loss) {
-    std::vector<float> counts;
-    for (int64_t e = 0; e < spec.num_experts; ++e) counts.push_back(float(routed.dispatch.offsets[(e + 1) * call.num_groups] - routed.dispatch.offsets[e * call.num_groups]));
-    out.counts_E = at::tensor(counts, at::kFloat).to(x_TD.device());
+    out.counts_E = at::bincount(r.topk_ids_TK.reshape({-1}), {}, spec.num_experts).to(at::kFloat);
     out.prob_sum_E = r.probs_TE.sum(0);
   }
   return out;

@@ -34,7 +34,7 @@ class ResidentWeights : public WeightProvider {
     MOEGRAFT_INVARIANT(first >= 0 && first + count <= all.count(), "experts ", first, "+", count, " of ", all.count());
     if (first == 0 && count == all.count()) return all;
     const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + first, v.begin() + first + count); };
-    ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}};
+    ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
     if (all.gate_EFD.defined()) {
       part.gate_EFD = all.gate_EFD.narrow(0, first, count);
       part.up_EFD = all.up_EFD.narrow(0, first, count);
@@ -217,6 +217,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
+  for (auto& x : w->layer_experts) x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}});
   base.weights = std::move(w);
   return base;
 }

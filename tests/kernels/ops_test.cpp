@@ -158,13 +158,11 @@ MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
   return in;
 }
 
-at::Tensor moe(const MoeInputs& in, const MoeCase& c, bool fused) {
+at::Tensor moe(MoeInputs in, const MoeCase& c, bool fused) {
   const Dispatch d = make_dispatch(in.ids, c.E, in.group, c.groups);
-  if (!fused) {
-    const at::Tensor x = in.x.index_select(0, d.token_of_row_R), y = expert_ffn_reference(x, d, in.frozen, in.adapters);
-    return (y.index_select(0, d.row_of_slot_TK.view({-1})).view({c.T, c.K, c.D}) * in.weights.unsqueeze(-1)).sum(1);
-  }
-  return combine(expert_ffn(permute(in.x, d), d, in.frozen, in.adapters), in.weights, d);
+  if (!fused) return moe_ffn_reference(in.x, in.weights, d, in.frozen, in.adapters);
+  in.frozen.panels = make_expert_panels(in.frozen);
+  return moe_ffn(in.x, in.weights, d, in.frozen, in.adapters);
 }
 
 TEST(ExpertFfn, ValuesAndGradientsMatchTheReference) {
@@ -232,10 +230,10 @@ TEST(ExpertFfn, Bfloat16IsNoWorseThanThePlainPath) {
 TEST(Dispatch, SortsByExpertThenGroupStably) {
   const at::Tensor ids = at::tensor({1, 0, 1, 2, 0, 1}, at::kLong).view({3, 2}), group = at::tensor({1, 0, 0}, at::kLong);
   const Dispatch d = make_dispatch(ids, 4, group, 2);
-  EXPECT_EQ(d.offsets, (std::vector<int64_t>{0, 1, 2, 4, 5, 6, 6, 6, 6}));
+  EXPECT_EQ(d.host_offsets(), (std::vector<int64_t>{0, 1, 2, 4, 5, 6, 6, 6, 6}));
   // (0,text): t2; (0,image): t0; (1,text): t1, t2; (1,image): t0; (2,text): t1
   const std::vector<int64_t> tokens{2, 0, 1, 2, 0, 1};
-  for (int64_t r = 0; r < 6; ++r) EXPECT_EQ(d.token_of_row_R[r].item<int64_t>(), tokens[r]);
+  for (int64_t r = 0; r < 6; ++r) EXPECT_EQ(d.token_of_row_R[r].item<int32_t>(), tokens[r]);
 }
 
 TEST(CrossEntropy, MatchesTheLibraryWithGradients) {

@@ -30,6 +30,15 @@ function(moegraft_module name)
   set_property(GLOBAL APPEND PROPERTY MOEGRAFT_LIBRARIES ${target})
 endfunction()
 
+# The CPU loops are compiled once for the whole program's instruction set and once for AVX-512, and chosen at run time (src/kernels/loops.h).
+function(moegraft_loops)
+  set(loops ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v3.cpp ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp)
+  set_source_files_properties(${loops} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
+    set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp PROPERTIES COMPILE_OPTIONS "-march=x86-64-v4;-mprefer-vector-width=512")
+  endif()
+endfunction()
+
 # The command-line tool: tools/moegraft/*.cpp, one file per subcommand.
 function(moegraft_binary)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tools/moegraft/*.cpp)

@@ -4,9 +4,14 @@
 
 #include <torch/types.h>
 
+#include <memory>
 #include <vector>
 
 namespace moegraft::kernels {
+
+// Frozen weights laid out for the CPU's block products (src/kernels/panels.h).
+class WeightPanels;
+class ExpertPanels;
 
 // y = w * x / sqrt(mean(x^2) + eps) over the last dimension; statistics in float32, result in x's dtype. w may require grad.
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps);
@@ -23,15 +28,18 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
                             const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
 
 // Rows of the experts, sorted by (expert, group), stable in token order. group_T: values in [0, num_groups), undefined for one group.
+// Everything lies on the tokens' device; nothing here waits for it.
 struct Dispatch {
   int64_t num_experts = 0, num_groups = 1, top_k = 0;
-  at::Tensor token_of_row_R;         // int64
-  at::Tensor row_of_slot_TK;         // int64, inverse: slot (t, k) lies in this row
-  std::vector<int64_t> offsets;      // [E*num_groups + 1], begin of (e, g) at offsets[e*num_groups + g]
+  at::Tensor token_of_row_R;  // int32
+  at::Tensor row_of_slot_TK;  // int32, inverse: slot (t, k) lies in this row
+  at::Tensor offsets;         // int32 [E*num_groups + 1], begin of (e, g) at offsets[e*num_groups + g]
+
+  int64_t num_rows() const { return token_of_row_R.size(0); }
+  std::vector<int64_t> host_offsets() const;  // waits for the device when the tokens are on one
 };
 Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups);
-at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch);                                            // -> [R, D]
-at::Tensor combine(const at::Tensor& y_RD, const at::Tensor& topk_weights_TK, const Dispatch& dispatch);         // sum_k w[t,k] * y[row(t,k)], in y's dtype
+at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch);  // -> [R, D]; no gradient
 
 // One low-rank term on an expert site: y += scale * (x A_e^T) B_e^T on rows whose group has acts[group].
 struct ExpertLowRank {
@@ -43,17 +51,25 @@ struct ExpertLowRank {
 struct ExpertFfnWeights {
   std::vector<at::Tensor> gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;
+  std::shared_ptr<ExpertPanels> panels;  // null: the weights change, or nobody made them
 };
+// Null where they would not serve: trained weights, other devices, a CPU without the micro-kernel. Panels are filled at first use (forward ones, and
+// backward ones when something is differentiated) and take the weights' size each.
+std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights);
+std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK);
 struct ExpertFfnAdapters {
   std::vector<ExpertLowRank> gate, up, down;
   bool empty() const { return gate.empty() && up.empty() && down.empty(); }
 };
-// SwiGLU experts on sorted rows: down(silu(gate x) * up x). Never builds a full weight update; no gradients for frozen weights;
-// an expert without rows costs nothing and gets exactly zero gradients for its factors. hidden_RF, when given, receives silu(gate)*up (calibration).
-at::Tensor expert_ffn(const at::Tensor& x_RD, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters,
-                      at::Tensor* hidden_RF = nullptr);
-// The same, written plainly with autograd: what the fused one is tested against.
-at::Tensor expert_ffn_reference(const at::Tensor& x_RD, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters);
+// The experts of one layer on the rows they hold: out[x] = sum_k weights[x,k] * FFN_e(x,k)(x), FFN_e(x) = down(silu(gate x) * up x).
+// x_XD in the compute dtype, weights_XK float32, both differentiable. Never builds a full weight update or a permuted copy that outlives the call; saves
+// gate and up outputs and the thin products; the gradient of a routing weight is <h, dh>, so the experts' outputs are not kept either (SonicMoE,
+// arXiv:2512.14080, has the same identity). No gradients for frozen weights; an expert without rows costs nothing and gets exactly zero gradients for
+// its factors. hidden_RF, when given, receives silu(gate)*up of the sorted rows (calibration).
+at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters,
+                   at::Tensor* hidden_RF = nullptr);
+// The same, written plainly with autograd: what the fused ones are tested against.
+at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters);
 
 // Sum over rows of scale * (logsumexp(h W^T) - (h W^T)[target]); gradients for h, and for W when it requires grad. Chunked: the [X, V] logits are never
 // held whole. W may be a float32 master under a lower compute dtype. Returns a float32 scalar.

@@ -11,26 +11,26 @@ class TokenDispatcher {
  public:
   virtual ~TokenDispatcher() = default;
 
-  // Rows for the experts that this process holds, sorted by (expert, group), and what combine() needs. Differentiable in x_TD.
+  // The token rows whose experts this process holds, with their routing weights and the sort that brings them to their experts.
   struct Routed {
-    at::Tensor x_RD;
+    at::Tensor x_XD, weights_XK;
     kernels::Dispatch dispatch;
   };
-  virtual Routed dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups) = 0;
+  // topk_ids_TK int64 in [0, E), topk_weights_TK float32. Differentiable in x_TD and the weights.
+  virtual Routed dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, int64_t num_experts, const at::Tensor& group_T,
+                          int64_t num_groups) = 0;
 
-  // sum_k weight[t,k] * y[row(t,k)] for this process's tokens. Differentiable in y_RD and the weights.
-  virtual at::Tensor combine(const at::Tensor& y_RD, const at::Tensor& topk_weights_TK, const Routed& routed) = 0;
+  // Weighted sums of the rows of dispatch() -> this process's tokens [T, D]. Differentiable.
+  virtual at::Tensor combine(const at::Tensor& out_XD, const Routed& routed) = 0;
 };
 
-// Every expert is here: a sort and gathers.
+// Every expert is here: tokens stay where they are, kernels::moe_ffn gathers and sums.
 class LocalDispatcher : public TokenDispatcher {
  public:
-  Routed dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups) override {
-    Routed r{{}, kernels::make_dispatch(topk_ids_TK, num_experts, group_T, num_groups)};
-    r.x_RD = kernels::permute(x_TD, r.dispatch);
-    return r;
+  Routed dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups) override {
+    return {x_TD, topk_weights_TK, kernels::make_dispatch(topk_ids_TK, num_experts, group_T, num_groups)};
   }
-  at::Tensor combine(const at::Tensor& y_RD, const at::Tensor& topk_weights_TK, const Routed& routed) override { return kernels::combine(y_RD, topk_weights_TK, routed.dispatch); }
+  at::Tensor combine(const at::Tensor& out_XD, const Routed&) override { return out_XD; }
 };
 
 }  // namespace moegraft::model

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/kernels/ops.h"
 #include "moegraft/model/registry.h"
 #include "moegraft/model/spec.h"
 
@@ -28,6 +29,7 @@ struct ExpertWeights {
   int64_t first = 0;
   std::vector<at::Tensor> gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;  // stacked leaves when the base trains; undefined otherwise
+  std::shared_ptr<kernels::ExpertPanels> panels{};  // of these experts, when frozen and on a CPU that can use them
   int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }
 };
 struct LayerWeights {

@@ -1,0 +1,102 @@
+#pragma once
+// Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one 32-row block and one 64-column panel of B at a time, float32 sums.
+// The inner kernel is oneDNN's brgemm micro-kernel, reached through ATen (AMX or AVX-512 for bf16, AVX-512 for float32); what surrounds a block
+// (gathering rows, SwiGLU, rounding) happens while it is in the first-level cache. Frozen operands are laid out as panels once.
+//
+// Panel: [k/pair][n][pair] with pair = 2 for bf16 (AMX reads pairs along k) and 1 for float32; n is at most 64 and padded to 16, k to the pair.
+// The order of sums depends on k and the panels alone, so a row's bits do not depend on the rows beside it in a block of equal size.
+
+#include <atomic>
+#include <memory>
+
+#include "libtorch.h"
+#include "loops.h"
+
+namespace moegraft::kernels {
+
+// Element types of the loops and of ATen share their bits.
+template <class T>
+constexpr at::ScalarType kTypeOf = sizeof(T) == 2 ? at::kBFloat16 : at::kFloat;
+template <class T>
+const T* data(const at::Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T>
+T* mutable_data(const at::Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+template <class T>
+constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
+constexpr int64_t kPanel = 64, kBlock = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class T>
+constexpr int64_t padded_depth(int64_t k) { return round_up(k, kPair<T>); }
+constexpr int64_t padded_width(int64_t n) { return round_up(n, 16); }
+// Rows of a buffer that blocks of `rows` rows may touch: whole blocks, then the next power of two (few distinct kernels).
+int64_t padded_rows(int64_t rows);
+
+// Whether this machine and LibTorch have the micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches it off.
+bool has_block_products(at::ScalarType dtype);
+
+// A B operand as panels, lying in memory that somebody else owns.
+template <class T>
+struct Panels {
+  const T* data = nullptr;
+  int64_t k = 0, n = 0;
+
+  int64_t depth() const { return padded_depth<T>(k); }
+  int64_t count() const { return (n + kPanel - 1) / kPanel; }
+  int64_t columns(int64_t j) const { return std::min(kPanel, n - j * kPanel); }       // real ones
+  int64_t width(int64_t j) const { return padded_width(columns(j)); }                 // laid out
+  const T* panel(int64_t j) const { return data + j * kPanel * depth(); }
+  static int64_t elements(int64_t k, int64_t n) { return padded_depth<T>(k) * padded_width(n); }
+};
+
+// From W [n, k] (y = x W^T) or W [k, n] (dx = dy W), both row-major with leading dimension ld. out: Panels<T>::elements(k, n).
+template <class T>
+Panels<T> pack_transposed(const T* w_nk, int64_t ld, int64_t k, int64_t n, T* out);
+template <class T>
+Panels<T> pack_plain(const T* w_kn, int64_t ld, int64_t k, int64_t n, T* out);
+// The same from float32 times a factor.
+template <class T>
+Panels<T> pack_transposed_float(const float* w_nk, int64_t ld, float factor, int64_t k, int64_t n, T* out);
+template <class T>
+Panels<T> pack_plain_float(const float* w_kn, int64_t ld, float factor, int64_t k, int64_t n, T* out);
+
+// C [m, width(j)] (+)= A [m, depth] panel_j for any m; A and C must have padded_rows(m) rows, A's columns up to depth() must be finite.
+template <class T>
+void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate);
+// The same over all panels: C [m, padded_width(n)].
+template <class T>
+void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, float* c, int64_t ldc, bool accumulate);
+
+// Memory that a thread keeps from call to call, so that no step faults pages in. take() is valid until the Scratch dies; uninitialised.
+class Scratch {
+ public:
+  Scratch();
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  template <class T>
+  T* take(int64_t count) { return static_cast<T*>(take_bytes(count * int64_t(sizeof(T)))); }
+
+ private:
+  void* take_bytes(int64_t bytes);
+  size_t used_ = 0;
+};
+
+void release_tiles();  // gives AMX's state back; cheap when there is none
+
+// Runs f(task, scratch) for task in [0, count) on all threads, whoever is free taking the next. Results must not depend on who runs what.
+template <class F>
+void for_each_task(int64_t count, const F& f) {
+  if (count == 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      Scratch scratch;
+      f(task, scratch);
+    }
+    release_tiles();
+  });
+}
+
+}  // namespace moegraft::kernels

@@ -1,0 +1,59 @@
+#pragma once
+// Element-wise loops of the CPU paths on raw rows, compiled once per instruction set (loops_v3.cpp, loops_v4.cpp) and chosen at run time.
+// Arithmetic is float32; bf16 is the upper half of a float, rounded to nearest even. Nothing here allocates or starts threads.
+
+#include <cstdint>
+
+namespace moegraft::kernels {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+// For one element type T (float or bf16) of the compute dtype. ld: elements from row to row.
+template <class T>
+struct Loops {
+  void (*from_float)(const float* in, float factor, T* out, int64_t n);  // out = T(in * factor)
+  void (*to_float)(const T* in, float* out, int64_t n);
+
+  // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
+  void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*pack_nk)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*pack_kn_float)(const float* in, int64_t ld, float factor, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*pack_nk_float)(const float* in, int64_t ld, float factor, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+
+  // g, u [rows, n] float32 -> both in T, and h = silu(g) * u.
+  void (*swiglu)(const float* g, const float* u, int64_t ld_in, T* g_out, T* u_out, int64_t ld_out, T* h, int64_t ld_h, int64_t rows, int64_t n);
+  // dh [rows, n]: gradient of h before the row's weight w. h again, dg = w dh u silu'(g), du = w dh silu(g); dw[row] += <h, dh>.
+  void (*swiglu_backward)(const float* dh, int64_t ld_dh, const T* g, const T* u, int64_t ld_in, const float* w, T* h, T* dg, T* du, int64_t ld_out, float* dw, int64_t rows,
+                          int64_t n);
+  // out = T(sum_i w[i] * rows[i]); w null: all ones.
+  void (*weighted_sum)(const T* const* rows, const float* w, int64_t count, T* out, int64_t n);
+
+  // x_out = x + delta (delta null: x); y = T(w * x_out * rstd), also in float when y_float is given. Returns rstd.
+  float (*residual_norm)(const float* x, const T* delta, float* x_out, const float* w, float eps, T* y, float* y_float, int64_t n);
+  // dx = dx_out + J^T (dy + dy_float); each of the three may be null. ddelta = T(dx) when given.
+  void (*residual_norm_backward)(const float* dx_out, const T* dy, const float* dy_float, const float* x, const float* w, float rstd, float* dx, T* ddelta, int64_t n);
+
+  // p[j] = T(exp(scale * s[j] - max)) for j in [first, last), zero elsewhere in [0, padded). max: largest scale * s[j]. Returns the sum of p.
+  float (*softmax)(const float* s, float scale, int64_t first, int64_t last, int64_t padded, T* p, float* max);
+  // p = exp(scale * s - lse), ds = scale * p * (dp - delta) for i in [first, last), zero elsewhere in [0, padded).
+  void (*softmax_backward)(const float* s, const float* dp, const float* lse, const float* delta, float scale, int64_t first, int64_t last, int64_t padded, T* p, T* ds);
+  // Log-sum-exp of logits [n]; d, when given: T(scale * (softmax - [target])), zero in [n, padded).
+  float (*cross_entropy)(const float* logits, int64_t n, int64_t padded, int64_t target, float scale, T* d);
+};
+
+// The widest set that this CPU has.
+template <class T>
+const Loops<T>& loops();
+
+namespace v3 {
+extern const Loops<float> kFloatLoops;
+extern const Loops<bf16> kBf16Loops;
+}  // namespace v3
+namespace v4 {
+extern const Loops<float> kFloatLoops;
+extern const Loops<bf16> kBf16Loops;
+}  // namespace v4
+
+}  // namespace moegraft::kernels

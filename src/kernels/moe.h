@@ -1,0 +1,55 @@
+#pragma once
+// The expert FFN behind its autograd function: one problem, several backends (ATen everywhere, block products on the CPU, CUDA).
+
+#include <array>
+
+#include "libtorch.h"
+#include "moegraft/kernels/ops.h"
+
+namespace moegraft::kernels {
+
+struct MoeTerm {
+  at::Tensor A_EPX, B_EXP;  // detached, float32 or the compute dtype
+  double scale = 1.0;
+  std::vector<bool> acts;
+};
+enum { kGate = 0, kUp = 1, kDown = 2, kSites = 3 };
+
+// Everything detached; x and weights contiguous, weights float32 (float64 beside float64 x).
+struct MoeProblem {
+  at::Tensor x_XD, weights_XK;
+  Dispatch dispatch;
+  ExpertFfnWeights weights;
+  std::array<std::vector<MoeTerm>, kSites> terms;
+
+  int64_t model_width() const { return x_XD.size(1); }
+  int64_t expert_width() const { return weights.gate_FD.front().size(0); }
+};
+struct MoeForward {
+  at::Tensor out_XD, hidden_RF;    // hidden only when asked for
+  std::vector<at::Tensor> saved;   // what the same backend's backward wants; empty when nothing is differentiated
+};
+// Undefined where not needed. Factor gradients have the factors' shapes and dtypes.
+struct MoeGradients {
+  at::Tensor x_XD, weights_XK, gate_EFD, up_EFD, down_EDF;
+  std::array<std::vector<std::pair<at::Tensor, at::Tensor>>, kSites> factors;  // (A, B) of each term
+};
+struct MoeNeeds {
+  bool x = false, weights = false, experts = false;
+  std::array<std::vector<bool>, kSites> factors;
+};
+
+MoeForward moe_forward_aten(const MoeProblem& problem, bool save, bool keep_hidden);
+MoeGradients moe_backward_aten(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+
+// Frozen experts on a CPU with block products (float32, bfloat16).
+bool moe_blocks_serve(const MoeProblem& problem);
+MoeForward moe_forward_blocks(const MoeProblem& problem, bool save, bool keep_hidden);
+MoeGradients moe_backward_blocks(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+
+// Frozen experts on a GPU (cuda/). Never waits for the device.
+bool moe_cuda_serves(const MoeProblem& problem);
+MoeForward moe_forward_cuda(const MoeProblem& problem, bool save, bool keep_hidden);
+MoeGradients moe_backward_cuda(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+
+}  // namespace moegraft::kernels

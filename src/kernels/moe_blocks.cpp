@@ -1,0 +1,535 @@
+// The expert FFN on the CPU by block products. A task is a strip: rows of one (expert, group), taken 256 at a time through
+//   gather x -> gate, up (+ low rank) -> SwiGLU -> down (+ low rank) -> y of the sorted rows; then each token sums its rows.
+// Everything of a chunk stays in the second-level cache; only gate and up outputs and the thin products are written for the backward pass.
+// Low-rank factors of the terms that act on a group are concatenated along their rank, so that gate and up (which share their input) cost one thin product.
+
+#include <algorithm>
+#include <cstring>
+
+#include "block_product.h"
+#include "moe.h"
+#include "moegraft/base/check.h"
+#include "panels.h"
+
+namespace moegraft::kernels {
+namespace {
+
+constexpr int64_t kChunk = 256;  // rows: enough to amortise reading an expert's weights from memory
+
+struct Strip {
+  int64_t expert, group, begin, end;
+};
+
+// Cut by sizes and thread count alone. Long ranges are split so that threads can share one expert.
+std::vector<Strip> make_strips(const Dispatch& d, const std::vector<int64_t>& offsets) {
+  const int64_t target = std::max(kChunk, round_up(offsets.back() / (4 * at::get_num_threads()), kChunk));
+  std::vector<Strip> strips;
+  for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b)
+    for (int64_t at = offsets[b]; at < offsets[b + 1]; at += target) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + target, offsets[b + 1])});
+  return strips;
+}
+
+// The terms of each site that act on a group, side by side along the rank.
+struct RankSet {
+  struct Term {
+    int64_t index, first, rank;  // of problem.terms[site]; columns [first, first + rank)
+  };
+  std::array<std::vector<Term>, kSites> terms;
+  std::array<int64_t, kSites> rank{};     // real
+  std::array<int64_t, kSites> columns{};  // padded to 16
+  int64_t gate_up() const { return columns[kGate] + columns[kUp]; }
+  bool empty() const { return rank[kGate] + rank[kUp] + rank[kDown] == 0; }
+};
+
+RankSet rank_set(const MoeProblem& p, int64_t group) {
+  RankSet set;
+  for (int s = 0; s < kSites; ++s) {
+    for (size_t i = 0; i < p.terms[s].size(); ++i) {
+      if (!p.terms[s][i].acts[group]) continue;
+      const int64_t rank = p.terms[s][i].A_EPX.size(1);
+      set.terms[s].push_back({int64_t(i), set.rank[s], rank});
+      set.rank[s] += rank;
+    }
+    set.columns[s] = set.rank[s] ? padded_width(set.rank[s]) : 0;
+  }
+  return set;
+}
+
+// Factors of one (expert, set) as B operands; scale is folded into B.
+template <class T>
+struct FactorPanels {
+  Panels<T> A_in[2];   // x -> t: forward. [0]: gate and up together; [1]: down
+  Panels<T> B_out[3];  // t -> y: forward, per site
+  Panels<T> B_in[3];   // dy -> dt: backward, per site
+  Panels<T> A_out[2];  // dt -> dx: backward. [0]: gate and up together; [1]: down
+};
+
+template <class T>
+int64_t factor_elements(const RankSet& s, int64_t D, int64_t F, bool backward) {
+  const int64_t gu = s.gate_up(), d = s.columns[kDown];
+  if (!backward) return Panels<T>::elements(D, gu) + Panels<T>::elements(s.columns[kGate], F) + Panels<T>::elements(s.columns[kUp], F) + Panels<T>::elements(F, d) + Panels<T>::elements(d, D);
+  return Panels<T>::elements(gu, D) + Panels<T>::elements(F, s.columns[kGate]) + Panels<T>::elements(F, s.columns[kUp]) + Panels<T>::elements(d, F) + Panels<T>::elements(D, d);
+}
+
+// Concatenated factors of one site and expert, float32: A [columns, in] and scale * B [out, columns], padding zero.
+void concatenate(const MoeProblem& p, const RankSet& set, int site, int64_t expert, float* A, float* B, int64_t in, int64_t out) {
+  const int64_t columns = set.columns[site];
+  std::fill_n(A + set.rank[site] * in, (columns - set.rank[site]) * in, 0.0f);
+  std::fill_n(B, out * columns, 0.0f);
+  for (const auto& t : set.terms[site]) {
+    const MoeTerm& term = p.terms[site][t.index];
+    const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
+    std::copy_n(a, t.rank * in, A + t.first * in);
+    for (int64_t r = 0; r < out; ++r)
+      for (int64_t c = 0; c < t.rank; ++c) B[r * columns + t.first + c] = float(term.scale) * b[r * t.rank + c];
+  }
+}
+
+template <class T>
+FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, T* out, Scratch& scratch) {
+  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up();
+  FactorPanels<T> f;
+  float* A_gu = scratch.take<float>(gu * D);
+  float* B[3] = {scratch.take<float>(F * set.columns[kGate]), scratch.take<float>(F * set.columns[kUp]), scratch.take<float>(D * set.columns[kDown])};
+  float* A_d = scratch.take<float>(set.columns[kDown] * F);
+  concatenate(p, set, kGate, expert, A_gu, B[kGate], D, F);
+  concatenate(p, set, kUp, expert, A_gu + set.columns[kGate] * D, B[kUp], D, F);
+  concatenate(p, set, kDown, expert, A_d, B[kDown], F, D);
+  const auto place = [&](const Panels<T>& panels) {
+    out += Panels<T>::elements(panels.k, panels.n);
+    return panels;
+  };
+  const int64_t d = set.columns[kDown];
+  for (int s = 0; s < kSites; ++s) {
+    const int64_t width = s == kDown ? D : F, c = set.columns[s];
+    if (!backward) f.B_out[s] = place(pack_transposed_float<T>(B[s], c, 1.0f, c, width, out));
+    else f.B_in[s] = place(pack_plain_float<T>(B[s], c, 1.0f, width, c, out));
+  }
+  if (!backward) {
+    f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, 1.0f, D, gu, out));
+    f.A_in[1] = place(pack_transposed_float<T>(A_d, F, 1.0f, F, d, out));
+  } else {
+    f.A_out[0] = place(pack_plain_float<T>(A_gu, D, 1.0f, gu, D, out));
+    f.A_out[1] = place(pack_plain_float<T>(A_d, F, 1.0f, d, F, out));
+  }
+  return f;
+}
+
+// All sets and their panels for one call.
+template <class T>
+struct Adapters {
+  std::vector<RankSet> sets;        // by group
+  std::vector<FactorPanels<T>> of;  // [expert * groups + group]
+  at::Tensor memory;
+};
+
+template <class T>
+Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& offsets, bool backward) {
+  const int64_t D = p.model_width(), F = p.expert_width(), E = p.dispatch.num_experts, M = p.dispatch.num_groups;
+  Adapters<T> a;
+  a.of.resize(E * M);
+  std::vector<int64_t> begin(E * M + 1, 0);
+  for (int64_t m = 0; m < M; ++m) a.sets.push_back(rank_set(p, m));
+  for (int64_t b = 0; b < E * M; ++b) {
+    const RankSet& set = a.sets[b % M];
+    begin[b + 1] = begin[b] + (set.empty() || offsets[b] == offsets[b + 1] ? 0 : factor_elements<T>(set, D, F, backward));
+  }
+  if (begin.back() == 0) return a;
+  a.memory = at::empty({begin.back()}, at::TensorOptions(kTypeOf<T>));
+  for_each_task(E * M, [&](int64_t b, Scratch& scratch) {
+    if (begin[b] < begin[b + 1]) a.of[b] = pack_factors<T>(p, a.sets[b % M], b / M, backward, mutable_data<T>(a.memory) + begin[b], scratch);
+  });
+  return a;
+}
+
+template <class T>
+void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64_t ld, T* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(out + r * ld, x + token[r] * width, size_t(width) * sizeof(T));
+    for (int64_t i = width; i < ld; ++i) out[r * ld + i] = T{};
+  }
+}
+
+// t [rows, columns] = a * panels in T.
+template <class T>
+void thin(int64_t rows, const T* a, int64_t lda, const Panels<T>& b, T* t, int64_t ldt, float* block) {
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    const int64_t m = padded_rows(std::min(kBlock, rows - r)), n = padded_width(b.n);
+    product(m, a + r * lda, lda, b, block, n, false);
+    for (int64_t i = 0; i < m; ++i) loops<T>().from_float(block + i * n, 1.0f, t + (r + i) * ldt, b.n);
+  }
+}
+
+// Room for the thin products of any set.
+int64_t most_columns(const MoeProblem& p) {
+  int64_t n = 0;
+  for (const auto& site : p.terms)
+    for (const auto& term : site) n += padded_width(term.A_EPX.size(1));
+  return n + 16 * kSites;
+}
+
+template <class T>
+struct Saved {  // views of the saved tensors
+  T *g = nullptr, *u = nullptr, *t_gu = nullptr, *t_d = nullptr;
+  int64_t ld_gu = 0, ld_d = 0;  // columns of the thin products
+};
+
+// Each token's rows summed, weighted or not, in slot order.
+template <class T>
+at::Tensor sum_rows(const MoeProblem& p, const at::Tensor& y_RD, bool weighted) {
+  const int64_t X = p.x_XD.size(0), D = p.model_width(), K = p.dispatch.top_k;
+  at::Tensor out = at::empty({X, D}, p.x_XD.options());
+  const int32_t* row = data<int32_t>(p.dispatch.row_of_slot_TK);
+  const T* y = data<T>(y_RD);
+  T* to = mutable_data<T>(out);
+  at::parallel_for(0, X, 64, [&](int64_t from, int64_t end) {
+    std::vector<const T*> rows(K);
+    for (int64_t t = from; t < end; ++t) {
+      for (int64_t k = 0; k < K; ++k) rows[k] = y + row[t * K + k] * D;
+      loops<T>().weighted_sum(rows.data(), weighted ? data<float>(p.weights_XK) + t * K : nullptr, K, to + t * D, D);
+    }
+  });
+  return out;
+}
+
+template <class T>
+class Forward {
+ public:
+  Forward(const MoeProblem& p, bool save, bool keep_hidden) : p_(p), save_(save), offsets_(p.dispatch.host_offsets()) {
+    p.weights.panels->template prepare_forward<T>();
+    adapters_ = prepare_adapters<T>(p, offsets_, false);
+    const int64_t R = p.dispatch.num_rows(), F = p.expert_width();
+    int64_t gu = 0, d = 0;
+    for (const auto& set : adapters_.sets) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
+    const auto options = p.x_XD.options();
+    const int64_t kept = save ? R : 0;
+    saved_ = {at::empty({kept, F}, options), at::empty({kept, F}, options), at::empty({kept, gu}, options), at::empty({kept, d}, options)};
+    view_ = {mutable_data<T>(saved_[0]), mutable_data<T>(saved_[1]), mutable_data<T>(saved_[2]), mutable_data<T>(saved_[3]), gu, d};
+    y_RD_ = at::empty({R, p.model_width()}, options);
+    if (keep_hidden) hidden_RF_ = at::empty({R, F}, options);
+  }
+
+  MoeForward run() {
+    const auto strips = make_strips(p_.dispatch, offsets_);
+    for_each_task(int64_t(strips.size()), [&](int64_t i, Scratch& scratch) {
+      const Strip& s = strips[i];
+      Buffers b(p_, scratch);
+      for (int64_t at = s.begin; at < s.end; at += kChunk) chunk(s, at, std::min(kChunk, s.end - at), b);
+    });
+    MoeForward out;
+    out.out_XD = sum_rows<T>(p_, y_RD_, true);
+    out.hidden_RF = hidden_RF_;
+    if (save_) out.saved = saved_;
+    return out;
+  }
+
+ private:
+  struct Buffers {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_x(padded_depth<T>(p.model_width())), ld_h(round_up(p.expert_width(), kPanel)) {
+      x = s.take<T>(kChunk * ld_x);
+      h = s.take<T>(kChunk * ld_h);
+      t = s.take<T>(kChunk * most_columns(p));
+      g = s.take<float>(kBlock * kPanel);
+      u = s.take<float>(kBlock * kPanel);
+      g_T = s.take<T>(kBlock * kPanel);
+      u_T = s.take<T>(kBlock * kPanel);
+      block = s.take<float>(kBlock * std::max<int64_t>(kPanel, most_columns(p)));
+    }
+    int64_t ld_x, ld_h;
+    T *x, *h, *t, *g_T, *u_T;
+    float *g, *u, *block;
+  };
+
+  void chunk(const Strip& s, int64_t begin, int64_t rows, Buffers& b) const {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, padded = padded_rows(rows);
+    const ExpertPanels& w = *p_.weights.panels;
+    const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
+                    down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
+    const RankSet& set = adapters_.sets[s.group];
+    const FactorPanels<T>& f = adapters_.of[s.expert * M + s.group];
+    gather(data<T>(p_.x_XD), data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows, D, b.ld_x, b.x);
+
+    const int64_t gu = set.gate_up();
+    if (gu) {
+      thin(padded, b.x, b.ld_x, f.A_in[0], b.t, gu, b.block);
+      for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_gu + (begin + r) * view_.ld_gu, b.t + r * gu, size_t(gu) * sizeof(T));
+    }
+    for (int64_t j = 0; j < gate.count(); ++j) {
+      const int64_t width = gate.width(j), columns = gate.columns(j);
+      for (int64_t r = 0; r < rows; r += kBlock) {
+        const int64_t m = std::min(kBlock, rows - r), row = begin + r, column = j * kPanel;
+        product(m, b.x + r * b.ld_x, b.ld_x, gate, j, b.g, width, false);
+        product(m, b.x + r * b.ld_x, b.ld_x, up, j, b.u, width, false);
+        if (set.columns[kGate]) product(m, b.t + r * gu, gu, f.B_out[kGate], j, b.g, width, true);
+        if (set.columns[kUp]) product(m, b.t + r * gu + set.columns[kGate], gu, f.B_out[kUp], j, b.u, width, true);
+        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + row * F + column : b.g_T, save_ ? view_.u + row * F + column : b.u_T, save_ ? F : kPanel, b.h + r * b.ld_h + column,
+                          b.ld_h, m, columns);
+        if (columns < padded_depth<T>(columns))
+          for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
+      }
+    }
+    if (hidden_RF_.defined())
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(mutable_data<T>(hidden_RF_) + (begin + r) * F, b.h + r * b.ld_h, size_t(F) * sizeof(T));
+
+    const int64_t d = set.columns[kDown];
+    if (d) {
+      thin(padded, b.h, b.ld_h, f.A_in[1], b.t, d, b.block);
+      for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_d + (begin + r) * view_.ld_d, b.t + r * d, size_t(d) * sizeof(T));
+    }
+    T* y = mutable_data<T>(y_RD_);
+    for (int64_t j = 0; j < down.count(); ++j)
+      for (int64_t r = 0; r < rows; r += kBlock) {
+        const int64_t m = std::min(kBlock, rows - r), width = down.width(j);
+        product(m, b.h + r * b.ld_h, b.ld_h, down, j, b.g, width, false);
+        if (d) product(m, b.t + r * d, d, f.B_out[kDown], j, b.g, width, true);
+        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(b.g + i * width, 1.0f, y + (begin + r + i) * D + j * kPanel, down.columns(j));
+      }
+  }
+
+  const MoeProblem& p_;
+  bool save_;
+  std::vector<int64_t> offsets_;
+  Adapters<T> adapters_;
+  std::vector<at::Tensor> saved_;
+  Saved<T> view_;
+  at::Tensor y_RD_, hidden_RF_;
+};
+
+
+// acc [columns, width] (+)= t^T in over `rows` rows: one factor's gradient. t and in in T.
+template <class T>
+void outer(int64_t rows, const T* t, int64_t ldt, int64_t columns, const T* in, int64_t ld, int64_t width, float* acc, bool accumulate, T* t_transposed, T* panels) {
+  const int64_t depth = round_up(rows, kBlock);  // few distinct kernels
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) t_transposed[c * depth + r] = t[r * ldt + c];
+    std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
+  }
+  const Panels<T> b{panels, depth, width};
+  for (int64_t j = 0; j < b.count(); ++j) {
+    loops<T>().pack_kn(in + j * kPanel, ld, rows, b.columns(j), panels + j * kPanel * depth, depth, b.width(j));
+    product(columns, t_transposed, depth, b, j, acc + j * kPanel, padded_width(width), accumulate);
+  }
+}
+
+// Where a strip's factor gradients are summed, float32, factors transposed to [columns, width].
+struct FactorSums {
+  std::array<float*, kSites> A{}, B{};
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs)
+      : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()) {
+    p.weights.panels->template prepare_backward<T>();
+    adapters_ = prepare_adapters<T>(p, offsets_, true);
+    view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
+    const int64_t R = p.dispatch.num_rows(), X = p.x_XD.size(0), K = p.dispatch.top_k;
+    if (needs.x) dx_RD_ = at::empty({R, p.model_width()}, p.x_XD.options());
+    weight_R_.resize(R);
+    dweight_R_.resize(R, 0.0f);
+    for (int64_t i = 0; i < X * K; ++i) weight_R_[data<int32_t>(p.dispatch.row_of_slot_TK)[i]] = data<float>(p.weights_XK)[i];
+    for (const auto& site : needs.factors) any_factor_ |= std::find(site.begin(), site.end(), true) != site.end();
+  }
+
+  MoeGradients run() {
+    strips_ = make_strips(p_.dispatch, offsets_);
+    reserve_sums();
+    for_each_task(int64_t(strips_.size()), [&](int64_t i, Scratch& scratch) {
+      const Strip& s = strips_[i];
+      Buffers b(p_, scratch);
+      for (int64_t at = s.begin; at < s.end; at += kChunk) chunk(s, at, std::min(kChunk, s.end - at), sums_[i], at > s.begin, b);
+    });
+    MoeGradients g;
+    if (needs_.x) g.x_XD = sum_rows<T>(p_, dx_RD_, false);
+    if (needs_.weights) {
+      g.weights_XK = at::empty_like(p_.weights_XK);
+      for (int64_t i = 0; i < g.weights_XK.numel(); ++i) mutable_data<float>(g.weights_XK)[i] = dweight_R_[data<int32_t>(p_.dispatch.row_of_slot_TK)[i]];
+    }
+    factor_gradients(g);
+    return g;
+  }
+
+ private:
+  struct Buffers {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_d(padded_depth<T>(p.model_width())), ld_f(round_up(p.expert_width(), kPanel)) {
+      const int64_t columns = most_columns(p);
+      dy = s.take<T>(kChunk * ld_d);
+      x = s.take<T>(kChunk * ld_d);
+      h = s.take<T>(kChunk * ld_f);
+      dg = s.take<T>(kChunk * ld_f);
+      du = s.take<T>(kChunk * ld_f);
+      dt_gu = s.take<T>(kChunk * columns);
+      dt_d = s.take<T>(kChunk * columns);
+      t = s.take<T>(kChunk * columns);
+      transposed = s.take<T>(kChunk * columns);
+      panels = s.take<T>(kChunk * padded_width(std::max(p.model_width(), p.expert_width())));
+      out = s.take<float>(kBlock * kPanel);
+      block = s.take<float>(kBlock * std::max(kPanel, columns));
+    }
+    int64_t ld_d, ld_f;
+    T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d, *t, *transposed, *panels;
+    float *out, *block;
+  };
+
+  void reserve_sums() {
+    const int64_t D = padded_width(p_.model_width()), F = padded_width(p_.expert_width());
+    sums_.resize(strips_.size());
+    if (!any_factor_) return;
+    const auto size = [&](const RankSet& set) { return set.empty() ? 0 : set.gate_up() * (D + F) + set.columns[kDown] * (D + F); };
+    int64_t total = 0;
+    for (const auto& s : strips_) total += size(adapters_.sets[s.group]);
+    memory_ = at::empty({total}, at::kFloat);
+    float* at = mutable_data<float>(memory_);
+    for (size_t i = 0; i < strips_.size(); ++i) {
+      const RankSet& set = adapters_.sets[strips_[i].group];
+      if (set.empty()) continue;
+      for (int site = 0; site < kSites; ++site) {  // gate's and up's A lie together: one product fills both
+        sums_[i].A[site] = at;
+        at += set.columns[site] * (site == kDown ? F : D);
+      }
+      for (int site = 0; site < kSites; ++site) {
+        sums_[i].B[site] = at;
+        at += set.columns[site] * (site == kDown ? D : F);
+      }
+    }
+  }
+
+  void chunk(const Strip& s, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups;
+    const ExpertPanels& w = *p_.weights.panels;
+    const Panels<T> down = w.template backward<T>(s.expert, ExpertPanels::kDownMatrix);
+    const RankSet& set = adapters_.sets[s.group];
+    const FactorPanels<T>& f = adapters_.of[s.expert * M + s.group];
+    const int64_t gu = set.gate_up(), d = set.columns[kDown];
+    const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
+    gather(data<T>(dout_), token, rows, D, b.ld_d, b.dy);
+    if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.block);
+
+    for (int64_t j = 0; j < down.count(); ++j) {
+      const int64_t width = down.width(j), columns = down.columns(j), column = j * kPanel;
+      for (int64_t r = 0; r < rows; r += kBlock) {
+        const int64_t m = std::min(kBlock, rows - r), row = begin + r, to = r * b.ld_f + column;
+        product(m, b.dy + r * b.ld_d, b.ld_d, down, j, b.out, width, false);
+        if (d) product(m, b.dt_d + r * d, d, f.A_out[1], j, b.out, width, true);
+        loops<T>().swiglu_backward(b.out, width, view_.g + row * F + column, view_.u + row * F + column, F, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f,
+                                   dweight_R_.data() + row, m, columns);
+        if (columns < padded_depth<T>(columns))
+          for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
+      }
+    }
+    if (gu) {
+      const int64_t g = set.columns[kGate];
+      if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.block);
+      if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.block);
+    }
+    if (any_factor_ && d) {
+      const float* weight = weight_R_.data() + begin;
+      outer(rows, scaled_rows(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, d, weight, b), d, d, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.transposed, b.panels);
+      outer(rows, scaled_rows(rows, b.dt_d, d, d, weight, b), d, d, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.transposed, b.panels);
+    }
+    if (any_factor_ && gu) {
+      const T* t = view_.t_gu + begin * view_.ld_gu;
+      const int64_t g = set.columns[kGate], u = set.columns[kUp];
+      if (g) outer(rows, t, view_.ld_gu, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.transposed, b.panels);
+      if (u) outer(rows, t + g, view_.ld_gu, u, b.du, b.ld_f, F, sums.B[kUp], accumulate, b.transposed, b.panels);
+      gather(data<T>(p_.x_XD), token, rows, D, b.ld_d, b.x);
+      outer(rows, b.dt_gu, gu, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate, b.transposed, b.panels);
+    }
+    if (!needs_.x) return;
+    const Panels<T> gate = w.template backward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template backward<T>(s.expert, ExpertPanels::kUpMatrix);
+    T* dx = mutable_data<T>(dx_RD_);
+    for (int64_t j = 0; j < gate.count(); ++j)
+      for (int64_t r = 0; r < rows; r += kBlock) {
+        const int64_t m = std::min(kBlock, rows - r), width = gate.width(j);
+        product(m, b.dg + r * b.ld_f, b.ld_f, gate, j, b.out, width, false);
+        product(m, b.du + r * b.ld_f, b.ld_f, up, j, b.out, width, true);
+        if (gu) product(m, b.dt_gu + r * gu, gu, f.A_out[0], j, b.out, width, true);
+        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(b.out + i * width, 1.0f, dx + (begin + r + i) * D + j * kPanel, gate.columns(j));
+      }
+  }
+
+  // Each row times its routing weight, in b.t.
+  const T* scaled_rows(int64_t rows, const T* t, int64_t ld, int64_t columns, const float* weight, Buffers& b) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      loops<T>().to_float(t + r * ld, b.block, columns);
+      loops<T>().from_float(b.block, weight[r], b.t + r * columns, columns);
+    }
+    return b.t;
+  }
+
+  // The strips' sums in strip order, put into the factors' shapes.
+  void factor_gradients(MoeGradients& g) const {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups;
+    struct Job {
+      int site;
+      int64_t term;
+    };
+    std::vector<Job> jobs;
+    for (int s = 0; s < kSites; ++s)
+      for (size_t i = 0; i < p_.terms[s].size(); ++i) {
+        g.factors[s].emplace_back();
+        if (!needs_.factors[s][i]) continue;
+        g.factors[s].back() = {at::empty_like(p_.terms[s][i].A_EPX), at::empty_like(p_.terms[s][i].B_EXP)};
+        jobs.push_back({s, int64_t(i)});
+      }
+    std::vector<std::vector<size_t>> strips_of(p_.dispatch.num_experts);
+    for (size_t i = 0; i < strips_.size(); ++i)
+      if (sums_[i].A[kGate]) strips_of[strips_[i].expert].push_back(i);
+    const int64_t E = p_.dispatch.num_experts;
+    at::parallel_for(0, int64_t(jobs.size()) * E, 1, [&](int64_t from, int64_t to) {
+      for (int64_t n = from; n < to; ++n) {
+        const Job& job = jobs[n / E];
+        const int64_t e = n % E, in = job.site == kDown ? F : D, out = job.site == kDown ? D : F, rank = p_.terms[job.site][job.term].A_EPX.size(1);
+        const float scale = float(p_.terms[job.site][job.term].scale);
+        float* A = mutable_data<float>(g.factors[job.site][job.term].first) + e * rank * in;
+        float* B = mutable_data<float>(g.factors[job.site][job.term].second) + e * out * rank;
+        bool first = true;
+        for (const size_t i : strips_of[e]) {
+          const auto& terms = adapters_.sets[strips_[i].group % M].terms[job.site];
+          const auto it = std::find_if(terms.begin(), terms.end(), [&](const RankSet::Term& t) { return t.index == job.term; });
+          if (it == terms.end()) continue;
+          for (int64_t c = 0; c < rank; ++c) {
+            const float *a = sums_[i].A[job.site] + (it->first + c) * padded_width(in), *b = sums_[i].B[job.site] + (it->first + c) * padded_width(out);
+            for (int64_t k = 0; k < in; ++k) A[c * in + k] = first ? a[k] : A[c * in + k] + a[k];
+            for (int64_t k = 0; k < out; ++k) B[k * rank + c] = first ? scale * b[k] : B[k * rank + c] + scale * b[k];
+          }
+          first = false;
+        }
+        if (first) std::fill_n(A, rank * in, 0.0f), std::fill_n(B, out * rank, 0.0f);
+      }
+    });
+  }
+
+  const MoeProblem& p_;
+  const MoeNeeds& needs_;
+  at::Tensor dout_;
+  std::vector<int64_t> offsets_;
+  Adapters<T> adapters_;
+  Saved<T> view_;
+  at::Tensor dx_RD_, memory_;
+  std::vector<float> weight_R_, dweight_R_;
+  std::vector<Strip> strips_;
+  std::vector<FactorSums> sums_;
+  bool any_factor_ = false;
+};
+
+}  // namespace
+
+bool moe_blocks_serve(const MoeProblem& p) {
+  if (!p.weights.panels || !p.x_XD.is_cpu() || p.x_XD.scalar_type() != p.weights.gate_FD.front().scalar_type() || !has_block_products(p.x_XD.scalar_type())) return false;
+  for (const auto& site : p.terms)
+    for (const auto& term : site)
+      if (term.A_EPX.scalar_type() != at::kFloat || term.B_EXP.scalar_type() != at::kFloat) return false;
+  return true;
+}
+
+MoeForward moe_forward_blocks(const MoeProblem& p, bool save, bool keep_hidden) {
+  return p.x_XD.scalar_type() == at::kFloat ? Forward<float>(p, save, keep_hidden).run() : Forward<bf16>(p, save, keep_hidden).run();
+}
+
+MoeGradients moe_backward_blocks(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs) {
+  return p.x_XD.scalar_type() == at::kFloat ? Backward<float>(p, saved, dout_XD, needs).run() : Backward<bf16>(p, saved, dout_XD, needs).run();
+}
+
+}  // namespace moegraft::kernels
