@@ -2,12 +2,45 @@
 
 #include "libtorch.h"
 
+#include <cstring>
+
+#include "moegraft/base/check.h"
+
 namespace moegraft::model {
+namespace {
+
+// Applies `move` to every tensor of a batch.
+template <class Move>
+PackedBatch moved(const PackedBatch& batch, const Move& move_defined) {
+  const auto move = [&](const at::Tensor& t) { return t.defined() ? move_defined(t) : t; };
+  PackedBatch out{move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens, move(batch.labels_T)};
+  if (!batch.facts) return out;
+  BatchFacts facts = *batch.facts;
+  for (auto* indices : {&facts.modality_tokens, &facts.id_tokens, &facts.label_tokens})
+    for (at::Tensor& t : *indices) t = move(t);
+  facts.cu_seqlens = move(facts.cu_seqlens);
+  out.facts = std::make_shared<const BatchFacts>(std::move(facts));
+  return out;
+}
+
+}  // namespace
 
 PackedBatch to_device(const PackedBatch& batch, at::Device device) {
   if (batch.ids_T.device() == device) return batch;
-  const auto move = [&](const at::Tensor& t) { return t.defined() ? t.to(device) : t; };
-  return {move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens, move(batch.labels_T)};
+  // Only towards the device: the host must not read a copy that is still under way.
+  const bool non_blocking = batch.ids_T.is_cpu();
+  return moved(batch, [&](const at::Tensor& t) { return t.to(device, non_blocking); });
+}
+
+PackedBatch pin(const PackedBatch& batch) {
+  MOEGRAFT_INVARIANT(batch.ids_T.is_cpu(), "only a batch on the CPU can be pinned");
+  return moved(batch, [](const at::Tensor& t) {
+    // Not Tensor::pin_memory: its copy may open an OpenMP team in a thread that is to stay single.
+    const at::Tensor dense = t.contiguous();
+    at::Tensor out = at::empty(dense.sizes(), dense.options().pinned_memory(true));
+    if (dense.nbytes() > 0) std::memcpy(out.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
+    return out;
+  });
 }
 
 }  // namespace moegraft::model

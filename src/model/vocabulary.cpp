@@ -5,6 +5,12 @@
 
 namespace moegraft::model {
 
+std::vector<int64_t> Vocabulary::id_bounds() const {
+  std::vector<int64_t> bounds{0, text_size};
+  for (const auto& modality : modalities) bounds.push_back(modality.first_id + modality.num_rows());
+  return bounds;
+}
+
 int64_t Vocabulary::modality_of(int64_t id) const {
   MOEGRAFT_CHECK(id >= 0 && id < size(), "token id ", id, " is outside the vocabulary: ids are 0 to ", size() - 1, " (", text_size, " text ids, ",
                  size() - text_size, " new ones)");

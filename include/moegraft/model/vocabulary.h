@@ -27,6 +27,7 @@ struct Vocabulary {
   std::vector<ModalityTokens> modalities;
 
   int64_t size() const { return modalities.empty() ? text_size : modalities.back().first_id + modalities.back().num_rows(); }
+  std::vector<int64_t> id_bounds() const;  // {0, V, V + rows of the first modality, …, size()}: what BatchFacts sorts ids by
   int64_t modality_of(int64_t id) const;  // 0 for text; UserError when outside the vocabulary
   const ModalityTokens& by_name(const std::string& name) const;  // UserError names the known ones
 };
