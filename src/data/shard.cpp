@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 
 namespace moegraft::data {
@@ -51,6 +52,9 @@ at::Tensor checked_tensor(const io::SafetensorsFile& file, const std::string& na
   const auto tensor = file.tensor(name);
   MOEGRAFT_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1, file.path().string(), ": tensor \"", name, "\" must be ", c10::toString(dtype), " with one dimension, got ",
                  c10::toString(tensor.scalar_type()), " with ", tensor.dim());
+  if (!file.is_view(name))
+    log::warning(file.path().string(), ": tensor \"", name, "\" is not aligned to its item size, so its ", tensor.nbytes() >> 20,
+                 " MiB are read into memory instead of being mapped (write wide types first, as the safetensors package does)");
   return tensor;
 }
 
@@ -176,11 +180,8 @@ void ShardWriter::flush() {
   metadata["modalities"] = join(names, ",");
   char name[64];
   std::snprintf(name, sizeof name, "shard-%05lld.safetensors", static_cast<long long>(num_files_++));
-  io::save_safetensors(folder_ / name,
-                       {{"ids", at::tensor(at::ArrayRef<int32_t>(ids_), at::kInt)},
-                        {"modality", at::tensor(at::ArrayRef<uint8_t>(modality_), at::kByte)},
-                        {"document_offsets", at::tensor(at::ArrayRef<int64_t>(offsets_), at::kLong)}},
-                       metadata);
+  const auto view = [](auto& values, at::ScalarType dtype) { return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, dtype); };
+  io::save_safetensors(folder_ / name, {{"ids", view(ids_, at::kInt)}, {"modality", view(modality_, at::kByte)}, {"document_offsets", view(offsets_, at::kLong)}}, metadata);
   ids_.clear();
   modality_.clear();
   offsets_.assign(1, 0);

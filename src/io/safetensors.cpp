@@ -224,6 +224,12 @@ std::vector<std::string> SafetensorsFile::names() const {
   return names;
 }
 
+bool SafetensorsFile::is_view(const std::string& name) const {
+  const Entry& entry = mapping_->find(name);
+  // The format does not promise alignment; typed loads need it.
+  return entry.begin == entry.end || reinterpret_cast<uintptr_t>(mapping_->data + entry.begin) % c10::elementSize(entry.dtype) == 0;
+}
+
 at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const Entry& entry = mapping_->find(name);
   const auto options = at::TensorOptions().dtype(entry.dtype);
@@ -234,8 +240,7 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   if (entry.dtype == at::kBool)
     MOEGRAFT_CHECK(std::all_of(at_data, at_data + bytes, [](char c) { return c == 0 || c == 1; }), path().string(), ": ", quoted(name),
                    ": a BOOL byte is neither 0 nor 1: damaged");
-  // The format does not promise alignment; typed loads need it.
-  if (reinterpret_cast<uintptr_t>(at_data) % c10::elementSize(entry.dtype) != 0) {
+  if (!is_view(name)) {
     at::Tensor copy = at::empty(entry.shape, options);
     std::memcpy(copy.mutable_data_ptr(), at_data, bytes);
     return copy;

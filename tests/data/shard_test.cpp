@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <functional>
 
 #include "moegraft/base/check.h"
@@ -114,6 +115,57 @@ TEST(Shard, NamesWhatIsWrongInAFile) {
   }
   write(folder / "x.safetensors", {});
   EXPECT_EQ(error_of([&] { ShardSet(folder / "x.safetensors").validate(); }), "");
+}
+
+// Private memory of this process, in bytes; pages of mapped files do not count.
+int64_t private_memory() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("RssAnon:")) return std::stoll(line.substr(8)) << 10;
+  return -1;
+}
+
+// A sparse file: three documents, the second of T - 12 tokens. pad: spaces behind the header, which move the data.
+void write_sparse(const std::filesystem::path& path, int64_t T, int64_t pad = 0) {
+  const std::string offsets = std::to_string(32), ids = std::to_string(32 + 4 * T), end = std::to_string(32 + 5 * T), shape = "\"shape\":[" + std::to_string(T) + "]";
+  std::string header = R"({"__metadata__":{"format":"moegraft.shard","version":"1","modalities":"text","text_vocab":"11"},)"
+                       R"("document_offsets":{"dtype":"I64","shape":[4],"data_offsets":[0,)" + offsets + R"(]},"ids":{"dtype":"I32",)" + shape + R"(,"data_offsets":[)" + offsets + "," + ids +
+                       R"(]},"modality":{"dtype":"U8",)" + shape + R"(,"data_offsets":[)" + ids + "," + end + "]}}";
+  header.append((8 - header.size() % 8) % 8 + pad, ' ');
+  const uint64_t header_bytes = header.size();
+  const int64_t document_offsets[] = {0, 8, T - 4, T};
+  const int32_t last[] = {7, 8, 9, 10};
+  std::ofstream out(path, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&header_bytes), 8).write(header.data(), header.size()).write(reinterpret_cast<const char*>(document_offsets), 32);
+  out.seekp(8 + header_bytes + 32 + 4 * (T - 4));
+  out.write(reinterpret_cast<const char*>(last), 16);
+  out.close();
+  std::filesystem::resize_file(path, 8 + header_bytes + 32 + 5 * T);
+}
+
+TEST(Shard, StaysMappedAndReadsNoMoreThanItsDocuments) {
+  Folder folder;
+  constexpr int64_t T = int64_t(1) << 28;  // 1.25 GiB, almost all of it a hole
+  write_sparse(folder / "x.safetensors", T);
+  const int64_t before = private_memory();
+  ASSERT_GT(before, 0);
+  const ShardSet shards(folder / "x.safetensors");
+  EXPECT_EQ(shards.num_tokens(), T);
+  EXPECT_EQ(shards.document_length(1), T - 12);
+  EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, Ids(8, 0)}}));
+  EXPECT_EQ(test::to_lists(shards.document(2)), (test::Lists{{0, {7, 8, 9, 10}}}));
+  EXPECT_LT(private_memory() - before, 16 << 20);
+}
+
+TEST(Shard, ReadsAFileThatAlignsNothing) {
+  Folder folder;
+  write_sparse(folder / "x.safetensors", 1000, 1);
+  EXPECT_FALSE(io::SafetensorsFile(folder / "x.safetensors").is_view("ids"));
+  EXPECT_TRUE(io::SafetensorsFile(folder / "x.safetensors").is_view("modality"));
+  ::testing::internal::CaptureStderr();
+  const ShardSet shards(folder / "x.safetensors");
+  EXPECT_NE(::testing::internal::GetCapturedStderr().find("not aligned"), std::string::npos);
+  EXPECT_EQ(test::to_lists(shards.document(2)), (test::Lists{{0, {7, 8, 9, 10}}}));
 }
 
 TEST(Shard, MissingEmptyAndTruncatedSources) {

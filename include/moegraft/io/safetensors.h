@@ -22,7 +22,8 @@ class SafetensorsFile {
   const std::filesystem::path& path() const;
   std::vector<std::string> names() const;
   bool contains(const std::string& name) const;
-  at::Tensor tensor(const std::string& name) const;  // zero-copy, read-only by contract; UserError when absent (nearest name given)
+  at::Tensor tensor(const std::string& name) const;  // zero-copy (see is_view), read-only by contract; UserError when absent (nearest name given)
+  bool is_view(const std::string& name) const;  // false: the file does not align it, so tensor() copies
   std::vector<int64_t> shape(const std::string& name) const;
   at::ScalarType dtype(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;
