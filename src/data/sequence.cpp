@@ -1,5 +1,6 @@
 #include "moegraft/data/sequence.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "moegraft/base/check.h"
@@ -13,8 +14,6 @@ const model::ModalityTokens& tokens_of(const model::Vocabulary& vocabulary, int6
     if (tokens.modality == modality) return tokens;
   fail<InvariantError>("no modality ", modality, " in the vocabulary");
 }
-
-at::Tensor to_tensor(const std::vector<int64_t>& values) { return at::tensor(at::ArrayRef<int64_t>(values), at::kLong); }
 
 }  // namespace
 
@@ -90,17 +89,20 @@ bool is_captioned_item(const std::vector<Segment>& segments, const model::Vocabu
 }
 
 model::PackedBatch pack(const std::vector<Sequence>& sequences) {
-  std::vector<int64_t> ids, modality, labels, positions, cu_seqlens{0};
-  for (const auto& sequence : sequences) {
-    ids.insert(ids.end(), sequence.ids.begin(), sequence.ids.end());
-    modality.insert(modality.end(), sequence.modality.begin(), sequence.modality.end());
-    labels.insert(labels.end(), sequence.labels.begin(), sequence.labels.end());
-    const size_t begin = positions.size();
-    positions.resize(begin + sequence.ids.size());
-    std::iota(positions.begin() + static_cast<int64_t>(begin), positions.end(), 0);
-    cu_seqlens.push_back(static_cast<int64_t>(ids.size()));
-  }
-  return {to_tensor(ids), to_tensor(modality), to_tensor(positions), std::move(cu_seqlens), to_tensor(labels)};
+  std::vector<int64_t> cu_seqlens{0};
+  for (const auto& sequence : sequences) cu_seqlens.push_back(cu_seqlens.back() + sequence.size());
+  const auto lay_out = [&](const std::vector<int64_t> Sequence::* field) {
+    at::Tensor out_T = at::empty({cu_seqlens.back()}, at::kLong);
+    auto* to = out_T.mutable_data_ptr<int64_t>();
+    for (const auto& sequence : sequences) to = std::copy((sequence.*field).begin(), (sequence.*field).end(), to);
+    return out_T;
+  };
+  at::Tensor positions_T = at::empty({cu_seqlens.back()}, at::kLong);
+  auto* positions = positions_T.mutable_data_ptr<int64_t>();
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) std::iota(positions + cu_seqlens[s], positions + cu_seqlens[s + 1], 0);
+  model::PackedBatch batch{lay_out(&Sequence::ids), lay_out(&Sequence::modality), positions_T, {}, lay_out(&Sequence::labels)};
+  batch.cu_seqlens = std::move(cu_seqlens);
+  return batch;
 }
 
 }  // namespace moegraft::data

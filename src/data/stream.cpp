@@ -27,6 +27,11 @@ Packer make_packer(const DataConfig& config, int64_t micro_batch_tokens) {
   return packer;
 }
 
+model::PackedBatch described(model::PackedBatch batch, const std::vector<int64_t>& id_bounds) {
+  batch.facts = std::make_shared<const model::BatchFacts>(model::describe_batch(batch, id_bounds));
+  return batch;
+}
+
 }  // namespace
 
 struct BatchStream::Impl : DocumentFeed {
@@ -34,8 +39,10 @@ struct BatchStream::Impl : DocumentFeed {
   std::vector<double> cumulative;  // weights
   DataConfig config;
   model::Vocabulary vocabulary;
+  std::vector<int64_t> id_bounds;
   uint64_t seed = 0;
   Packer packer;
+  Warn warn = [](const std::string& message) { log::warning(message); };
 
   // The cursor.
   int64_t draws = 0, offset = 0;
@@ -86,13 +93,14 @@ struct BatchStream::Impl : DocumentFeed {
 
   void on_truncated() override {
     if (counts.truncated++ == 0)
-      log::warning("data: a text document of ", loaded_document.size(), " tokens is cut at data.sequence_length ", config.sequence_length, "; further ones are counted only");
+      warn(moegraft::detail::concat("data: a text document of ", loaded_document.size(), " tokens is cut at data.sequence_length ", config.sequence_length,
+                                    "; further ones are counted only"));
   }
 
   void on_skipped() override {
     if (counts.skipped++ == 0)
-      log::warning("data: a document of ", loaded_document.size(), " tokens with another modality is longer than data.sequence_length ", config.sequence_length,
-                   " and is skipped; further ones are counted only");
+      warn(moegraft::detail::concat("data: a document of ", loaded_document.size(), " tokens with another modality is longer than data.sequence_length ", config.sequence_length,
+                                    " and is skipped; further ones are counted only"));
     MOEGRAFT_CHECK(++skipped_in_a_row <= 2 * total_documents() + 100, "data: no document fits in data.sequence_length ", config.sequence_length, "; the last one has ", loaded_document.size(),
                    " tokens (raise data.sequence_length)");
   }
@@ -107,6 +115,7 @@ BatchStream::BatchStream(const std::vector<SourceConfig>& sources, const DataCon
   MOEGRAFT_CHECK_USAGE(total > 0, "the weights of data.train must not all be 0");
   s.config = config;
   s.vocabulary = vocabulary;
+  s.id_bounds = vocabulary.id_bounds();
   s.seed = seed;
   s.packer = make_packer(config, micro_batch_tokens);
   s.taken.assign(sources.size(), 0);
@@ -119,7 +128,7 @@ BatchStream::BatchStream(BatchStream&&) noexcept = default;
 
 model::PackedBatch BatchStream::next() {
   impl_->skipped_in_a_row = 0;
-  return pack(impl_->packer.fill(*impl_, impl_->offset));
+  return described(pack(impl_->packer.fill(*impl_, impl_->offset)), impl_->id_bounds);
 }
 
 std::string BatchStream::state() const {
@@ -163,6 +172,8 @@ void BatchStream::restore(const std::string& state) {
 }
 
 StreamCounts BatchStream::counts() const { return impl_->counts; }
+
+void BatchStream::set_warn(Warn warn) { impl_->warn = std::move(warn); }
 
 double BatchStream::epochs() const { return static_cast<double>(impl_->draws) / static_cast<double>(impl_->total_documents()); }
 
@@ -215,7 +226,7 @@ EvalStream::EvalStream(EvalStream&&) noexcept = default;
 std::optional<model::PackedBatch> EvalStream::next() {
   const auto sequences = impl_->packer.fill(*impl_, impl_->offset);
   if (sequences.empty()) return std::nullopt;
-  return pack(sequences);
+  return described(pack(sequences), impl_->vocabulary.id_bounds());
 }
 
 void EvalStream::rewind() {

@@ -9,26 +9,19 @@
 #include <set>
 
 #include "moegraft/base/check.h"
-#include "tests_data.h"
+#include "stream_fixture.h"
 
 namespace moegraft::data {
 namespace {
 
-using test::Folder;
+using test::kFirst;
 using test::Lists;
+using test::vocabulary;
 using test::values;
 using Longs = std::vector<int64_t>;
 
-const Schema kSchema{{{"text", 1000, 0}, {"image", 5, 4}}};
-constexpr int64_t kFirst = 1024;  // new ids start at the model's vocabulary, beyond the tokenizer's
-
-model::Vocabulary vocabulary() {
-  model::Vocabulary v;
-  v.text_size = kFirst, v.bos_id = 1, v.eos_id = 2;
-  v.modalities = {{"image", 1, kFirst, 5, 4}};
-  return v;
-}
 int64_t code(int64_t c) { return kFirst + 2 + c; }
+using Data = test::StreamData;
 constexpr int64_t kBegin = kFirst, kEnd = kFirst + 1, kNone = model::kNoLabel;
 
 Sequence assembled(const Lists& document, const DataConfig& config = {}, bool drop = false) { return assemble(test::to_segments(document), vocabulary(), config, drop); }
@@ -82,34 +75,6 @@ TEST(Assemble, PackLaysSequencesEndToEnd) {
   EXPECT_EQ(batch.num_sequences(), 2);
 }
 
-// Documents that say who they are: text document i is i times (20 + source * 400 + i).
-struct Data : ::testing::Test {
-  Folder folder;
-  DataConfig config;
-  void SetUp() override {
-    config.sequence_length = 24;
-    config.tokens_per_step = 60;
-    std::vector<Lists> text, pictures;
-    for (int32_t i = 0; i < 30; ++i) text.push_back({{0, std::vector<int32_t>(1 + i % 7, 20 + i)}});
-    for (int32_t i = 0; i < 13; ++i) pictures.push_back({{0, std::vector<int32_t>(1 + i % 3, 420 + i)}, {1, {0, 1, i % 5, i % 2}}});
-    test::write_shards(folder / "text", kSchema, text, 40);
-    test::write_shards(folder / "pictures", kSchema, pictures);
-    config.train = {{(folder / "text").string(), 2.0}, {(folder / "pictures").string(), 1.0}};
-  }
-  BatchStream stream(uint64_t seed = 17, int64_t budget = 0) { return {config.train, config, vocabulary(), seed, budget}; }
-  static std::vector<Longs> sequences(const model::PackedBatch& batch) {
-    std::vector<Longs> out;
-    const auto ids = values(batch.ids_T);
-    for (int64_t s = 0; s < batch.num_sequences(); ++s) out.emplace_back(ids.begin() + batch.cu_seqlens[s], ids.begin() + batch.cu_seqlens[s + 1]);
-    return out;
-  }
-  static void expect_equal(const model::PackedBatch& a, const model::PackedBatch& b) {
-    EXPECT_EQ(a.cu_seqlens, b.cu_seqlens);
-    for (auto field : {&model::PackedBatch::ids_T, &model::PackedBatch::modality_T, &model::PackedBatch::positions_T, &model::PackedBatch::labels_T})
-      EXPECT_EQ(values(a.*field), values(b.*field));
-  }
-};
-
 TEST_F(Data, EveryDocumentOncePerEpoch) {
   auto s = stream();
   std::map<int64_t, Longs> order;  // per source: the documents in the order they came
@@ -141,6 +106,22 @@ TEST_F(Data, PackedWithoutPaddingAndWithinTheBudget) {
     }
     const auto ids = values(batch.ids_T), modality = values(batch.modality_T);
     for (size_t t = 0; t < ids.size(); ++t) EXPECT_EQ(modality[t], ids[t] >= kFirst);
+  }
+}
+
+TEST_F(Data, FactsCountWhatTheBatchHolds) {
+  auto s = stream();
+  EvalStream eval(config.train, config, vocabulary());
+  for (const auto& batch : {s.next(), *eval.next()}) {
+    ASSERT_NE(batch.facts, nullptr);
+    const auto ids = values(batch.ids_T), labels = values(batch.labels_T), modality = values(batch.modality_T);
+    EXPECT_EQ(batch.facts->id_bounds, (Longs{0, kFirst, kFirst + 7}));
+    EXPECT_EQ(batch.facts->num_labels, std::count_if(labels.begin(), labels.end(), [](int64_t l) { return l >= 0; }));
+    EXPECT_EQ(batch.facts->label_tokens[1].size(0), std::count_if(labels.begin(), labels.end(), [](int64_t l) { return l >= kFirst; }));
+    for (int64_t i = 0; i < batch.num_sequences(); ++i) {
+      const auto begin = modality.begin() + batch.cu_seqlens[i], end = modality.begin() + batch.cu_seqlens[i + 1];
+      EXPECT_EQ(batch.facts->text_prefix[i], std::find(begin, end, 1) - begin);
+    }
   }
 }
 

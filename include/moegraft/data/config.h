@@ -22,6 +22,7 @@ struct DataConfig {
   std::vector<SourceConfig> train, eval;
   int64_t sequence_length = 512;
   int64_t tokens_per_step = 8192;
+  int64_t prefetch = 4;
   std::string packing = "documents";
   double caption_dropout = 0.0;
   bool caption_labels = false;
@@ -33,6 +34,7 @@ struct DataConfig {
     v("eval", eval, config::any(), "Held-out sources.");
     v("sequence_length", sequence_length, config::range(2, 1 << 24), "Longest sequence in tokens.");
     v("tokens_per_step", tokens_per_step, config::range(2, 1 << 28), "Tokens of one optimizer step, over all accumulation micro-batches.");
+    v("prefetch", prefetch, config::range(0, 1024), "Micro-batches that a background thread keeps ready; 0: each is made when the step asks for it. Changes no batch.");
     v("packing", packing, config::one_of({"documents", "stream"}),
       "documents: each document is a sequence of its own. stream: text documents are joined and cut every sequence_length tokens.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");
