@@ -1,4 +1,6 @@
-// Attention over packed sequences: one library flash call per sequence, sequences spread over the threads.
+// Attention over packed sequences and over a cache: picks the path.
+
+#include "attention.h"
 
 #include "cpu.h"
 #include "moegraft/base/check.h"
@@ -35,54 +37,67 @@ at::Tensor additive(const at::Tensor& mask, at::ScalarType dtype) {
 
 std::optional<at::Tensor> optional(const at::Tensor& x) { return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt; }
 
+// One library call per sequence: CPUs without block products, and float64.
+AttentionOutput forward_aten(const AttentionProblem& p) {
+  const int64_t repeat = p.heads() / p.groups();
+  AttentionOutput out{at::empty(p.q_THC.sizes(), p.q_THC.options()), at::empty({p.q_THC.size(0), p.heads()}, p.q_THC.options().dtype(at::kFloat))};
+  run_tasks(p.num_sequences(), true, [&](int64_t i) {
+    const int64_t begin = p.cu_q[i], queries = p.cu_q[i + 1] - begin, first = p.cu_kv[i], keys = p.cu_kv[i + 1] - first;
+    if (queries == 0) return;
+    const at::Tensor mask = window_mask(queries, keys, p.window, p.q_THC.device());
+    const auto [o, l] = at::_scaled_dot_product_flash_attention_for_cpu(heads_first(p.q_THC.narrow(0, begin, queries), 1), heads_first(p.k_SGC.narrow(0, first, keys), repeat),
+                                                                        heads_first(p.v_SGC.narrow(0, first, keys), repeat), 0.0, !mask.defined(),
+                                                                        optional(additive(mask, p.q_THC.scalar_type())), p.scale);
+    out.out_THC.narrow(0, begin, queries).copy_(o.squeeze(0).transpose(0, 1));
+    out.lse_TH.narrow(0, begin, queries).copy_(l.squeeze(0).transpose(0, 1).reshape({queries, p.heads()}));
+  });
+  return out;
+}
+
+AttentionGradients backward_aten(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) {
+  const int64_t groups = p.groups(), repeat = p.heads() / groups;
+  AttentionGradients grads{at::empty(p.q_THC.sizes(), p.q_THC.options()), at::zeros(p.k_SGC.sizes(), p.k_SGC.options()), at::zeros(p.v_SGC.sizes(), p.v_SGC.options())};
+  run_tasks(p.num_sequences(), true, [&](int64_t i) {
+    const int64_t begin = p.cu_q[i], queries = p.cu_q[i + 1] - begin, first = p.cu_kv[i], keys = p.cu_kv[i + 1] - first;
+    if (queries == 0) return;
+    const at::Tensor mask = window_mask(queries, keys, p.window, p.q_THC.device());
+    const auto part = [&](const at::Tensor& x) { return heads_first(x.narrow(0, begin, queries), 1); };
+    const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        part(dout), part(p.q_THC), heads_first(p.k_SGC.narrow(0, first, keys), repeat), heads_first(p.v_SGC.narrow(0, first, keys), repeat), part(output.out_THC),
+        output.lse_TH.narrow(0, begin, queries).transpose(0, 1).unsqueeze(0), 0.0, !mask.defined(), optional(additive(mask, p.q_THC.scalar_type())), p.scale);
+    grads.q_THC.narrow(0, begin, queries).copy_(gq.squeeze(0).transpose(0, 1));
+    const auto fold = [&](const at::Tensor& g) { return g.view({groups, repeat, keys, g.size(-1)}).sum(1).transpose(0, 1); };
+    grads.k_SGC.narrow(0, first, keys).copy_(fold(gk));
+    grads.v_SGC.narrow(0, first, keys).copy_(fold(gv));
+  });
+  return grads;
+}
+
+struct Node : torch::CustomClassHolder {
+  AttentionProblem shape;  // without the tensors, which autograd keeps
+};
+
 class PackedAttention : public torch::autograd::Function<PackedAttention> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& cu_seqlens, int64_t window, double scale) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const c10::intrusive_ptr<Node>& node) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t sequences = int64_t(cu_seqlens.size()) - 1, heads = q.size(1), repeat = heads / k.size(1);
-    at::Tensor out = at::empty({q.size(0), heads, q.size(2)}, q.options());
-    at::Tensor lse = at::empty({q.size(0), heads}, q.options().dtype(at::kFloat));
-    run_tasks(sequences, q.is_cpu(), [&](int64_t i) {
-      const int64_t begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
-      if (length == 0) return;
-      const at::Tensor mask = window_mask(length, length, window, q.device());
-      const auto [o, l] = at::_scaled_dot_product_flash_attention_for_cpu(heads_first(q.narrow(0, begin, length), 1), heads_first(k.narrow(0, begin, length), repeat),
-                                                                          heads_first(v.narrow(0, begin, length), repeat), 0.0, !mask.defined(),
-                                                                          optional(additive(mask, q.scalar_type())), scale);
-      out.narrow(0, begin, length).copy_(o.squeeze(0).transpose(0, 1));
-      lse.narrow(0, begin, length).copy_(l.squeeze(0).transpose(0, 1).reshape({length, heads}));
-    });
-    ctx->save_for_backward({q, k, v, out, lse});
-    ctx->saved_data["cu_seqlens"] = cu_seqlens;
-    ctx->saved_data["window"] = window;
-    ctx->saved_data["scale"] = scale;
-    return out;
+    AttentionProblem p = node->shape;
+    p.q_THC = q, p.k_SGC = k, p.v_SGC = v;
+    const AttentionOutput out = attention_blocks_serve(p) ? attention_forward_blocks(p) : forward_aten(p);
+    ctx->save_for_backward({q, k, v, out.out_THC, out.lse_TH});
+    ctx->saved_data["node"] = c10::IValue::make_capsule(node);
+    return out.out_THC;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
-    const auto cu_seqlens = ctx->saved_data["cu_seqlens"].toIntVector();
-    const int64_t window = ctx->saved_data["window"].toInt();
-    const double scale = ctx->saved_data["scale"].toDouble();
-    const int64_t sequences = int64_t(cu_seqlens.size()) - 1, heads = q.size(1), groups = k.size(1), repeat = heads / groups;
-    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
+    AttentionProblem p = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule())->shape;
+    p.q_THC = saved[0], p.k_SGC = saved[1], p.v_SGC = saved[2];
+    const AttentionOutput out{saved[3], saved[4]};
     const at::Tensor dout = grads[0].contiguous();
-    run_tasks(sequences, q.is_cpu(), [&](int64_t i) {
-      const int64_t begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
-      if (length == 0) return;
-      const at::Tensor mask = window_mask(length, length, window, q.device());
-      const auto part = [&](const at::Tensor& x) { return x.narrow(0, begin, length); };
-      const auto [gq, gk, gv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-          heads_first(part(dout), 1), heads_first(part(q), 1), heads_first(part(k), repeat), heads_first(part(v), repeat), heads_first(part(out), 1),
-          part(lse).transpose(0, 1).unsqueeze(0), 0.0, !mask.defined(), optional(additive(mask, q.scalar_type())), scale);
-      part(dq).copy_(gq.squeeze(0).transpose(0, 1));
-      const auto fold = [&](const at::Tensor& g) { return g.view({groups, repeat, length, g.size(-1)}).sum(1).transpose(0, 1); };
-      part(dk).copy_(fold(gk));
-      part(dv).copy_(fold(gv));
-    });
-    return {dq, dk, dv, at::Tensor(), at::Tensor(), at::Tensor()};
+    const AttentionGradients g = attention_blocks_serve(p) ? attention_backward_blocks(p, out, dout) : backward_aten(p, out, dout);
+    return {g.q_THC, g.k_SGC, g.v_SGC, at::Tensor()};
   }
 };
 
@@ -93,17 +108,23 @@ void check_shapes(const at::Tensor& q, int64_t groups, const std::vector<int64_t
 
 }  // namespace
 
-at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_TGC, const at::Tensor& v_TGC, const std::vector<int64_t>& cu_seqlens, int64_t window, double scale) {
-  check_shapes(q_THC, k_TGC.size(1), cu_seqlens);
-  if (q_THC.is_cpu()) return PackedAttention::apply(q_THC, k_TGC, v_TGC, cu_seqlens, window, scale);
+at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
+                            double scale) {
+  check_shapes(q_THC, k_SGC.size(1), cu_q);
+  MOEGRAFT_INVARIANT(cu_kv.size() == cu_q.size() && cu_kv.front() == 0 && cu_kv.back() == k_SGC.size(0), "attention: cu_kv does not span the ", k_SGC.size(0), " keys");
+  if (q_THC.is_cpu()) {
+    auto node = c10::make_intrusive<Node>();
+    node->shape.cu_q = cu_q, node->shape.cu_kv = cu_kv, node->shape.window = window, node->shape.scale = scale;
+    return PackedAttention::apply(q_THC.contiguous(), k_SGC.contiguous(), v_SGC.contiguous(), node);
+  }
   // Elsewhere the library's own differentiable attention, one call per sequence.
-  const int64_t repeat = q_THC.size(1) / k_TGC.size(1);
+  const int64_t repeat = q_THC.size(1) / k_SGC.size(1);
   std::vector<at::Tensor> parts;
-  for (size_t i = 0; i + 1 < cu_seqlens.size(); ++i) {
-    const int64_t begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
-    const at::Tensor mask = window_mask(length, length, window, q_THC.device());
-    const at::Tensor o = at::scaled_dot_product_attention(heads_first(q_THC.narrow(0, begin, length), 1), heads_first(k_TGC.narrow(0, begin, length), repeat),
-                                                          heads_first(v_TGC.narrow(0, begin, length), repeat), optional(mask), 0.0, !mask.defined(), scale);
+  for (size_t i = 0; i + 1 < cu_q.size(); ++i) {
+    const int64_t begin = cu_q[i], queries = cu_q[i + 1] - begin, first = cu_kv[i], keys = cu_kv[i + 1] - first;
+    const at::Tensor mask = window_mask(queries, keys, window, q_THC.device());
+    const at::Tensor o = at::scaled_dot_product_attention(heads_first(q_THC.narrow(0, begin, queries), 1), heads_first(k_SGC.narrow(0, first, keys), repeat),
+                                                          heads_first(v_SGC.narrow(0, first, keys), repeat), optional(mask), 0.0, !mask.defined() && queries > 1, scale);
     parts.push_back(o.squeeze(0).transpose(0, 1));
   }
   return at::cat(parts, 0);

@@ -41,12 +41,16 @@ template <class T>
 struct Panels {
   const T* data = nullptr;
   int64_t k = 0, n = 0;
+  int64_t stride = 0;  // elements from panel to panel; 0: they follow each other
+  int64_t first = 0;   // row of B that is row 0 here
 
   int64_t depth() const { return padded_depth<T>(k); }
   int64_t count() const { return (n + kPanel - 1) / kPanel; }
   int64_t columns(int64_t j) const { return std::min(kPanel, n - j * kPanel); }       // real ones
   int64_t width(int64_t j) const { return padded_width(columns(j)); }                 // laid out
-  const T* panel(int64_t j) const { return data + j * kPanel * depth(); }
+  const T* panel(int64_t j) const { return data + j * (stride ? stride : kPanel * depth()) + first * width(j); }
+  // Rows [begin, begin + count) of B, begin a multiple of the pair.
+  Panels depth_range(int64_t begin, int64_t count) const { return {data, count, n, stride ? stride : kPanel * depth(), first + begin}; }
   static int64_t elements(int64_t k, int64_t n) { return padded_depth<T>(k) * padded_width(n); }
 };
 

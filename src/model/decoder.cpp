@@ -214,7 +214,7 @@ at::Tensor attention(const DecoderSpec& spec, const Call& call, int64_t l, const
     }
     out = k::cached_attention(q, cache->keys[l], cache->values[l], call.batch.cu_seqlens, call.kv_lengths, window, scale);
   } else {
-    out = k::packed_attention(q, key, v, call.batch.cu_seqlens, window, scale);
+    out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale);
   }
   return linear_with_adapters(call, l, Site::o, out.reshape({T, H * C}), w.o, w.o_bias);
 }

@@ -74,7 +74,7 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
     std::vector<int64_t> cu;
     int64_t H, G, C, window;
   };
-  for (const auto& c : std::vector<Case>{{{0, 1}, 1, 1, 2, 0}, {{0, 5, 5, 18, 19}, 6, 2, 16, 0}, {{0, 37}, 4, 1, 24, 0}, {{0, 40, 45}, 4, 4, 8, 7}, {{0, 3, 9, 12, 40}, 2, 1, 64, 1}, {{0, 130}, 2, 2, 32, 0}}) {
+  for (const auto& c : std::vector<Case>{{{0, 1}, 1, 1, 2, 0}, {{0, 5, 5, 18, 19}, 6, 2, 16, 0}, {{0, 37}, 4, 1, 24, 0}, {{0, 40, 45}, 4, 4, 8, 7}, {{0, 3, 9, 12, 40}, 2, 1, 64, 1}, {{0, 130}, 2, 2, 32, 0}, {{0, 200, 201}, 4, 2, 80, 0}, {{0, 1100}, 2, 1, 16, 0}, {{0, 1200, 1207}, 2, 1, 6, 300}, {{0, 700}, 1, 1, 130, 64}}) {
     const int64_t T = c.cu.back();
     std::vector<at::Tensor> f, d;
     for (int i = 0; i < 3; ++i) {
@@ -82,7 +82,7 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
       f.push_back(x.clone().set_requires_grad(true));
       d.push_back(x.to(at::kDouble).set_requires_grad(true));
     }
-    const at::Tensor y = packed_attention(f[0], f[1], f[2], c.cu, c.window, 0.3), z = plain_attention(d[0], d[1], d[2], c.cu, c.window, 0.3);
+    const at::Tensor y = packed_attention(f[0], f[1], f[2], c.cu, c.cu, c.window, 0.3), z = plain_attention(d[0], d[1], d[2], c.cu, c.window, 0.3);
     EXPECT_LT(distance(y, z), 1e-5);
     const at::Tensor g = randn(y.sizes(), 20);
     y.backward(g);
@@ -95,7 +95,7 @@ TEST(Attention, CacheContinuesWhatPackedComputes) {
   for (const int64_t window : {0, 4}) {
     const std::vector<int64_t> lengths{11, 6}, past{7, 0};
     const at::Tensor q = randn({17, 4, 8}, 1), k = randn({17, 2, 8}, 2), v = randn({17, 2, 8}, 3);
-    const at::Tensor whole = packed_attention(q, k, v, {0, 11, 17}, window, 0.5);
+    const at::Tensor whole = packed_attention(q, k, v, {0, 11, 17}, {0, 11, 17}, window, 0.5);
     at::Tensor keys = at::full({2, 16, 2, 8}, NAN), values = keys.clone();  // what lies beyond the length must never be read
     keys[0].narrow(0, 0, 11).copy_(k.narrow(0, 0, 11));
     values[0].narrow(0, 0, 11).copy_(v.narrow(0, 0, 11));

@@ -19,8 +19,9 @@ at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double e
 // Rotates the two halves of each head: (a, b) -> (a cos - b sin, b cos + a sin) (the "rotate_half" convention). cos, sin float32 [T, C/2].
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC);
 
-// Causal attention inside each packed sequence, grouped queries (H % G == 0). window > 0: only keys j with i - window < j <= i.
-at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_TGC, const at::Tensor& v_TGC, const std::vector<int64_t>& cu_seqlens, int64_t window,
+// Causal attention inside each packed sequence, grouped queries (H % G == 0). Sequence i has queries cu_q[i]..cu_q[i+1] and keys cu_kv[i]..cu_kv[i+1]; its
+// queries are the last of its keys (cu_q == cu_kv: plain self-attention). window > 0: a query sees the last `window` keys up to itself.
+at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
                             double scale);
 
 // Inference with a cache: sequence i's queries are the last of its kv_lengths[i] cached positions. keys, values [B, S_max, G, C].

@@ -1,17 +1,17 @@
-// A build without CUDA serves no GPU.
-#include "kernels/moe.h"
+// Linked where CUDA is off.
+
+#include "../moe.h"
 #include "moegraft/base/check.h"
 
 namespace moegraft::kernels {
+namespace {
+
+[[noreturn]] void missing() { fail<InvariantError>("the device's experts were called in a build without CUDA: ask moe_cuda_serves() first"); }
+
+}  // namespace
 
 bool moe_cuda_serves(const MoeProblem&) { return false; }
-MoeForward moe_forward_cuda(const MoeProblem&, bool, bool) {
-  MOEGRAFT_INVARIANT(moe_cuda_serves(MoeProblem{}), "compiled without CUDA");
-  return {};
-}
-MoeGradients moe_backward_cuda(const MoeProblem&, const std::vector<at::Tensor>&, const at::Tensor&, const MoeNeeds&) {
-  MOEGRAFT_INVARIANT(moe_cuda_serves(MoeProblem{}), "compiled without CUDA");
-  return {};
-}
+MoeForward moe_forward_cuda(const MoeProblem&, bool, bool) { missing(); }
+MoeGradients moe_backward_cuda(const MoeProblem&, const std::vector<at::Tensor>&, const at::Tensor&, const MoeNeeds&) { missing(); }
 
 }  // namespace moegraft::kernels

@@ -1,0 +1,34 @@
+#pragma once
+// Packed attention behind its autograd function. Sequence i has queries cu_q[i]..cu_q[i+1] and keys cu_kv[i]..cu_kv[i+1]; its queries are the last of its
+// keys, so query j sits at position keys - queries + j and sees the keys up to itself, at most `window` of them when window > 0.
+
+#include <vector>
+
+#include "libtorch.h"
+
+namespace moegraft::kernels {
+
+struct AttentionProblem {
+  at::Tensor q_THC, k_SGC, v_SGC;  // contiguous
+  std::vector<int64_t> cu_q, cu_kv;
+  int64_t window = 0;
+  double scale = 1.0;
+
+  int64_t heads() const { return q_THC.size(1); }
+  int64_t groups() const { return k_SGC.size(1); }
+  int64_t head_dim() const { return q_THC.size(2); }
+  int64_t num_sequences() const { return int64_t(cu_q.size()) - 1; }
+};
+struct AttentionOutput {
+  at::Tensor out_THC, lse_TH;  // log-sum-exp of the scaled scores, float32
+};
+struct AttentionGradients {
+  at::Tensor q_THC, k_SGC, v_SGC;
+};
+
+// CPU block products (attention_blocks.cpp).
+bool attention_blocks_serve(const AttentionProblem& problem);
+AttentionOutput attention_forward_blocks(const AttentionProblem& problem);
+AttentionGradients attention_backward_blocks(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+
+}  // namespace moegraft::kernels

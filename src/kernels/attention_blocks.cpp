@@ -1,0 +1,254 @@
+// Flash attention (arXiv:2307.08691) on the CPU by block products, over packed sequences in their own layout [T, H, C]: nothing is padded, transposed or
+// repeated in memory. ATen's CPU path serves one padded batch, and its bf16 backward runs at a tenth of the machine's product rate.
+//
+// Forward: 32 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
+// held with a row per key, so that P^T and dS^T are left operands of dV and dK as they are; dQ is summed transposed.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "attention.h"
+#include "block_product.h"
+
+namespace moegraft::kernels {
+namespace {
+
+constexpr int64_t kKeys = 512;  // keys of one forward softmax step
+
+// Keys [first, last) that the query at `position` sees.
+struct Seen {
+  int64_t first, last;
+};
+Seen seen_by(int64_t position, int64_t window) { return {window > 0 ? std::max<int64_t>(0, position - window + 1) : 0, position + 1}; }
+
+template <class T>
+struct Rows {  // one head's rows inside [T, H, C]
+  const T* data;
+  int64_t ld;
+  const T* row(int64_t i) const { return data + i * ld; }
+};
+
+// `rows` rows of width C as a contiguous left operand [*, depth], zero beyond C.
+template <class T>
+void copy_rows(const Rows<T>& from, int64_t begin, int64_t rows, int64_t C, T* to) {
+  const int64_t depth = padded_depth<T>(C);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(to + r * depth, from.row(begin + r), size_t(C) * sizeof(T));
+    if (depth > C) to[r * depth + C] = T{};
+  }
+}
+
+// [rows, n] as a right operand whose depth is padded with zeros to `depth`.
+template <class T>
+Panels<T> pack_rows_deep(const T* in, int64_t ld, int64_t rows, int64_t n, int64_t depth, T* out) {
+  const Panels<T> p{out, depth, n};
+  for (int64_t j = 0; j < p.count(); ++j) loops<T>().pack_kn(in + j * kPanel, ld, rows, p.columns(j), out + j * kPanel * depth, depth, p.width(j));
+  return p;
+}
+
+template <class T>
+struct Head {
+  Rows<T> q, k, v;
+};
+
+template <class T>
+class Forward {
+ public:
+  explicit Forward(const AttentionProblem& p) : p_(p) {
+    out_.out_THC = at::empty(p.q_THC.sizes(), p.q_THC.options());
+    out_.lse_TH = at::empty({p.q_THC.size(0), p.heads()}, p.q_THC.options().dtype(at::kFloat));
+  }
+
+  AttentionOutput run() {
+    struct Task {
+      int64_t sequence, group, begin, end;  // queries
+    };
+    std::vector<Task> tasks;
+    const int64_t wanted = 4 * at::get_num_threads(), pairs = std::max<int64_t>(1, p_.num_sequences() * p_.groups());
+    for (int64_t s = 0; s < p_.num_sequences(); ++s) {
+      const int64_t queries = p_.cu_q[s + 1] - p_.cu_q[s];
+      if (queries == 0) continue;
+      const int64_t parts = std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, (queries + 127) / 128), step = round_up((queries + parts - 1) / parts, kBlock);
+      for (int64_t g = 0; g < p_.groups(); ++g)
+        for (int64_t at = 0; at < queries; at += step) tasks.push_back({s, g, at, std::min(at + step, queries)});
+    }
+    for_each_task(int64_t(tasks.size()), [&](int64_t i, Scratch& scratch) { work(tasks[i].sequence, tasks[i].group, tasks[i].begin, tasks[i].end, scratch); });
+    return out_;
+  }
+
+ private:
+  void work(int64_t s, int64_t g, int64_t begin, int64_t end, Scratch& scratch) {
+    const int64_t C = p_.head_dim(), H = p_.heads(), G = p_.groups(), keys_all = p_.cu_kv[s + 1] - p_.cu_kv[s], past = keys_all - (p_.cu_q[s + 1] - p_.cu_q[s]);
+    // Only the keys that these queries see.
+    const int64_t first = seen_by(past + begin, p_.window).first / kPanel * kPanel, keys = past + end - first, depth = round_up(keys, kPanel), Cp = padded_width(C);
+    const T *k = data<T>(p_.k_SGC) + ((p_.cu_kv[s] + first) * G + g) * C, *v = data<T>(p_.v_SGC) + ((p_.cu_kv[s] + first) * G + g) * C;
+    T* k_memory = scratch.take<T>(Panels<T>::elements(C, keys));
+    const Panels<T> k_panels = pack_transposed(k, G * C, C, keys, k_memory);
+    T* v_memory = scratch.take<T>(Panels<T>::elements(depth, C));
+    const Panels<T> v_panels = pack_rows_deep(v, G * C, keys, C, depth, v_memory);
+    T *q = scratch.take<T>(kBlock * padded_depth<T>(C)), *p = scratch.take<T>(kBlock * kKeys);
+    float *scores = scratch.take<float>(kBlock * kKeys), *o = scratch.take<float>(kBlock * Cp), *max = scratch.take<float>(kBlock), *sum = scratch.take<float>(kBlock);
+
+    for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
+      for (int64_t at = begin; at < end; at += kBlock) {
+        const int64_t m = std::min(kBlock, end - at), token = p_.cu_q[s] + at;
+        copy_rows<T>({data<T>(p_.q_THC) + h * C, H * C}, token, m, C, q);
+        const int64_t from = (seen_by(past + at, p_.window).first - first) / kPanel * kPanel, to = past + at + m - first;  // keys of this block, relative to `first`
+        for (int64_t c = from; c < to; c += kKeys) {
+          const int64_t count = std::min(kKeys, to - c), padded = round_up(count, kPanel);
+          for (int64_t j = c / kPanel; j < (c + count + kPanel - 1) / kPanel; ++j) product(m, q, padded_depth<T>(C), k_panels, j, scores + (j * kPanel - c), kKeys, false);
+          for (int64_t r = 0; r < m; ++r) {
+            const Seen seen = seen_by(past + at + r, p_.window);
+            const int64_t lo = std::clamp<int64_t>(seen.first - first - c, 0, count), hi = std::clamp<int64_t>(seen.last - first - c, lo, count);
+            float block_max = 0;
+            const float block_sum = loops<T>().softmax(scores + r * kKeys, float(p_.scale), lo, hi, padded, p + r * kKeys, &block_max);
+            if (c == from) {
+              max[r] = block_max, sum[r] = block_sum;
+              continue;
+            }
+            rescale(max[r], sum[r], o + r * Cp, Cp, block_max, block_sum, p + r * kKeys, padded, lo < hi);
+          }
+          product(m, p, kKeys, v_panels.depth_range(c, padded), o, Cp, c > from);
+        }
+        for (int64_t r = 0; r < m; ++r) {
+          loops<T>().from_float(o + r * Cp, 1.0f / sum[r], mutable_data<T>(out_.out_THC) + ((token + r) * H + h) * C, C);
+          mutable_data<float>(out_.lse_TH)[(token + r) * H + h] = max[r] + std::log(sum[r]);
+        }
+      }
+  }
+
+  // Joins a further softmax step to what a row has so far.
+  static void rescale(float& max, float& sum, float* o, int64_t width, float block_max, float block_sum, T* p, int64_t count, bool any) {
+    if (!any) return;
+    if (sum == 0) {  // nothing was visible before (a window): the sums so far are zeros
+      max = block_max, sum = block_sum;
+      return;
+    }
+    const float joint = std::max(max, block_max), old_factor = std::exp(max - joint), new_factor = std::exp(block_max - joint);
+    for (int64_t i = 0; i < width; ++i) o[i] *= old_factor;
+    if (new_factor != 1.0f)
+      for (int64_t i = 0; i < count; ++i) {
+        float x;
+        loops<T>().to_float(p + i, &x, 1);
+        loops<T>().from_float(&x, new_factor, p + i, 1);
+      }
+    sum = sum * old_factor + block_sum * new_factor;
+    max = joint;
+  }
+
+  const AttentionProblem& p_;
+  AttentionOutput out_;
+};
+
+template <class T>
+class Backward {
+ public:
+  Backward(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) : p_(p), output_(output), dout_(dout) {
+    grads_ = {at::empty(p.q_THC.sizes(), p.q_THC.options()), at::empty(p.k_SGC.sizes(), p.k_SGC.options()), at::empty(p.v_SGC.sizes(), p.v_SGC.options())};
+  }
+
+  AttentionGradients run() {
+    const int64_t G = p_.groups();
+    for_each_task(p_.num_sequences() * G, [&](int64_t i, Scratch& scratch) { work(i / G, i % G, scratch); });
+    return grads_;
+  }
+
+ private:
+  void work(int64_t s, int64_t g, Scratch& scratch) {
+    const int64_t C = p_.head_dim(), Cd = padded_depth<T>(C), Cp = padded_width(C), H = p_.heads(), G = p_.groups();
+    const int64_t queries = p_.cu_q[s + 1] - p_.cu_q[s], keys = p_.cu_kv[s + 1] - p_.cu_kv[s], past = keys - queries, depth = round_up(keys, kPanel);
+    if (keys == 0) return;
+    const Rows<T> k_rows{data<T>(p_.k_SGC) + (p_.cu_kv[s] * G + g) * C, G * C}, v_rows{data<T>(p_.v_SGC) + (p_.cu_kv[s] * G + g) * C, G * C};
+    T *k = scratch.take<T>(depth * Cd), *v = scratch.take<T>(depth * Cd), *k_transposed = scratch.take<T>(Cp * depth);
+    copy_rows(k_rows, 0, keys, C, k);
+    copy_rows(v_rows, 0, keys, C, v);
+    std::fill_n(k + keys * Cd, (depth - keys) * Cd, T{});
+    std::fill_n(v + keys * Cd, (depth - keys) * Cd, T{});
+    std::fill_n(k_transposed, Cp * depth, T{});
+    for (int64_t i = 0; i < keys; ++i)
+      for (int64_t c = 0; c < C; ++c) k_transposed[c * depth + i] = k[i * Cd + c];
+    float *dk = scratch.take<float>(depth * Cp), *dv = scratch.take<float>(depth * Cp);
+    std::fill_n(dk, depth * Cp, 0.0f);
+    std::fill_n(dv, depth * Cp, 0.0f);
+    Buffers b(scratch, C);
+    for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
+      for (int64_t at = 0; at < queries; at += kPanel) queries_block(s, h, at, std::min(kPanel, queries - at), past, keys, depth, k, v, k_transposed, dk, dv, b);
+    for (int64_t i = 0; i < keys; ++i) {
+      loops<T>().from_float(dk + i * Cp, 1.0f, mutable_data<T>(grads_.k_SGC) + ((p_.cu_kv[s] + i) * G + g) * C, C);
+      loops<T>().from_float(dv + i * Cp, 1.0f, mutable_data<T>(grads_.v_SGC) + ((p_.cu_kv[s] + i) * G + g) * C, C);
+    }
+  }
+
+  struct Buffers {
+    Buffers(Scratch& scratch, int64_t C) {
+      const int64_t across = Panels<T>::elements(C, kPanel), along = Panels<T>::elements(kPanel, C);
+      q_across = scratch.take<T>(across), dout_across = scratch.take<T>(across);
+      q_along = scratch.take<T>(along), dout_along = scratch.take<T>(along);
+      p = scratch.take<T>(kPanel * kPanel), ds = scratch.take<T>(kPanel * kPanel), ds_panel = scratch.take<T>(kPanel * kPanel);
+      scores = scratch.take<float>(kPanel * kPanel), dp = scratch.take<float>(kPanel * kPanel), dq = scratch.take<float>(padded_width(C) * kPanel);
+      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), row = scratch.take<float>(2 * C);
+    }
+    T *q_across, *dout_across, *q_along, *dout_along, *p, *ds, *ds_panel;
+    float *scores, *dp, *dq, *lse, *delta, *row;
+  };
+
+  // All keys against n <= 64 queries of one head.
+  void queries_block(int64_t s, int64_t h, int64_t at, int64_t n, int64_t past, int64_t keys, int64_t depth, const T* k, const T* v, const T* k_transposed, float* dk, float* dv,
+                     Buffers& b) {
+    const int64_t C = p_.head_dim(), Cd = padded_depth<T>(C), Cp = padded_width(C), H = p_.heads(), token = p_.cu_q[s] + at;
+    const T *q = data<T>(p_.q_THC) + (token * H + h) * C, *dout = data<T>(dout_) + (token * H + h) * C, *out = data<T>(output_.out_THC) + (token * H + h) * C;
+    const Panels<T> q_across = pack_wide(q, H * C, C, n, b.q_across), dout_across = pack_wide(dout, H * C, C, n, b.dout_across);
+    const Panels<T> q_along = pack_rows_deep(q, H * C, n, C, kPanel, b.q_along), dout_along = pack_rows_deep(dout, H * C, n, C, kPanel, b.dout_along);
+    for (int64_t i = 0; i < n; ++i) {
+      b.lse[i] = data<float>(output_.lse_TH)[(token + i) * H + h];
+      loops<T>().to_float(dout + i * H * C, b.row, C);
+      loops<T>().to_float(out + i * H * C, b.row + C, C);
+      float dot = 0;
+      for (int64_t c = 0; c < C; ++c) dot += b.row[c] * b.row[C + c];
+      b.delta[i] = dot;
+    }
+    const int64_t first = seen_by(past + at, p_.window).first / kPanel * kPanel, last = past + at + n;
+    for (int64_t j = first; j < last; j += kPanel) {
+      const int64_t rows = kPanel;  // k, v, dk and dv are padded to whole panels
+      product(rows, k + j * Cd, Cd, q_across, 0, b.scores, kPanel, false);
+      product(rows, v + j * Cd, Cd, dout_across, 0, b.dp, kPanel, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        // Queries i of this block with key j + r in sight: position - window < key <= position, position = past + at + i.
+        const int64_t key = j + r, lo = std::clamp<int64_t>(key - past - at, 0, n), hi = key >= keys ? lo : p_.window > 0 ? std::clamp<int64_t>(key + p_.window - past - at, lo, n) : n;
+        loops<T>().softmax_backward(b.scores + r * kPanel, b.dp + r * kPanel, b.lse, b.delta, float(p_.scale), lo, hi, kPanel, b.p + r * kPanel, b.ds + r * kPanel);
+      }
+      product(rows, b.p, kPanel, dout_along, dv + j * Cp, Cp, true);
+      product(rows, b.ds, kPanel, q_along, dk + j * Cp, Cp, true);
+      const Panels<T> ds = pack_rows_deep(b.ds, kPanel, rows, kPanel, kPanel, b.ds_panel);
+      product(Cp, k_transposed + j, depth, ds, 0, b.dq, kPanel, j > first);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < C; ++c) b.row[c] = b.dq[c * kPanel + i];
+      loops<T>().from_float(b.row, 1.0f, mutable_data<T>(grads_.q_THC) + ((token + i) * H + h) * C, C);
+    }
+  }
+
+  // n <= 64 rows of width C as a right operand [C, 64], zero beyond n: one panel of full width, so that few kernels serve all sizes.
+  static Panels<T> pack_wide(const T* in, int64_t ld, int64_t C, int64_t n, T* out) {
+    loops<T>().pack_nk(in, ld, C, n, out, padded_depth<T>(C), kPanel);
+    return {out, C, kPanel};
+  }
+
+  const AttentionProblem& p_;
+  const AttentionOutput& output_;
+  at::Tensor dout_;
+  AttentionGradients grads_;
+};
+
+}  // namespace
+
+bool attention_blocks_serve(const AttentionProblem& p) {
+  return p.q_THC.is_cpu() && has_block_products(p.q_THC.scalar_type()) && p.k_SGC.scalar_type() == p.q_THC.scalar_type() && p.v_SGC.scalar_type() == p.q_THC.scalar_type();
+}
+AttentionOutput attention_forward_blocks(const AttentionProblem& p) { return p.q_THC.scalar_type() == at::kFloat ? Forward<float>(p).run() : Forward<bf16>(p).run(); }
+AttentionGradients attention_backward_blocks(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) {
+  return p.q_THC.scalar_type() == at::kFloat ? Backward<float>(p, output, dout).run() : Backward<bf16>(p, output, dout).run();
+}
+
+}  // namespace moegraft::kernels
