@@ -83,8 +83,10 @@ class PackedAttention : public torch::autograd::Function<PackedAttention> {
     at::AutoDispatchBelowADInplaceOrView guard;
     AttentionProblem p = node->shape;
     p.q_THC = q, p.k_SGC = k, p.v_SGC = v;
-    const AttentionOutput out = attention_blocks_serve(p) ? attention_forward_blocks(p) : forward_aten(p);
-    ctx->save_for_backward({q, k, v, out.out_THC, out.lse_TH});
+    const AttentionOutput out = attention_cuda_serves(q) ? attention_forward_cuda(p) : attention_blocks_serve(p) ? attention_forward_blocks(p) : forward_aten(p);
+    variable_list saved{q, k, v, out.out_THC, out.lse_TH};
+    saved.insert(saved.end(), out.extra.begin(), out.extra.end());
+    ctx->save_for_backward(saved);
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
     return out.out_THC;
   }
@@ -94,9 +96,11 @@ class PackedAttention : public torch::autograd::Function<PackedAttention> {
     const auto saved = ctx->get_saved_variables();
     AttentionProblem p = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule())->shape;
     p.q_THC = saved[0], p.k_SGC = saved[1], p.v_SGC = saved[2];
-    const AttentionOutput out{saved[3], saved[4]};
+    const AttentionOutput out{saved[3], saved[4], {saved.begin() + 5, saved.end()}};
     const at::Tensor dout = grads[0].contiguous();
-    const AttentionGradients g = attention_blocks_serve(p) ? attention_backward_blocks(p, out, dout) : backward_aten(p, out, dout);
+    const AttentionGradients g = attention_cuda_serves(p.q_THC) ? attention_backward_cuda(p, out, dout)
+                                 : attention_blocks_serve(p)    ? attention_backward_blocks(p, out, dout)
+                                                                : backward_aten(p, out, dout);
     return {g.q_THC, g.k_SGC, g.v_SGC, at::Tensor()};
   }
 };
@@ -112,7 +116,7 @@ at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, co
                             double scale) {
   check_shapes(q_THC, k_SGC.size(1), cu_q);
   MOEGRAFT_INVARIANT(cu_kv.size() == cu_q.size() && cu_kv.front() == 0 && cu_kv.back() == k_SGC.size(0), "attention: cu_kv does not span the ", k_SGC.size(0), " keys");
-  if (q_THC.is_cpu()) {
+  if (q_THC.is_cpu() || attention_cuda_serves(q_THC)) {
     auto node = c10::make_intrusive<Node>();
     node->shape.cu_q = cu_q, node->shape.cu_kv = cu_kv, node->shape.window = window, node->shape.scale = scale;
     return PackedAttention::apply(q_THC.contiguous(), k_SGC.contiguous(), v_SGC.contiguous(), node);
@@ -135,6 +139,7 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
   check_shapes(q_THC, keys_BSGC.size(2), cu_seqlens);
   const int64_t sequences = int64_t(cu_seqlens.size()) - 1, repeat = q_THC.size(1) / keys_BSGC.size(2);
   MOEGRAFT_INVARIANT(int64_t(kv_lengths.size()) == sequences && keys_BSGC.size(0) >= sequences, "attention: cache does not fit the batch");
+  if (attention_cuda_serves(q_THC)) return attention_cached_cuda(q_THC, keys_BSGC, values_BSGC, cu_seqlens, kv_lengths, window, scale);
   at::Tensor out = at::empty(q_THC.sizes(), q_THC.options());
   run_tasks(sequences, q_THC.is_cpu(), [&](int64_t i) {
     const int64_t begin = cu_seqlens[i], queries = cu_seqlens[i + 1] - begin;

@@ -20,7 +20,8 @@ struct AttentionProblem {
   int64_t num_sequences() const { return int64_t(cu_q.size()) - 1; }
 };
 struct AttentionOutput {
-  at::Tensor out_THC, lse_TH;  // log-sum-exp of the scaled scores, float32
+  at::Tensor out_THC, lse_TH;     // log-sum-exp of the scaled scores, float32
+  std::vector<at::Tensor> extra;  // what the same backend's backward wants beside them
 };
 struct AttentionGradients {
   at::Tensor q_THC, k_SGC, v_SGC;
@@ -30,5 +31,14 @@ struct AttentionGradients {
 bool attention_blocks_serve(const AttentionProblem& problem);
 AttentionOutput attention_forward_blocks(const AttentionProblem& problem);
 AttentionGradients attention_backward_blocks(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+
+// The library's flash kernels on a GPU from Ampere on: bfloat16 or half, heads of a multiple of 8 up to 256 (cuda/attention.cpp). Never waits for the device.
+bool attention_cuda_serves(const at::Tensor& q_THC);
+AttentionOutput attention_forward_cuda(const AttentionProblem& problem);
+// Deterministic: the flash kernel's other form adds to dq with float atomics.
+AttentionGradients attention_backward_cuda(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+// cached_attention of ops.h.
+at::Tensor attention_cached_cuda(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
+                                 const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
 
 }  // namespace moegraft::kernels

@@ -1,8 +1,11 @@
 // Cross-entropy of a linear head without holding the logits: rows in chunks, gradients formed on the way.
 #include "libtorch.h"
 
+#include <cstring>
+
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
+#include "panels.h"
 
 namespace moegraft::kernels {
 namespace {
@@ -12,10 +15,51 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kChunkLogits = int64_t{1} << 23;  // 32 MiB of float32 logits at a time
 
+// Frozen heads on the CPU: each task takes a few rows through logits, softmax and back while they are in cache. Returns the sum over rows of -log p.
+template <class T>
+double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets, double scale, const at::Tensor& dh) {
+  constexpr int64_t kBytes = int64_t{6} << 20, kDepth = 512;  // logits of a task; depth of a step of the way back
+  const int64_t rows = h.size(0), D = h.size(1), ld = padded_depth<T>(D);
+  const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
+  const int64_t V = forward.n, ld_logits = padded_width(V), ld_d = round_up(V, kDepth), Dp = padded_width(D);
+  const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / kBlock * kBlock, kBlock, 8 * kBlock);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  std::vector<double> loss(rows);
+  for_each_task((rows + chunk - 1) / chunk, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task * chunk, n = std::min(chunk, rows - begin);
+    T* x = scratch.take<T>(chunk * ld);
+    for (int64_t r = 0; r < n; ++r) {
+      std::memcpy(x + r * ld, data<T>(h) + (begin + r) * D, size_t(D) * sizeof(T));
+      for (int64_t i = D; i < ld; ++i) x[r * ld + i] = T{};
+    }
+    float* logits = scratch.take<float>(chunk * ld_logits);
+    for (int64_t j = 0; j < forward.count(); ++j) product(n, x, ld, forward, j, logits + j * kPanel, ld_logits, false);
+    T* d = dh.defined() ? scratch.take<T>(chunk * ld_d) : nullptr;
+    for (int64_t r = 0; r < n; ++r) {
+      const float* row = logits + r * ld_logits;
+      loss[begin + r] = double(loops<T>().cross_entropy(row, V, ld_d, target[begin + r], float(scale), d ? d + r * ld_d : nullptr)) - double(row[target[begin + r]]);
+    }
+    if (!d) return;
+    float* c = scratch.take<float>(chunk * Dp);
+    for (int64_t v = 0; v < V; v += kDepth) product(n, d + v, ld_d, backward.depth_range(v, std::min(kDepth, V - v)), c, Dp, v > 0);
+    for (int64_t r = 0; r < n; ++r) loops<T>().from_float(c + r * Dp, 1.0f, mutable_data<T>(dh) + (begin + r) * D, D);
+  });
+  double total = 0;
+  for (const double l : loss) total += l;
+  return total;
+}
+
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& targets, double scale, bool need_h, bool need_w) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& targets, double scale, bool need_h, bool need_w, WeightPanels* panels) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    if (panels && h.is_cpu() && h.scalar_type() == weight.scalar_type() && !need_w && has_block_products(h.scalar_type())) {
+      const at::Tensor dh = need_h ? at::empty_like(h) : at::Tensor(), on_cpu = targets.contiguous();
+      const double sum = h.scalar_type() == at::kFloat ? blocks<float>(h, *panels, on_cpu, scale, dh) : blocks<bf16>(h, *panels, on_cpu, scale, dh);
+      ctx->saved_data["dh"] = dh;
+      ctx->saved_data["dw"] = at::Tensor();
+      return at::scalar_tensor(sum * scale, h.options().dtype(at::kFloat));
+    }
     const int64_t rows = h.size(0), classes = weight.size(0), chunk = std::max<int64_t>(1, kChunkLogits / std::max<int64_t>(classes, 1));
     const at::Tensor w = weight.to(h.scalar_type());
     const auto wide = h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -51,16 +95,16 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       const at::Tensor g = value.isTensor() ? value.toTensor() : at::Tensor();
       return g.defined() ? g * grads[0].to(g.scalar_type()) : g;
     };
-    return {scaled("dh"), scaled("dw"), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {scaled("dh"), scaled("dw"), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale) {
+at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels) {
   MOEGRAFT_INVARIANT(h_XD.dim() == 2 && weight_VD.size(1) == h_XD.size(1) && targets_X.size(0) == h_XD.size(0), "linear_cross_entropy: h ", h_XD.sizes(), ", weight ", weight_VD.sizes());
   const bool grad = at::GradMode::is_enabled();
-  return LinearCrossEntropy::apply(h_XD.contiguous(), weight_VD, targets_X, scale, grad && h_XD.requires_grad(), grad && weight_VD.requires_grad());
+  return LinearCrossEntropy::apply(h_XD.contiguous(), weight_VD, targets_X, scale, grad && h_XD.requires_grad(), grad && weight_VD.requires_grad(), panels.get());
 }
 
 }  // namespace moegraft::kernels

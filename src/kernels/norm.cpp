@@ -1,5 +1,6 @@
 // RMSNorm and rotary embedding. On the CPU one pass over each row; elsewhere composed of ATen operations.
 
+#include "block_product.h"
 #include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
@@ -93,6 +94,79 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
   }
 };
 
+// The residual stream's add and norm in one pass over the row.
+template <class T>
+variable_list residual_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w, double eps, bool also_float, at::Tensor& rstd) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  const at::Tensor x_out = delta.defined() ? at::empty_like(x) : x, y = at::empty(x.sizes(), x.options().dtype(kTypeOf<T>)), y_float = also_float ? at::empty_like(x) : at::Tensor();
+  rstd = at::empty({rows}, x.options());
+  const float *xp = data<float>(x), *wp = data<float>(w);
+  const T* dp = delta.defined() ? data<T>(delta) : nullptr;
+  float *op = delta.defined() ? mutable_data<float>(x_out) : nullptr, *fp = also_float ? mutable_data<float>(y_float) : nullptr, *rp = mutable_data<float>(rstd);
+  T* yp = mutable_data<T>(y);
+  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * width;
+      rp[r] = loops<T>().residual_norm(xp + at, dp ? dp + at : nullptr, op ? op + at : nullptr, wp, float(eps), yp + at, fp ? fp + at : nullptr, width);
+    }
+  });
+  return {x_out, y, y_float};
+}
+
+template <class T>
+void residual_backward(const at::Tensor& dx_out, const at::Tensor& dy, const at::Tensor& dy_float, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd, const at::Tensor& dx,
+                       const at::Tensor& ddelta) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  const auto at_row = [&](const at::Tensor& t, int64_t at) { return t.defined() ? data<float>(t) + at : nullptr; };
+  at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * width;
+      loops<T>().residual_norm_backward(at_row(dx_out, at), dy.defined() ? data<T>(dy) + at : nullptr, at_row(dy_float, at), data<float>(x) + at, data<float>(w), data<float>(rstd)[r],
+                                        mutable_data<float>(dx) + at, ddelta.defined() ? mutable_data<T>(ddelta) + at : nullptr, width);
+    }
+  });
+}
+
+class ResidualNormFunction : public torch::autograd::Function<ResidualNormFunction> {
+ public:
+  // delta_or_none: one-dimensional when there is none (autograd takes no undefined inputs).
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& delta_or_none, const at::Tensor& weight, double eps, at::ScalarType dtype, bool also_float) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor delta = delta_or_none.dim() == 2 ? delta_or_none : at::Tensor();
+    ctx->set_materialize_grads(false);
+    const at::Tensor w = weight.to(at::kFloat).contiguous();
+    at::Tensor rstd;
+    const variable_list out = dtype == at::kFloat ? residual_forward<float>(x, delta, w, eps, also_float, rstd) : residual_forward<bf16>(x, delta, w, eps, also_float, rstd);
+    ctx->save_for_backward({out[0], w, rstd});
+    ctx->saved_data["bf16"] = dtype == at::kBFloat16;
+    ctx->saved_data["weight"] = int64_t(weight.scalar_type());
+    variable_list result{out[1]};
+    if (delta.defined()) result.push_back(out[0]);
+    if (also_float) result.push_back(out[2]);
+    ctx->saved_data["delta"] = delta.defined();
+    return result;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &w = saved[1], &rstd = saved[2];
+    const bool has_delta = ctx->saved_data["delta"].toBool(), low = ctx->saved_data["bf16"].toBool();
+    const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
+    const at::Tensor dy = dense(grads[0]), dx_out = has_delta ? dense(grads[1]) : at::Tensor(), dy_float = grads.size() > size_t(has_delta) + 1 ? dense(grads[has_delta + 1]) : at::Tensor();
+    const at::Tensor dx = at::empty_like(x), ddelta = has_delta && low && ctx->needs_input_grad(1) ? at::empty(x.sizes(), x.options().dtype(at::kBFloat16)) : at::Tensor();
+    if (low) residual_backward<bf16>(dx_out, dy, dy_float, x, w, rstd, dx, ddelta);
+    else residual_backward<float>(dx_out, dy, dy_float, x, w, rstd, dx, ddelta);
+    at::Tensor dw;
+    if (ctx->needs_input_grad(2)) {
+      at::Tensor total = dy.defined() ? dy.to(at::kFloat) : at::zeros_like(x);
+      if (dy_float.defined()) total = total + dy_float;
+      dw = (total * x).mul_(rstd.unsqueeze(-1)).sum(0).to(at::ScalarType(ctx->saved_data["weight"].toInt()));
+    }
+    return {dx, has_delta ? (low ? ddelta : dx) : at::Tensor(), dw, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 template <class scalar_t>
 void rotary_cpu(const scalar_t* x, const float* cos, const float* sin, scalar_t* y, int64_t tokens, int64_t heads, int64_t width, float sign) {
   const int64_t half = width / 2;
@@ -145,6 +219,25 @@ class Rotary : public torch::autograd::Function<Rotary> {
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps) {
   MOEGRAFT_INVARIANT(weight_D.dim() == 1 && x_XD.size(-1) == weight_D.size(0), "rms_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
   return RmsNorm::apply(x_XD, weight_D.contiguous(), eps);
+}
+
+ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps, at::ScalarType dtype, bool also_float) {
+  MOEGRAFT_INVARIANT(x_XD.dim() == 2 && weight_D.dim() == 1 && x_XD.size(1) == weight_D.size(0), "residual_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
+  ResidualNorm out;
+  const bool fused = x_XD.is_cpu() && x_XD.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16) && (!delta_XD.defined() || delta_XD.scalar_type() == dtype);
+  if (fused) {
+    const bool twice = also_float && dtype != at::kFloat;  // in float32 the two are one
+    const variable_list result = ResidualNormFunction::apply(x_XD.contiguous(), delta_XD.defined() ? delta_XD.contiguous() : at::empty({0}), weight_D, eps, dtype, twice);
+    out.y_XD = result[0];
+    out.x_XD = delta_XD.defined() ? result[1] : x_XD;
+    if (also_float) out.y_float_XD = twice ? result.back() : out.y_XD;
+    return out;
+  }
+  out.x_XD = delta_XD.defined() ? x_XD + delta_XD : x_XD;
+  const at::Tensor y = rms_norm(out.x_XD, weight_D.to(x_XD.scalar_type()), eps);
+  out.y_XD = y.to(dtype);
+  if (also_float) out.y_float_XD = y;
+  return out;
 }
 
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC) {

@@ -34,23 +34,36 @@ bool acts(const Call& call, const LowRank& term, int64_t group) {
   return std::find(term.modalities.begin(), term.modalities.end(), group) != term.modalities.end();
 }
 
-at::Tensor linear_with_adapters(const Call& call, int64_t layer, Site site, const at::Tensor& x_TX, const at::Tensor& weight, const at::Tensor& bias) {
-  at::Tensor y = at::linear(x_TX, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
-  if (!call.adapters) return y;
-  for (const LowRank& term : call.adapters->at(layer, site)) {
-    const at::Tensor A = term.A.to(x_TX.scalar_type()), B = term.B.to(x_TX.scalar_type());
-    const auto delta = [&](const at::Tensor& x) { return at::linear(at::linear(x, A), B) * term.scale; };
-    if (call.options.gate == Gate::all) {
-      y = y + delta(x_TX);
-      continue;
+struct Projection {
+  Site site;
+  const at::Tensor &weight, &bias;
+  const Panels& panels;
+};
+
+// Linear layers that share their input, each with the low-rank terms of its site.
+std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX, std::initializer_list<Projection> projections) {
+  std::vector<k::FrozenLinearWeight> weights;
+  for (const auto& p : projections) weights.push_back({p.weight, p.bias, p.panels});
+  std::vector<at::Tensor> out = k::frozen_linear(x_TX, weights);
+  if (!call.adapters) return out;
+  auto y = out.begin();
+  for (const auto& p : projections) {
+    for (const LowRank& term : call.adapters->at(layer, p.site)) {
+      const at::Tensor A = term.A.to(x_TX.scalar_type()), B = term.B.to(x_TX.scalar_type());
+      const auto delta = [&](const at::Tensor& x) { return at::linear(at::linear(x, A), B) * term.scale; };
+      if (call.options.gate == Gate::all) {
+        *y = *y + delta(x_TX);
+        continue;
+      }
+      for (int64_t m = 0; m < call.num_groups; ++m) {
+        if (!acts(call, term, m) || call.rows_by_group[m].size(0) == 0) continue;
+        // Only the modality's rows are touched; each index occurs once, so the sum has one order.
+        *y = y->index_add(0, call.rows_by_group[m], delta(x_TX.index_select(0, call.rows_by_group[m])));
+      }
     }
-    for (int64_t m = 0; m < call.num_groups; ++m) {
-      if (!acts(call, term, m) || call.rows_by_group[m].size(0) == 0) continue;
-      // Only the modality's rows are touched; each index occurs once, so the sum has one order.
-      y = y.index_add(0, call.rows_by_group[m], delta(x_TX.index_select(0, call.rows_by_group[m])));
-    }
+    ++y;
   }
-  return y;
+  return out;
 }
 
 std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site site) {
@@ -76,8 +89,6 @@ struct Route {
 // The residual stream and the router stay in float32 under a bf16 base: rounding them is what flips near-tied experts, and one flip moves a
 // position's logits more than all other bf16 rounding together.
 constexpr at::ScalarType kResidual = at::kFloat;
-
-at::Tensor norm(const at::Tensor& x_TX, const at::Tensor& weight, const DecoderSpec& spec) { return k::rms_norm(x_TX, weight.to(x_TX.scalar_type()), spec.rms_norm_eps); }
 
 Route route(const DecoderSpec& spec, const at::Tensor& x_TD, const at::Tensor& router_ED) {
   const at::Tensor probs = at::softmax(at::linear(x_TD, router_ED.to(kResidual)), -1);
@@ -185,9 +196,8 @@ Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardO
 
 at::Tensor attention(const DecoderSpec& spec, const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
   const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
-  at::Tensor q = linear_with_adapters(call, l, Site::q, x_TD, w.q, w.q_bias);
-  at::Tensor key = linear_with_adapters(call, l, Site::k, x_TD, w.k, w.k_bias);
-  at::Tensor v = linear_with_adapters(call, l, Site::v, x_TD, w.v, w.v_bias);
+  const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias, w.q_panels}, {Site::k, w.k, w.k_bias, w.k_panels}, {Site::v, w.v, w.v_bias, w.v_panels}});
+  at::Tensor q = qkv[0], key = qkv[1], v = qkv[2];
   if (spec.qk_norm == QkNorm::full) {
     q = k::rms_norm(q, w.q_norm, spec.rms_norm_eps);
     key = k::rms_norm(key, w.k_norm, spec.rms_norm_eps);
@@ -216,7 +226,7 @@ at::Tensor attention(const DecoderSpec& spec, const Call& call, int64_t l, const
   } else {
     out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale);
   }
-  return linear_with_adapters(call, l, Site::o, out.reshape({T, H * C}), w.o, w.o_bias);
+  return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias, w.o_panels}})[0];
 }
 
 struct MoeResult {
@@ -224,10 +234,9 @@ struct MoeResult {
   at::Tensor counts_E, prob_sum_E;  // for the balance loss, when asked for
 };
 
-// h_TD: normed, float32; the experts work in their own dtype.
-MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& h_TD) {
+// x_TD: normed, in the experts' dtype; h_TD: the same in float32, for the router.
+MoeResult moe(const DecoderSpec& spec, const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
   const Route r = route(spec, h_TD, router_ED);
-  const at::Tensor x_TD = h_TD.to(w.gate_FD.front().scalar_type());
   if (call.options.routing) {
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
@@ -256,20 +265,23 @@ ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& o
   const DecoderSpec& s = spec();
   WeightProvider& weights = *base_.weights;
   const Call call = make_call(s, batch, options, *dispatcher_, adapters_.get());
-  at::Tensor x = embed(*this, weights, batch.ids_T).to(kResidual), counts_E, prob_sum_E;
+  at::Tensor x = embed(*this, weights, batch.ids_T).to(kResidual), delta, counts_E, prob_sum_E;  // the residual stream is x + delta
   int64_t sparse_layers = 0;
   for (int64_t l = 0; l < s.num_layers; ++l) {
     weights.prefetch(l + 1);
     const LayerWeights w = weights.layer(l);
-    x = x + attention(s, call, l, w.attention, norm(x, w.input_norm_D, s).to(dtype()));
-    const at::Tensor h = norm(x, w.post_norm_D, s);
+    k::ResidualNorm n = k::residual_norm(x, delta, w.input_norm_D, s.rms_norm_eps, dtype());
+    delta = attention(s, call, l, w.attention, n.y_XD);
+    n = k::residual_norm(n.x_XD, delta, w.post_norm_D, s.rms_norm_eps, dtype(), s.layers[l].sparse);
+    x = n.x_XD;
     if (!s.layers[l].sparse) {
-      const at::Tensor hc = h.to(dtype());
-      x = x + at::linear(at::silu(at::linear(hc, w.dense.gate_ID)) * at::linear(hc, w.dense.up_ID), w.dense.down_DI);
+      const auto& d = w.dense;
+      const auto gate_up = k::frozen_linear(n.y_XD, {{d.gate_ID, {}, d.gate_panels}, {d.up_ID, {}, d.up_panels}});
+      delta = k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{d.down_DI, {}, d.down_panels}})[0];
       continue;
     }
-    const MoeResult m = moe(s, call, l, w.router_ED, weights.experts(l, 0, s.num_experts), h);
-    x = x + m.y_TD;
+    const MoeResult m = moe(s, call, l, w.router_ED, weights.experts(l, 0, s.num_experts), n.y_XD, n.y_float_XD);
+    delta = m.y_TD;
     if (options.aux_loss) {
       ++sparse_layers;
       counts_E = counts_E.defined() ? counts_E + m.counts_E : m.counts_E;
@@ -279,7 +291,7 @@ ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& o
   if (options.cache)
     for (int64_t i = 0; i < batch.num_sequences(); ++i) options.cache->lengths_[i] = call.kv_lengths[i];
   ForwardResult result;
-  result.hidden_TD = norm(x, weights.final_norm_D(), s).to(dtype());
+  result.hidden_TD = k::residual_norm(x, delta, weights.final_norm_D(), s.rms_norm_eps, dtype()).y_XD;
   if (options.aux_loss && sparse_layers > 0) {
     // transformers' load_balancing_loss_func: counts and probabilities pooled over the layers; K at uniform routing.
     const double rows = double(sparse_layers) * double(batch.num_tokens());
@@ -288,7 +300,7 @@ ForwardResult Decoder::forward(const PackedBatch& batch, const ForwardOptions& o
   return result;
 }
 
-at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const { return at::linear(hidden_XD, base_.weights->head_VD()); }
+at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const { return k::frozen_linear(hidden_XD, {{base_.weights->head_VD(), {}, base_.weights->head_panels()}})[0]; }
 
 at::Tensor Decoder::modality_logits(const at::Tensor& hidden_XD, int64_t row_set) const {
   return at::linear(hidden_XD, rows_.at(row_set).head_ND.to(hidden_XD.scalar_type()));
@@ -317,7 +329,7 @@ LossResult cross_entropy_loss(const Decoder& decoder, const at::Tensor& hidden_T
     if (result.count_M[m] == 0) continue;
     const int64_t first = m == 0 ? 0 : decoder.rows()[m - 1].first_id;
     const at::Tensor head = m == 0 ? decoder.base().weights->head_VD() : decoder.rows()[m - 1].head_ND;
-    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, rows[m]), head, labels_T.index_select(0, rows[m]) - first, scale);
+    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, rows[m]), head, labels_T.index_select(0, rows[m]) - first, scale, m == 0 ? decoder.base().weights->head_panels() : nullptr);
     result.nll_sum_M[m] = part.detach() / scale;
     result.loss = result.loss.defined() ? result.loss + part : part;
   }

@@ -24,9 +24,11 @@ class ResidentWeights : public WeightProvider {
   at::ScalarType type = at::kFloat;
   at::Device where = at::kCPU;
   bool trains = false;
+  Panels panels_of_head;
 
   at::Tensor embedding_VD() override { return embedding; }
   at::Tensor head_VD() override { return head; }
+  Panels head_panels() override { return panels_of_head; }
   at::Tensor final_norm_D() override { return final_norm; }
   LayerWeights layer(int64_t index) override { return layers.at(index); }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
@@ -46,6 +48,18 @@ class ResidentWeights : public WeightProvider {
   at::Device device() const override { return where; }
   bool trainable() const override { return trains; }
 };
+
+void make_panels(ResidentWeights& w) {
+  using kernels::make_weight_panels;
+  w.panels_of_head = make_weight_panels(w.head);
+  for (auto& layer : w.layers) {
+    auto& a = layer.attention;
+    a.q_panels = make_weight_panels(a.q), a.k_panels = make_weight_panels(a.k), a.v_panels = make_weight_panels(a.v), a.o_panels = make_weight_panels(a.o);
+    auto& d = layer.dense;
+    d.gate_panels = make_weight_panels(d.gate_ID), d.up_panels = make_weight_panels(d.up_ID), d.down_panels = make_weight_panels(d.down_DI);
+  }
+  for (auto& x : w.layer_experts) x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}});
+}
 
 // The tensors of a directory: one file, or shards with an index.
 class TensorSource {
@@ -210,14 +224,15 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
       experts = load_experts(load, source, s, names, l);
     } else {
       const std::string prefix = tensor_name(names.dense, l);
-      layer.dense = {load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size}), load.take(prefix + "up_proj.weight", {s.intermediate_size, s.hidden_size}),
-                     load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size})};
+      layer.dense.gate_ID = load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size});
+      layer.dense.up_ID = load.take(prefix + "up_proj.weight", {s.intermediate_size, s.hidden_size});
+      layer.dense.down_DI = load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size});
     }
     w->layers.push_back(std::move(layer));
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
-  for (auto& x : w->layer_experts) x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}});
+  make_panels(*w);
   base.weights = std::move(w);
   return base;
 }
@@ -264,7 +279,7 @@ BaseModel init_base(const DecoderSpec& spec, const InitOptions& options) {
         x.down_DF.push_back(x.down_EDF.detach()[e]);
       }
     } else {
-      layer.dense = {normal({spec.intermediate_size, D}, std), normal({spec.intermediate_size, D}, std), normal({D, spec.intermediate_size}, residual_std)};
+      layer.dense = {normal({spec.intermediate_size, D}, std), normal({spec.intermediate_size, D}, std), normal({D, spec.intermediate_size}, residual_std), {}, {}, {}};
     }
     w->layers.push_back(std::move(layer));
     w->layer_experts.push_back(std::move(x));

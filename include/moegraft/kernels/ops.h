@@ -19,6 +19,20 @@ at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double e
 // Rotates the two halves of each head: (a, b) -> (a cos - b sin, b cos + a sin) (the "rotate_half" convention). cos, sin float32 [T, C/2].
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC);
 
+// y_i = x W_i^T + b_i for weights that share their input. W [N, K] frozen or a leaf; with panels (frozen, CPU) all products run in one pass over x.
+struct FrozenLinearWeight {
+  at::Tensor weight_NK, bias_N;          // bias undefined: none
+  std::shared_ptr<WeightPanels> panels;  // null: ATen
+};
+std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights);
+
+// x' = x + delta (delta undefined: x' = x); y = w * x' / sqrt(mean(x'^2) + eps), rounded to `dtype`, and y in float32 when `also_float` is given.
+// The residual stream x is float32, delta in the compute dtype; w frozen or a leaf.
+struct ResidualNorm {
+  at::Tensor x_XD, y_XD, y_float_XD;
+};
+ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps, at::ScalarType dtype, bool also_float = false);
+
 // Causal attention inside each packed sequence, grouped queries (H % G == 0). Sequence i has queries cu_q[i]..cu_q[i+1] and keys cu_kv[i]..cu_kv[i+1]; its
 // queries are the last of its keys (cu_q == cu_kv: plain self-attention). window > 0: a query sees the last `window` keys up to itself.
 at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
@@ -74,6 +88,6 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
 
 // Sum over rows of scale * (logsumexp(h W^T) - (h W^T)[target]); gradients for h, and for W when it requires grad. Chunked: the [X, V] logits are never
 // held whole. W may be a float32 master under a lower compute dtype. Returns a float32 scalar.
-at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale);
+at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels = nullptr);
 
 }  // namespace moegraft::kernels

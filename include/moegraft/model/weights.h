@@ -16,13 +16,17 @@
 namespace moegraft::model {
 
 // Linear weights are [out, in] as on disk; undefined tensors where a family has none (biases, norms).
+// Panels (kernels::make_weight_panels) go with frozen weights on a CPU that can use them; null otherwise.
+using Panels = std::shared_ptr<kernels::WeightPanels>;
 struct AttentionWeights {
   at::Tensor q, k, v, o;
   at::Tensor q_bias, k_bias, v_bias, o_bias;
   at::Tensor q_norm, k_norm;
+  Panels q_panels{}, k_panels{}, v_panels{}, o_panels{};
 };
 struct DenseWeights {
   at::Tensor gate_ID, up_ID, down_DI;
+  Panels gate_panels{}, up_panels{}, down_panels{};
 };
 // Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors.
 struct ExpertWeights {
@@ -44,6 +48,7 @@ class WeightProvider {
   virtual ~WeightProvider() = default;
   virtual at::Tensor embedding_VD() = 0;
   virtual at::Tensor head_VD() = 0;  // the embedding when tied
+  virtual Panels head_panels() { return nullptr; }
   virtual at::Tensor final_norm_D() = 0;
   virtual LayerWeights layer(int64_t index) = 0;
   virtual ExpertWeights experts(int64_t layer, int64_t first, int64_t count) = 0;

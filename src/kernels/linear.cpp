@@ -1,0 +1,134 @@
+// Linear layers of the frozen base that share their input (q, k, v; gate and up), with gated low-rank terms. On the CPU one pass of block products
+// over the input makes all outputs; elsewhere ATen.
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "block_product.h"
+#include "moegraft/base/check.h"
+#include "moegraft/kernels/ops.h"
+#include "panels.h"
+
+namespace moegraft::kernels {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kRows = 256;  // of one task
+
+struct Node : torch::CustomClassHolder {
+  std::vector<std::shared_ptr<WeightPanels>> panels;
+};
+
+// y_i = x W_i^T for frozen W_i with panels; no bias.
+template <class T>
+std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
+  const int64_t rows = x.size(0), K = x.size(1), ld = padded_depth<T>(K), tasks_r = (rows + kRows - 1) / kRows;
+  std::vector<Panels<T>> panels;
+  std::vector<at::Tensor> out;
+  for (const auto& p : node.panels) {
+    panels.push_back(p->template forward<T>());
+    out.push_back(at::empty({rows, panels.back().n}, x.options()));
+  }
+  for_each_task(tasks_r, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+    const T* in = data<T>(x) + begin * K;
+    if (K != ld || count != padded_rows(count)) {  // blocks may read past the end
+      T* copy = scratch.take<T>(kRows * ld);
+      for (int64_t r = 0; r < count; ++r) {
+        std::memcpy(copy + r * ld, in + r * K, size_t(K) * sizeof(T));
+        for (int64_t i = K; i < ld; ++i) copy[r * ld + i] = T{};
+      }
+      in = copy;
+    }
+    float* c = scratch.take<float>(kBlock * kPanel);
+    for (size_t w = 0; w < panels.size(); ++w)
+      for (int64_t j = 0; j < panels[w].count(); ++j)
+        for (int64_t r = 0; r < count; r += kBlock) {
+          const int64_t m = std::min(kBlock, count - r), width = panels[w].width(j);
+          product(m, in + r * ld, ld, panels[w], j, c, width, false);
+          for (int64_t i = 0; i < m; ++i) loops<T>().from_float(c + i * width, 1.0f, mutable_data<T>(out[w]) + (begin + r + i) * panels[w].n + j * kPanel, panels[w].columns(j));
+        }
+  });
+  return out;
+}
+
+// dx = sum_i dy_i W_i; undefined dy_i count as zero.
+template <class T>
+at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t rows, int64_t K, const at::TensorOptions& options) {
+  std::vector<Panels<T>> panels;
+  std::vector<at::Tensor> in;
+  for (size_t w = 0; w < node.panels.size(); ++w) {
+    if (!dy[w].defined()) continue;
+    panels.push_back(node.panels[w]->template backward<T>());
+    in.push_back(dy[w].contiguous());
+  }
+  at::Tensor dx = at::empty({rows, K}, options);
+  for_each_task((rows + kRows - 1) / kRows, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+    std::vector<const T*> a(in.size());
+    std::vector<int64_t> ld(in.size());
+    for (size_t w = 0; w < in.size(); ++w) {
+      const int64_t N = in[w].size(1);
+      ld[w] = padded_depth<T>(N);
+      a[w] = data<T>(in[w]) + begin * N;
+      if (ld[w] == N && count == padded_rows(count)) continue;
+      T* copy = scratch.take<T>(kRows * ld[w]);
+      for (int64_t r = 0; r < count; ++r) {
+        std::memcpy(copy + r * ld[w], a[w] + r * N, size_t(N) * sizeof(T));
+        for (int64_t i = N; i < ld[w]; ++i) copy[r * ld[w] + i] = T{};
+      }
+      a[w] = copy;
+    }
+    float* c = scratch.take<float>(kBlock * kPanel);
+    for (int64_t j = 0; j * kPanel < K; ++j)
+      for (int64_t r = 0; r < count; r += kBlock) {
+        const int64_t m = std::min(kBlock, count - r), columns = std::min(kPanel, K - j * kPanel), width = padded_width(columns);
+        for (size_t w = 0; w < in.size(); ++w) product(m, a[w] + r * ld[w], ld[w], panels[w], j, c, width, w > 0);
+        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(c + i * width, 1.0f, mutable_data<T>(dx) + (begin + r + i) * K + j * kPanel, columns);
+      }
+  });
+  return dx;
+}
+
+class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const c10::intrusive_ptr<Node>& node) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["node"] = c10::IValue::make_capsule(node);
+    ctx->saved_data["rows"] = x.size(0);
+    ctx->saved_data["depth"] = x.size(1);
+    ctx->saved_data["dtype"] = int64_t(x.scalar_type());
+    return x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
+    const auto dtype = at::ScalarType(ctx->saved_data["dtype"].toInt());
+    const int64_t rows = ctx->saved_data["rows"].toInt(), depth = ctx->saved_data["depth"].toInt();
+    return {dtype == at::kFloat ? backward_blocks<float>(grads, *node, rows, depth, at::TensorOptions(dtype)) : backward_blocks<bf16>(grads, *node, rows, depth, at::TensorOptions(dtype)),
+            at::Tensor()};
+  }
+};
+
+}  // namespace
+
+std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights) {
+  bool blocks = x_XK.dim() == 2 && x_XK.size(0) > 0;
+  for (const auto& w : weights) blocks &= w.panels && x_XK.is_cpu() && x_XK.scalar_type() == w.weight_NK.scalar_type();
+  std::vector<at::Tensor> out;
+  if (blocks) {
+    auto node = c10::make_intrusive<Node>();
+    for (const auto& w : weights) node->panels.push_back(w.panels);
+    out = FrozenLinear::apply(x_XK.contiguous(), node);
+    for (size_t i = 0; i < weights.size(); ++i)
+      if (weights[i].bias_N.defined()) out[i] = out[i] + weights[i].bias_N;
+    return out;
+  }
+  for (const auto& w : weights) out.push_back(at::linear(x_XK, w.weight_NK, w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  return out;
+}
+
+}  // namespace moegraft::kernels
