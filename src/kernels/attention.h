@@ -20,8 +20,8 @@ struct AttentionProblem {
   int64_t num_sequences() const { return int64_t(cu_q.size()) - 1; }
 };
 struct AttentionOutput {
-  at::Tensor out_THC, lse_TH;     // log-sum-exp of the scaled scores, float32
-  std::vector<at::Tensor> extra;  // what the same backend's backward wants beside them
+  at::Tensor out_THC, lse_TH;          // log-sum-exp of the scaled scores, float32
+  std::vector<at::Tensor> extra = {};  // what the same backend's backward wants beside them
 };
 struct AttentionGradients {
   at::Tensor q_THC, k_SGC, v_SGC;

@@ -1,0 +1,85 @@
+// Flash attention over packed sequences and over a cache, by the library's kernels (attention_stub.cpp where CUDA is off). Grouped queries and sequences of
+// any lengths in one launch.
+
+#ifdef MOEGRAFT_HAVE_CUDA
+
+#include "../attention.h"
+
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "device_run.h"
+
+namespace moegraft::kernels {
+namespace {
+
+// The flash backward asks the process-wide switch whether float atomics may be used. Set for one call and put back.
+class DeterministicAlgorithms {
+ public:
+  DeterministicAlgorithms() : on_(at::globalContext().deterministicAlgorithms()), warn_only_(at::globalContext().deterministicAlgorithmsWarnOnly()) {
+    at::globalContext().setDeterministicAlgorithms(true, false);
+  }
+  ~DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(on_, warn_only_); }
+  DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
+  DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
+
+ private:
+  bool on_, warn_only_;
+};
+
+// The library's window counts the keys to the left beside the query's own.
+std::optional<int64_t> left(int64_t window) { return window > 0 ? std::optional<int64_t>(window - 1) : std::nullopt; }
+std::optional<int64_t> right(int64_t window) { return window > 0 ? std::optional<int64_t>(0) : std::nullopt; }
+
+// Through pinned memory, so that the copy is queued and not awaited; the pinned block is kept until then (its allocator records the stream).
+at::Tensor to_device(const std::vector<int64_t>& values, const at::Device& device) {
+  const at::Tensor host = at::empty({int64_t(values.size())}, at::TensorOptions(at::kInt).pinned_memory(true));
+  std::copy(values.begin(), values.end(), host.data_ptr<int32_t>());
+  return host.to(device, /*non_blocking=*/true);
+}
+
+int64_t longest(const std::vector<int64_t>& cumulative) {
+  int64_t length = 0;
+  for (size_t i = 0; i + 1 < cumulative.size(); ++i) length = std::max(length, cumulative[i + 1] - cumulative[i]);
+  return length;
+}
+
+}  // namespace
+
+bool attention_cuda_serves(const at::Tensor& q) {
+  if (!q.is_cuda() || (q.scalar_type() != at::kBFloat16 && q.scalar_type() != at::kHalf) || q.size(0) == 0) return false;
+  return q.size(2) % 8 == 0 && q.size(2) <= 256 && cuda::device_generation(q.device().index()) >= 8;
+}
+
+AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
+  const c10::DeviceGuard guard(p.q_THC.device());
+  const at::Tensor cu_q = to_device(p.cu_q, p.q_THC.device()), cu_kv = p.cu_kv == p.cu_q ? cu_q : to_device(p.cu_kv, p.q_THC.device());
+  auto [out, lse_HT, rng_state, unused, debug] =
+      at::_flash_attention_forward(p.q_THC, p.k_SGC, p.v_SGC, cu_q, cu_kv, longest(p.cu_q), longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, p.scale,
+                                   left(p.window), right(p.window));
+  return {out, lse_HT.transpose(0, 1), {cu_q, cu_kv, rng_state, unused}};
+}
+
+AttentionGradients attention_backward_cuda(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) {
+  const c10::DeviceGuard guard(p.q_THC.device());
+  const DeterministicAlgorithms deterministic;
+  auto [dq, dk, dv] = at::_flash_attention_backward(dout, p.q_THC, p.k_SGC, p.v_SGC, output.out_THC, output.lse_TH.transpose(0, 1), output.extra[0], output.extra[1], longest(p.cu_q),
+                                                    longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, output.extra[2], output.extra[3], p.scale, left(p.window), right(p.window));
+  return {dq, dk, dv};
+}
+
+at::Tensor attention_cached_cuda(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& kv_lengths,
+                                 int64_t window, double scale) {
+  const c10::DeviceGuard guard(q.device());
+  const int64_t sequences = int64_t(kv_lengths.size()), room = keys.size(1);
+  std::vector<int64_t> begins;  // of each sequence's room; how much of it counts: kv_lengths
+  for (int64_t i = 0; i <= sequences; ++i) begins.push_back(i * room);
+  const auto flat = [&](const at::Tensor& cache) { return cache.narrow(0, 0, sequences).reshape({sequences * room, cache.size(2), cache.size(3)}); };
+  return std::get<0>(at::_flash_attention_forward(q.contiguous(), flat(keys), flat(values), to_device(cu_seqlens, q.device()), to_device(begins, q.device()), longest(cu_seqlens),
+                                                  *std::max_element(kv_lengths.begin(), kv_lengths.end()), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, scale,
+                                                  left(window), right(window), to_device(kv_lengths, q.device())));
+}
+
+}  // namespace moegraft::kernels
+
+#endif  // MOEGRAFT_HAVE_CUDA

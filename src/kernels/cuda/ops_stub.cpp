@@ -1,0 +1,27 @@
+// Linked where CUDA is off.
+
+#include "moegraft/base/check.h"
+#include "ops.h"
+
+namespace moegraft::kernels::cuda {
+namespace {
+
+[[noreturn]] void missing() { fail<InvariantError>("a device kernel was called in a build without CUDA: ask serves() first"); }
+
+}  // namespace
+
+bool available() { return false; }
+bool serves(const at::Tensor&) { return false; }
+Norm rms_norm_forward(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, at::ScalarType, bool) { missing(); }
+NormGradients rms_norm_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
+at::Tensor rotary(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { missing(); }
+Routed route_forward(const at::Tensor&, int64_t, bool) { missing(); }
+at::Tensor route_backward(const Routed&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
+Dispatch make_dispatch(const at::Tensor&, int64_t, const at::Tensor&, int64_t) { missing(); }
+at::Tensor gather_rows(const at::Tensor&, const at::Tensor&) { missing(); }
+at::Tensor combine(const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
+at::Tensor swiglu_forward(const at::Tensor&, const at::Tensor&) { missing(); }
+std::pair<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
+at::Tensor cross_entropy_rows(const at::Tensor&, const at::Tensor&, double, const at::Tensor&) { missing(); }
+
+}  // namespace moegraft::kernels::cuda

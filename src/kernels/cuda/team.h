@@ -1,0 +1,93 @@
+#pragma once
+// The vocabulary of the device kernels. A kernel is a functor in one of these headers: either one thread per index, `operator()(i)`, or one team of
+// lanes per row, `operator()(row, team)`. A team runs a piece of code for every lane (`each`) and reduces what the lanes return (`sum`, `max`, `best`).
+// On the device a lane is a thread; on the host the same functor runs lane after lane with the same order of sums (host_run.h), which is how the
+// arithmetic and the indexing are tested on a machine without a GPU.
+
+#include <c10/util/BFloat16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MOEGRAFT_HD __host__ __device__ __forceinline__
+#else
+#define MOEGRAFT_HD inline
+#endif
+
+namespace moegraft::kernels::cuda {
+
+using bf16 = c10::BFloat16;
+
+// V consecutive elements moved together: 16 bytes of bf16 at V = 8, where the address allows it; V = 1 anywhere.
+template <class T, int V>
+struct alignas(V * sizeof(T) >= 16 ? 16 : V * sizeof(T)) Pack {
+  T at[V];
+};
+
+template <int V, class T>
+MOEGRAFT_HD void load(const T* from, float (&to)[V]) {
+  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  for (int i = 0; i < V; ++i) to[i] = static_cast<float>(pack.at[i]);
+}
+template <int V, class T>
+MOEGRAFT_HD void store(const float (&from)[V], T* to) {
+  Pack<T, V> pack;
+  for (int i = 0; i < V; ++i) pack.at[i] = static_cast<T>(from[i]);
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+template <int V, class T>
+MOEGRAFT_HD void add(const T* from, float (&to)[V]) {
+  float more[V];
+  load<V>(from, more);
+  for (int i = 0; i < V; ++i) to[i] += more[i];
+}
+
+// Counting is done with integers, whose sum has no order.
+MOEGRAFT_HD void count_one(int32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(counter, 1);
+#else
+  ++*counter;
+#endif
+}
+
+struct Candidate {
+  float value;
+  int32_t index;  // -1: none
+};
+// The larger value wins; of equal values the lower index.
+MOEGRAFT_HD Candidate better(const Candidate& a, const Candidate& b) {
+  if (a.index < 0) return b;
+  if (b.index < 0) return a;
+  if (a.value != b.value) return a.value > b.value ? a : b;
+  return a.index < b.index ? a : b;
+}
+struct Add {
+  MOEGRAFT_HD float operator()(float a, float b) const { return a + b; }
+};
+struct Larger {
+  MOEGRAFT_HD float operator()(float a, float b) const { return a > b ? a : b; }
+};
+struct Better {
+  MOEGRAFT_HD Candidate operator()(const Candidate& a, const Candidate& b) const { return better(a, b); }
+};
+
+// What a team offers, over a `reduce(f, op)` that every implementation supplies: within a warp by butterflies, across warps in warp order.
+template <class Derived>
+struct TeamBase {
+  template <class F>
+  MOEGRAFT_HD float sum(const F& f) const {
+    return static_cast<const Derived*>(this)->reduce(f, Add{});
+  }
+  template <class F>
+  MOEGRAFT_HD float max(const F& f) const {
+    return static_cast<const Derived*>(this)->reduce(f, Larger{});
+  }
+  template <class F>
+  MOEGRAFT_HD Candidate best(const F& f) const {
+    return static_cast<const Derived*>(this)->reduce(f, Better{});
+  }
+};
+
+}  // namespace moegraft::kernels::cuda

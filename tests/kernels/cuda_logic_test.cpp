@@ -1,0 +1,428 @@
+// The device kernels' arithmetic and indexing, run on the host: the functors of src/kernels/cuda with lanes as a loop (host_run.h) and the same host code
+// around them, against plain ATen in double. What this cannot show is the launch itself (grids, barriers, memory): cuda_kernels_test.cpp, on a GPU.
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "kernels/cuda/host_run.h"
+#include "kernels/cuda/moe_body.h"
+#include "libtorch.h"
+#include "moegraft/base/rng.h"
+
+namespace moegraft::kernels::cuda {
+namespace {
+
+using Host = Ops<OnHost>;
+
+at::Tensor randn(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at::kFloat) {
+  auto g = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::empty(shape, at::kDouble).normal_(0, 1, g).to(dtype);
+}
+at::Tensor wide(const at::Tensor& x) { return x.detach().to(at::kDouble).set_requires_grad(true); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  EXPECT_EQ(a.sizes(), b.sizes());
+  return a.numel() == 0 ? 0 : (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
+double largest(const at::Tensor& x) { return x.numel() == 0 ? 0 : x.abs().max().item<double>(); }
+
+TEST(CudaLogic, ATeamAddsLikeAWarpAndABlock) {
+  // 32 lanes meet in butterflies: every lane ends with the same bits, the pairwise tree's.
+  std::vector<float> v(512);
+  for (int i = 0; i < 512; ++i) v[i] = std::sin(float(i)) * float(1 << (i % 20));
+  const auto warp = [&](int begin) {
+    std::vector<float> w(v.begin() + begin, v.begin() + begin + 32);
+    for (int half = 16; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) w[i] += w[i + half];
+    return w[0];
+  };
+  EXPECT_EQ(HostTeam<32>().sum([&](int lane) { return v[lane]; }), warp(0));
+  float block = warp(0);
+  for (int w = 1; w < 16; ++w) block += warp(32 * w);
+  EXPECT_EQ(HostTeam<512>().sum([&](int lane) { return v[lane]; }), block);
+  EXPECT_EQ(HostTeam<512>().max([&](int lane) { return v[lane]; }), *std::max_element(v.begin(), v.end()));
+  const Candidate best = HostTeam<32>().best([&](int lane) { return Candidate{float(lane % 7), lane % 2 ? lane : -1}; });
+  EXPECT_EQ(best.index, 13);  // value 6 at the odd lanes 13, 27: the lower one
+}
+
+// ------------------------------------------------------------------------------------------------ dispatch
+
+struct Routing {
+  int64_t T, E, K, groups;
+  int kind;  // 0 random, 1 all tokens to the same experts, 2 the last expert empty
+};
+const std::vector<Routing> kRoutings{{0, 4, 2, 2, 0}, {1, 2, 1, 1, 0}, {7, 4, 2, 2, 0}, {50, 8, 3, 2, 2}, {30, 4, 4, 1, 1}, {600, 3, 1, 3, 1}, {300, 64, 8, 2, 0}, {256, 1, 1, 1, 0}};
+
+std::pair<at::Tensor, at::Tensor> make_routing(const Routing& c) {
+  Rng rng(3, "route");
+  const at::Tensor ids = at::empty({c.T, c.K}, at::kLong), group = at::empty({c.T}, at::kLong);
+  for (int64_t t = 0; t < c.T; ++t) {
+    const auto order = rng.permutation(c.kind == 2 ? c.E - 1 : c.E);
+    for (int64_t k = 0; k < c.K; ++k) ids[t][k] = c.kind == 1 ? k : int64_t(order[k]);
+    group[t] = int64_t(rng.below(c.groups));
+  }
+  return {ids, group};
+}
+
+TEST(CudaLogic, DispatchIsTheStableSort) {
+  for (const auto& c : kRoutings) {
+    const auto [ids, group] = make_routing(c);
+    const Dispatch d = Host::make_dispatch(ids, c.E, group, c.groups);
+    const at::Tensor bucket = (ids * c.groups + group.unsqueeze(1)).view({-1});
+    const at::Tensor order = std::get<1>(at::sort(bucket, /*stable=*/true, -1, false));
+    EXPECT_TRUE(at::equal(d.token_of_row_R.to(at::kLong), order.div(c.K, "floor"))) << c.T;
+    const at::Tensor inverse = at::empty({c.T * c.K}, at::kLong);
+    inverse.index_put_({order}, at::arange(c.T * c.K));
+    EXPECT_TRUE(at::equal(d.row_of_slot_TK.to(at::kLong).view({-1}), inverse)) << c.T;
+    const at::Tensor counts = at::bincount(bucket, {}, c.E * c.groups);
+    EXPECT_TRUE(at::equal(d.offsets.to(at::kLong), at::cat({at::zeros({1}, at::kLong), counts.cumsum(0)}))) << c.T;
+  }
+}
+
+TEST(CudaLogic, DispatchOfBadIdsStaysInItsMemory) {
+  const Dispatch d = Host::make_dispatch(at::tensor({-5, 99, 1}, at::kLong).view({3, 1}), 2, at::tensor({7, -1, 0}, at::kLong), 2);
+  EXPECT_TRUE(at::equal(d.offsets, at::tensor({0, 0, 1, 3, 3}, at::kInt)));
+}
+
+TEST(CudaLogic, RowBitsFollowTheGroups) {
+  const at::Tensor offsets = at::tensor({0, 2, 2, 2, 5, 5, 6}, at::kInt), bits = at::zeros({6}, at::kInt);  // 3 experts, 2 groups; empty buckets between
+  RowBits f{offsets.const_data_ptr<int32_t>(), 6, 2, {1u, 6u}, reinterpret_cast<uint32_t*>(bits.data_ptr<int32_t>())};
+  OnHost::threads(f, 6);
+  EXPECT_TRUE(at::equal(bits, at::tensor({1, 1, 6, 6, 6, 6}, at::kInt)));
+}
+
+// ------------------------------------------------------------------------------------------------ router
+
+TEST(CudaLogic, RouteMatchesSoftmaxAndTopK) {
+  struct Case {
+    int64_t T, E, K;
+  };
+  for (const auto& c : std::vector<Case>{{1, 1, 1}, {3, 5, 5}, {9, 8, 2}, {20, 33, 4}, {17, 128, 8}, {5, 512, 16}, {3, 600, 32}})
+    for (const bool renormalise : {false, true}) {
+      const at::Tensor logits = randn({c.T, c.E}, 1) * 3;
+      const Routed r = Host::route_forward(logits, c.K, renormalise);
+      at::Tensor exact = wide(logits);
+      const at::Tensor probs = at::softmax(exact, -1);
+      EXPECT_LT(distance(r.probs_TE, probs), 1e-6);
+      EXPECT_TRUE(at::equal(r.ids_TK, std::get<1>(at::topk(probs, c.K, -1)))) << "E " << c.E;
+      at::Tensor weights = probs.gather(1, r.ids_TK);
+      if (renormalise) weights = weights / weights.sum(-1, true);
+      EXPECT_LT(distance(r.weights_TK, weights), 1e-6);
+
+      const at::Tensor dw = randn({c.T, c.K}, 2), dp = randn({c.T, c.E}, 3);
+      for (const int which : {1, 2, 3}) {
+        const at::Tensor loss = (which & 1 ? (weights * dw).sum() : at::zeros({}, at::kDouble)) + (which & 2 ? (probs * dp).sum() : at::zeros({}, at::kDouble));
+        const at::Tensor g = torch::autograd::grad({loss}, {exact}, {}, true)[0];
+        EXPECT_LT(distance(Host::route_backward(r, which & 1 ? dw : at::Tensor(), which & 2 ? dp : at::Tensor(), renormalise), g), 2e-6 * (1 + largest(g))) << "E " << c.E << " part " << which;
+      }
+    }
+}
+
+TEST(CudaLogic, RouteBreaksTiesDownwardsAndKeepsIdsInRange) {
+  const Routed tie = Host::route_forward(at::tensor({1.f, 2.f, 2.f, 2.f, 0.f}).view({1, 5}), 3, false);
+  EXPECT_TRUE(at::equal(tie.ids_TK, at::tensor({1, 2, 3}, at::kLong).view({1, 3})));
+  const Routed underflow = Host::route_forward(at::tensor({0.f, -1e4f, -1e4f}).view({1, 3}), 3, true);  // probabilities 1, 0, 0
+  EXPECT_TRUE(at::equal(underflow.ids_TK, at::tensor({0, 1, 2}, at::kLong).view({1, 3})));
+  EXPECT_TRUE(at::equal(underflow.weights_TK, at::tensor({1.f, 0.f, 0.f}).view({1, 3})));
+  const Routed nan = Host::route_forward(at::full({2, 4}, NAN), 2, true);
+  EXPECT_TRUE(at::equal(nan.ids_TK, at::tensor({0, 1, 0, 1}, at::kLong).view({2, 2})));
+  EXPECT_TRUE(nan.weights_TK.isnan().all().item<bool>());
+}
+
+// ------------------------------------------------------------------------------------------------ norm, rotary
+
+TEST(CudaLogic, RmsNormMatchesAutograd) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {3, 4, 24}, {133, 192}, {2, 2056}, {0, 8}})
+    for (const bool residual : {false, true}) {
+      const at::Tensor x = randn(shape, 1), delta = residual ? randn(shape, 4) : at::Tensor(), w = randn({shape.back()}, 2), d = randn(shape, 3), d2 = randn(shape, 5), ds = randn(shape, 6);
+      at::Tensor xd = wide(x), wd = wide(w);
+      const at::Tensor sum = residual ? xd + delta.to(at::kDouble) : xd, exact = wd * (sum * at::rsqrt(sum.square().mean(-1, true) + 1e-5));
+      const Norm n = Host::rms_norm_forward(x, delta, w, 1e-5, at::kFloat, true);
+      EXPECT_LT(distance(n.y, exact), 1e-5);
+      EXPECT_TRUE(at::equal(n.y, n.y_wide));
+      EXPECT_TRUE(residual ? distance(n.sum, sum) < 1e-6 : n.sum.is_same(x));
+      const auto g = torch::autograd::grad({(exact * (d + d2)).sum() + (sum * ds).sum()}, {xd, wd});
+      const NormGradients ours = Host::rms_norm_backward(d, d2, ds, n.sum, w, n.rstd, true);
+      EXPECT_LT(distance(ours.dx, g[0]), 2e-5 * (1 + largest(g[0])));
+      EXPECT_LT(distance(ours.dw, g[1]), 1e-4);
+      const NormGradients only_wide = Host::rms_norm_backward({}, d + d2, ds, n.sum, w, n.rstd, false);
+      EXPECT_LT(distance(only_wide.dx, g[0]), 2e-5 * (1 + largest(g[0])));
+      EXPECT_FALSE(only_wide.dw.defined());
+    }
+}
+
+TEST(CudaLogic, RmsNormRoundsWhereTheReferenceDoes) {
+  const at::Tensor x = randn({64, 192}, 1), w = randn({192}, 2), xb = x.to(at::kBFloat16), wb = w.to(at::kBFloat16);
+  // bf16 throughout: the normalised value is rounded, then the product.
+  const at::Tensor xf = xb.to(at::kFloat), normed = (xf * at::rsqrt(xf.square().mean(-1, true) + 1e-5)).to(at::kBFloat16);
+  const double off = (Host::rms_norm_forward(xb, {}, wb, 1e-5, at::kBFloat16, false).y != wb * normed).to(at::kFloat).mean().item<double>();
+  EXPECT_LT(off, 0.01);  // a last bit of float32 may tip a rounding
+  // float32 residual stream, bf16 out: one rounding at the end; the wide output has none.
+  const Norm mixed = Host::rms_norm_forward(x, xb, w, 1e-5, at::kBFloat16, true);
+  EXPECT_EQ(mixed.y.scalar_type(), at::kBFloat16);
+  EXPECT_EQ(mixed.sum.scalar_type(), at::kFloat);
+  EXPECT_TRUE(at::equal(mixed.y, mixed.y_wide.to(at::kBFloat16)));
+  EXPECT_TRUE(at::equal(mixed.sum, x + xb.to(at::kFloat)));
+  const NormGradients g = Host::rms_norm_backward(xb, x, {}, mixed.sum, w, mixed.rstd, true), both = Host::rms_norm_backward({}, xb.to(at::kFloat) + x, {}, mixed.sum, w, mixed.rstd, true);
+  EXPECT_TRUE(at::equal(g.dx, both.dx));
+  EXPECT_TRUE(at::equal(g.dw, both.dw));
+}
+
+TEST(CudaLogic, RotaryIsTheComplexRotationAndItsInverse) {
+  for (const int64_t C : {2, 6, 16, 128}) {
+    const int64_t T = 9, H = 3;
+    const at::Tensor joint = randn({T, 2 * H, C}, 4), x = joint.narrow(1, H, H), angle = randn({T, C / 2}, 5);  // a slice of a joint projection
+    const at::Tensor y = Host::rotary(x, angle.cos(), angle.sin(), 1);
+    const at::Tensor z = at::complex(x.narrow(2, 0, C / 2).contiguous(), x.narrow(2, C / 2, C / 2).contiguous()) * at::polar(at::ones_like(angle), angle).unsqueeze(1);
+    EXPECT_LT(distance(y, at::cat({at::real(z), at::imag(z)}, 2)), 1e-5);
+    EXPECT_LT(distance(Host::rotary(y, angle.cos(), angle.sin(), -1), x), 1e-5);
+    const at::Tensor low = x.to(at::kBFloat16);
+    EXPECT_TRUE(at::equal(Host::rotary(low, angle.cos(), angle.sin(), 1), Host::rotary(low.to(at::kFloat), angle.cos(), angle.sin(), 1).to(at::kBFloat16)));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ swiglu, loss
+
+TEST(CudaLogic, SwigluMatchesAutograd) {
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 13}, {9, 264}, {0, 8}}) {
+    const at::Tensor g = randn(shape, 1) * 3, u = randn(shape, 2), d = randn(shape, 3);
+    at::Tensor gd = wide(g), ud = wide(u);
+    const at::Tensor exact = at::silu(gd) * ud;
+    EXPECT_LT(distance(Host::swiglu_forward(g, u), exact), 1e-6 * (1 + largest(exact)));
+    const auto grads = torch::autograd::grad({exact}, {gd, ud}, {d.to(at::kDouble)});
+    const auto [dg, du] = Host::swiglu_backward(d, g, u);
+    EXPECT_LT(distance(dg, grads[0]), 2e-6 * (1 + largest(grads[0])));
+    EXPECT_LT(distance(du, grads[1]), 2e-6 * (1 + largest(grads[1])));
+  }
+  const at::Tensor far = at::tensor({-200.f, 200.f}).view({1, 2}), one = at::ones({1, 2});  // no overflow at the ends
+  EXPECT_TRUE(at::equal(Host::swiglu_forward(far, one), at::tensor({-0.f, 200.f}).view({1, 2})));
+  EXPECT_TRUE(at::equal(Host::swiglu_backward(one, far, one).first, at::tensor({0.f, 1.f}).view({1, 2})));
+}
+
+TEST(CudaLogic, CrossEntropyRowsMatchAutograd) {
+  for (const int64_t V : {1, 5, 512, 1000, 5003}) {
+    const at::Tensor logits = randn({7, V}, 1) * 4, targets = at::arange(7) * 13 % V;
+    at::Tensor exact = wide(logits);
+    const at::Tensor nll = at::cross_entropy_loss(exact, targets, {}, at::Reduction::None);
+    const at::Tensor g = torch::autograd::grad({nll.sum() * 0.25}, {exact})[0];
+    EXPECT_LT(distance(Host::cross_entropy_rows(logits, targets, 0.25, {}), nll), 2e-5);
+    const at::Tensor d16 = at::empty(logits.sizes(), at::kBFloat16);
+    Host::cross_entropy_rows(logits, targets, 0.25, d16);
+    EXPECT_LT(distance(d16, g), 2e-3 * (1e-3 + largest(g)));
+    EXPECT_LT(distance(Host::cross_entropy_rows(logits, targets, 0.25, logits), nll), 2e-5);  // in place
+    EXPECT_LT(distance(logits, g), 1e-6);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ experts
+
+struct MoeCase {
+  Routing routing;
+  int64_t D, F, P;
+};
+const std::vector<MoeCase> kMoeCases{{{1, 2, 1, 1, 0}, 8, 8, 8},   {{7, 4, 2, 2, 0}, 16, 8, 3},  {{50, 8, 3, 2, 2}, 16, 24, 8}, {{30, 4, 4, 1, 1}, 8, 16, 5},
+                                     {{600, 3, 1, 3, 1}, 16, 24, 2}, {{65, 5, 2, 2, 1}, 16, 8, 16}, {{0, 3, 2, 2, 0}, 8, 8, 8}};
+
+enum class Layout { stacked, joined, scattered };
+
+struct MoeInputs {
+  MoeProblem problem;
+  std::vector<at::Tensor> leaves;  // x, weights, then (A, B) of each term
+};
+
+MoeInputs make_moe(const MoeCase& c, at::ScalarType dtype, at::ScalarType masters, Layout layout) {
+  MoeInputs in;
+  MoeProblem& p = in.problem;
+  const Routing& r = c.routing;
+  const auto leaf = [&](const at::Tensor& t) {
+    in.leaves.push_back(t);
+    return t;
+  };
+  p.x_XD = leaf(randn({r.T, c.D}, 1).to(at::kBFloat16).to(dtype));  // exact in every dtype of the table
+  p.weights_XK = leaf(randn({r.T, r.K}, 2).to(dtype == at::kDouble ? at::kDouble : at::kFloat));
+  const auto [ids, group] = make_routing(r);
+  p.dispatch = Host::make_dispatch(ids, r.E, group, r.groups);
+  const auto matrix = [&](int64_t rows, int64_t columns, uint64_t seed) { return (randn({r.E, rows, columns}, seed) * 0.5).to(at::kBFloat16).to(dtype); };
+  at::Tensor gate = matrix(c.F, c.D, 4), up = matrix(c.F, c.D, 5), down = matrix(c.D, c.F, 6);
+  if (layout == Layout::joined) {
+    const at::Tensor both = at::cat({gate, up}, 1);
+    gate = both.narrow(1, 0, c.F);
+    up = both.narrow(1, c.F, c.F);
+  }
+  for (int64_t e = 0; e < r.E; ++e) {
+    const auto place = [&](const at::Tensor& t) { return layout == Layout::scattered ? t[e].clone() : t[e]; };
+    p.weights.gate_FD.push_back(place(gate));
+    p.weights.up_FD.push_back(place(up));
+    p.weights.down_DF.push_back(place(down));
+  }
+  const auto term = [&](int site, int64_t width_in, int64_t width_out, int64_t rank, uint64_t seed, bool all) {
+    MoeTerm t{(randn({r.E, rank, width_in}, seed) * 0.5).to(at::kBFloat16).to(masters), (randn({r.E, width_out, rank}, seed + 1) * 0.5).to(at::kBFloat16).to(masters), 1.5, {}};
+    for (int64_t g = 0; g < r.groups; ++g) t.acts.push_back(all || g == r.groups - 1);
+    leaf(t.A_EPX);
+    leaf(t.B_EXP);
+    p.terms[site].push_back(std::move(t));
+  };
+  term(kGate, c.D, c.F, c.P, 7, false);
+  term(kUp, c.D, c.F, c.P, 9, false);
+  term(kUp, c.D, c.F, c.P + 1, 11, true);
+  term(kDown, c.F, c.D, c.P, 13, false);
+  return in;
+}
+
+// The definition, token by row, in the dtype of its inputs.
+at::Tensor plain_moe(const MoeInputs& in, const std::vector<at::Tensor>& leaves) {
+  const MoeProblem& p = in.problem;
+  const Dispatch& d = p.dispatch;
+  const auto dtype = p.x_XD.scalar_type();
+  const at::Tensor x_RD = leaves[0].index_select(0, d.token_of_row_R);
+  std::vector<at::Tensor> parts{at::empty({0, p.model_width()}, p.x_XD.options())};
+  for (int64_t e = 0; e < d.num_experts; ++e)
+    for (int64_t g = 0; g < d.num_groups; ++g) {
+      const int64_t begin = d.offsets[e * d.num_groups + g].item<int>(), count = d.offsets[e * d.num_groups + g + 1].item<int>() - begin;
+      const auto project = [&](int site, const at::Tensor& x, const at::Tensor& w) {
+        at::Tensor y = at::matmul(x, w.t());
+        size_t leaf = 2;
+        for (int s = 0; s < kSites; ++s)
+          for (const MoeTerm& t : p.terms[s]) {
+            if (s == site && t.acts[g]) y = y + t.scale * at::matmul(at::matmul(x, leaves[leaf][e].to(dtype).t()), leaves[leaf + 1][e].to(dtype).t());
+            leaf += 2;
+          }
+        return y;
+      };
+      const at::Tensor x = x_RD.narrow(0, begin, count);
+      const at::Tensor h = at::silu(project(kGate, x, p.weights.gate_FD[e])) * project(kUp, x, p.weights.up_FD[e]);
+      parts.push_back(project(kDown, h, p.weights.down_DF[e]));
+    }
+  const at::Tensor y = at::cat(parts, 0).index_select(0, d.row_of_slot_TK.view({-1})).view({d.row_of_slot_TK.size(0), d.top_k, p.model_width()});
+  return (y * leaves[1].unsqueeze(-1)).sum(1);
+}
+
+MoeNeeds all_needs(const MoeProblem& p) {
+  MoeNeeds needs;
+  needs.x = needs.weights = true;
+  for (int s = 0; s < kSites; ++s) needs.factors[s].assign(p.terms[s].size(), true);
+  return needs;
+}
+// In the order of MoeInputs::leaves.
+std::vector<at::Tensor> flat(const MoeGradients& g) {
+  std::vector<at::Tensor> out{g.x_XD, g.weights_XK};
+  for (const auto& site : g.factors)
+    for (const auto& [A, B] : site) out.insert(out.end(), {A, B});
+  return out;
+}
+std::vector<at::Tensor> exact_gradients(const MoeInputs& in, const at::Tensor& dout, at::Tensor& y) {
+  std::vector<at::Tensor> leaves;
+  for (const auto& leaf : in.leaves) leaves.push_back(leaf.detach().clone().set_requires_grad(true));
+  y = plain_moe(in, leaves);
+  return torch::autograd::grad({y}, leaves, {dout.to(y.scalar_type())}, {}, false, /*allow_unused=*/true);
+}
+
+TEST(CudaLogic, ExpertsMatchTheDefinitionInFloat32) {
+  for (const Layout layout : {Layout::stacked, Layout::joined, Layout::scattered})
+    for (const auto& c : kMoeCases) {
+      const MoeInputs f = make_moe(c, at::kFloat, at::kFloat, layout), d = make_moe(c, at::kDouble, at::kDouble, layout);
+      const at::Tensor dout = randn({c.routing.T, c.D}, 30);
+      at::Tensor exact;
+      const auto expected = exact_gradients(d, dout, exact);
+      const MoeLayer<OnHost> layer(f.problem);
+      const MoeForward y = layer.forward(true, true);
+      EXPECT_LT(distance(y.out_XD, exact), 1e-5 * (1 + largest(exact))) << "T " << c.routing.T;
+      EXPECT_EQ(y.hidden_RF.sizes(), (std::vector<int64_t>{f.problem.dispatch.num_rows(), c.F}));
+      const auto ours = flat(layer.backward(y.saved, dout, all_needs(f.problem)));
+      ASSERT_EQ(ours.size(), expected.size());
+      for (size_t i = 0; i < ours.size(); ++i) {
+        const at::Tensor e = expected[i].defined() ? expected[i] : at::zeros_like(d.leaves[i]);
+        EXPECT_LT(distance(ours[i], e), 1e-5 * (1 + largest(e))) << "leaf " << i << ", T " << c.routing.T << ", layout " << int(layout);
+      }
+    }
+}
+
+TEST(CudaLogic, ExpertsInBfloat16AreNoWorseThanPlain) {
+  const MoeCase c{{200, 8, 2, 2, 0}, 64, 48, 8};
+  const MoeInputs b = make_moe(c, at::kBFloat16, at::kFloat, Layout::joined), d = make_moe(c, at::kDouble, at::kDouble, Layout::stacked), p = make_moe(c, at::kBFloat16, at::kBFloat16, Layout::stacked);
+  const at::Tensor dout = randn({c.routing.T, c.D}, 30).to(at::kBFloat16);
+  at::Tensor exact, plain;
+  const auto expected = exact_gradients(d, dout, exact);
+  const auto plain_grads = exact_gradients(p, dout, plain);
+  const MoeLayer<OnHost> layer(b.problem);
+  const MoeForward y = layer.forward(true, false);
+  EXPECT_EQ(y.out_XD.scalar_type(), at::kBFloat16);
+  EXPECT_LE(distance(y.out_XD, exact), 2 * distance(plain, exact) + 1e-3);
+  const auto ours = flat(layer.backward(y.saved, dout, all_needs(b.problem)));
+  for (size_t i = 0; i < ours.size(); ++i) {
+    EXPECT_EQ(ours[i].scalar_type(), b.leaves[i].scalar_type()) << i;
+    EXPECT_LE(distance(ours[i], expected[i]), 2 * distance(plain_grads[i], expected[i]) + 1e-3) << "leaf " << i;
+  }
+}
+
+TEST(CudaLogic, RowsOnWhichNothingActsKeepTheBaseBits) {
+  const MoeCase c{{120, 4, 2, 2, 2}, 16, 8, 3};
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    MoeInputs in = make_moe(c, dtype, at::kFloat, Layout::stacked);
+    in.problem.terms[kUp].pop_back();  // the one that acts everywhere
+    MoeInputs base = in;
+    base.problem.terms = {};
+    const at::Tensor text = make_routing(c.routing).second == 0;
+    const at::Tensor a = MoeLayer<OnHost>(in.problem).forward(true, false).out_XD, b = MoeLayer<OnHost>(base.problem).forward(true, false).out_XD;
+    EXPECT_TRUE(at::equal(a.index({text}), b.index({text})));
+    EXPECT_FALSE(at::equal(a, b));
+  }
+}
+
+TEST(CudaLogic, AnIdleExpertHasExactlyZeroGradientAndOnlyNeededOnesAreMade) {
+  const MoeCase c{{40, 4, 2, 2, 2}, 16, 8, 3};  // expert 3 is never selected
+  const MoeInputs in = make_moe(c, at::kBFloat16, at::kFloat, Layout::stacked);
+  const MoeLayer<OnHost> layer(in.problem);
+  const MoeForward y = layer.forward(true, false);
+  MoeNeeds needs = all_needs(in.problem);
+  const MoeGradients all = layer.backward(y.saved, at::ones_like(in.problem.x_XD), needs);
+  for (const auto& [A, B] : all.factors[kDown]) {
+    EXPECT_EQ(largest(A[3].to(at::kDouble)), 0.0);
+    EXPECT_EQ(largest(B[3].to(at::kDouble)), 0.0);
+    EXPECT_GT(largest(A[0].to(at::kDouble)), 0.0);
+  }
+  needs.x = needs.weights = false;
+  needs.factors[kDown] = {false};
+  needs.factors[kUp] = {false, true};
+  const MoeGradients some = layer.backward(y.saved, at::ones_like(in.problem.x_XD), needs);
+  EXPECT_FALSE(some.x_XD.defined() || some.weights_XK.defined() || some.factors[kDown][0].first.defined() || some.factors[kUp][0].first.defined());
+  EXPECT_TRUE(some.factors[kUp][1].second.defined() && some.factors[kGate][0].first.defined());
+}
+
+TEST(CudaLogic, WithoutTermsOnlyActivationsAndWeightsGetGradients) {
+  const MoeCase c{{33, 4, 2, 1, 0}, 8, 16, 4};
+  MoeInputs f = make_moe(c, at::kFloat, at::kFloat, Layout::joined), d = make_moe(c, at::kDouble, at::kDouble, Layout::joined);
+  f.problem.terms = d.problem.terms = {};
+  f.leaves.resize(2);
+  d.leaves.resize(2);
+  const at::Tensor dout = randn({33, 8}, 30);
+  at::Tensor exact;
+  const auto expected = exact_gradients(d, dout, exact);
+  const MoeLayer<OnHost> layer(f.problem);
+  const MoeForward y = layer.forward(true, false);
+  EXPECT_EQ(y.saved.size(), 2u);
+  const MoeGradients g = layer.backward(y.saved, dout, all_needs(f.problem));
+  EXPECT_LT(distance(y.out_XD, exact), 1e-5);
+  EXPECT_LT(distance(g.x_XD, expected[0]), 1e-4);
+  EXPECT_LT(distance(g.weights_XK, expected[1]), 1e-4);
+}
+
+TEST(CudaLogic, ExpertsInOneStorageAreViewedNotCopied) {
+  const at::Tensor all = randn({3, 2, 8, 4}, 1);  // E, {gate, up}, F, D
+  std::vector<at::Tensor> gate, up, loose;
+  for (int64_t e = 0; e < 3; ++e) {
+    gate.push_back(all[e][0]);
+    up.push_back(all[e][1]);
+    loose.push_back(all[e][0].clone());
+  }
+  const at::Tensor g = stacked(gate), u = stacked(up), both = joined(g, u);
+  EXPECT_TRUE(g.is_alias_of(all) && u.is_alias_of(all) && both.is_alias_of(all));
+  EXPECT_TRUE(at::equal(both, all.view({3, 16, 4})));
+  EXPECT_TRUE(at::equal(u, all.select(1, 1)));
+  EXPECT_TRUE(at::equal(stacked(loose), g));
+  EXPECT_FALSE(joined(stacked(loose), u).defined());
+  EXPECT_FALSE(joined(u, g).defined());
+  std::swap(gate[0], gate[2]);  // equally spaced, but backwards
+  EXPECT_TRUE(at::equal(stacked(gate), all.select(1, 0).flip({0})));
+}
+
+}  // namespace
+}  // namespace moegraft::kernels::cuda
