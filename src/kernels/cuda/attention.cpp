@@ -13,18 +13,24 @@
 namespace moegraft::kernels {
 namespace {
 
-// The flash backward asks the process-wide switch whether float atomics may be used. Set for one call and put back.
+// The flash backward asks the process-wide switch whether float atomics may be used. Set for one call and put back; the switch's other effect, filling
+// every fresh tensor, is kept off.
 class DeterministicAlgorithms {
  public:
-  DeterministicAlgorithms() : on_(at::globalContext().deterministicAlgorithms()), warn_only_(at::globalContext().deterministicAlgorithmsWarnOnly()) {
+  DeterministicAlgorithms() {
     at::globalContext().setDeterministicAlgorithms(true, false);
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
   }
-  ~DeterministicAlgorithms() { at::globalContext().setDeterministicAlgorithms(on_, warn_only_); }
+  ~DeterministicAlgorithms() {
+    at::globalContext().setDeterministicAlgorithms(on_, warn_only_);
+    at::globalContext().setDeterministicFillUninitializedMemory(fill_);
+  }
   DeterministicAlgorithms(const DeterministicAlgorithms&) = delete;
   DeterministicAlgorithms& operator=(const DeterministicAlgorithms&) = delete;
 
  private:
-  bool on_, warn_only_;
+  const bool on_ = at::globalContext().deterministicAlgorithms(), warn_only_ = at::globalContext().deterministicAlgorithmsWarnOnly(),
+             fill_ = at::globalContext().deterministicFillUninitializedMemory();
 };
 
 // The library's window counts the keys to the left beside the query's own.
