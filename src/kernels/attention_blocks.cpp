@@ -1,7 +1,7 @@
 // Flash attention (arXiv:2307.08691) on the CPU by block products, over packed sequences in their own layout [T, H, C]: nothing is padded, transposed or
 // repeated in memory. ATen's CPU path serves one padded batch, and its bf16 backward runs at a tenth of the machine's product rate.
 //
-// Forward: 32 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
+// Forward: 64 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
 // held with a row per key, so that P^T and dS^T are left operands of dV and dK as they are; dQ is summed transposed.
 
 #include <algorithm>
@@ -165,9 +165,8 @@ class Backward {
     copy_rows(v_rows, 0, keys, C, v);
     std::fill_n(k + keys * Cd, (depth - keys) * Cd, T{});
     std::fill_n(v + keys * Cd, (depth - keys) * Cd, T{});
-    std::fill_n(k_transposed, Cp * depth, T{});
-    for (int64_t i = 0; i < keys; ++i)
-      for (int64_t c = 0; c < C; ++c) k_transposed[c * depth + i] = k[i * Cd + c];
+    loops<T>().transpose(k, Cd, depth, C, k_transposed, depth);
+    std::fill_n(k_transposed + C * depth, (Cp - C) * depth, T{});
     float *dk = scratch.take<float>(depth * Cp), *dv = scratch.take<float>(depth * Cp);
     std::fill_n(dk, depth * Cp, 0.0f);
     std::fill_n(dv, depth * Cp, 0.0f);
@@ -187,10 +186,10 @@ class Backward {
       q_along = scratch.take<T>(along), dout_along = scratch.take<T>(along);
       p = scratch.take<T>(kPanel * kPanel), ds = scratch.take<T>(kPanel * kPanel), ds_panel = scratch.take<T>(kPanel * kPanel);
       scores = scratch.take<float>(kPanel * kPanel), dp = scratch.take<float>(kPanel * kPanel), dq = scratch.take<float>(padded_width(C) * kPanel);
-      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), row = scratch.take<float>(2 * C);
+      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), row = scratch.take<float>(2 * C), dq_rows = scratch.take<float>(kPanel * C);
     }
     T *q_across, *dout_across, *q_along, *dout_along, *p, *ds, *ds_panel;
-    float *scores, *dp, *dq, *lse, *delta, *row;
+    float *scores, *dp, *dq, *lse, *delta, *row, *dq_rows;
   };
 
   // All keys against n <= 64 queries of one head.
@@ -223,10 +222,8 @@ class Backward {
       const Panels<T> ds = pack_rows_deep(b.ds, kPanel, rows, kPanel, kPanel, b.ds_panel);
       product(Cp, k_transposed + j, depth, ds, 0, b.dq, kPanel, j > first);
     }
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t c = 0; c < C; ++c) b.row[c] = b.dq[c * kPanel + i];
-      loops<T>().from_float(b.row, 1.0f, mutable_data<T>(grads_.q_THC) + ((token + i) * H + h) * C, C);
-    }
+    loops<float>().transpose(b.dq, kPanel, C, n, b.dq_rows, C);
+    for (int64_t i = 0; i < n; ++i) loops<T>().from_float(b.dq_rows + i * C, 1.0f, mutable_data<T>(grads_.q_THC) + ((token + i) * H + h) * C, C);
   }
 
   // n <= 64 rows of width C as a right operand [C, 64], zero beyond n: one panel of full width, so that few kernels serve all sizes.

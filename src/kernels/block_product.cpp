@@ -50,7 +50,7 @@ Panels<T> pack_panels(int64_t k, int64_t n, T* out, const Pack& pack) {
 }  // namespace
 
 int64_t padded_rows(int64_t rows) {
-  const int64_t rest = rows % kBlock;
+  const int64_t rest = rows % 32;
   return rows - rest + (rest ? int64_t(std::bit_ceil(uint64_t(rest))) : 0);
 }
 
@@ -79,8 +79,11 @@ Panels<T> pack_plain_float(const float* w, int64_t ld, float factor, int64_t k, 
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate) {
   const int64_t width = b.width(j), depth = b.depth();
-  for (int64_t begin = 0; begin < m; begin += kBlock)
-    brgemm(padded_rows(std::min(kBlock, m - begin)), width, depth, lda, width, ldc, accumulate, a + begin * lda, b.panel(j), c + begin * ldc);
+  for (int64_t begin = 0; begin < m;) {
+    const int64_t left = m - begin, rows = left >= kBlock ? kBlock : left >= 32 ? 32 : padded_rows(left);
+    brgemm(rows, width, depth, lda, width, ldc, accumulate, a + begin * lda, b.panel(j), c + begin * ldc);
+    begin += rows;
+  }
 }
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, float* c, int64_t ldc, bool accumulate) {

@@ -35,6 +35,13 @@ struct Loops {
   // dx = dx_out + J^T (dy + dy_float); each of the three may be null. ddelta = T(dx) when given.
   void (*residual_norm_backward)(const float* dx_out, const T* dy, const float* dy_float, const float* x, const float* w, float rstd, float* dx, T* ddelta, int64_t n);
 
+  // y = w * T(x * rstd) and its gradient for x; returns rstd.
+  float (*rms_norm)(const T* x, const T* w, float eps, T* y, int64_t n);
+  void (*rms_norm_backward)(const T* dy, const T* x, const T* w, float rstd, T* dx, int64_t n);
+  // The two halves of a head: (a, b) -> (a cos - sign b sin, b cos + sign a sin).
+  void (*rotate)(const T* x, const float* cos, const float* sin, float sign, T* y, int64_t half);
+  void (*transpose)(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ld_out);
+
   // p[j] = T(exp(scale * s[j] - max)) for j in [first, last), zero elsewhere in [0, padded). max: largest scale * s[j]. Returns the sum of p.
   float (*softmax)(const float* s, float scale, int64_t first, int64_t last, int64_t padded, T* p, float* max);
   // p = exp(scale * s - lse), ds = scale * p * (dp - delta) for i in [first, last), zero elsewhere in [0, padded).

@@ -168,10 +168,14 @@ int64_t most_columns(const MoeProblem& p) {
   return n + 16 * kSites;
 }
 
+// Views of what is saved. g and u lie as the backward pass reads them: chunk by chunk, panel by panel, [rows, 64] each, so that reading streams.
 template <class T>
-struct Saved {  // views of the saved tensors
+struct Saved {
   T *g = nullptr, *u = nullptr, *t_gu = nullptr, *t_d = nullptr;
   int64_t ld_gu = 0, ld_d = 0;  // columns of the thin products
+  static int64_t tile(int64_t chunk_begin, int64_t chunk_rows, int64_t width, int64_t panel, int64_t row) {
+    return chunk_begin * round_up(width, kPanel) + panel * kPanel * chunk_rows + row * kPanel;
+  }
 };
 
 // Each token's rows summed, weighted or not, in slot order.
@@ -203,7 +207,7 @@ class Forward {
     for (const auto& set : adapters_.sets) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
     const auto options = p.x_XD.options();
     const int64_t kept = save ? R : 0;
-    saved_ = {at::empty({kept, F}, options), at::empty({kept, F}, options), at::empty({kept, gu}, options), at::empty({kept, d}, options)};
+    saved_ = {at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, gu}, options), at::empty({kept, d}, options)};
     view_ = {mutable_data<T>(saved_[0]), mutable_data<T>(saved_[1]), mutable_data<T>(saved_[2]), mutable_data<T>(saved_[3]), gu, d};
     y_RD_ = at::empty({R, p.model_width()}, options);
     if (keep_hidden) hidden_RF_ = at::empty({R, F}, options);
@@ -257,13 +261,12 @@ class Forward {
     for (int64_t j = 0; j < gate.count(); ++j) {
       const int64_t width = gate.width(j), columns = gate.columns(j);
       for (int64_t r = 0; r < rows; r += kBlock) {
-        const int64_t m = std::min(kBlock, rows - r), row = begin + r, column = j * kPanel;
+        const int64_t m = std::min(kBlock, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         product(m, b.x + r * b.ld_x, b.ld_x, gate, j, b.g, width, false);
         product(m, b.x + r * b.ld_x, b.ld_x, up, j, b.u, width, false);
         if (set.columns[kGate]) product(m, b.t + r * gu, gu, f.B_out[kGate], j, b.g, width, true);
         if (set.columns[kUp]) product(m, b.t + r * gu + set.columns[kGate], gu, f.B_out[kUp], j, b.u, width, true);
-        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + row * F + column : b.g_T, save_ ? view_.u + row * F + column : b.u_T, save_ ? F : kPanel, b.h + r * b.ld_h + column,
-                          b.ld_h, m, columns);
+        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
       }
@@ -299,11 +302,9 @@ class Forward {
 // acc [columns, width] (+)= t^T in over `rows` rows: one factor's gradient. t and in in T.
 template <class T>
 void outer(int64_t rows, const T* t, int64_t ldt, int64_t columns, const T* in, int64_t ld, int64_t width, float* acc, bool accumulate, T* t_transposed, T* panels) {
-  const int64_t depth = round_up(rows, kBlock);  // few distinct kernels
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) t_transposed[c * depth + r] = t[r * ldt + c];
-    std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
-  }
+  const int64_t depth = round_up(rows, 32);  // few distinct kernels
+  loops<T>().transpose(t, ldt, rows, columns, t_transposed, depth);
+  for (int64_t c = 0; c < columns; ++c) std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
   const Panels<T> b{panels, depth, width};
   for (int64_t j = 0; j < b.count(); ++j) {
     loops<T>().pack_kn(in + j * kPanel, ld, rows, b.columns(j), panels + j * kPanel * depth, depth, b.width(j));
@@ -412,8 +413,9 @@ class Backward {
         const int64_t m = std::min(kBlock, rows - r), row = begin + r, to = r * b.ld_f + column;
         product(m, b.dy + r * b.ld_d, b.ld_d, down, j, b.out, width, false);
         if (d) product(m, b.dt_d + r * d, d, f.A_out[1], j, b.out, width, true);
-        loops<T>().swiglu_backward(b.out, width, view_.g + row * F + column, view_.u + row * F + column, F, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f,
-                                   dweight_R_.data() + row, m, columns);
+        const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
+        loops<T>().swiglu_backward(b.out, width, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m,
+                                   columns);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
       }

@@ -13,35 +13,20 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kRowGrain = 16;
 
-template <class scalar_t>
-void rms_forward_cpu(const scalar_t* x, const scalar_t* w, scalar_t* y, float* rstd, int64_t rows, int64_t width, double eps) {
+template <class T>
+void rms_forward_cpu(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y, const at::Tensor& rstd, double eps) {
+  const int64_t rows = rstd.numel(), width = x.size(-1);
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const scalar_t* xr = x + r * width;
-      scalar_t* yr = y + r * width;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) sum += float(xr[i]) * float(xr[i]);
-      const float inverse = 1.0f / std::sqrt(sum / float(width) + float(eps));
-      rstd[r] = inverse;
-      // Rounded to the compute dtype before the weight, as the reference models do.
-      for (int64_t i = 0; i < width; ++i) yr[i] = scalar_t(float(w[i]) * float(scalar_t(float(xr[i]) * inverse)));
-    }
+    for (int64_t r = begin; r < end; ++r) mutable_data<float>(rstd)[r] = loops<T>().rms_norm(data<T>(x) + r * width, data<T>(w), float(eps), mutable_data<T>(y) + r * width, width);
   });
 }
 
-template <class scalar_t>
-void rms_backward_cpu(const scalar_t* dy, const scalar_t* x, const scalar_t* w, const float* rstd, scalar_t* dx, int64_t rows, int64_t width) {
+template <class T>
+void rms_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd, const at::Tensor& dx) {
+  const int64_t rows = rstd.numel(), width = x.size(-1);
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const scalar_t *dyr = dy + r * width, *xr = x + r * width;
-      scalar_t* dxr = dx + r * width;
-      float dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < width; ++i) dot += float(dyr[i]) * float(w[i]) * float(xr[i]);
-      const float s = rstd[r], coefficient = dot * s * s * s / float(width);
-      for (int64_t i = 0; i < width; ++i) dxr[i] = scalar_t(s * float(w[i]) * float(dyr[i]) - coefficient * float(xr[i]));
-    }
+    for (int64_t r = begin; r < end; ++r)
+      loops<T>().rms_norm_backward(data<T>(dy) + r * width, data<T>(x) + r * width, data<T>(w), data<float>(rstd)[r], mutable_data<T>(dx) + r * width, width);
   });
 }
 
@@ -55,10 +40,8 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     if (has_cpu_path(x)) {
       y = at::empty_like(x);
       rstd = at::empty({rows}, x.options().dtype(at::kFloat));
-      if (x.scalar_type() == at::kFloat)
-        rms_forward_cpu(x.const_data_ptr<float>(), weight.const_data_ptr<float>(), y.data_ptr<float>(), rstd.data_ptr<float>(), rows, width, eps);
-      else
-        rms_forward_cpu(x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), y.data_ptr<at::BFloat16>(), rstd.data_ptr<float>(), rows, width, eps);
+      if (x.scalar_type() == at::kFloat) rms_forward_cpu<float>(x, weight, y, rstd, eps);
+      else rms_forward_cpu<bf16>(x, weight, y, rstd, eps);
     } else {
       const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
       const at::Tensor xf = x.to(wide);
@@ -78,11 +61,8 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     at::Tensor dx, dw;
     if (has_cpu_path(x)) {
       dx = at::empty_like(x);
-      if (x.scalar_type() == at::kFloat)
-        rms_backward_cpu(dy.const_data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(), rstd.const_data_ptr<float>(), dx.data_ptr<float>(), rows, width);
-      else
-        rms_backward_cpu(dy.const_data_ptr<at::BFloat16>(), x.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), rstd.const_data_ptr<float>(),
-                         dx.data_ptr<at::BFloat16>(), rows, width);
+      if (x.scalar_type() == at::kFloat) rms_backward_cpu<float>(dy, x, weight, rstd, dx);
+      else rms_backward_cpu<bf16>(dy, x, weight, rstd, dx);
       if (ctx->needs_input_grad(1)) dw = (dy.to(at::kFloat) * x.to(at::kFloat)).view({rows, width}).mul_(rstd.unsqueeze(-1)).sum(0).to(weight.scalar_type());
     } else {
       const auto wide = rstd.scalar_type();
@@ -167,32 +147,24 @@ class ResidualNormFunction : public torch::autograd::Function<ResidualNormFuncti
   }
 };
 
-template <class scalar_t>
-void rotary_cpu(const scalar_t* x, const float* cos, const float* sin, scalar_t* y, int64_t tokens, int64_t heads, int64_t width, float sign) {
-  const int64_t half = width / 2;
+template <class T>
+void rotary_cpu(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& y, float sign) {
+  const int64_t tokens = x.size(0), heads = x.size(1), width = x.size(2), half = width / 2;
   at::parallel_for(0, tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const float *c = cos + t * half, *s = sin + t * half;
+    for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < heads; ++h) {
-        const scalar_t* xr = x + (t * heads + h) * width;
-        scalar_t* yr = y + (t * heads + h) * width;
-        for (int64_t i = 0; i < half; ++i) {
-          const float a = float(xr[i]), b = float(xr[i + half]), sn = sign * s[i];
-          yr[i] = scalar_t(a * c[i] - b * sn);
-          yr[i + half] = scalar_t(b * c[i] + a * sn);
-        }
+        const int64_t at = (t * heads + h) * width;
+        loops<T>().rotate(data<T>(x) + at, data<float>(cos) + t * half, data<float>(sin) + t * half, sign, mutable_data<T>(y) + at, half);
       }
-    }
   });
 }
 
 at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, float sign) {
   const at::Tensor x = x_in.contiguous();
-  const int64_t tokens = x.size(0), heads = x.size(1), width = x.size(2);
   if (has_cpu_path(x)) {
     at::Tensor y = at::empty_like(x);
-    if (x.scalar_type() == at::kFloat) rotary_cpu(x.const_data_ptr<float>(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), y.data_ptr<float>(), tokens, heads, width, sign);
-    else rotary_cpu(x.const_data_ptr<at::BFloat16>(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), y.data_ptr<at::BFloat16>(), tokens, heads, width, sign);
+    if (x.scalar_type() == at::kFloat) rotary_cpu<float>(x, cos, sin, y, sign);
+    else rotary_cpu<bf16>(x, cos, sin, y, sign);
     return y;
   }
   const auto halves = x.chunk(2, -1);

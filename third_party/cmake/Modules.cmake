@@ -35,7 +35,8 @@ function(moegraft_loops)
   set(loops ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v3.cpp ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp)
   set_source_files_properties(${loops} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
-    set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp PROPERTIES COMPILE_OPTIONS "-march=x86-64-v4;-mprefer-vector-width=512")
+    set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp PROPERTIES COMPILE_OPTIONS
+      "-march=x86-64-v4;-mprefer-vector-width=512;-Wno-uninitialized;-Wno-maybe-uninitialized")  # GCC 12 warns of its own intrinsics
   endif()
 endfunction()
 
