@@ -11,7 +11,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/checkpoint/state.h"
-#include "moegraft/data/stream.h"
+#include "moegraft/data/prefetch.h"
 #include "moegraft/evaluate/likelihood.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
@@ -33,6 +33,8 @@ namespace {
 namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
 std::vector<std::string> modality_names(const model::Vocabulary& vocabulary) {
   std::vector<std::string> names{"text"};
   for (const auto& m : vocabulary.modalities) names.push_back(m.name);
@@ -53,7 +55,8 @@ class Trainer {
         dir_(std::move(dir)),
         optimizer_(make_optimizer(*model_.registry, config.train)),
         schedule_{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
-        stream_(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed), config.data.tokens_per_step / config.train.accumulation),
+        stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed), config.data.tokens_per_step / config.train.accumulation),
+                config.data.prefetch, model_.device().is_cuda()),
         writer_(dir_.checkpoints(), config.checkpoint),
         board_(dir_.tensorboard(), from ? from->step : -1),
         routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), modality_names(model_.vocabulary), model_.device()) {
@@ -123,31 +126,45 @@ class Trainer {
     writer_.discard_after(from.step);
   }
 
-  double seconds() const { return earlier_seconds_ + std::chrono::duration<double>(Clock::now() - session_start_).count(); }
+  double seconds() const { return earlier_seconds_ + seconds_since(session_start_); }
+
+  model::PackedBatch next_batch() {
+    const auto start = Clock::now();
+    model::PackedBatch batch = model::to_device(stream_.next(), model_.device());
+    window_wait_ += seconds_since(start);
+    return batch;
+  }
 
   void step() {
+    const auto start = Clock::now();
     const auto& t = config_.train;
     model_.registry->zero_grad();
     std::vector<model::PackedBatch> batches;
     int64_t labels = 0, tokens = 0;
     for (int64_t i = 0; i < t.accumulation; ++i) {
-      batches.push_back(model::to_device(stream_.next(), model_.device()));
-      labels += (batches.back().labels_T >= 0).sum().item<int64_t>();
+      batches.push_back(next_batch());
+      labels += batches.back().facts->num_labels;
       tokens += batches.back().num_tokens();
     }
     const bool balance = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
     model::ForwardOptions options;
     options.routing = &routing_;
     options.aux_loss = balance;
-    double loss = 0;
+    std::vector<model::LossResult> results;
     for (const auto& batch : batches) {
       const auto result = model_.decoder->forward(batch, options);
       auto ce = model::cross_entropy_loss(*model_.decoder, result.hidden_TD, batch.labels_T, double(std::max<int64_t>(labels, 1)));
-      loss += ce.loss.item<double>();
-      if (balance) ce.loss = ce.loss + result.aux_loss * (model_.decoder->spec().router_aux_loss_coef / double(batches.size()));
-      if (!std::isfinite(loss)) stop_on_bad_number(batch, "loss", loss);
-      if (ce.loss.requires_grad()) ce.loss.backward();
-      add(ce);
+      const at::Tensor objective = balance ? ce.loss + result.aux_loss * (model_.decoder->spec().router_aux_loss_coef / double(batches.size())) : ce.loss;
+      if (objective.requires_grad()) objective.backward();
+      ce.loss = ce.loss.detach();
+      results.push_back(std::move(ce));
+    }
+    // Read only now: the host would wait for the device here, and has nothing left to launch.
+    double loss = 0;
+    for (size_t i = 0; i < results.size(); ++i) {
+      loss += results[i].loss.item<double>();
+      if (!std::isfinite(loss)) stop_on_bad_number(batches[i], "loss", loss);
+      add(results[i]);
     }
     const double norm = clip_grad_norm(*model_.registry, t.clip);
     if (!std::isfinite(norm)) stop_on_bad_number(batches.back(), "gradient norm", norm);
@@ -157,6 +174,7 @@ class Trainer {
     window_tokens_ += tokens;
     state_.tokens_seen += tokens;
     ++state_.step;
+    window_step_ += seconds_since(start);
   }
 
   void add(const model::LossResult& ce) {
@@ -175,7 +193,7 @@ class Trainer {
   }
 
   std::string status() {
-    const double elapsed = std::chrono::duration<double>(Clock::now() - session_start_).count();
+    const double elapsed = seconds_since(session_start_);
     char buffer[96];
     std::snprintf(buffer, sizeof buffer, "loss %.4f · %s tok/s", loss_, format_count(double(state_.tokens_seen - first_tokens_) / std::max(elapsed, 1e-9)).c_str());
     return buffer;
@@ -191,16 +209,21 @@ class Trainer {
         board_.scalar("train/nll_" + names[m], state_.step, window_nll_[m] / double(window_labels_[m]));
       }
     const double rate = double(window_tokens_) / std::max(now - window_start_, 1e-9);
+    // Of the time in steps: what passed until their batches were there.
+    const double data_wait_share = window_step_ > 0 ? window_wait_ / window_step_ : 0;
     line["tokens_per_s"] = rate;
+    line["data_wait_share"] = data_wait_share;
     line["seconds"] = now;
     dir_.metrics.append(line.dump());
     board_.scalar("train/loss", state_.step, loss_);
     board_.scalar("train/grad_norm", state_.step, grad_norm_);
     board_.scalar("train/lr_factor", state_.step, factor);
     board_.scalar("train/tokens_per_s", state_.step, rate);
+    board_.scalar("train/data_wait_share", state_.step, data_wait_share);
     window_nll_.clear();
     window_labels_.clear();
     window_tokens_ = 0;
+    window_wait_ = window_step_ = 0;
     window_start_ = now;
   }
 
@@ -256,7 +279,7 @@ class Trainer {
   run::RunDir dir_;
   AdamW optimizer_;
   Schedule schedule_;
-  data::BatchStream stream_;
+  data::PrefetchStream stream_;
   std::optional<data::EvalStream> eval_;
   checkpoint::CheckpointWriter writer_;
   TensorBoard board_;
@@ -267,6 +290,7 @@ class Trainer {
   std::vector<double> window_nll_;
   std::vector<int64_t> window_labels_;
   int64_t window_tokens_ = 0, first_tokens_ = 0;  // first: seen before this session
+  double window_wait_ = 0, window_step_ = 0;      // seconds waiting for batches, seconds in steps
   double window_start_ = 0, earlier_seconds_ = 0;
   Clock::time_point session_start_;
 };

@@ -87,6 +87,31 @@ TEST(Trainer, AResumedRunIsBitIdenticalToAnUninterruptedOne) {
   }
 }
 
+TEST(Trainer, PrefetchingChangesNothingButTheWait) {
+  TemporaryFolder folder;
+  const TinyWorld world = make_tiny_world(folder.path());
+  std::string expected;
+  for (const int64_t depth : {0, 1, 6}) {
+    run::RunConfig c = config_of(world, "ahead" + std::to_string(depth), 6);
+    c.train.accumulation = 2, c.data.sequence_length = c.data.tokens_per_step / 2, c.data.caption_dropout = 0.3;
+    c.data.prefetch = depth;
+    train(c);
+    // From the middle, with another depth.
+    for (const int64_t step : {4, 6}) fs::remove_all(fs::path(c.run.dir) / "checkpoints" / checkpoint::step_name(step));
+    c.data.prefetch = 3;
+    train(c, "auto");
+    if (depth == 0) expected = adapter_bytes(c.run.dir);
+    EXPECT_EQ(adapter_bytes(c.run.dir), expected) << "depth " << depth;
+    std::ifstream in(fs::path(c.run.dir) / "metrics.jsonl");
+    for (std::string line; std::getline(in, line);) {
+      const io::Json j = io::Json::parse(line);
+      if (!j.contains("loss")) continue;
+      const double share = j.at("data_wait_share");
+      EXPECT_TRUE(share > 0 && share < 1) << line;  // no batch takes no time, no step is all waiting
+    }
+  }
+}
+
 TEST(Trainer, ABatchWithoutPicturesTrainsNothingAndBreaksNothing) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());
