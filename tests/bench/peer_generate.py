@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Times transformers' generate: greedy, cached, exactly N new tokens. Prints one JSON object with the field names of
+`moegraft bench generate --json`. Prefill is the time for one new token, decode what the others take on top.
+
+    peer_generate.py MODEL --batch 4 --prompt 128 --tokens 32 --dtype bfloat16 [--ids FILE] [--rank 16] [--rounds 3]
+
+--rank puts LoRA on all experts with PEFT (unmerged); 0 leaves the plain model, what a merged adapter would cost. Needs torch, transformers, peft.
+"""
+import argparse
+import json
+
+import peer
+import torch
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    peer.add_arguments(parser)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ids", help="safetensors with input_ids int64 [batch, prompt] instead of random prompts")
+    args = parser.parse_args()
+    if args.tokens < 2:
+        parser.error("--tokens must be at least 2")
+
+    model = peer.load(args)
+    if args.rank:
+        model = peer.add_lora(model, args.rank)
+    model.eval()
+    ids = peer.load_ids(args.ids, (args.batch, args.prompt), model.config.vocab_size).to(args.device)
+    batch, prompt = ids.shape
+
+    def generate(count):
+        start = peer.clock(args.device)
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
+        return peer.clock(args.device) - start, out[:, prompt:]
+
+    generate(2)
+    prefill, whole = [], []
+    for _ in range(args.rounds):
+        prefill.append(generate(1)[0])
+        seconds, out = generate(args.tokens)
+        whole.append(seconds)
+    decode = [max(w - min(prefill), 1e-9) for w in whole]
+    print(json.dumps({"tool": "transformers" + ("+peft" if args.rank else ""), "experts": args.experts, "prefill_tokens_per_s": batch * prompt / min(prefill),
+                      "decode_tokens_per_s": batch * (args.tokens - 1) / min(decode), "decode_step_ms": 1e3 * min(decode) / (args.tokens - 1), "prefill_s": prefill,
+                      "decode_s": decode, "ids": out.tolist(), "peak_mib": peer.peak_mib(args.device), "batch": batch, "prompt": prompt, "new_tokens": args.tokens,
+                      "dtype": args.dtype, "rank": args.rank, "threads": torch.get_num_threads(), "device": args.device}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+#pragma once
+// What the benchmarks share: a clock, the machine's practical limit, memory, a plain model with LoRA on it, the work that a step needs.
+
+#include <ATen/core/Tensor.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "moegraft/graft/grafted_model.h"
+
+namespace moegraft::tools::bench {
+
+using Json = nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+inline double since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
+double median(std::vector<double> values);
+void synchronize(at::Device device);
+void set_threads(int64_t threads);  // 0: as they are
+
+// The practical limit of this machine: a large product in the same dtype and process. Benchmarks ask before and after and keep the larger.
+double matmul_gflops(at::ScalarType dtype, at::Device device);
+
+// Largest resident memory of this process so far. rusage is what `time` and wait4 report; high_water (VmHWM) starts anew with each exec.
+struct PeakMemory {
+  double rusage_mib = 0, high_water_mib = 0, device_mib = 0;
+};
+PeakMemory peak_memory(at::Device device);
+
+struct ModelOptions {
+  std::string model, dtype = "bfloat16", device = "cpu", quantize = "none";
+  std::vector<std::string> sites{"gate", "up", "down"};
+  int64_t rank = 16;      // 0: no adapter
+  int64_t codes = 0;      // > 0: rows of a made-up modality "image" with that many codes
+  int64_t item_length = 1;
+};
+void add_model_options(CLI::App& cmd, ModelOptions& o);
+// A Hugging Face directory with random LoRA (and rows) on it, registered for training. UserError: a run directory. UsageError: a base that cannot be had.
+graft::GraftedModel open_model(const ModelOptions& o);
+
+// Uniform ids in [3, vocab), the same in every process.
+at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);
+
+// Work that one step cannot do without, in FLOPs; recomputed work never counts. Attention scores stay apart: the usual count of 2 per active parameter
+// leaves them out.
+struct StepWork {
+  double forward = 0, activation_gradient = 0, lora = 0, attention_scores = 0;
+  double total() const { return forward + activation_gradient + lora; }
+};
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o);
+
+// Self times of the operations of one stretch of work (ATen's, autograd's nodes and RECORD_FUNCTION marks). On a GPU every operation is waited for,
+// which makes the stretch slower than it is. Process-wide: one at a time.
+class OpProfile {
+ public:
+  explicit OpProfile(at::Device device);
+  ~OpProfile();
+  OpProfile(const OpProfile&) = delete;
+  void phase(const std::string& name);  // what follows belongs to it
+  Json finish();                        // {total_s, phases: [{name, s, unmarked_s}], ops: [{op, phase, calls, self_s, share}]}, largest first
+  static void print(const Json& profile, size_t rows);
+};
+
+// Runs this program again with `args`: {exit code, stdout, stderr}. A fresh process has its own memory peak.
+struct ChildResult {
+  int code = 0;  // 128 + the signal when one ended it
+  std::string out, err;
+};
+ChildResult run_self(const std::vector<std::string>& args);
+
+void print_table(const std::vector<std::string>& header, const std::vector<std::vector<std::string>>& rows);
+std::string fixed(double value, int digits);
+
+// One subcommand each. The step's options are also those of `bench` itself: `bench MODEL` is `bench step MODEL`.
+std::function<void()> add_step_options(CLI::App& cmd);
+void add_generate_command(CLI::App& bench);
+void add_growth_command(CLI::App& bench);
+
+}  // namespace moegraft::tools::bench

@@ -1,0 +1,186 @@
+// Clock, limits, memory, models and child processes of the benchmarks.
+#include <ATen/DeviceAccelerator.h>
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "libtorch.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+
+#include "bench.h"
+#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
+#include "moegraft/graft/initialise_lora.h"
+
+namespace moegraft::tools::bench {
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  return n == 0 ? 0 : n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+}
+
+void synchronize(at::Device device) {
+  if (device.is_cuda()) torch::cuda::synchronize();
+}
+
+void set_threads(int64_t threads) {
+  if (threads > 0) at::set_num_threads(int(threads));
+}
+
+double matmul_gflops(at::ScalarType dtype, at::Device device) {
+  const at::NoGradGuard no_grad;
+  const int64_t n = device.is_cpu() ? 2048 : 8192, repeats = 5;
+  const auto options = at::TensorOptions(dtype).device(device);
+  const at::Tensor x = at::empty({n, n}, options).normal_(), y = at::empty({n, n}, options).normal_();
+  at::Tensor z = at::mm(x, y);
+  synchronize(device);
+  const auto start = Clock::now();
+  for (int64_t i = 0; i < repeats; ++i) at::mm_out(z, x, y);
+  synchronize(device);
+  return double(repeats) * 2 * double(n) * double(n) * double(n) / since(start) / 1e9;
+}
+
+PeakMemory peak_memory(at::Device device) {
+  PeakMemory peak;
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  peak.rusage_mib = double(usage.ru_maxrss) / 1024;
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("VmHWM:")) peak.high_water_mib = std::stod(line.substr(6)) / 1024;
+  if (device.is_cuda()) {
+    constexpr size_t kAll = 0;  // c10's StatType::AGGREGATE
+    peak.device_mib = double(at::accelerator::getDeviceStats(device.has_index() ? device.index() : 0).allocated_bytes[kAll].peak) / (1 << 20);
+  }
+  return peak;
+}
+
+void add_model_options(CLI::App& cmd, ModelOptions& o) {
+  cmd.add_option("model", o.model, "Hugging Face directory");
+  cmd.add_option("--dtype", o.dtype, "float32 or bfloat16")->capture_default_str();
+  cmd.add_option("--device", o.device, "cpu or cuda")->capture_default_str();
+  cmd.add_option("--rank", o.rank, "LoRA rank")->check(CLI::Range(1, 1024))->capture_default_str();
+  cmd.add_option("--sites", o.sites, "Where LoRA acts: gate up down q k v o")->delimiter(',')->capture_default_str();
+  cmd.add_option("--quantize", o.quantize, "How the base is stored; none is all there is so far")->capture_default_str();
+}
+
+namespace {
+
+// Small random numbers, as a fresh graft has.
+at::Tensor random_rows(int64_t count, int64_t width, at::Device device, uint64_t seed) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::empty({count, width}, at::kFloat).normal_(0.0, 0.02, generator).to(device).set_requires_grad(true);
+}
+
+void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
+  const model::DecoderSpec& spec = m.decoder->spec();
+  const model::ModalityTokens tokens{"image", 1, spec.vocab_size, codes, item_length};
+  model::ModalityRows rows{tokens.modality, tokens.first_id, random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 1), {}};
+  rows.head_ND = spec.tie_word_embeddings ? rows.embedding_ND : random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 2);
+  m.registry->add({"rows.image.embedding", rows.embedding_ND, "embeddings", "image", "replicated", "random"});
+  if (!spec.tie_word_embeddings) m.registry->add({"rows.image.head", rows.head_ND, "embeddings", "image", "replicated", "random"});
+  m.vocabulary.modalities.push_back(tokens);
+  m.decoder->attach_rows(std::move(rows));
+}
+
+}  // namespace
+
+graft::GraftedModel open_model(const ModelOptions& o) {
+  MOEGRAFT_CHECK_USAGE(!o.model.empty(), "bench: give a model: a Hugging Face directory");
+  MOEGRAFT_CHECK_USAGE(o.quantize == "none", "--quantize ", o.quantize, ": a quantised base cannot be trained on yet; only none");
+  graft::OpenOptions open;
+  open.dtype = graft::parse_dtype(o.dtype);
+  open.device = o.device;
+  for (const auto& site : o.sites) adapters::parse_site(site);
+  graft::GraftedModel m = graft::open_model(o.model, open);
+  MOEGRAFT_CHECK(!m.is_graft(), o.model, ": bench takes a Hugging Face directory, not a run");
+  if (o.codes > 0) add_modality(m, o.codes, o.item_length);
+  if (o.rank > 0) {
+    adapters::AdapterConfig config;
+    config.rank = o.rank;
+    config.alpha = 2.0 * double(o.rank);
+    config.sites = o.sites;
+    auto lora = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config, 0, std::vector<int64_t>{1}, m.device());
+    graft::initialise_lora(*lora, "kaiming_zero", nullptr, 1, run::OtSection{}, 0);
+    lora->register_parameters(*m.registry, "kaiming_zero");
+    m.adapters = std::make_shared<adapters::AdapterStack>();
+    m.adapters->add(std::move(lora));
+    m.decoder->attach(m.adapters);
+  }
+  return m;
+}
+
+at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::empty(shape, at::kLong).random_(std::min<int64_t>(3, vocab - 1), vocab, generator);
+}
+
+namespace {
+
+std::string read_all(int fd) {
+  std::string text;
+  char buffer[4096];
+  lseek(fd, 0, SEEK_SET);
+  for (ssize_t n; (n = read(fd, buffer, sizeof buffer)) > 0;) text.append(buffer, size_t(n));
+  close(fd);
+  return text;
+}
+
+int unlinked_file() {
+  char name[] = "/tmp/moegraft-bench-XXXXXX";
+  const int fd = mkstemp(name);
+  MOEGRAFT_CHECK(fd >= 0, "cannot make a temporary file in /tmp");
+  unlink(name);
+  return fd;
+}
+
+}  // namespace
+
+ChildResult run_self(const std::vector<std::string>& args) {
+  const int out = unlinked_file(), err = unlinked_file();
+  std::vector<char*> argv{const_cast<char*>("moegraft")};
+  for (const auto& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
+  argv.push_back(nullptr);
+  const pid_t pid = fork();
+  MOEGRAFT_CHECK(pid >= 0, "cannot start a process");
+  if (pid == 0) {
+    dup2(out, 1);
+    dup2(err, 2);
+    execv("/proc/self/exe", argv.data());
+    _exit(127);
+  }
+  int status = 0;
+  while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
+  }
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out), read_all(err)};
+}
+
+std::string fixed(double value, int digits) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.*f", digits, value);
+  return text;
+}
+
+// First column left, the others right.
+void print_table(const std::vector<std::string>& header, const std::vector<std::vector<std::string>>& rows) {
+  std::vector<int> width;
+  for (size_t c = 0; c < header.size(); ++c) {
+    size_t w = header[c].size();
+    for (const auto& row : rows) w = std::max(w, row.at(c).size());
+    width.push_back(int(w));
+  }
+  const auto line = [&](const std::vector<std::string>& row) {
+    for (size_t c = 0; c < row.size(); ++c) std::printf(c == 0 ? "%-*s" : "  %*s", width[c], row[c].c_str());
+    std::printf("\n");
+  };
+  line(header);
+  for (const auto& row : rows) line(row);
+}
+
+}  // namespace moegraft::tools::bench

@@ -1,0 +1,66 @@
+// The FLOPs that a training step needs: 2 per active parameter and token forward, the same for the gradient of the activations, and LoRA's own.
+#include "libtorch.h"
+
+#include "bench.h"
+
+namespace moegraft::tools::bench {
+
+namespace {
+
+// Weights that a token meets in all layers; the embedding is a look-up, the head is counted with the labels.
+double active_layer_parameters(const model::DecoderSpec& s) {
+  const double D = double(s.hidden_size), q = double(s.num_heads * s.head_dim), kv = double(s.num_kv_heads * s.head_dim);
+  double total = 0;
+  for (const auto& layer : s.layers) {
+    total += D * (q + 2 * kv) + q * D;
+    total += layer.sparse ? double(s.num_experts) * D + double(s.num_experts_per_tok) * 3 * D * double(s.moe_intermediate_size) : 3 * D * double(s.intermediate_size);
+  }
+  return total;
+}
+
+// Multiply-adds of the two thin products of every site that a row passes.
+double lora_parameters_per_token(const model::DecoderSpec& s, const ModelOptions& o) {
+  double total = 0;
+  for (const auto& layer : s.layers)
+    for (const auto& name : o.sites) {
+      const model::Site site = adapters::parse_site(name);
+      const bool expert = adapters::is_expert_site(site);
+      if (expert && !layer.sparse) continue;
+      const auto shape = adapters::site_shape(s, site);
+      total += double(o.rank) * double(shape.in + shape.out) * (expert ? double(s.num_experts_per_tok) : 1.0);
+    }
+  return total;
+}
+
+}  // namespace
+
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o) {
+  const model::DecoderSpec& s = m.decoder->spec();
+  const int64_t T = batch.num_tokens();
+  const at::Tensor labels = batch.labels_T.to(at::kCPU).contiguous(), modality = batch.modality_T.defined() ? batch.modality_T.to(at::kCPU).contiguous() : at::zeros({T}, at::kLong);
+  const int64_t *label = labels.const_data_ptr<int64_t>(), *mod = modality.const_data_ptr<int64_t>();
+  const double layers = active_layer_parameters(s), lora = lora_parameters_per_token(s, o), D = double(s.hidden_size);
+  StepWork work;
+  for (int64_t i = 0; i < batch.num_sequences(); ++i) {
+    const int64_t begin = batch.cu_seqlens[i], end = batch.cu_seqlens[i + 1];
+    bool needs_gradient = gate == model::Gate::all;
+    for (int64_t t = begin; t < end; ++t) {
+      needs_gradient |= mod[t] != 0;  // nothing trainable touched the text before the first image token
+      double parameters = layers;
+      // Everything labelled: the last token of a sequence, which has no successor, counts as if it had one.
+      const bool last = t + 1 == end && t > begin && label[begin] != model::kNoLabel;
+      if (label[t] != model::kNoLabel || last) {
+        const bool text = label[last ? t - 1 : t] < s.vocab_size;
+        parameters += D * double(text ? s.vocab_size : m.vocabulary.modalities.front().num_codes + 2);
+      }
+      work.forward += 2 * parameters;
+      if (needs_gradient) work.activation_gradient += 2 * parameters;
+      const bool adapted = gate == model::Gate::all || (gate == model::Gate::modality && mod[t] != 0);
+      if (o.rank > 0 && adapted) work.lora += 3 * 2 * lora;  // forward, activation gradient, weight gradient
+      work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) * double(s.num_layers);
+    }
+  }
+  return work;
+}
+
+}  // namespace moegraft::tools::bench
