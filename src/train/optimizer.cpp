@@ -57,13 +57,12 @@ double global_grad_norm(const model::ParameterRegistry& registry) {
   return std::sqrt(sum);
 }
 
-double clip_grad_norm(model::ParameterRegistry& registry, double max_norm) {
-  const double norm = global_grad_norm(registry);
-  if (max_norm <= 0 || !std::isfinite(norm) || norm <= max_norm) return norm;
-  at::NoGradGuard no_grad;
-  for (const auto& parameter : registry.all())
-    if (parameter.tensor.grad().defined()) parameter.tensor.grad().mul_(max_norm / norm);
-  return norm;
+double clip_factor(double norm, double max_norm) { return max_norm > 0 && std::isfinite(norm) && norm > max_norm ? max_norm / norm : 1.0; }
+
+std::vector<std::pair<const char*, at::Tensor>> AdamW::Slot::tensors() const {
+  if (!is_8bit()) return {{".exp_avg", exp_avg}, {".exp_avg_sq", exp_avg_sq}, {".step", step}};
+  return {{".exp_avg.codes", quantized.exp_avg.codes},          {".exp_avg.scales", quantized.exp_avg.scales}, {".exp_avg_sq_root.codes", quantized.root.codes},
+          {".exp_avg_sq_root.scales", quantized.root.scales}, {".step", step}};
 }
 
 AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options)
@@ -74,33 +73,51 @@ AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOpti
       for (const auto& [name, group] : groups_) known.push_back(name);
       fail<UsageError>("parameter ", parameter.name, " is in the optimizer group \"", parameter.group, "\", which has no settings: known groups are ", join(known, ", "));
     }
-    const auto zeros = at::zeros_like(parameter.tensor, at::TensorOptions().requires_grad(false));
-    slots_.push_back({zeros, zeros.clone(), at::zeros({}, zeros.options())});
+    Slot slot;
+    if (options_.moments_8bit && parameter.tensor.numel() >= kSmallest8bit) {
+      slot.quantized = kernels::adamw8_zero_state(parameter.tensor);
+      slot.step = at::zeros({}, at::kFloat);
+    } else {
+      slot.exp_avg = at::zeros_like(parameter.tensor, at::TensorOptions().requires_grad(false));
+      slot.exp_avg_sq = slot.exp_avg.clone();
+      slot.step = at::zeros({}, slot.exp_avg.options());
+    }
+    slots_.push_back(std::move(slot));
   }
 }
 
-int64_t AdamW::step(double lr_factor) {
+int64_t AdamW::step(double lr_factor, double grad_factor) {
   at::NoGradGuard no_grad;
   MOEGRAFT_INVARIANT(slots_.size() == registry_.all().size(), "the registry changed after the optimizer was made");
   ++steps_;
   int64_t updated = 0;
   for (const auto& [name, group] : groups_) {
     for (const bool decayed : {true, false}) {
+      const double lr = group.lr * lr_factor, weight_decay = decayed ? group.weight_decay : 0.0;
       std::vector<at::Tensor> tensors, grads, exp_avgs, exp_avg_sqs, steps;
       for (size_t i = 0; i < slots_.size(); ++i) {
         const auto& parameter = registry_.all()[i];
-        const auto& grad = parameter.tensor.grad();
-        if (parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !grad.defined()) continue;
+        if (parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
+        const auto grad = parameter.tensor.grad().contiguous();  // the kernels walk raw pointers
+        const auto& slot = slots_[i];
+        slot.step.add_(1);  // the fused kernel reads the count and does not advance it
+        ++updated;
+        if (slot.is_8bit()) {
+          kernels::adamw8_step(parameter.tensor, grad, slot.quantized,
+                               {lr, options_.beta1, options_.beta2, options_.epsilon, weight_decay, int64_t(slot.step.item<float>()), grad_factor});
+          continue;
+        }
         tensors.push_back(parameter.tensor);
-        grads.push_back(grad.contiguous());  // the fused kernel walks raw pointers
-        exp_avgs.push_back(slots_[i].exp_avg);
-        exp_avg_sqs.push_back(slots_[i].exp_avg_sq);
-        steps.push_back(slots_[i].step.add_(1));  // the fused kernel reads the count and does not advance it
+        grads.push_back(grad);
+        exp_avgs.push_back(slot.exp_avg);
+        exp_avg_sqs.push_back(slot.exp_avg_sq);
+        steps.push_back(slot.step);
       }
       if (tensors.empty()) continue;
-      at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, group.lr * lr_factor, options_.beta1, options_.beta2, decayed ? group.weight_decay : 0.0,
-                        options_.epsilon, /*amsgrad=*/false, /*maximize=*/false);
-      updated += int64_t(tensors.size());
+      std::optional<at::Tensor> divisor;  // of the gradients; the kernel writes them back divided
+      if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
+      at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,
+                        /*maximize=*/false, divisor);
     }
   }
   return updated;
@@ -108,12 +125,8 @@ int64_t AdamW::step(double lr_factor) {
 
 io::TensorMap AdamW::state() const {
   io::TensorMap state;
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    const auto& name = registry_.all()[i].name;
-    state[name + ".exp_avg"] = slots_[i].exp_avg;
-    state[name + ".exp_avg_sq"] = slots_[i].exp_avg_sq;
-    state[name + ".step"] = slots_[i].step;
-  }
+  for (size_t i = 0; i < slots_.size(); ++i)
+    for (const auto& [suffix, tensor] : slots_[i].tensors()) state[registry_.all()[i].name + suffix] = tensor;
   state["steps"] = at::scalar_tensor(steps_, at::kLong);
   return state;
 }
@@ -121,18 +134,26 @@ io::TensorMap AdamW::state() const {
 void AdamW::load_state(const io::TensorMap& state) {
   at::NoGradGuard no_grad;
   std::set<std::string> known = {"steps"};
-  for (const auto& parameter : registry_.all())
-    for (const char* suffix : {".exp_avg", ".exp_avg_sq", ".step"}) known.insert(parameter.name + suffix);
-  checkpoint::check_nothing_left(state, known);
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto& name = registry_.all()[i].name;
-    checkpoint::restore_tensor(slots_[i].exp_avg, state, name + ".exp_avg");
-    checkpoint::restore_tensor(slots_[i].exp_avg_sq, state, name + ".exp_avg_sq");
-    checkpoint::restore_tensor(slots_[i].step, state, name + ".step");
+    const bool is_8bit = slots_[i].is_8bit();
+    MOEGRAFT_CHECK(!state.contains(name + (is_8bit ? ".exp_avg" : ".exp_avg.codes")), "the checkpoint's moments of ", name, " are ", is_8bit ? "float32" : "in 8 bits",
+                   ", this run's are ", is_8bit ? "in 8 bits" : "float32", ": keep train.optimizer: ", is_8bit ? "adamw" : "adamw_8bit", ", as it was");
+    for (const auto& [suffix, tensor] : slots_[i].tensors()) known.insert(name + suffix);
   }
+  checkpoint::check_nothing_left(state, known);
+  for (size_t i = 0; i < slots_.size(); ++i)
+    for (const auto& [suffix, tensor] : slots_[i].tensors()) checkpoint::restore_tensor(tensor, state, registry_.all()[i].name + suffix);
   const auto steps = at::scalar_tensor(0, at::kLong);
   checkpoint::restore_tensor(steps, state, "steps");
   steps_ = steps.item<int64_t>();
+}
+
+int64_t AdamW::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& slot : slots_)
+    for (const auto& [suffix, tensor] : slot.tensors()) bytes += int64_t(tensor.nbytes());
+  return bytes;
 }
 
 }  // namespace moegraft::train

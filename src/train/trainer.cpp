@@ -43,7 +43,7 @@ std::vector<std::string> modality_names(const model::Vocabulary& vocabulary) {
 
 AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& t) {
   const auto options = [](const run::OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
-  return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}}, {t.betas[0], t.betas[1], t.adam_epsilon});
+  return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}}, {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == "adamw_8bit"});
 }
 
 // One run: what happens when, around one step().
@@ -166,9 +166,9 @@ class Trainer {
       if (!std::isfinite(loss)) stop_on_bad_number(batches[i], "loss", loss);
       add(results[i]);
     }
-    const double norm = clip_grad_norm(*model_.registry, t.clip);
+    const double norm = global_grad_norm(*model_.registry);
     if (!std::isfinite(norm)) stop_on_bad_number(batches.back(), "gradient norm", norm);
-    optimizer_.step(schedule_.factor(state_.step));
+    optimizer_.step(schedule_.factor(state_.step), clip_factor(norm, t.clip));
     loss_ = loss;
     grad_norm_ = norm;
     window_tokens_ += tokens;

@@ -6,6 +6,7 @@
 #include "libtorch.h"
 
 #include <cmath>
+#include <limits>
 #include <numbers>
 
 #include "moegraft/base/check.h"
@@ -63,7 +64,7 @@ TEST(AdamW, WithoutGradientNothingMovesButTheStepCounts) {
   registry.add({"x", x, "lora"});
   registry.add({"y", y, "lora"});
   AdamW optimizer(registry, {{"lora", {0.1, 0.5}}});
-  EXPECT_EQ(clip_grad_norm(registry, 1.0), 0.0);
+  EXPECT_EQ(global_grad_norm(registry), 0.0);
   EXPECT_EQ(optimizer.step(1.0), 0);
   EXPECT_EQ(optimizer.steps(), 1);
   EXPECT_TRUE(at::equal(x, at::ones({2, 2}))) << "not even decayed";
@@ -139,19 +140,41 @@ TEST(AdamW, RefusesForeignStateAndUnknownGroups) {
   EXPECT_THROW(AdamW(registry, {{"embeddings", {}}}), UsageError);
 }
 
-TEST(Clip, ScalesToTheGivenNorm) {
+TEST(Clip, FactorReachesTheGivenNorm) {
   model::ParameterRegistry registry;
   const auto x = leaf(at::zeros({1})), y = leaf(at::zeros({1}));
   registry.add({"x", x, "lora"});
   registry.add({"y", y, "base"});
   set_grad(x, at::full({1}, 3.0));
   set_grad(y, at::full({1}, 4.0));
-  EXPECT_EQ(clip_grad_norm(registry, 0.0), 5.0);
-  EXPECT_EQ(clip_grad_norm(registry, 5.0), 5.0);
-  EXPECT_EQ(x.grad().item<float>(), 3.0f) << "at the limit nothing changes";
-  EXPECT_EQ(clip_grad_norm(registry, 1.0), 5.0);
-  EXPECT_NEAR(x.grad().item<double>(), 0.6, 1e-7);
-  EXPECT_NEAR(y.grad().item<double>(), 0.8, 1e-7);
+  EXPECT_EQ(global_grad_norm(registry), 5.0);
+  EXPECT_EQ(clip_factor(5.0, 0.0), 1.0) << "off";
+  EXPECT_EQ(clip_factor(5.0, 5.0), 1.0) << "at the limit nothing changes";
+  EXPECT_EQ(clip_factor(5.0, 1.0), 0.2);
+  EXPECT_EQ(clip_factor(0.0, 1.0), 1.0);
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) EXPECT_EQ(clip_factor(bad, 1.0), 1.0);
+}
+
+TEST(Clip, TheStepTakesTheFactor) {
+  const auto run = [](bool moments_8bit, double factor, double grad_scale) {
+    at::manual_seed(2);
+    model::ParameterRegistry registry;
+    const auto x = leaf(torch::randn({100, 50})), y = leaf(torch::randn({7}));
+    registry.add({"x", x, "lora"});
+    registry.add({"y", y, "lora"});
+    AdamW optimizer(registry, {{"lora", {0.1, 0.1}}}, {0.9, 0.95, 0.5, moments_8bit});  // a large epsilon: else the scale of gradients cancels
+    for (int i = 0; i < 3; ++i) {
+      set_grad(x, torch::randn({100, 50}) * grad_scale);
+      set_grad(y, torch::randn({7}) * grad_scale);
+      optimizer.step(1.0, factor);
+    }
+    return at::cat({x.detach().flatten(), y.detach()});
+  };
+  for (const bool moments_8bit : {false, true}) {
+    EXPECT_TRUE(at::equal(run(moments_8bit, 0.25, 1.0), run(moments_8bit, 1.0, 0.25))) << "a power of two: no rounding differs";
+    EXPECT_FALSE(at::allclose(run(moments_8bit, 0.25, 1.0), run(moments_8bit, 1.0, 1.0)));
+  }
+  EXPECT_LE((run(false, 0.3, 1.0) - run(false, 1.0, 0.3)).abs().max().item<double>(), 1e-6);
 }
 
 TEST(Clip, NormDependsNeitherOnThreadsNorOnSize) {
@@ -170,10 +193,9 @@ TEST(Clip, NormDependsNeitherOnThreadsNorOnSize) {
   EXPECT_EQ(one, three);
   EXPECT_NEAR(one, g.to(at::kDouble).norm().item<double>(), 1e-9);
   g[7] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_TRUE(std::isnan(clip_grad_norm(registry, 1.0)));
+  EXPECT_TRUE(std::isnan(global_grad_norm(registry)));
   g[7] = std::numeric_limits<float>::infinity();
-  EXPECT_TRUE(std::isinf(clip_grad_norm(registry, 1.0)));
-  EXPECT_EQ(g[0].item<float>(), x.grad()[0].item<float>()) << "left as it was";
+  EXPECT_TRUE(std::isinf(global_grad_norm(registry)));
 }
 
 TEST(Schedule, ExactValues) {

@@ -66,7 +66,8 @@ Json memory_plan(const model::DecoderSpec& s, const run::RunConfig& config, int6
   // Saved per token and layer: two norms' inputs, q, k, v, attention in and out, and K rows of x, gate, up and y.
   const int64_t per_layer = 4 * s.hidden_size + 2 * (s.num_heads + s.num_kv_heads) * s.head_dim + s.num_experts_per_tok * (2 * s.hidden_size + 2 * s.moe_intermediate_size);
   const int64_t activations = micro * s.num_layers * per_layer * width;
-  return {{"base_bytes", base}, {"trained_bytes", trained * 4}, {"optimizer_and_gradient_bytes", trained * 12}, {"activation_bytes_estimate", activations}, {"total_bytes_estimate", base + trained * 16 + activations}};
+  const int64_t optimizer = trained * (config.train.optimizer == "adamw_8bit" ? 6 : 12);
+  return {{"base_bytes", base}, {"trained_bytes", trained * 4}, {"optimizer_and_gradient_bytes", optimizer}, {"activation_bytes_estimate", activations}, {"total_bytes_estimate", base + trained * 4 + optimizer + activations}};
 }
 
 model::Vocabulary vocabulary_of(const model::DecoderSpec& s, const run::RunConfig& config, const fs::path& run, int64_t codebook) {

@@ -140,7 +140,7 @@ struct TrainSection {
   void visit_fields(V& v) {
     v("steps", steps, config::range(1, 1e12), "Optimizer steps.");
     v("max_minutes", max_minutes, config::range(0.0, 1e9), "Stop cleanly after this time; 0: no limit. The schedule still spans `steps`.");
-    v("optimizer", optimizer, config::one_of({"adamw"}), "Optimizer.");
+    v("optimizer", optimizer, config::one_of({"adamw", "adamw_8bit"}), "adamw_8bit: both moments in 8 bits, two bytes per parameter instead of eight (tensors below 4096 values stay float32).");
     v("betas", betas, config::any(), "AdamW's two betas.");
     v("adam_epsilon", adam_epsilon, config::range(0.0, 1.0), "AdamW's epsilon.");
     v("lora", lora, config::any(), "Group of the low-rank factors.");

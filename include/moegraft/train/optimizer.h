@@ -1,5 +1,5 @@
 #pragma once
-// AdamW over the parameter registry (Loshchilov and Hutter, arXiv:1711.05101), and clipping of the global gradient norm.
+// AdamW over the parameter registry (Loshchilov and Hutter, arXiv:1711.05101), with moments in float32 or 8 bits, and the global gradient norm.
 
 #include <torch/types.h>
 
@@ -9,6 +9,7 @@
 
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/kernels/optimizer.h"
 #include "moegraft/model/registry.h"
 
 namespace moegraft::train {
@@ -17,9 +18,8 @@ namespace moegraft::train {
 // so the value depends neither on the number of threads nor on scheduling. 0 without any gradient; NaN or Inf pass through.
 double global_grad_norm(const model::ParameterRegistry& registry);
 
-// Scales all gradients by max_norm / norm where norm > max_norm > 0 (max_norm 0: off). Returns the norm before clipping.
-// A norm that is not finite leaves the gradients as they are: the caller stops.
-double clip_grad_norm(model::ParameterRegistry& registry, double max_norm);
+// What the gradients are to be multiplied by: max_norm / norm where norm > max_norm > 0, else 1 (max_norm 0: off; a norm that is not finite: the caller stops).
+double clip_factor(double norm, double max_norm);
 
 struct GroupOptions {
   double lr = 1e-4;            // peak; step() multiplies it by the schedule's factor
@@ -27,26 +27,36 @@ struct GroupOptions {
 };
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8;
+  bool moments_8bit = false;  // kernels/optimizer.h: two bytes per parameter instead of eight
 };
+// Smaller tensors keep float32 moments: little to gain, and the smallest tensors (norms, biases) are the most sensitive.
+constexpr int64_t kSmallest8bit = 4096;
 
 class AdamW {
  public:
-  // The registry outlives the optimizer and is complete. Moments are float32 beside each master. UsageError: a group of the registry without options.
+  // The registry outlives the optimizer and is complete. UsageError: a group of the registry without options.
   AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options = {});
 
-  // One update from the gradients present. A parameter without a gradient keeps its value, its moments and its own step count
-  // (so a batch without image tokens trains nothing). Returns the number of parameters updated.
-  int64_t step(double lr_factor);
+  // One update from the gradients present, each multiplied by grad_factor (the gradients' own values are undefined afterwards unless it is 1). A parameter
+  // without a gradient keeps its value, its moments and its own step count (so a batch without image tokens trains nothing). Returns the number of
+  // parameters updated.
+  int64_t step(double lr_factor, double grad_factor = 1.0);
   int64_t steps() const { return steps_; }  // calls of step(), those without any gradient included
 
-  // "<name>.exp_avg", "<name>.exp_avg_sq", "<name>.step" for each parameter, and "steps". Views: valid until the next step().
+  // For each parameter "<name>.step" and its moments: "<name>.exp_avg" and ".exp_avg_sq", or in 8 bits "<name>.exp_avg.codes", ".exp_avg.scales",
+  // ".exp_avg_sq_root.codes" and ".exp_avg_sq_root.scales"; and "steps". Views: valid until the next step().
   io::TensorMap state() const;
-  // Copies. UserError names a tensor that is missing, left over or misshapen.
+  // Copies. UserError names a tensor that is missing, left over or misshapen, and refuses moments of the other form.
   void load_state(const io::TensorMap& state);
+  int64_t state_bytes() const;  // of all moments, scales and counts
 
  private:
   struct Slot {
-    at::Tensor exp_avg, exp_avg_sq, step;  // step: float32 scalar, as the fused kernel wants it
+    at::Tensor exp_avg, exp_avg_sq;  // float32; undefined where the moments are
+    kernels::Adamw8State quantized;  // in 8 bits
+    at::Tensor step;                 // float32 scalar: beside float32 moments, as the fused kernel wants it; else on the host, for nobody's sync
+    bool is_8bit() const { return !exp_avg.defined(); }
+    std::vector<std::pair<const char*, at::Tensor>> tensors() const;  // suffix of the name, tensor
   };
   model::ParameterRegistry& registry_;
   std::map<std::string, GroupOptions> groups_;
