@@ -29,7 +29,7 @@ Sum sum_likelihood(const graft::GraftedModel& model, size_t set, const std::vect
   const auto flush = [&] {
     if (batch.empty()) return;
     const model::PackedBatch b = model::to_device(data::pack(batch), model.device());
-    const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b).hidden_TD, b.labels_T);
+    const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b), b);
     sum.nll += loss.nll_sum_M[int64_t(set)].item<double>();
     sum.labels += loss.count_M[set];
     batch.clear();

@@ -23,7 +23,7 @@ Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream
   stream.rewind();
   while (const auto batch = stream.next()) {
     const model::PackedBatch b = model::to_device(*batch, model.device());
-    const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b, options).hidden_TD, b.labels_T);
+    const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b, options), b);
     const at::Tensor nll = loss.nll_sum_M.to(at::kCPU, at::kDouble);
     for (size_t m = 0; m < sets; ++m) sums[m] += nll[int64_t(m)].item<double>(), out.labels_M[m] += loss.count_M[m];
   }

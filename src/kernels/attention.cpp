@@ -105,6 +105,39 @@ class PackedAttention : public torch::autograd::Function<PackedAttention> {
   }
 };
 
+struct Join : torch::CustomClassHolder {
+  std::vector<int64_t> past, now;
+};
+
+class JoinSequences : public torch::autograd::Function<JoinSequences> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& past, const at::Tensor& now, const c10::intrusive_ptr<Join>& cu) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["cu"] = c10::IValue::make_capsule(cu);
+    auto sizes = now.sizes().vec();
+    sizes[0] = cu->past.back() + cu->now.back();
+    at::Tensor out = at::empty(sizes, now.options());
+    for (size_t i = 0; i + 1 < cu->past.size(); ++i) {
+      const int64_t begin = cu->past[i] + cu->now[i], before = cu->past[i + 1] - cu->past[i], count = cu->now[i + 1] - cu->now[i];
+      out.narrow(0, begin, before).copy_(past.narrow(0, cu->past[i], before));
+      out.narrow(0, begin + before, count).copy_(now.narrow(0, cu->now[i], count));
+    }
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto cu = c10::static_intrusive_pointer_cast<Join>(ctx->saved_data["cu"].toCapsule());
+    auto sizes = grads[0].sizes().vec();
+    sizes[0] = cu->now.back();
+    at::Tensor dnow = at::empty(sizes, grads[0].options());
+    for (size_t i = 0; i + 1 < cu->past.size(); ++i) {
+      const int64_t count = cu->now[i + 1] - cu->now[i];
+      dnow.narrow(0, cu->now[i], count).copy_(grads[0].narrow(0, cu->past[i + 1] + cu->now[i], count));
+    }
+    return {at::Tensor(), dnow, at::Tensor()};
+  }
+};
+
 void check_shapes(const at::Tensor& q, int64_t groups, const std::vector<int64_t>& cu_seqlens) {
   MOEGRAFT_INVARIANT(q.dim() == 3 && q.size(1) % groups == 0, "attention: q ", q.sizes(), ", ", groups, " key/value heads");
   MOEGRAFT_INVARIANT(!cu_seqlens.empty() && cu_seqlens.front() == 0 && cu_seqlens.back() == q.size(0), "attention: cu_seqlens does not span the ", q.size(0), " tokens");
@@ -132,6 +165,14 @@ at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, co
     parts.push_back(o.squeeze(0).transpose(0, 1));
   }
   return at::cat(parts, 0);
+}
+
+at::Tensor join_sequences(const at::Tensor& past, const at::Tensor& now, const std::vector<int64_t>& cu_past, const std::vector<int64_t>& cu_now) {
+  MOEGRAFT_INVARIANT(cu_past.size() == cu_now.size() && cu_past.back() == past.size(0) && cu_now.back() == now.size(0), "join_sequences: ", past.sizes(), " and ", now.sizes());
+  auto cu = c10::make_intrusive<Join>();
+  cu->past = cu_past;
+  cu->now = cu_now;
+  return JoinSequences::apply(past.detach(), now, cu);
 }
 
 at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,

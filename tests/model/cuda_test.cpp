@@ -43,7 +43,7 @@ TEST(Cuda, LogitsLossAndGradientsEqualTheCpu) {
       batch.modality_T = (at::arange(22) % 3 == 0).to(at::kLong).to(device);
       batch.labels_T = batch.ids_T.roll(-1);
       const auto forward = decoder.forward(batch);
-      const auto loss = cross_entropy_loss(decoder, forward.hidden_TD, batch.labels_T);
+      const auto loss = cross_entropy_loss(decoder, forward, batch);
       loss.loss.backward();
       for (const at::Tensor& t : {forward.hidden_TD.detach(), loss.loss.detach(), terms->gate_.A.grad(), terms->gate_.B.grad(), terms->q_.A.grad(), terms->q_.B.grad()})
         results[device.is_cuda()].push_back(t.to(at::kCPU, at::kDouble));

@@ -38,6 +38,9 @@ ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, c
 at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
                             double scale);
 
+// Sequence i of the result: the rows of `past` (constants), then those of `now`. Row counts by cu_past, cu_now. Differentiable in `now`.
+at::Tensor join_sequences(const at::Tensor& past, const at::Tensor& now, const std::vector<int64_t>& cu_past, const std::vector<int64_t>& cu_now);
+
 // Inference with a cache: sequence i's queries are the last of its kv_lengths[i] cached positions. keys, values [B, S_max, G, C].
 at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
                             const std::vector<int64_t>& kv_lengths, int64_t window, double scale);

@@ -59,12 +59,20 @@ struct ForwardOptions {
   RoutingObserver* routing = nullptr;
   SiteObserver* sites = nullptr;
   bool aux_loss = false;     // fill aux_loss (differentiable)
+  // Where gradients are recorded: text before a sequence's first token of another modality is run without (it meets nothing trainable). Switched off by
+  // itself when the base or an adapter trains on text.
+  bool frozen_prefix = true;
+  int64_t recompute_layers = 0;  // the first n layers keep only their input and run again in the backward pass (not with aux_loss)
 };
 
 struct ForwardResult {
   at::Tensor hidden_TD;  // after the final norm, compute dtype
   at::Tensor aux_loss;   // load balancing loss as transformers' load_balancing_loss_func (undefined unless asked for)
+  // When a frozen prefix was run apart: its tokens and the others, each a batch with its hidden states. Undefined otherwise.
+  at::Tensor prefix_hidden_TD, rest_hidden_TD;
+  PackedBatch prefix, rest;
 };
+struct PastKeys;
 
 class Decoder {
  public:
@@ -80,6 +88,7 @@ class Decoder {
   BaseModel& base() { return base_; }
   const std::vector<ModalityRows>& rows() const { return rows_; }
   int64_t total_vocab() const;  // V + all new rows
+  std::vector<int64_t> id_bounds() const;  // as BatchFacts::id_bounds
   at::ScalarType dtype() const { return base_.weights->dtype(); }
   at::Device device() const { return base_.weights->device(); }
 
@@ -91,6 +100,10 @@ class Decoder {
   at::Tensor all_logits(const at::Tensor& hidden_XD) const;                      // [X, V + new rows], float32
 
  private:
+  bool may_freeze_prefix(const ForwardOptions& options) const;
+  ForwardResult run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const;
+
+  bool text_is_frozen_ = true;
   BaseModel base_;
   std::shared_ptr<const AdapterSites> adapters_;
   std::vector<ModalityRows> rows_;
@@ -104,6 +117,6 @@ struct LossResult {
   at::Tensor nll_sum_M;     // float32 [num modalities + 1], detached: text first
   std::vector<int64_t> count_M;
 };
-LossResult cross_entropy_loss(const Decoder& decoder, const at::Tensor& hidden_TD, const at::Tensor& labels_T, double denominator = 0 /* 0: number of labels */);
+LossResult cross_entropy_loss(const Decoder& decoder, const ForwardResult& forward, const PackedBatch& batch, double denominator = 0 /* 0: number of labels */);
 
 }  // namespace moegraft::model

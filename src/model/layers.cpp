@@ -1,0 +1,175 @@
+// Attention and the MoE block. The arithmetic lives in kernels/.
+#include "layers.h"
+
+#include "libtorch.h"
+
+#include <algorithm>
+
+#include "moegraft/base/check.h"
+#include "moegraft/kernels/ops.h"
+
+namespace moegraft::model {
+namespace {
+
+namespace k = kernels;
+
+// Does a term act on a group? With the gate open there is one group, and everything acts on it.
+bool acts(const Call& call, const LowRank& term, int64_t group) {
+  if (call.options.gate == Gate::all) return true;
+  return std::find(term.modalities.begin(), term.modalities.end(), group) != term.modalities.end();
+}
+
+struct Projection {
+  Site site;
+  const at::Tensor &weight, &bias;
+  const Panels& panels;
+};
+
+// Linear layers that share their input, each with the low-rank terms of its site.
+std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX, std::initializer_list<Projection> projections) {
+  std::vector<k::FrozenLinearWeight> weights;
+  for (const auto& p : projections) weights.push_back({p.weight, p.bias, p.panels});
+  std::vector<at::Tensor> out = k::frozen_linear(x_TX, weights);
+  if (!call.adapters) return out;
+  auto y = out.begin();
+  for (const auto& p : projections) {
+    for (const LowRank& term : call.adapters->at(layer, p.site)) {
+      const at::Tensor A = term.A.to(x_TX.scalar_type()), B = term.B.to(x_TX.scalar_type());
+      const auto delta = [&](const at::Tensor& x) { return at::linear(at::linear(x, A), B) * term.scale; };
+      if (call.options.gate == Gate::all) {
+        *y = *y + delta(x_TX);
+        continue;
+      }
+      for (int64_t m = 0; m < call.num_groups; ++m) {
+        if (!acts(call, term, m) || call.facts->modality_tokens[m].size(0) == 0) continue;
+        // Only the modality's rows are touched; each index occurs once, so the sum has one order.
+        *y = y->index_add(0, call.facts->modality_tokens[m], delta(x_TX.index_select(0, call.facts->modality_tokens[m])));
+      }
+    }
+    ++y;
+  }
+  return out;
+}
+
+std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site site) {
+  std::vector<k::ExpertLowRank> out;
+  if (!call.adapters) return out;
+  for (const LowRank& term : call.adapters->at(layer, site)) {
+    k::ExpertLowRank e{term.A, term.B, term.scale, {}};
+    bool any = false;
+    for (int64_t m = 0; m < call.num_groups; ++m) {
+      const bool on = acts(call, term, m) && (call.options.gate == Gate::all || call.facts->modality_tokens[m].size(0) > 0);
+      e.acts.push_back(on);
+      any |= on;
+    }
+    if (any) out.push_back(std::move(e));
+  }
+  return out;
+}
+
+struct Route {
+  at::Tensor probs_TE, topk_ids_TK, topk_weights_TK;
+};
+
+// In float32, like the residual stream: see Decoder::forward.
+Route route(const DecoderSpec& spec, const at::Tensor& x_TD, const at::Tensor& router_ED) {
+  const at::Tensor probs = at::softmax(at::linear(x_TD, router_ED.to(at::kFloat)), -1);
+  const at::Tensor ids = std::get<1>(at::topk(probs.detach(), spec.num_experts_per_tok, -1));
+  at::Tensor weights = probs.gather(1, ids);
+  if (spec.norm_topk_prob) weights = weights / weights.sum(-1, true);
+  return {probs, ids, weights};
+}
+
+}  // namespace
+
+Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher, std::shared_ptr<const AdapterSites> adapters) {
+  const int64_t T = batch.num_tokens();
+  MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
+  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, nullptr, nullptr};
+  if (batch.modality_T.defined() && options.gate == Gate::modality) {
+    call.num_groups = call.facts->num_modalities;
+    if (call.num_groups > 1) call.modality_T = batch.modality_T;
+  }
+  int64_t longest = call.facts->longest;
+  if (options.cache)
+    for (int64_t i = 0; i < batch.num_sequences(); ++i) {
+      const int64_t length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i] + options.cache->length(i);
+      MOEGRAFT_CHECK(length <= options.cache->max_length(), "sequence ", i, " needs ", length, " positions, the cache holds ", options.cache->max_length());
+      call.kv_lengths.push_back(length);
+      longest = std::max(longest, length);
+    }
+  call.rope = rotary_tables(spec, batch.positions_T, longest);
+  return call;
+}
+
+at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
+  const DecoderSpec& spec = call.spec;
+  const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
+  const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias, w.q_panels}, {Site::k, w.k, w.k_bias, w.k_panels}, {Site::v, w.v, w.v_bias, w.v_panels}});
+  at::Tensor q = qkv[0], key = qkv[1], v = qkv[2];
+  if (spec.qk_norm == QkNorm::full) {
+    q = k::rms_norm(q, w.q_norm, spec.rms_norm_eps);
+    key = k::rms_norm(key, w.k_norm, spec.rms_norm_eps);
+  } else if (spec.qk_norm == QkNorm::per_head) {
+    q = k::rms_norm(q.view({T, H, C}), w.q_norm, spec.rms_norm_eps);
+    key = k::rms_norm(key.view({T, G, C}), w.k_norm, spec.rms_norm_eps);
+  }
+  if (spec.clip_qkv > 0) {
+    q = q.clamp(-spec.clip_qkv, spec.clip_qkv);
+    key = key.clamp(-spec.clip_qkv, spec.clip_qkv);
+    v = v.clamp(-spec.clip_qkv, spec.clip_qkv);
+  }
+  q = k::rotary(q.view({T, H, C}), call.rope.cos_TC, call.rope.sin_TC);
+  key = k::rotary(key.view({T, G, C}), call.rope.cos_TC, call.rope.sin_TC);
+  v = v.view({T, G, C});
+  const double scale = 1.0 / std::sqrt(double(C));
+  const int64_t window = spec.layers[l].sliding_window;
+  at::Tensor out;
+  if (KvCache* cache = call.options.cache) {
+    for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
+      const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin, past = call.kv_lengths[i] - count;
+      cache->keys[l][i].narrow(0, past, count).copy_(key.narrow(0, begin, count));
+      cache->values[l][i].narrow(0, past, count).copy_(v.narrow(0, begin, count));
+    }
+    out = k::cached_attention(q, cache->keys[l], cache->values[l], call.batch.cu_seqlens, call.kv_lengths, window, scale);
+  } else if (call.past) {
+    const std::vector<int64_t>&before = call.past->cu_seqlens, &cu = call.batch.cu_seqlens;
+    std::vector<int64_t> cu_kv;
+    for (size_t i = 0; i < cu.size(); ++i) cu_kv.push_back(before[i] + cu[i]);
+    out = k::packed_attention(q, k::join_sequences(call.past->keys[l], key, before, cu), k::join_sequences(call.past->values[l], v, before, cu), cu, cu_kv, window, scale);
+  } else {
+    out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale);
+  }
+  if (call.keep) {
+    call.keep->keys.push_back(key);
+    call.keep->values.push_back(v);
+  }
+  return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias, w.o_panels}})[0];
+}
+
+MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
+  const DecoderSpec& spec = call.spec;
+  const Route r = route(spec, h_TD, router_ED);
+  if (call.options.routing) {
+    at::NoGradGuard no_grad;
+    call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
+  }
+  const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK, spec.num_experts, call.modality_T, call.num_groups);
+  const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF, w.panels};
+  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down)};
+  at::Tensor hidden_RF;
+  const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
+  if (SiteObserver* sites = call.options.sites) {
+    const auto offsets = routed.dispatch.host_offsets();
+    sites->observe_experts(l, Site::gate, k::permute(routed.x_XD, routed.dispatch), offsets, call.num_groups);
+    sites->observe_experts(l, Site::down, hidden_RF, offsets, call.num_groups);
+  }
+  MoeResult out{call.dispatcher->combine(out_XD, routed), {}, {}};
+  if (call.options.aux_loss) {
+    out.counts_E = at::bincount(r.topk_ids_TK.reshape({-1}), {}, spec.num_experts).to(at::kFloat);
+    out.prob_sum_E = r.probs_TE.sum(0);
+  }
+  return out;
+}
+
+}  // namespace moegraft::model

@@ -1,0 +1,44 @@
+#pragma once
+// One decoder layer's parts, as functions of a call.
+
+#include <vector>
+
+#include "moegraft/model/decoder.h"
+#include "rope.h"
+
+namespace moegraft::model {
+
+// Keys and values of the tokens before the ones at hand, per layer [S, G, C] each: constants.
+struct PastKeys {
+  std::vector<at::Tensor> keys, values;
+  std::vector<int64_t> cu_seqlens;  // as many sequences as the batch
+};
+
+// What every layer of one call shares. Owns what it needs, for a layer may be computed again during the backward pass.
+struct Call {
+  const DecoderSpec& spec;
+  PackedBatch batch;
+  std::shared_ptr<const BatchFacts> facts;
+  ForwardOptions options;
+  std::shared_ptr<TokenDispatcher> dispatcher;
+  std::shared_ptr<const AdapterSites> adapters;  // null: none, or the gate is closed
+  int64_t num_groups = 1;                        // modalities that rows are sorted by
+  at::Tensor modality_T;                         // defined when num_groups > 1
+  std::vector<int64_t> kv_lengths;               // with a cache: after this call
+  RotaryTables rope;
+  std::shared_ptr<const PastKeys> past;          // what the sequences begin with; null: nothing
+  std::shared_ptr<PastKeys> keep;                // where to leave this call's keys and values
+};
+Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher, std::shared_ptr<const AdapterSites> adapters);
+
+// x_TD: normed, in the compute dtype.
+at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);
+
+struct MoeResult {
+  at::Tensor y_TD;
+  at::Tensor counts_E, prob_sum_E;  // for the balance loss, when asked for
+};
+// x_TD: normed, in the experts' dtype; h_TD: the same in float32, for the router.
+MoeResult moe(const Call& call, int64_t layer, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD);
+
+}  // namespace moegraft::model
