@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "cuda/ops.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 #include "panels.h"
@@ -13,7 +14,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kChunkLogits = int64_t{1} << 23;  // 32 MiB of float32 logits at a time
+constexpr int64_t kChunkLogits = int64_t{1} << 23;      // 32 MiB of float32 logits at a time
+constexpr int64_t kChunkLogitsCuda = int64_t{1} << 26;  // 128 MiB of bf16 ones: products of a few hundred rows
 
 // Frozen heads on the CPU: each task takes a few rows through logits, softmax and back while they are in cache. Returns the sum over rows of -log p.
 template <class T>
@@ -60,7 +62,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       ctx->saved_data["dw"] = at::Tensor();
       return at::scalar_tensor(sum * scale, h.options().dtype(at::kFloat));
     }
-    const int64_t rows = h.size(0), classes = weight.size(0), chunk = std::max<int64_t>(1, kChunkLogits / std::max<int64_t>(classes, 1));
+    const int64_t rows = h.size(0), classes = weight.size(0), chunk = std::max<int64_t>(1, (h.is_cuda() ? kChunkLogitsCuda : kChunkLogits) / std::max<int64_t>(classes, 1));
     const at::Tensor w = weight.to(h.scalar_type());
     const auto wide = h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     at::Tensor total = at::zeros({}, h.options().dtype(wide));
@@ -68,12 +70,17 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t count = std::min(chunk, rows - begin);
       const at::Tensor hc = h.narrow(0, begin, count), tc = targets.narrow(0, begin, count).unsqueeze(1);
+      const bool need_d = need_h || need_w;
+      at::Tensor d = at::mm(hc, w.t());
       // Softmax in float32: the reference models upcast logits before the loss.
-      at::Tensor logits = at::mm(hc, w.t()).to(wide);
-      at::Tensor logp = at::log_softmax(logits, -1);
-      total.sub_(logp.gather(1, tc).sum());
-      if (!need_h && !need_w) continue;
-      at::Tensor d = logp.exp_().scatter_add_(1, tc, at::full({count, 1}, -1.0, logp.options())).mul_(scale).to(h.scalar_type());
+      if (cuda::serves(d)) {
+        total.add_(cuda::cross_entropy_rows(d, tc, scale, need_d ? d : at::Tensor()).sum());  // the logits become their gradient
+      } else {
+        at::Tensor logp = at::log_softmax(d.to(wide), -1);
+        total.sub_(logp.gather(1, tc).sum());
+        if (need_d) d = logp.exp_().scatter_add_(1, tc, at::full({count, 1}, -1.0, logp.options())).mul_(scale).to(h.scalar_type());
+      }
+      if (!need_d) continue;
       if (need_h) {
         at::Tensor out = dh.narrow(0, begin, count);
         at::mm_out(out, d, w);

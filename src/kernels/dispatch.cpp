@@ -1,5 +1,6 @@
 // Local dispatch: which row of the experts' sorted rows each (token, slot) is.
 
+#include "cuda/ops.h"
 #include "libtorch.h"
 
 #include "moegraft/base/check.h"
@@ -17,6 +18,7 @@ Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const
   MOEGRAFT_INVARIANT(topk_ids_TK.dim() == 2 && topk_ids_TK.scalar_type() == at::kLong, "make_dispatch: ids ", topk_ids_TK.sizes());
   const int64_t tokens = topk_ids_TK.size(0), top_k = topk_ids_TK.size(1), rows = tokens * top_k, buckets = num_experts * num_groups;
   MOEGRAFT_INVARIANT(rows < (int64_t{1} << 31), "make_dispatch: ", rows, " rows");
+  if (topk_ids_TK.is_cuda() && cuda::available()) return cuda::make_dispatch(topk_ids_TK, num_experts, group_T, num_groups);
   Dispatch d;
   d.num_experts = num_experts;
   d.num_groups = num_groups;

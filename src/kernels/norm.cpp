@@ -1,7 +1,8 @@
-// RMSNorm and rotary embedding. On the CPU one pass over each row; elsewhere composed of ATen operations.
+// RMSNorm and rotary embedding. One pass over each row on the CPU and on a GPU (cuda/); elsewhere composed of ATen operations.
 
 #include "block_product.h"
 #include "cpu.h"
+#include "cuda/ops.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -37,7 +38,11 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     const at::Tensor x = x_in.contiguous();
     const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
     at::Tensor y, rstd;
-    if (has_cpu_path(x)) {
+    if (cuda::serves(x)) {
+      const cuda::Norm n = cuda::rms_norm_forward(x, {}, weight, eps, x.scalar_type(), false);
+      y = n.y;
+      rstd = n.rstd;
+    } else if (has_cpu_path(x)) {
       y = at::empty_like(x);
       rstd = at::empty({rows}, x.options().dtype(at::kFloat));
       if (x.scalar_type() == at::kFloat) rms_forward_cpu<float>(x, weight, y, rstd, eps);
@@ -59,7 +64,11 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     const at::Tensor dy = grads[0].contiguous();
     const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
     at::Tensor dx, dw;
-    if (has_cpu_path(x)) {
+    if (cuda::serves(x)) {
+      const cuda::NormGradients g = cuda::rms_norm_backward(dy, {}, {}, x, weight, rstd, ctx->needs_input_grad(1));
+      dx = g.dx;
+      dw = g.dw;
+    } else if (has_cpu_path(x)) {
       dx = at::empty_like(x);
       if (x.scalar_type() == at::kFloat) rms_backward_cpu<float>(dy, x, weight, rstd, dx);
       else rms_backward_cpu<bf16>(dy, x, weight, rstd, dx);
@@ -114,9 +123,16 @@ class ResidualNormFunction : public torch::autograd::Function<ResidualNormFuncti
     at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor delta = delta_or_none.dim() == 2 ? delta_or_none : at::Tensor();
     ctx->set_materialize_grads(false);
-    const at::Tensor w = weight.to(at::kFloat).contiguous();
-    at::Tensor rstd;
-    const variable_list out = dtype == at::kFloat ? residual_forward<float>(x, delta, w, eps, also_float, rstd) : residual_forward<bf16>(x, delta, w, eps, also_float, rstd);
+    at::Tensor rstd, w = weight;
+    variable_list out;
+    if (cuda::serves(x)) {
+      const cuda::Norm n = cuda::rms_norm_forward(x, delta, weight, eps, dtype, also_float);
+      out = {n.sum, n.y, n.y_wide};
+      rstd = n.rstd;
+    } else {
+      w = weight.to(at::kFloat).contiguous();
+      out = dtype == at::kFloat ? residual_forward<float>(x, delta, w, eps, also_float, rstd) : residual_forward<bf16>(x, delta, w, eps, also_float, rstd);
+    }
     ctx->save_for_backward({out[0], w, rstd});
     ctx->saved_data["bf16"] = dtype == at::kBFloat16;
     ctx->saved_data["weight"] = int64_t(weight.scalar_type());
@@ -134,6 +150,10 @@ class ResidualNormFunction : public torch::autograd::Function<ResidualNormFuncti
     const bool has_delta = ctx->saved_data["delta"].toBool(), low = ctx->saved_data["bf16"].toBool();
     const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
     const at::Tensor dy = dense(grads[0]), dx_out = has_delta ? dense(grads[1]) : at::Tensor(), dy_float = grads.size() > size_t(has_delta) + 1 ? dense(grads[has_delta + 1]) : at::Tensor();
+    if (cuda::serves(x)) {
+      const cuda::NormGradients g = cuda::rms_norm_backward(dy, dy_float, dx_out, x, w, rstd, ctx->needs_input_grad(2));
+      return {g.dx, has_delta ? g.dx.to(low ? at::kBFloat16 : at::kFloat) : at::Tensor(), g.dw, at::Tensor(), at::Tensor(), at::Tensor()};
+    }
     const at::Tensor dx = at::empty_like(x), ddelta = has_delta && low && ctx->needs_input_grad(1) ? at::empty(x.sizes(), x.options().dtype(at::kBFloat16)) : at::Tensor();
     if (low) residual_backward<bf16>(dx_out, dy, dy_float, x, w, rstd, dx, ddelta);
     else residual_backward<float>(dx_out, dy, dy_float, x, w, rstd, dx, ddelta);
@@ -160,6 +180,7 @@ void rotary_cpu(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
 }
 
 at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, float sign) {
+  if (cuda::serves(x_in)) return cuda::rotary(x_in, cos, sin, sign);
   const at::Tensor x = x_in.contiguous();
   if (has_cpu_path(x)) {
     at::Tensor y = at::empty_like(x);
@@ -196,7 +217,7 @@ at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double e
 ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps, at::ScalarType dtype, bool also_float) {
   MOEGRAFT_INVARIANT(x_XD.dim() == 2 && weight_D.dim() == 1 && x_XD.size(1) == weight_D.size(0), "residual_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
   ResidualNorm out;
-  const bool fused = x_XD.is_cpu() && x_XD.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16) && (!delta_XD.defined() || delta_XD.scalar_type() == dtype);
+  const bool fused = (x_XD.is_cpu() || cuda::serves(x_XD)) && x_XD.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16) && (!delta_XD.defined() || delta_XD.scalar_type() == dtype);
   if (fused) {
     const bool twice = also_float && dtype != at::kFloat;  // in float32 the two are one
     const variable_list result = ResidualNormFunction::apply(x_XD.contiguous(), delta_XD.defined() ? delta_XD.contiguous() : at::empty({0}), weight_D, eps, dtype, twice);

@@ -118,7 +118,7 @@ struct Ops {
   }
 
   static Dispatch make_dispatch(const at::Tensor& ids_in, int64_t num_experts, const at::Tensor& group_in, int64_t num_groups) {
-    const at::Tensor ids = ids_in.contiguous(), group = group_in.defined() ? group_in.contiguous() : group_in;
+    const at::Tensor ids = ids_in.contiguous(), group = group_in.defined() ? group_in.to(at::kLong).contiguous() : group_in;
     const int64_t slots = ids.numel(), top_k = ids.size(1), buckets = num_experts * num_groups, chunks = std::max<int64_t>(1, (slots + kSortChunk - 1) / kSortChunk);
     MOEGRAFT_INVARIANT(slots < (int64_t{1} << 31), "dispatch: ", slots, " rows do not fit 32 bits");
     MOEGRAFT_INVARIANT(buckets >= 1 && (num_groups == 1 || group.defined()), "dispatch: ", num_experts, " experts, ", num_groups, " groups");

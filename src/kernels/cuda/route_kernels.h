@@ -49,7 +49,6 @@ struct RouteForward {
       const int64_t id = next.index < 0 ? k : next.index;
       const float weight = next.index < 0 ? NAN : next.value;
       if (next.index >= 0) last = next;
-      else last.value = -INFINITY;
       chosen += weight;
       team.each([&](int lane) {
         if (lane != 0) return;
