@@ -153,7 +153,7 @@ class Trainer {
     std::vector<model::LossResult> results;
     for (const auto& batch : batches) {
       const auto result = model_.decoder->forward(batch, options);
-      auto ce = model::cross_entropy_loss(*model_.decoder, result.hidden_TD, batch.labels_T, double(std::max<int64_t>(labels, 1)));
+      auto ce = model::cross_entropy_loss(*model_.decoder, result, batch, double(std::max<int64_t>(labels, 1)));
       const at::Tensor objective = balance ? ce.loss + result.aux_loss * (model_.decoder->spec().router_aux_loss_coef / double(batches.size())) : ce.loss;
       if (objective.requires_grad()) objective.backward();
       ce.loss = ce.loss.detach();

@@ -139,7 +139,7 @@ void run(const StepOptions& given) {
     m.registry->zero_grad();
     const auto result = m.decoder->forward(batch, forward);
     phase("loss");
-    const auto loss = model::cross_entropy_loss(*m.decoder, result.hidden_TD, batch.labels_T);
+    const auto loss = model::cross_entropy_loss(*m.decoder, result, batch);
     phase("backward");
     loss.loss.backward();
     phase("optimizer");
