@@ -9,6 +9,7 @@
 #include "moegraft/base/text.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::model {
 namespace {
@@ -179,6 +180,7 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
     x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, e), {D, F}));
   }
+  if (load.clean() && !x.gate_FD.front().is_cpu()) kernels::join_experts(x.gate_FD, x.up_FD, x.down_DF);
   return x;
 }
 

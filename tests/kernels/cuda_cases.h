@@ -8,6 +8,7 @@
 #include "kernels/cuda/moe_body.h"
 #include "libtorch.h"
 #include "moegraft/base/rng.h"
+#include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::kernels::cuda {
 

@@ -278,15 +278,35 @@ TEST(CudaLogic, ExpertsInOneStorageAreViewedNotCopied) {
     up.push_back(all[e][1]);
     loose.push_back(all[e][0].clone());
   }
-  const at::Tensor g = stacked(gate), u = stacked(up), both = joined(g, u);
+  const at::Tensor g = stacked(gate), u = stacked(up), both = joined_view(g, u);
   EXPECT_TRUE(g.is_alias_of(all) && u.is_alias_of(all) && both.is_alias_of(all));
   EXPECT_TRUE(at::equal(both, all.view({3, 16, 4})));
   EXPECT_TRUE(at::equal(u, all.select(1, 1)));
   EXPECT_TRUE(at::equal(stacked(loose), g));
-  EXPECT_FALSE(joined(stacked(loose), u).defined());
-  EXPECT_FALSE(joined(u, g).defined());
+  EXPECT_FALSE(joined_view(stacked(loose), u).defined());
+  EXPECT_FALSE(joined_view(u, g).defined());
   std::swap(gate[0], gate[2]);  // equally spaced, but backwards
   EXPECT_TRUE(at::equal(stacked(gate), all.select(1, 0).flip({0})));
+}
+
+TEST(CudaLogic, JoinedExpertsAreOneTensorOfTheSameValues) {
+  std::vector<at::Tensor> gate, up, down;
+  for (int64_t e = 0; e < 3; ++e) {
+    gate.push_back(randn({8, 4}, 10 + e));
+    up.push_back(randn({8, 4}, 20 + e));
+    down.push_back(randn({4, 8}, 30 + e));
+  }
+  const std::vector<at::Tensor> before[3]{gate, up, down};
+  EXPECT_FALSE(stacked_view(gate).defined());
+  join_experts(gate, up, down);
+  ASSERT_TRUE(stacked_view(gate).defined() && stacked_view(up).defined() && stacked_view(down).defined());
+  const at::Tensor both = joined_view(stacked_view(gate), stacked_view(up));
+  ASSERT_TRUE(both.defined());
+  EXPECT_TRUE(at::equal(both, at::cat({at::stack(before[0]), at::stack(before[1])}, 1)));
+  EXPECT_TRUE(at::equal(stacked_view(down), at::stack(before[2])));
+  const void *where = gate[1].data_ptr(), *where_down = down[1].data_ptr();
+  join_experts(gate, up, down);  // nothing left to do
+  EXPECT_TRUE(gate[1].data_ptr() == where && down[1].data_ptr() == where_down);
 }
 
 }  // namespace

@@ -5,25 +5,14 @@
 
 #include "../moe.h"
 #include "ops_body.h"
+#include "stack.h"
 
 namespace moegraft::kernels::cuda {
 
-// The list as one [E, m, n] tensor: a view where its matrices lie at one distance in one storage, else a copy (of the whole layer: callers that care lay
-// the experts out that way once).
+// A copy of the whole layer where there is no such view: join_experts (expert_layout.h) lays a base out once so that this never happens.
 inline at::Tensor stacked(const std::vector<at::Tensor>& list) {
-  const at::Tensor& first = list.front();
-  const int64_t count = int64_t(list.size()), step = count > 1 ? list[1].storage_offset() - first.storage_offset() : first.numel();
-  bool view = step >= first.numel();
-  for (int64_t e = 0; e < count && view; ++e)
-    view = list[e].is_contiguous() && list[e].is_alias_of(first) && list[e].sizes() == first.sizes() && list[e].storage_offset() == first.storage_offset() + e * step;
-  return view ? first.as_strided({count, first.size(0), first.size(1)}, {step, first.size(1), 1}) : at::stack(list);
-}
-
-// gate and up as one [E, 2F, D] view when each expert's up follows its gate; undefined otherwise.
-inline at::Tensor joined(const at::Tensor& gate, const at::Tensor& up) {
-  const int64_t E = gate.size(0), F = gate.size(1), D = gate.size(2);
-  if (!up.is_alias_of(gate) || gate.stride(0) != up.stride(0) || gate.stride(0) < 2 * F * D || up.storage_offset() != gate.storage_offset() + F * D) return {};
-  return gate.as_strided({E, 2 * F, D}, {gate.stride(0), D, 1});
+  const at::Tensor view = stacked_view(list);
+  return view.defined() ? view : at::stack(list);
 }
 
 // The low-rank terms of one site side by side: columns [begin, begin + P) of the site's thin products belong to a term; ranks are padded with zero columns
@@ -48,7 +37,7 @@ class MoeLayer {
     gate_ = stacked(p_.weights.gate_FD);
     up_ = stacked(p_.weights.up_FD);
     down_ = stacked(p_.weights.down_DF);
-    gate_up_ = joined(gate_, up_);
+    gate_up_ = joined_view(gate_, up_);
     const int64_t E = d_.num_experts, G = d_.num_groups;
     ends_ = d_.offsets.slice(0, G, E * G + 1, G).contiguous();
     uint32_t bit = 0;
