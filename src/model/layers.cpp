@@ -7,6 +7,7 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/kernels/route.h"
 
 namespace moegraft::model {
 namespace {
@@ -65,19 +66,6 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
     if (any) out.push_back(std::move(e));
   }
   return out;
-}
-
-struct Route {
-  at::Tensor probs_TE, topk_ids_TK, topk_weights_TK;
-};
-
-// In float32, like the residual stream: see Decoder::forward.
-Route route(const DecoderSpec& spec, const at::Tensor& x_TD, const at::Tensor& router_ED) {
-  const at::Tensor probs = at::softmax(at::linear(x_TD, router_ED.to(at::kFloat)), -1);
-  const at::Tensor ids = std::get<1>(at::topk(probs.detach(), spec.num_experts_per_tok, -1));
-  at::Tensor weights = probs.gather(1, ids);
-  if (spec.norm_topk_prob) weights = weights / weights.sum(-1, true);
-  return {probs, ids, weights};
 }
 
 }  // namespace
@@ -149,7 +137,8 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
 
 MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
   const DecoderSpec& spec = call.spec;
-  const Route r = route(spec, h_TD, router_ED);
+  // In float32, like the residual stream: see Decoder::forward.
+  const k::Route r = k::route(at::linear(h_TD, router_ED.to(at::kFloat)), spec.num_experts_per_tok, spec.norm_topk_prob);
   if (call.options.routing) {
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
