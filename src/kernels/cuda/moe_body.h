@@ -161,9 +161,14 @@ class MoeLayer {
 
  private:
   // [R, a] x [E, a, b] -> [R, b], each expert's rows with its own matrix.
-  at::Tensor product(const at::Tensor& rows, const at::Tensor& matrices) const { return at::_grouped_mm(rows, matrices, ends_); }
+  at::Tensor product(const at::Tensor& rows, const at::Tensor& matrices) const { return at::_grouped_mm(aligned(rows), aligned(matrices), ends_); }
   // [R, a], [R, b] -> [E, a, b], contracted over each expert's rows.
-  at::Tensor contraction(const at::Tensor& left, const at::Tensor& right) const { return at::_grouped_mm(left.t(), right, ends_); }
+  at::Tensor contraction(const at::Tensor& left, const at::Tensor& right) const { return at::_grouped_mm(aligned(left).t(), aligned(right), ends_); }
+  // What the device's tensor copies ask for and a host would forgive.
+  static const at::Tensor& aligned(const at::Tensor& t) {
+    MOEGRAFT_INVARIANT(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "device experts: an operand ", t.sizes(), " of a grouped product starts off 16 bytes");
+    return t;
+  }
 
   at::Tensor make_row_bits() const {
     RowBits f{in<int32_t>(d_.offsets), int32_t(d_.num_experts * d_.num_groups), int32_t(d_.num_groups), {}, nullptr};
