@@ -132,6 +132,17 @@ TEST(CudaLogic, RmsNormRoundsWhereTheReferenceDoes) {
   EXPECT_TRUE(at::equal(g.dw, both.dw));
 }
 
+TEST(CudaLogic, RmsNormDoesNotDependOnWhereItsInputsLie) {
+  const at::Tensor x = randn({5, 200}, 1), w = randn({200}, 2), d = randn({5, 200}, 3);
+  const auto moved = [](const at::Tensor& t) {  // off 16 bytes, as in a mapped file
+    const at::Tensor room = at::empty({t.numel() + 1}, t.options()), view = room.narrow(0, 1, t.numel()).view(t.sizes());
+    return view.copy_(t);
+  };
+  const Norm a = Host::rms_norm_forward(x, d, w, 1e-5, at::kFloat, false), b = Host::rms_norm_forward(moved(x), moved(d), moved(w), 1e-5, at::kFloat, false);
+  EXPECT_TRUE(at::equal(a.y, b.y) && at::equal(a.rstd, b.rstd));
+  EXPECT_TRUE(at::equal(Host::rms_norm_backward(d, {}, {}, a.sum, w, a.rstd, false).dx, Host::rms_norm_backward(moved(d), {}, {}, moved(a.sum), moved(w), a.rstd, false).dx));
+}
+
 TEST(CudaLogic, RotaryIsTheComplexRotationAndItsInverse) {
   for (const int64_t C : {2, 6, 16, 128}) {
     const int64_t T = 9, H = 3;
@@ -232,6 +243,32 @@ TEST(CudaLogic, RowsOnWhichNothingActsKeepTheBaseBits) {
   }
 }
 
+TEST(CudaLogic, WhatDoesNotActIsNotRead) {
+  // NaN where nothing may look: deltas of rows on which no term acts, and a product's leavings for an expert without rows.
+  const float nan = NAN;
+  const at::Tensor bits = at::tensor({1, 2, 0}, at::kInt), rows = at::arange(3).to(at::kInt).view({3, 1}), y = randn({3, 8}, 1), ones = at::ones({3, 1});
+  at::Tensor delta = at::full({3, 8}, nan);
+  delta[0] = 1;
+  const at::Tensor sum = Host::combine_sum(y, {}, delta, bits, 1, ones, rows);
+  EXPECT_TRUE(at::equal(sum[0], y[0] + 1) && at::equal(sum.narrow(0, 1, 2), y.narrow(0, 1, 2)));
+
+  at::Tensor g = y.clone(), u = y.clone(), h = at::empty_like(y), delta_u = at::full({3, 8}, nan);
+  delta_u[1] = 2;
+  const auto* bit = Host::bits(bits);
+  OnHost::threads(SwigluForward<float, 8>{out<float>(g), out<float>(u), 8, 8, in<float>(delta), in<float>(delta_u), 8, bit, 1, 2, out<float>(h), 8}, 3);
+  EXPECT_TRUE(at::equal(g[0], y[0] + 1) && at::equal(g.narrow(0, 1, 2), y.narrow(0, 1, 2)) && at::equal(u[1], y[1] + 2) && at::equal(u[0], y[0]) && at::equal(u[2], y[2]));
+  EXPECT_LT(distance(h, at::silu(g) * u), 1e-6);
+
+  const at::Tensor dg = at::empty_like(y), du = at::empty_like(y);
+  OnHost::rows(SwigluBackward<float, 8>{in<float>(y), in<float>(delta), bit, 1, in<float>(y), in<float>(y), 8, 8, nullptr, out<float>(dg), out<float>(du), 8, nullptr, nullptr, 8}, 3);
+  EXPECT_FALSE(at::cat({dg, du}).isnan().any().item<bool>());
+
+  const at::Tensor left = at::full({2, 3, 8}, nan), offsets = at::tensor({0, 3, 3}, at::kInt), to = at::empty({2, 3, 8});
+  left[0] = 2;
+  OnHost::threads(FactorGradient<float, float>{in<float>(left), 24, 8, out<float>(to), 3, 8, 1, in<int32_t>(offsets), 1.5f}, 48);
+  EXPECT_TRUE(at::equal(to[0], at::full({3, 8}, 3.f)) && at::equal(to[1], at::zeros({3, 8})));
+}
+
 TEST(CudaLogic, AnIdleExpertHasExactlyZeroGradientAndOnlyNeededOnesAreMade) {
   const MoeCase c{{40, 4, 2, 2, 2}, 16, 8, 3};  // expert 3 is never selected
   const MoeInputs in = make_moe(c, at::kBFloat16, at::kFloat, Layout::stacked);
@@ -285,6 +322,8 @@ TEST(CudaLogic, ExpertsInOneStorageAreViewedNotCopied) {
   EXPECT_TRUE(at::equal(stacked(loose), g));
   EXPECT_FALSE(joined_view(stacked(loose), u).defined());
   EXPECT_FALSE(joined_view(u, g).defined());
+  const std::vector<at::Tensor> mixed{gate[0], all.clone()[1][0], gate[2]};  // the right distances, in two storages
+  EXPECT_FALSE(stacked_view(mixed).defined());
   std::swap(gate[0], gate[2]);  // equally spaced, but backwards
   EXPECT_TRUE(at::equal(stacked(gate), all.select(1, 0).flip({0})));
 }

@@ -39,6 +39,12 @@ inline bool packs(int64_t width, std::initializer_list<at::Tensor> tensors) {
   }
   return true;
 }
+// Contiguous, and starting where packs can be read when the row's width allows them: for sums over rows, whose order must follow from shapes alone.
+inline at::Tensor dense(const at::Tensor& t) {
+  if (!t.defined()) return t;
+  const at::Tensor c = t.contiguous();
+  return c.size(-1) % 8 == 0 && reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 != 0 ? c.clone() : c;
+}
 template <class F>
 auto with_pack(bool packed, const F& f) {
   if (packed) return f(std::integral_constant<int, 8>{});
@@ -48,7 +54,7 @@ auto with_pack(bool packed, const F& f) {
 template <class Run>
 struct Ops {
   static Norm rms_norm_forward(const at::Tensor& x_in, const at::Tensor& delta_in, const at::Tensor& weight, double eps, at::ScalarType to, bool wide) {
-    const at::Tensor x = x_in.contiguous(), w = weight.contiguous(), delta = delta_in.defined() ? delta_in.to(to).contiguous() : delta_in;
+    const at::Tensor x = dense(x_in), w = dense(weight), delta = delta_in.defined() ? dense(delta_in.to(to)) : delta_in;
     MOEGRAFT_INVARIANT(x.size(-1) == w.size(0) && (!delta.defined() || delta.sizes() == x.sizes()), "rms_norm: x ", x.sizes(), ", weight ", w.sizes());
     MOEGRAFT_INVARIANT(x.scalar_type() == at::kFloat || to == x.scalar_type(), "rms_norm: ", c10::toString(to), " from ", c10::toString(x.scalar_type()));
     const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
@@ -66,9 +72,7 @@ struct Ops {
 
   static NormGradients rms_norm_backward(const at::Tensor& dy_in, const at::Tensor& wide_in, const at::Tensor& dsum_in, const at::Tensor& sum_in, const at::Tensor& weight,
                                          const at::Tensor& rstd, bool need_dw) {
-    const auto contiguous = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
-    const at::Tensor dy = contiguous(dy_in), wide = contiguous(wide_in), x = sum_in.contiguous(), dsum = dsum_in.defined() ? dsum_in.to(x.scalar_type()).contiguous() : dsum_in;
-    const at::Tensor w = weight.contiguous();
+    const at::Tensor dy = dense(dy_in), wide = dense(wide_in), x = dense(sum_in), dsum = dsum_in.defined() ? dense(dsum_in.to(x.scalar_type())) : dsum_in, w = dense(weight);
     const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
     NormGradients result{at::empty_like(x), need_dw ? at::empty_like(w) : at::Tensor()};
     const at::ScalarType from = dy.defined() ? dy.scalar_type() : x.scalar_type();
