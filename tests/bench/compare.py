@@ -86,7 +86,7 @@ class Comparison:
         self.python, self.binary = args.python, args.binary
         hw = hardware()
         self.result = {"hardware": {**hw, "gpu": gpu() if args.device != "cpu" else ""}, "device": args.device, "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-                       "command": args.command, "versions": versions(args.python), "rounds": args.rounds, "steps": args.steps, "rank": args.rank, "load_at_start": os.getloadavg()[0],
+                       "command": args.command, "versions": versions(args.python), "rounds": args.rounds, "steps": args.steps, "rank": args.rank, "load_at_start": os.getloadavg()[0], "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "each side's own"),
                        "steps_table": [], "peer_implementations": [], "generation": [], "failures": []}
         name = "peers-" + slug(self.result["hardware"]["gpu"].split(",")[0] or hw["cpu"])
         self.json = Path(args.out) / (name + ".json")
@@ -109,7 +109,7 @@ class Comparison:
         path = self.models / f"ids-{vocab}-{batch}x{seq}.safetensors"
         if not (ROOT / path).exists():
             code = f"import peer; from safetensors.torch import save_file; save_file({{'input_ids': peer.random_ids(({batch}, {seq}), {vocab})}}, {str(ROOT / path)!r})"
-            subprocess.run([self.python, "-c", code], check=True, cwd=ROOT / HERE)
+            subprocess.run([self.python, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(HERE)})
         return str(path)
 
     def device_options(self):
@@ -277,6 +277,7 @@ def main():
     parser.add_argument("--python", default=".venv/bin/python")
     args = parser.parse_args()
     args.command = shlex.join(["tools/bench_peers.sh", *sys.argv[1:]])
+    args.command = re.sub(r" --(binary|python) \S+", "", args.command)  # the script's own
     args.rounds = args.rounds or (2 if args.quick else 3)
     args.steps = args.steps or (2 if args.quick else 5)
     shapes = args.shapes or (SHAPES[:1] if args.quick else SHAPES)

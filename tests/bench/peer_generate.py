@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Times transformers' generate: greedy, cached, exactly N new tokens. Prints one JSON object with the field names of
-`moegraft bench generate --json`. Prefill is the time for one new token, decode what the others take on top.
+`moegraft bench generate --json`. Prefill lasts until the first token's logits are there, decode from then until the last one's.
 
     peer_generate.py MODEL --batch 4 --prompt 128 --tokens 32 --dtype bfloat16 [--ids FILE] [--rank 16] [--rounds 3]
 
@@ -11,6 +11,7 @@ import json
 
 import peer
 import torch
+from transformers import LogitsProcessorList
 
 
 def main():
@@ -33,19 +34,29 @@ def main():
     ids = peer.load_ids(args.ids, (args.batch, args.prompt), model.config.vocab_size).to(args.device)
     batch, prompt = ids.shape
 
+    class Watch:
+        """Called with each new token's logits, which it leaves as they are."""
+
+        def __init__(self):
+            self.times = [peer.clock(args.device)]
+
+        def __call__(self, input_ids, scores):
+            self.times.append(peer.clock(args.device))
+            return scores
+
     def generate(count):
-        start = peer.clock(args.device)
+        watch = Watch()
         with torch.no_grad():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
-        return peer.clock(args.device) - start, out[:, prompt:]
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
+                                 logits_processor=LogitsProcessorList([watch]))
+        return watch.times[1] - watch.times[0], watch.times[-1] - watch.times[1], out[:, prompt:]
 
     generate(2)
-    prefill, whole = [], []
+    prefill, decode = [], []
     for _ in range(args.rounds):
-        prefill.append(generate(1)[0])
-        seconds, out = generate(args.tokens)
-        whole.append(seconds)
-    decode = [max(w - min(prefill), 1e-9) for w in whole]
+        first, rest, out = generate(args.tokens)
+        prefill.append(first)
+        decode.append(rest)
     print(json.dumps({"tool": "transformers" + ("+peft" if args.rank else ""), "experts": args.experts, "prefill_tokens_per_s": batch * prompt / min(prefill),
                       "decode_tokens_per_s": batch * (args.tokens - 1) / min(decode), "decode_step_ms": 1e3 * min(decode) / (args.tokens - 1), "prefill_s": prefill,
                       "decode_s": decode, "ids": out.tolist(), "peak_mib": peer.peak_mib(args.device), "batch": batch, "prompt": prompt, "new_tokens": args.tokens,

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <set>
 
 #include "libtorch.h"
 #include "moegraft/io/json.h"
@@ -44,7 +45,7 @@ class Bench : public ::testing::Test {
     return r.code == 0 ? Json::parse(r.out) : Json::object();
   }
   static std::vector<std::string> step(std::vector<std::string> more) {
-    std::vector<std::string> args{"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--batch", "2", "--seq", "20"};
+    std::vector<std::string> args{"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--batch", "2", "--seq", "20", "--matmul", "256"};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
@@ -85,6 +86,14 @@ TEST_F(Bench, ImageTokensNeedGradientsFromTheFirstOneOn) {
   EXPECT_DOUBLE_EQ(j["flops"]["activation_gradient"].get<double>(), 2 * 2 * (10 * kLayers + 10 * image_head));
   EXPECT_DOUBLE_EQ(j["flops"]["lora"].get<double>(), 2 * 10 * 6 * kLora4);
   EXPECT_NE(j["loss"][0], j["loss"][1]) << "the step must train";
+  // How it is done changes neither the work nor the result.
+  for (const auto& more : std::vector<std::vector<std::string>>{{"--whole-backward"}, {"--recompute", "2"}}) {
+    std::vector<std::string> options{"--image-share", "0.5", "--codes", "6"};
+    options.insert(options.end(), more.begin(), more.end());
+    const Json other = bench(step(options));
+    EXPECT_EQ(other["flops"]["activation_gradient"], j["flops"]["activation_gradient"]) << more[0];
+    for (int i = 0; i < 2; ++i) EXPECT_NEAR(other["loss"][i].get<double>(), j["loss"][i].get<double>(), 1e-5) << more[0];
+  }
   // Labels on the picture alone: 10 predictions, all over its own rows.
   const Json image = bench(step({"--image-share", "0.5", "--codes", "6", "--labels", "image"}));
   EXPECT_DOUBLE_EQ(image["flops"]["forward"].get<double>(), 2 * 2 * (20 * kLayers + 10 * image_head));
@@ -130,6 +139,23 @@ TEST_F(Bench, AProfileAccountsForTheWholeStep) {
   EXPECT_NEAR(ops + outside, p["total_s"].get<double>(), 1e-6 + 1e-3 * p["total_s"].get<double>()) << "self times and what lies outside operations are the whole";
 }
 
+TEST_F(Bench, OperationsAgreeWithPlainLibTorch) {
+  const Json j = bench({"ops", "--dtype", "float32", "--tokens", "48", "--seq", "20", "--hidden", "32", "--width", "16", "--experts", "4", "--top-k", "2", "--rank", "4", "--heads", "4", "--kv-heads", "2",
+                        "--head-dim", "8", "--vocab", "64", "--rounds", "1", "--matmul", "256"});
+  std::set<std::string> names;
+  for (const auto& op : j["ops"]) {
+    names.insert(op["op"]);
+    EXPECT_LT(op["difference"].get<double>(), 1e-5) << op.dump();
+    EXPECT_GT(op["ms"].get<double>(), 0);
+    EXPECT_GT(op["plain_ms"].get<double>(), 0);
+    if (op["op"] == "moe_ffn") {
+      const double expert = 2.0 * 48 * 2 * 3 * 32 * 16, lora = 2.0 * 48 * 2 * 3 * 4 * (32 + 16), flops = op["backward"].get<bool>() ? 2 * expert + 3 * lora : expert + lora;
+      EXPECT_NEAR(op["gflops_per_s"].get<double>() * op["ms"].get<double>() * 1e6, flops, 1e-6 * flops);
+    }
+  }
+  EXPECT_EQ(names, (std::set<std::string>{"moe_ffn", "dispatch+permute", "packed_attention", "frozen_linear q,k,v", "rms_norm", "residual_norm", "rotary", "linear_cross_entropy"}));
+}
+
 TEST_F(Bench, GenerationWritesGreedyText) {
   const std::vector<std::string> args{"generate", *base_, "--dtype", "float32", "--batch", "2", "--prompt", "9", "--tokens", "5", "--pictures", "3", "--codes", "16", "--rank", "4", "--rounds", "1"};
   const Json j = bench(args);
@@ -149,7 +175,7 @@ TEST_F(Bench, GenerationWritesGreedyText) {
 }
 
 TEST_F(Bench, GrowthRunsEachPointByItself) {
-  const Json j = bench({"growth", *base_, "--dtype", "float32", "--axes", "tokens,experts", "--tokens", "16,64", "--experts", "8", "--batch", "2", "--seq", "16", "--rank", "4", "--steps", "1"});
+  const Json j = bench({"growth", *base_, "--dtype", "float32", "--axes", "tokens,experts", "--tokens", "16,64", "--experts", "8", "--batch", "2", "--seq", "16", "--rank", "4", "--steps", "1", "--matmul", "256"});
   ASSERT_EQ(j["points"].size(), 3u);
   EXPECT_EQ(j["points"][1]["tokens"], 64);
   EXPECT_EQ(j["points"][2]["experts"], 8);
@@ -174,7 +200,7 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
       {"bench"}, {"bench", "step"}, {"bench", "generate"}, {"bench", "growth"}, {"bench", "step", *base_, "--gate", "half"}, {"bench", "step", *base_, "--gate", "modality"},
       {"bench", "step", *base_, "--quantize", "nf4"}, {"bench", "step", *base_, "--dtype", "int8"}, {"bench", "step", *base_, "--sites", "gate,wrong"}, {"bench", "step", *base_, "--labels", "image"},
       {"bench", "--rank", "4", "generate", *base_}, {"bench", "growth", *base_, "--axes", "width"}, {"bench", "growth", *base_, "--experts", "1"}, {"bench", "growth", *base_, "--tokens", "700"},
-      {"bench", "generate", *base_, "--prompt", "1000"}};
+      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"}};
   for (const auto& args : cases) {
     const auto r = run_moegraft(args);
     std::string text;
@@ -195,7 +221,7 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
   io::save_safetensors(ids, {{"input_ids", at::arange(3, 63).view({2, 30})}});
   const auto peer = testing::Process({python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--ids", ids}).wait();
   ASSERT_EQ(peer.code, 0) << peer.err;
-  const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--ids", ids});
+  const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--matmul", "256", "--ids", ids});
   EXPECT_NEAR(ours["loss"][0].get<double>(), theirs["loss"][0].get<double>(), 1e-4);
   EXPECT_LT(theirs["loss"][1].get<double>(), theirs["loss"][0].get<double>());
   for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(theirs.contains(key)) << key;

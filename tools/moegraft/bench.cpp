@@ -12,6 +12,7 @@ void add_bench_command(CLI::App& app) {
   const auto run_step = bench::add_step_options(*cmd);
   CLI::App* step = cmd->add_subcommand("step", "A whole training step: forward, loss, backward, optimizer");
   step->callback(bench::add_step_options(*step));
+  bench::add_ops_command(*cmd);
   bench::add_generate_command(*cmd);
   bench::add_growth_command(*cmd);
   cmd->callback([cmd, run_step] {

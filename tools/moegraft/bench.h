@@ -23,7 +23,8 @@ void synchronize(at::Device device);
 void set_threads(int64_t threads);  // 0: as they are
 
 // The practical limit of this machine: a large product in the same dtype and process. Benchmarks ask before and after and keep the larger.
-double matmul_gflops(at::ScalarType dtype, at::Device device);
+// size: of the square matrices; 0: 2048, or 8192 on a GPU.
+double matmul_gflops(at::ScalarType dtype, at::Device device, int64_t size = 0);
 
 // Largest resident memory of this process so far. rusage is what `time` and wait4 report; high_water (VmHWM) starts anew with each exec.
 struct PeakMemory {
@@ -77,6 +78,7 @@ std::string fixed(double value, int digits);
 
 // One subcommand each. The step's options are also those of `bench` itself: `bench MODEL` is `bench step MODEL`.
 std::function<void()> add_step_options(CLI::App& cmd);
+void add_ops_command(CLI::App& bench);
 void add_generate_command(CLI::App& bench);
 void add_growth_command(CLI::App& bench);
 

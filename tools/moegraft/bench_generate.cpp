@@ -68,6 +68,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
   while (int64_t(ids.size()) < count) {
     batch = model::pack_rows(ids.back().unsqueeze(1));
     batch.positions_T = batch.positions_T + (S + int64_t(ids.size()) - 1);
+    batch.facts = nullptr;
     ids.push_back(m.decoder->text_logits(m.decoder->forward(batch, options).hidden_TD).argmax(-1));
   }
   synchronize(device);

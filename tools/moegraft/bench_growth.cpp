@@ -24,7 +24,7 @@ struct GrowthOptions {
   std::string model, dtype = "bfloat16", device = "cpu";
   std::vector<std::string> axes{"tokens", "context", "ranks", "experts"};
   std::vector<int64_t> tokens{512, 1024, 2048, 4096}, contexts{128, 512, 2048}, ranks{4, 16, 64}, experts;
-  int64_t batch = 4, seq = 512, rank = 16, steps = 3, threads = 0;
+  int64_t batch = 4, seq = 512, rank = 16, steps = 3, threads = 0, matmul = 0;
   bool json = false;
 };
 
@@ -104,7 +104,7 @@ void run(const GrowthOptions& o) {
     std::string path = o.model;
     if (p.experts > 0) write_base(path = scratch.path() / "base", spec, p.experts);
     std::vector<std::string> args{"bench", "step", path, "--json", "--dtype", o.dtype, "--device", o.device};
-    for (const auto& [key, value] : std::vector<std::pair<std::string, int64_t>>{{"--batch", p.batch}, {"--seq", p.seq}, {"--rank", p.rank}, {"--steps", o.steps}, {"--threads", o.threads}})
+    for (const auto& [key, value] : std::vector<std::pair<std::string, int64_t>>{{"--batch", p.batch}, {"--seq", p.seq}, {"--rank", p.rank}, {"--steps", o.steps}, {"--threads", o.threads}, {"--matmul", o.matmul}})
       args.insert(args.end(), {key, std::to_string(value)});
     log::info("bench growth: ", p.axis, " ", p.value);
     const ChildResult child = run_self(args);
@@ -148,6 +148,7 @@ void add_growth_command(CLI::App& bench) {
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
+  cmd->add_option("--matmul", o->matmul, "As for step")->check(CLI::Range(0, 1 << 16));
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
   cmd->footer("Example: moegraft bench growth models/base --axes tokens,ranks --tokens 512,2048 --dtype bfloat16");
   cmd->callback([o] { run(*o); });

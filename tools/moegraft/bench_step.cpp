@@ -11,6 +11,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/model/device.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::tools::bench {
@@ -19,9 +20,9 @@ namespace {
 struct StepOptions {
   ModelOptions model;
   std::string ids, gate, lengths = "fixed", labels = "all";
-  int64_t batch = 4, seq = 512, steps = 5, threads = 0, codes = 1024;
+  int64_t batch = 4, seq = 512, steps = 5, threads = 0, codes = 1024, recompute = 0, matmul = 0;
   double image_share = 0;
-  bool recompute = false, profile = false, json = false;
+  bool whole_backward = false, profile = false, json = false;
 };
 
 model::Gate choose_gate(const StepOptions& o) {
@@ -85,18 +86,9 @@ model::PackedBatch make_batch(StepOptions& o, model::Gate gate, const graft::Gra
       labels[t] = labelled ? ids[t + 1] : model::kNoLabel;
     }
   }
-  if (!m.vocabulary.modalities.empty()) batch.modality_T = modality.to(m.device());
-  batch.ids_T = batch.ids_T.to(m.device());
-  batch.positions_T = batch.positions_T.to(m.device());
-  batch.labels_T = batch.labels_T.to(m.device());
-  return batch;
-}
-
-// Set on the decoder's options where they know recomputation.
-template <class Forward>
-void set_recompute(Forward& options, bool on) {
-  if constexpr (requires { options.recompute = on; }) options.recompute = on;
-  else MOEGRAFT_CHECK_USAGE(!on, "--recompute: the decoder cannot recompute yet; leave it out");
+  if (!m.vocabulary.modalities.empty()) batch.modality_T = modality;
+  batch.facts = std::make_shared<model::BatchFacts>(model::describe_batch(batch, m.decoder->id_bounds()));  // in training the data worker's
+  return model::to_device(batch, m.device());
 }
 
 void print(const Json& j) {
@@ -119,7 +111,8 @@ void run(const StepOptions& given) {
   MOEGRAFT_CHECK_USAGE(o.labels == "all" || o.image_share > 0, "--labels image: there are no image tokens; give --image-share above 0");
   model::ForwardOptions forward;
   forward.gate = gate;
-  set_recompute(forward, o.recompute);
+  forward.recompute_layers = o.recompute;
+  forward.frozen_prefix = !o.whole_backward;
   set_threads(o.threads);
   o.model.codes = o.image_share > 0 || gate == model::Gate::none ? o.codes : 0;
   if (gate == model::Gate::none) o.model.rank = 0;
@@ -131,7 +124,7 @@ void run(const StepOptions& given) {
   std::map<std::string, train::GroupOptions> groups;
   for (const auto& p : m.registry->all()) groups[p.group] = {1e-4, 0.01};
   train::AdamW optimizer(*m.registry, groups, {0.9, 0.999, 1e-8});
-  double limit = matmul_gflops(dtype, device);
+  double limit = matmul_gflops(dtype, device, o.matmul);
 
   std::vector<double> times, losses;
   const auto step = [&](const std::function<void(const char*)>& phase) {
@@ -161,7 +154,7 @@ void run(const StepOptions& given) {
     step([&](const char* name) { ops.phase(name); });
     profile = ops.finish();
   }
-  limit = std::max(limit, matmul_gflops(dtype, device));
+  limit = std::max(limit, matmul_gflops(dtype, device, o.matmul));
 
   const double best = *std::min_element(times.begin(), times.end());
   const StepWork work = count_work(m, batch, gate, o.model);
@@ -192,7 +185,8 @@ void run(const StepOptions& given) {
            {"rank", o.model.rank},
            {"sites", o.model.sites},
            {"quantize", o.model.quantize},
-           {"recompute", o.recompute},
+           {"recompute_layers", o.recompute},
+           {"frozen_prefix", forward.frozen_prefix},
            {"trained_parameters", m.registry->num_elements()},
            {"threads", at::get_num_threads()},
            {"device", device.str()}};
@@ -213,10 +207,12 @@ std::function<void()> add_step_options(CLI::App& cmd) {
   cmd.add_option("--codes", o->codes, "Codebook of that modality")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   cmd.add_option("--gate", o->gate, "Rows that LoRA acts on: all, modality, none (default: all, or modality with image tokens)");
   cmd.add_option("--labels", o->labels, "Tokens to predict: all, or image")->check(CLI::IsMember({"all", "image"}))->capture_default_str();
-  cmd.add_flag("--recompute", o->recompute, "Recompute activations in the backward pass");
+  cmd.add_option("--recompute", o->recompute, "Layers, from the first, that run again in the backward pass instead of keeping their activations")->check(CLI::Range(0, 1 << 20))->capture_default_str();
+  cmd.add_flag("--whole-backward", o->whole_backward, "Record gradients for the text before the first image token too, which needs none");
   cmd.add_option("--steps", o->steps, "Steps to time; the best counts")->check(CLI::Range(1, 100000))->capture_default_str();
   cmd.add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
   cmd.add_option("--ids", o->ids, "safetensors with input_ids int64 [batch, seq] instead of random ids");
+  cmd.add_option("--matmul", o->matmul, "Rows and columns of the product that stands for the machine's limit; 0: 2048, or 8192 on a GPU")->check(CLI::Range(0, 1 << 16));
   cmd.add_flag("--profile", o->profile, "One more step with every operation on the clock");
   cmd.add_flag("--json", o->json, "One JSON object on stdout");
   cmd.footer("Example: moegraft bench step models/base --batch 4 --seq 512 --dtype bfloat16 --rank 16 --steps 5 --profile");

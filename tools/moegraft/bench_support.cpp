@@ -33,9 +33,9 @@ void set_threads(int64_t threads) {
   if (threads > 0) at::set_num_threads(int(threads));
 }
 
-double matmul_gflops(at::ScalarType dtype, at::Device device) {
+double matmul_gflops(at::ScalarType dtype, at::Device device, int64_t size) {
   const at::NoGradGuard no_grad;
-  const int64_t n = device.is_cpu() ? 2048 : 8192, repeats = 5;
+  const int64_t n = size > 0 ? size : device.is_cpu() ? 2048 : 8192, repeats = 5;
   const auto options = at::TensorOptions(dtype).device(device);
   const at::Tensor x = at::empty({n, n}, options).normal_(), y = at::empty({n, n}, options).normal_();
   at::Tensor z = at::mm(x, y);
