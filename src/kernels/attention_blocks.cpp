@@ -173,10 +173,8 @@ class Backward {
     Buffers b(scratch, C);
     for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
       for (int64_t at = 0; at < queries; at += kPanel) queries_block(s, h, at, std::min(kPanel, queries - at), past, keys, depth, k, v, k_transposed, dk, dv, b);
-    for (int64_t i = 0; i < keys; ++i) {
-      loops<T>().from_float(dk + i * Cp, 1.0f, mutable_data<T>(grads_.k_SGC) + ((p_.cu_kv[s] + i) * G + g) * C, C);
-      loops<T>().from_float(dv + i * Cp, 1.0f, mutable_data<T>(grads_.v_SGC) + ((p_.cu_kv[s] + i) * G + g) * C, C);
-    }
+    loops<T>().round_rows(dk, Cp, mutable_data<T>(grads_.k_SGC) + (p_.cu_kv[s] * G + g) * C, G * C, keys, C);
+    loops<T>().round_rows(dv, Cp, mutable_data<T>(grads_.v_SGC) + (p_.cu_kv[s] * G + g) * C, G * C, keys, C);
   }
 
   struct Buffers {
@@ -186,10 +184,10 @@ class Backward {
       q_along = scratch.take<T>(along), dout_along = scratch.take<T>(along);
       p = scratch.take<T>(kPanel * kPanel), ds = scratch.take<T>(kPanel * kPanel), ds_panel = scratch.take<T>(kPanel * kPanel);
       scores = scratch.take<float>(kPanel * kPanel), dp = scratch.take<float>(kPanel * kPanel), dq = scratch.take<float>(padded_width(C) * kPanel);
-      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), row = scratch.take<float>(2 * C), dq_rows = scratch.take<float>(kPanel * C);
+      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), dq_rows = scratch.take<float>(kPanel * C);
     }
     T *q_across, *dout_across, *q_along, *dout_along, *p, *ds, *ds_panel;
-    float *scores, *dp, *dq, *lse, *delta, *row, *dq_rows;
+    float *scores, *dp, *dq, *lse, *delta, *dq_rows;
   };
 
   // All keys against n <= 64 queries of one head.
@@ -201,11 +199,7 @@ class Backward {
     const Panels<T> q_along = pack_rows_deep(q, H * C, n, C, kPanel, b.q_along), dout_along = pack_rows_deep(dout, H * C, n, C, kPanel, b.dout_along);
     for (int64_t i = 0; i < n; ++i) {
       b.lse[i] = data<float>(output_.lse_TH)[(token + i) * H + h];
-      loops<T>().to_float(dout + i * H * C, b.row, C);
-      loops<T>().to_float(out + i * H * C, b.row + C, C);
-      float dot = 0;
-      for (int64_t c = 0; c < C; ++c) dot += b.row[c] * b.row[C + c];
-      b.delta[i] = dot;
+      b.delta[i] = loops<T>().dot(dout + i * H * C, out + i * H * C, C);
     }
     const int64_t first = seen_by(past + at, p_.window).first / kPanel * kPanel, last = past + at + n;
     for (int64_t j = first; j < last; j += kPanel) {
@@ -223,7 +217,7 @@ class Backward {
       product(Cp, k_transposed + j, depth, ds, 0, b.dq, kPanel, j > first);
     }
     loops<float>().transpose(b.dq, kPanel, C, n, b.dq_rows, C);
-    for (int64_t i = 0; i < n; ++i) loops<T>().from_float(b.dq_rows + i * C, 1.0f, mutable_data<T>(grads_.q_THC) + ((token + i) * H + h) * C, C);
+    loops<T>().round_rows(b.dq_rows, C, mutable_data<T>(grads_.q_THC) + (token * H + h) * C, H * C, n, C);
   }
 
   // n <= 64 rows of width C as a right operand [C, 64], zero beyond n: one panel of full width, so that few kernels serve all sizes.

@@ -49,7 +49,7 @@ std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
         for (int64_t r = 0; r < count; r += kBlock) {
           const int64_t m = std::min(kBlock, count - r), width = panels[w].width(j);
           product(m, in + r * ld, ld, panels[w], j, c, width, false);
-          for (int64_t i = 0; i < m; ++i) loops<T>().from_float(c + i * width, 1.0f, mutable_data<T>(out[w]) + (begin + r + i) * panels[w].n + j * kPanel, panels[w].columns(j));
+          loops<T>().round_rows(c, width, mutable_data<T>(out[w]) + (begin + r) * panels[w].n + j * kPanel, panels[w].n, m, panels[w].columns(j));
         }
   });
   return out;
@@ -87,7 +87,7 @@ at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t ro
       for (int64_t r = 0; r < count; r += kBlock) {
         const int64_t m = std::min(kBlock, count - r), columns = std::min(kPanel, K - j * kPanel), width = padded_width(columns);
         for (size_t w = 0; w < in.size(); ++w) product(m, a[w] + r * ld[w], ld[w], panels[w], j, c, width, w > 0);
-        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(c + i * width, 1.0f, mutable_data<T>(dx) + (begin + r + i) * K + j * kPanel, columns);
+        loops<T>().round_rows(c, width, mutable_data<T>(dx) + (begin + r) * K + j * kPanel, K, m, columns);
       }
   });
   return dx;

@@ -13,6 +13,15 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  static const bool yes = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return yes;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 template <>
@@ -21,7 +30,7 @@ const Loops<float>& loops<float>() {
 }
 template <>
 const Loops<bf16>& loops<bf16>() {
-  return has_avx512() ? v4::kBf16Loops : v3::kBf16Loops;
+  return has_avx512_bf16() ? v4_bf16::kBf16Loops : has_avx512() ? v4::kBf16Loops : v3::kBf16Loops;
 }
 
 }  // namespace moegraft::kernels

@@ -1,5 +1,5 @@
 #pragma once
-// Element-wise loops of the CPU paths on raw rows, compiled once per instruction set (loops_v3.cpp, loops_v4.cpp) and chosen at run time.
+// Element-wise loops of the CPU paths on raw rows, compiled once per instruction set (loops_v3.cpp, loops_v4.cpp, loops_v4_bf16.cpp) and chosen at run time.
 // Arithmetic is float32; bf16 is the upper half of a float, rounded to nearest even. Nothing here allocates or starts threads.
 
 #include <cstdint>
@@ -14,7 +14,9 @@ struct bf16 {
 template <class T>
 struct Loops {
   void (*from_float)(const float* in, float factor, T* out, int64_t n);  // out = T(in * factor)
+  void (*round_rows)(const float* in, int64_t ld_in, T* out, int64_t ld_out, int64_t rows, int64_t n);
   void (*to_float)(const T* in, float* out, int64_t n);
+  float (*dot)(const T* a, const T* b, int64_t n);
 
   // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
   void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
@@ -62,5 +64,9 @@ namespace v4 {
 extern const Loops<float> kFloatLoops;
 extern const Loops<bf16> kBf16Loops;
 }  // namespace v4
+namespace v4_bf16 {
+extern const Loops<float> kFloatLoops;
+extern const Loops<bf16> kBf16Loops;
+}  // namespace v4_bf16
 
 }  // namespace moegraft::kernels

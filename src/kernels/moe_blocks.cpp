@@ -150,13 +150,19 @@ void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64
   }
 }
 
+// Asks for cache lines ahead of their use.
+template <class T>
+void fetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 // t [rows, columns] = a * panels in T.
 template <class T>
 void thin(int64_t rows, const T* a, int64_t lda, const Panels<T>& b, T* t, int64_t ldt, float* block) {
   for (int64_t r = 0; r < rows; r += kBlock) {
     const int64_t m = padded_rows(std::min(kBlock, rows - r)), n = padded_width(b.n);
     product(m, a + r * lda, lda, b, block, n, false);
-    for (int64_t i = 0; i < m; ++i) loops<T>().from_float(block + i * n, 1.0f, t + (r + i) * ldt, b.n);
+    loops<T>().round_rows(block, n, t + r * ldt, ldt, m, b.n);
   }
 }
 
@@ -285,7 +291,7 @@ class Forward {
         const int64_t m = std::min(kBlock, rows - r), width = down.width(j);
         product(m, b.h + r * b.ld_h, b.ld_h, down, j, b.g, width, false);
         if (d) product(m, b.t + r * d, d, f.B_out[kDown], j, b.g, width, true);
-        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(b.g + i * width, 1.0f, y + (begin + r + i) * D + j * kPanel, down.columns(j));
+        loops<T>().round_rows(b.g, width, y + (begin + r) * D + j * kPanel, D, m, down.columns(j));
       }
   }
 
@@ -411,9 +417,11 @@ class Backward {
       const int64_t width = down.width(j), columns = down.columns(j), column = j * kPanel;
       for (int64_t r = 0; r < rows; r += kBlock) {
         const int64_t m = std::min(kBlock, rows - r), row = begin + r, to = r * b.ld_f + column;
+        const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
+        fetch(view_.g + tile, m * kPanel);  // from memory, while the product runs
+        fetch(view_.u + tile, m * kPanel);
         product(m, b.dy + r * b.ld_d, b.ld_d, down, j, b.out, width, false);
         if (d) product(m, b.dt_d + r * d, d, f.A_out[1], j, b.out, width, true);
-        const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
         loops<T>().swiglu_backward(b.out, width, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m,
                                    columns);
         if (columns < padded_depth<T>(columns))
@@ -447,7 +455,7 @@ class Backward {
         product(m, b.dg + r * b.ld_f, b.ld_f, gate, j, b.out, width, false);
         product(m, b.du + r * b.ld_f, b.ld_f, up, j, b.out, width, true);
         if (gu) product(m, b.dt_gu + r * gu, gu, f.A_out[0], j, b.out, width, true);
-        for (int64_t i = 0; i < m; ++i) loops<T>().from_float(b.out + i * width, 1.0f, dx + (begin + r + i) * D + j * kPanel, gate.columns(j));
+        loops<T>().round_rows(b.out, width, dx + (begin + r) * D + j * kPanel, D, m, gate.columns(j));
       }
   }
 

@@ -91,6 +91,34 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
   }
 }
 
+TEST(Attention, QueriesMayFollowEarlierKeys) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t window : {0, 5, 600}) {
+      // Three sequences: 700 earlier keys, none, and 3 keys with no queries.
+      const std::vector<int64_t> cu_q{0, 70, 81, 81}, cu_kv{0, 770, 781, 784};
+      std::vector<at::Tensor> f, d;
+      for (int i = 0; i < 3; ++i) {
+        const at::Tensor x = randn({i == 0 ? 81 : 784, i == 0 ? 4 : 2, 24}, 10 + i).to(dtype);
+        f.push_back(x.clone().set_requires_grad(true));
+        d.push_back(x.to(at::kDouble).set_requires_grad(true));
+      }
+      const at::Tensor y = packed_attention(f[0], f[1], f[2], cu_q, cu_kv, window, 0.2);
+      // The plain one over whole sequences, whose earlier queries nobody looks at.
+      std::vector<at::Tensor> rows;
+      for (size_t s = 0; s < 3; ++s) {
+        const int64_t queries = cu_q[s + 1] - cu_q[s], keys = cu_kv[s + 1] - cu_kv[s];
+        const at::Tensor padded = at::cat({at::zeros({keys - queries, 4, 24}, at::kDouble), d[0].narrow(0, cu_q[s], queries)}, 0);
+        rows.push_back(plain_attention(padded, d[1].narrow(0, cu_kv[s], keys), d[2].narrow(0, cu_kv[s], keys), {0, keys}, window, 0.2).narrow(0, keys - queries, queries));
+      }
+      const at::Tensor z = at::cat(rows, 0), g = randn(y.sizes(), 20).to(dtype);
+      const double tolerance = dtype == at::kFloat ? 3e-5 : 4e-2;  // bf16: 2^-8 relative on values up to 4, a few roundings deep
+      EXPECT_LT(distance(y, z), tolerance);
+      y.backward(g);
+      z.backward(g.to(at::kDouble));
+      for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), tolerance * (1 + d[i].grad().abs().max().item<double>())) << "input " << i << " window " << window;
+    }
+}
+
 TEST(Attention, CacheContinuesWhatPackedComputes) {
   for (const int64_t window : {0, 4}) {
     const std::vector<int64_t> lengths{11, 6}, past{7, 0};
@@ -227,6 +255,42 @@ TEST(ExpertFfn, Bfloat16IsNoWorseThanThePlainPath) {
   EXPECT_LE(ours, 2 * plain + 1e-2);
 }
 
+TEST(ExpertFfn, SaturatedGatesStayFinite) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const MoeCase c{20, 16, 16, 2, 1, 1, 0};
+    MoeInputs in = make_inputs(c, dtype, false), d = make_inputs(c, at::kDouble, false);
+    for (MoeInputs* i : {&in, &d}) {
+      at::NoGradGuard no_grad;
+      for (auto& w : i->frozen.gate_FD) w.mul_(200);  // |gate| into the thousands
+    }
+    const at::Tensor y = moe(in, c, true), z = moe(d, c, false);
+    y.sum().backward();
+    z.sum().backward();
+    EXPECT_LT(distance(y, z), 2e-2 * z.abs().max().item<double>());
+    EXPECT_TRUE(at::isfinite(in.x.grad()).all().item<bool>());
+    EXPECT_TRUE(at::isfinite(in.weights.grad()).all().item<bool>());
+    if (dtype == at::kFloat) EXPECT_LT(distance(in.x.grad(), d.x.grad()), 1e-3 * d.x.grad().abs().max().item<double>());
+  }
+}
+
+// Every shape must do: odd widths, ranks beside each other, several groups, one thread's worth and many chunks. bf16 is held against the plain path in bf16.
+TEST(ExpertFfn, OddShapesInBothPrecisions) {
+  for (const auto& c : std::vector<MoeCase>{{1, 1, 1, 1, 1, 1, 0}, {33, 17, 31, 3, 2, 2, 0}, {64, 65, 66, 2, 2, 3, 1}, {1500, 40, 72, 2, 1, 2, 0}, {300, 130, 33, 7, 4, 1, 2}, {257, 64, 64, 1, 1, 2, 0}}) {
+    MoeInputs f = make_inputs(c, at::kFloat, false), b = make_inputs(c, at::kBFloat16, false), p = make_inputs(c, at::kBFloat16, false), d = make_inputs(c, at::kDouble, false);
+    // Masters stay float32, as in training; the reference rounds them where it uses them.
+    const at::Tensor g = randn({c.T, c.D}, 30);
+    for (MoeInputs* i : {&f, &d}) moe(*i, c, i == &f).backward(g.to(i->x.scalar_type()));
+    moe(b, c, true).backward(g.to(at::kBFloat16));
+    moe(p, c, false).backward(g.to(at::kBFloat16));
+    for (size_t i = 0; i < f.leaves.size(); ++i) {
+      const at::Tensor& exact = d.leaves[i].grad();
+      const double scale = 1 + exact.abs().max().item<double>();
+      EXPECT_LT(distance(f.leaves[i].grad(), exact), 1e-4 * scale) << "leaf " << i << " T " << c.T << " D " << c.D;
+      EXPECT_LE(distance(b.leaves[i].grad(), exact), 2 * distance(p.leaves[i].grad(), exact) + 1e-2 * scale) << "leaf " << i << " T " << c.T << " D " << c.D;
+    }
+  }
+}
+
 TEST(Dispatch, SortsByExpertThenGroupStably) {
   const at::Tensor ids = at::tensor({1, 0, 1, 2, 0, 1}, at::kLong).view({3, 2}), group = at::tensor({1, 0, 0}, at::kLong);
   const Dispatch d = make_dispatch(ids, 4, group, 2);
@@ -251,6 +315,71 @@ TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
   // 200,000 classes: several chunks.
   const at::Tensor h = randn({100, 4}, 3), w = randn({200000, 4}, 4), target = at::arange(100);
   EXPECT_NEAR(linear_cross_entropy(h, w, target, 0.01).item<double>(), at::cross_entropy_loss(at::matmul(h, w.t()).to(at::kDouble), target).item<double>(), 1e-4);
+}
+
+TEST(CrossEntropy, FrozenHeadInBlocksMatches) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 40000}}) {
+      at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true);
+      const at::Tensor w = randn({V, D}, 2, dtype), target = (at::arange(X) * 7) % V;
+      at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true);
+      const at::Tensor loss = linear_cross_entropy(h, w, target, 1.0 / double(X), make_weight_panels(w)), exact = at::cross_entropy_loss(at::matmul(hd, w.to(at::kDouble).t()), target);
+      EXPECT_NEAR(loss.item<double>(), exact.item<double>(), 2e-5 * (1 + exact.item<double>()));
+      loss.backward();
+      exact.backward();
+      EXPECT_LT(distance(h.grad(), hd.grad()), (dtype == at::kFloat ? 1e-5 : 1e-2) * (1e-3 + hd.grad().abs().max().item<double>())) << X << " " << D << " " << V;
+    }
+}
+
+TEST(FrozenLinear, SeveralWeightsMatchAutograd) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const auto& [X, K] : std::vector<std::pair<int64_t, int64_t>>{{1, 3}, {33, 64}, {700, 50}}) {
+      at::Tensor x = randn({X, K}, 1, dtype).set_requires_grad(true), xd = x.detach().to(at::kDouble).set_requires_grad(true);
+      std::vector<FrozenLinearWeight> weights;
+      at::Tensor total = at::zeros({}, at::kDouble), exact = total.clone();
+      std::vector<at::Tensor> expected;
+      for (const int64_t N : {int64_t{5}, int64_t{130}}) {
+        const at::Tensor w = randn({N, K}, uint64_t(N), dtype), b = N == 5 ? randn({N}, 9, dtype) : at::Tensor();
+        weights.push_back({w, b, make_weight_panels(w)});
+        expected.push_back(at::matmul(xd, w.to(at::kDouble).t()));
+        if (b.defined()) expected.back() = expected.back() + b.to(at::kDouble);
+      }
+      const auto y = frozen_linear(x, weights);
+      for (size_t i = 0; i < y.size(); ++i) {
+        const double scale = expected[i].abs().max().item<double>();
+        EXPECT_LT(distance(y[i], expected[i]), (dtype == at::kFloat ? 1e-5 : 1e-2) * scale);
+        const at::Tensor g = randn(y[i].sizes(), 40 + i);
+        total = total + (y[i] * g.to(dtype)).to(at::kDouble).sum();
+        exact = exact + (expected[i] * g.to(dtype).to(at::kDouble)).sum();
+      }
+      total.backward();
+      exact.backward();
+      EXPECT_LT(distance(x.grad(), xd.grad()), (dtype == at::kFloat ? 1e-5 : 1e-2) * xd.grad().abs().max().item<double>()) << X << " " << K;
+    }
+}
+
+TEST(ResidualNorm, ValuesAndGradientsMatchAutograd) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const bool also_float : {false, true})
+      for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {33, 130}}) {
+        at::Tensor x = randn(shape, 1).set_requires_grad(true), delta = randn(shape, 2, dtype).set_requires_grad(true), w = randn({shape[1]}, 3).set_requires_grad(true);
+        std::vector<at::Tensor> d;
+        for (const auto& t : {x, delta, w}) d.push_back(t.detach().to(at::kDouble).set_requires_grad(true));
+        const ResidualNorm r = residual_norm(x, delta, w, 1e-5, dtype, also_float);
+        const at::Tensor sum = d[0] + d[1], y = plain_rms(sum, d[2], 1e-5);
+        const double tolerance = dtype == at::kFloat ? 1e-5 : 2e-2;
+        EXPECT_LT(distance(r.x_XD, sum), 1e-5);
+        EXPECT_LT(distance(r.y_XD, y), tolerance * (1 + y.abs().max().item<double>()));
+        if (also_float) EXPECT_LT(distance(r.y_float_XD, y), 1e-5 * (1 + y.abs().max().item<double>()));
+        const at::Tensor gx = randn(shape, 4), gy = randn(shape, 5, dtype);
+        at::Tensor loss = (r.x_XD * gx).sum() + (r.y_XD * gy).sum().to(at::kFloat), exact = (sum * gx.to(at::kDouble)).sum() + (y * gy.to(at::kDouble)).sum();
+        if (also_float) loss = loss + (r.y_float_XD * gx).sum(), exact = exact + (y * gx.to(at::kDouble)).sum();
+        loss.backward();
+        exact.backward();
+        const std::vector<at::Tensor> leaves{x, delta, w};
+        for (size_t i = 0; i < leaves.size(); ++i)
+          EXPECT_LT(distance(leaves[i].grad(), d[i].grad()), (i == 1 ? tolerance : 2e-5) * (1 + d[i].grad().abs().max().item<double>())) << "input " << i;
+      }
 }
 
 }  // namespace

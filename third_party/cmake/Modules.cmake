@@ -30,14 +30,20 @@ function(moegraft_module name)
   set_property(GLOBAL APPEND PROPERTY MOEGRAFT_LIBRARIES ${target})
 endfunction()
 
-# The CPU loops are compiled once for the whole program's instruction set and once for AVX-512, and chosen at run time (src/kernels/loops.h).
+# The CPU loops are compiled for the whole program's instruction set and for wider ones, and chosen at run time (src/kernels/loops.h).
 function(moegraft_loops)
-  set(loops ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v3.cpp ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp)
-  set_source_files_properties(${loops} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
-  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
-    set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/loops_v4.cpp PROPERTIES COMPILE_OPTIONS
-      "-march=x86-64-v4;-mprefer-vector-width=512;-Wno-uninitialized;-Wno-maybe-uninitialized")  # GCC 12 warns of its own intrinsics
+  set(dir ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels)
+  set(quiet -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # vectors pass within one file only; GCC 12 warns of its own intrinsics
+  set(wide -march=x86-64-v4 -mprefer-vector-width=512)
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
+    set(wide "")
   endif()
+  set_source_files_properties(${dir}/loops_v3.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet}")
+  set_source_files_properties(${dir}/loops_v4.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet};${wide}")
+  if(wide)
+    list(APPEND wide -mavx512bf16)
+  endif()
+  set_source_files_properties(${dir}/loops_v4_bf16.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet};${wide}")
 endfunction()
 
 # The command-line tool: tools/moegraft/*.cpp, one file per subcommand.
