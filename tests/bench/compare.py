@@ -217,7 +217,7 @@ def markdown(r):
     where = f"{hw['gpu']} on {hw['cpu']}" if hw["gpu"] else f"{hw['cpu']}, {hw['usable_cores']} cores ({', '.join(hw['features'])}), {hw['memory_gib']} GiB"
     v = r["versions"]
     text = [f"# moegraft beside transformers + PEFT\n\n{where}; {hw['system']}. Commit {r['commit']}, {r['date']}. "
-            f"torch {v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, Python {v['python']}. Load average before the start: {r['load_at_start']:.2f}.\n\n```\n{r['command']}\n```\n",
+            f"torch {v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, Python {v['python']}. Load average before the start: {r['load_at_start']:.2f}; OMP_WAIT_POLICY: {r['omp_wait_policy']}.\n\n```\n{r['command']}\n```\n",
             f"## Training step\n\nLoRA of rank {r['rank']} on all experts, gate open, every token labelled, same checkpoint and ids; forward, loss, backward, AdamW. Both sides by turns, {r['rounds']} rounds of {r['steps']} steps: "
             "tokens/s of the best step (in brackets the median). Peak is the process's resident memory seen from outside (the allocator's on a GPU). The limit is the rate of a large matrix product in the same dtype and runs; the work is "
             "2 FLOP per active parameter forward, as much for the gradient of the activations, and LoRA's own. \"Outside\" is the ratio of step times from the wall clocks of whole processes, a long run less a short one.\n"]
