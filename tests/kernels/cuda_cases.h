@@ -9,6 +9,7 @@
 #include "libtorch.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/kernels/expert_layout.h"
+#include "moegraft/kernels/route.h"
 
 namespace moegraft::kernels::cuda {
 
@@ -141,6 +142,79 @@ inline std::vector<at::Tensor> exact_gradients(const MoeInputs& in, const at::Te
   for (const auto& leaf : in.leaves) leaves.push_back(leaf.detach().clone().set_requires_grad(true));
   y = plain_moe(in, leaves);
   return torch::autograd::grad({y}, leaves, {dout.to(y.scalar_type())}, {}, false, /*allow_unused=*/true);
+}
+
+
+// ------------------------------------------------------------------------------------------------ as the decoder calls them
+
+// Every public operation with its gradients, on one device: results as float64 on the CPU.
+using Named = std::vector<std::pair<std::string, at::Tensor>>;
+inline Named public_ops(const at::Device& device, at::ScalarType dtype) {
+  Named out;
+  const auto on = [&](const at::Tensor& t) { return t.to(device); };
+  const auto leaf = [&](at::IntArrayRef shape, uint64_t seed, at::ScalarType type) { return on(randn(shape, seed).to(at::kBFloat16).to(type)).set_requires_grad(true); };
+  const auto keep = [&](const std::string& name, const std::vector<at::Tensor>& results, const std::vector<at::Tensor>& leaves) {
+    at::Tensor loss;
+    for (size_t i = 0; i < results.size(); ++i) {
+      out.emplace_back(name + " result " + std::to_string(i), results[i].detach().to(at::kCPU, at::kDouble));
+      const at::Tensor part = (results[i].to(at::kFloat) * on(randn(results[i].sizes(), 90 + i))).sum();
+      loss = loss.defined() ? loss + part : part;
+    }
+    const auto grads = torch::autograd::grad({loss}, leaves);
+    for (size_t i = 0; i < grads.size(); ++i) out.emplace_back(name + " gradient " + std::to_string(i), grads[i].to(at::kCPU, at::kDouble));
+  };
+  const int64_t T = 40, D = 64;
+  const at::Tensor x = leaf({T, D}, 1, at::kFloat), delta = leaf({T, D}, 2, dtype), w = leaf({D}, 3, at::kFloat), low = leaf({T, D}, 4, dtype), w_low = leaf({D}, 5, dtype);
+  const ResidualNorm n = residual_norm(x, delta, w, 1e-5, dtype, true);
+  keep("residual_norm", {n.x_XD, n.y_XD, n.y_float_XD}, {x, delta, w});
+  keep("residual_norm alone", {residual_norm(x, {}, w, 1e-5, dtype).y_XD}, {x, w});
+  keep("rms_norm", {rms_norm(low.view({T, 4, 16}), w_low.narrow(0, 0, 16), 1e-5)}, {low, w_low});
+  const at::Tensor angle = randn({T, 8}, 6);
+  keep("rotary", {kernels::rotary(low.view({T, 4, 16}), on(angle.cos()), on(angle.sin()))}, {low});
+  const at::Tensor logits = leaf({T, 16}, 7, at::kFloat);
+  const Route r = kernels::route(logits, 4, true);
+  keep("route", {r.probs_TE, r.topk_weights_TK}, {logits});
+  const at::Tensor head = leaf({300, D}, 8, dtype);
+  keep("loss", {linear_cross_entropy(low, head, on(at::arange(T) * 7 % 300), 0.1)}, {low, head});
+
+  const MoeCase c{{T, 8, 2, 2, 2}, D, 32, 5};
+  const MoeInputs in = make_moe(c, dtype, at::kFloat, Layout::joined);
+  std::vector<at::Tensor> leaves;
+  for (const auto& t : in.leaves) leaves.push_back(on(t).set_requires_grad(true));
+  const auto [ids, group] = make_routing(c.routing);
+  const Dispatch d = kernels::make_dispatch(on(ids), c.routing.E, on(group), c.routing.groups);
+  ExpertFfnWeights weights;
+  for (int64_t e = 0; e < c.routing.E; ++e) {
+    weights.gate_FD.push_back(on(in.problem.weights.gate_FD[e]));
+    weights.up_FD.push_back(on(in.problem.weights.up_FD[e]));
+    weights.down_DF.push_back(on(in.problem.weights.down_DF[e]));
+  }
+  join_experts(weights.gate_FD, weights.up_FD, weights.down_DF);
+  ExpertFfnAdapters adapters;
+  size_t next = 2;
+  for (int s = 0; s < kSites; ++s)
+    for (const MoeTerm& t : in.problem.terms[s]) {
+      (s == kGate ? adapters.gate : s == kUp ? adapters.up : adapters.down).push_back({leaves[next], leaves[next + 1], t.scale, t.acts});
+      next += 2;
+    }
+  keep("moe_ffn", {moe_ffn(leaves[0], leaves[1], d, weights, adapters)}, leaves);
+
+  const at::Tensor q = leaf({T, 4, 16}, 20, dtype), k = leaf({T, 2, 16}, 21, dtype), v = leaf({T, 2, 16}, 22, dtype);
+  const std::vector<int64_t> cu{0, 7, 7, T};
+  keep("packed_attention", {packed_attention(q, k, v, cu, cu, 0, 0.25)}, {q, k, v});
+  return out;
+}
+
+// float32: equal but for the order of sums. bf16: no worse than the CPU's, by the float32 results.
+inline void compare_public_ops(const Named& device, const Named& host, at::ScalarType dtype) {
+  const Named exact = public_ops(at::kCPU, at::kFloat);
+  ASSERT_EQ(device.size(), host.size());
+  for (size_t i = 0; i < host.size(); ++i) {
+    const auto& [name, value] = device[i];
+    const double scale = 1 + largest(exact[i].second), error = distance(value, exact[i].second);
+    if (dtype == at::kFloat) EXPECT_LT(error, 1e-4 * scale) << name;
+    else EXPECT_LE(error, 2 * distance(host[i].second, exact[i].second) + 1e-2 * scale) << name;
+  }
 }
 
 }  // namespace moegraft::kernels::cuda
