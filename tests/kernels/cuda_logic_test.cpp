@@ -265,8 +265,11 @@ TEST(CudaLogic, WhatDoesNotActIsNotRead) {
 
   const at::Tensor left = at::full({2, 3, 8}, nan), offsets = at::tensor({0, 3, 3}, at::kInt), to = at::empty({2, 3, 8});
   left[0] = 2;
-  OnHost::threads(FactorGradient<float, float>{in<float>(left), 24, 8, out<float>(to), 3, 8, 1, in<int32_t>(offsets), 1.5f}, 48);
-  EXPECT_TRUE(at::equal(to[0], at::full({3, 8}, 3.f)) && at::equal(to[1], at::zeros({3, 8})));
+  const at::Tensor expected = at::cat({at::full({1, 3, 8}, 3.f), at::zeros({1, 3, 8})});
+  OnHost::threads(FactorGradient<float, float, 1>{in<float>(left), 24, 8, out<float>(to), 3, 8, 1, in<int32_t>(offsets), 1.5f}, 48);
+  EXPECT_TRUE(at::equal(to, expected));
+  OnHost::threads(FactorGradient<float, float, 8>{in<float>(left), 24, 8, out<float>(to.fill_(NAN)), 3, 8, 1, in<int32_t>(offsets), 1.5f}, 6);
+  EXPECT_TRUE(at::equal(to, expected));
 }
 
 TEST(CudaLogic, AnIdleExpertHasExactlyZeroGradientAndOnlyNeededOnesAreMade) {

@@ -271,8 +271,11 @@ class MoeLayer {
       with_type(factor.scalar_type(), [&](auto master) {
         using TTo = std::decay_t<decltype(master)>;
         if constexpr (!(std::is_same_v<TFrom, float> && std::is_same_v<TTo, bf16>)) {  // factors are masters or of the compute dtype, never below it
-          Run::threads(FactorGradient<TFrom, TTo>{in<TFrom>(from), from.stride(0), from.stride(1), out<TTo>(to), to.size(1), to.size(2), d_.num_groups, in<int32_t>(d_.offsets), float(scale)},
-                       to.numel());
+          const auto run = [&](auto f, int64_t width) { Run::threads(f, to.numel() / width); };
+          const int64_t m = to.size(1), n = to.size(2), se = from.stride(0), sm = from.stride(1), groups = d_.num_groups;
+          const int32_t* offsets = in<int32_t>(d_.offsets);
+          if (packs(n, {from, to})) run(FactorGradient<TFrom, TTo, 8>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets, float(scale)}, 8);
+          else run(FactorGradient<TFrom, TTo, 1>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets, float(scale)}, 1);
         }
       });
     });

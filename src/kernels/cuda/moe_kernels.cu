@@ -13,9 +13,14 @@ MOEGRAFT_THREADS(RowsToSlots);
 MOEGRAFT_THREADS(RowBits);
 MOEGRAFT_THREADS(GateThin<float>);
 MOEGRAFT_THREADS(GateThin<bf16>);
-MOEGRAFT_THREADS(FactorGradient<float, float>);
-MOEGRAFT_THREADS(FactorGradient<bf16, float>);
-MOEGRAFT_THREADS(FactorGradient<bf16, bf16>);
+
+#define MOEGRAFT_FACTOR_KERNELS(TFrom, TTo)             \
+  MOEGRAFT_THREADS(FactorGradient<TFrom, TTo, 1>);      \
+  MOEGRAFT_THREADS(FactorGradient<TFrom, TTo, 8>)
+
+MOEGRAFT_FACTOR_KERNELS(float, float);
+MOEGRAFT_FACTOR_KERNELS(bf16, float);
+MOEGRAFT_FACTOR_KERNELS(bf16, bf16);
 
 #define MOEGRAFT_ROW_KERNELS(T, V)         \
   MOEGRAFT_THREADS(GatherRows<T, V>);      \

@@ -104,9 +104,9 @@ struct GateThin {
   }
 };
 
-// One thread per element of one factor's gradient [E, m, n]: to = factor * from, and exactly zero for an expert without rows, whatever the product left
+// One thread per V elements of one factor's gradient [E, m, n]: to = factor * from, and exactly zero for an expert without rows, whatever the product left
 // there. from has the given strides.
-template <class TFrom, class TTo>
+template <class TFrom, class TTo, int V>
 struct FactorGradient {
   const TFrom* from;
   int64_t stride_e, stride_m;
@@ -116,9 +116,14 @@ struct FactorGradient {
   float factor;
 
   MOEGRAFT_HD void operator()(int64_t i) const {
-    const int64_t e = i / (m * n), a = i / n % m, b = i % n;
-    const bool idle = offsets[e * num_groups] == offsets[(e + 1) * num_groups];
-    to[i] = idle ? TTo(0.0f) : static_cast<TTo>(factor * static_cast<float>(from[e * stride_e + a * stride_m + b]));
+    const int64_t packs = n / V, line = i / packs, b = i % packs * V, e = line / m, a = line % m;
+    float value[V];
+    for (int v = 0; v < V; ++v) value[v] = 0;
+    if (offsets[e * num_groups] != offsets[(e + 1) * num_groups]) {
+      load<V>(from + e * stride_e + a * stride_m + b, value);
+      for (int v = 0; v < V; ++v) value[v] *= factor;
+    }
+    store<V>(value, to + line * n + b);
   }
 };
 
