@@ -249,6 +249,24 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   return at::from_blob(const_cast<char*>(at_data), entry.shape, std::move(keep_alive), options);
 }
 
+bool SafetensorsFile::holds(const at::Tensor& view) const {
+  if (!view.defined() || !view.is_cpu() || view.numel() == 0) return false;
+  const char* at_data = static_cast<const char*>(view.const_data_ptr());
+  return at_data >= mapping_->base && at_data < mapping_->base + mapping_->bytes;
+}
+
+bool SafetensorsFile::release_pages(const at::Tensor& view) const {
+  if (!holds(view)) return false;
+  // Whole windows of the kernel's fault-around (64 KiB), since the neighbours' faults bring in this view's first and last pages: the mapping is shared and
+  // read-only, so its pages are never dirty and dropping a neighbour's costs a fault at most.
+  constexpr size_t kWindow = size_t{64} << 10;
+  int64_t extent = 1;
+  for (int64_t d = 0; d < view.dim(); ++d) extent += (view.size(d) - 1) * view.stride(d);
+  const size_t begin = size_t(static_cast<const char*>(view.const_data_ptr()) - mapping_->base), end = begin + size_t(extent) * view.element_size();
+  const size_t from = begin / kWindow * kWindow, to = std::min((end + kWindow - 1) / kWindow * kWindow, mapping_->bytes);
+  return ::madvise(mapping_->base + from, to - from, MADV_DONTNEED) == 0;
+}
+
 TensorMap load_safetensors(const std::filesystem::path& path) {
   const SafetensorsFile file(path);
   TensorMap tensors;

@@ -26,6 +26,7 @@ Panels<T> WeightPanels::forward() {
   std::call_once(forward_once_, [&] {
     forward_ = at::empty({elements_of<T>(weight_, false)}, at::TensorOptions(kTypeOf<T>));
     pack_weight(weight_, false, mutable_data<T>(forward_));
+    if (packed_) packed_();
   });
   return {data<T>(forward_), weight_.size(1), weight_.size(0)};
 }
@@ -34,11 +35,12 @@ Panels<T> WeightPanels::backward() {
   std::call_once(backward_once_, [&] {
     backward_ = at::empty({elements_of<T>(weight_, true)}, at::TensorOptions(kTypeOf<T>));
     pack_weight(weight_, true, mutable_data<T>(backward_));
+    if (packed_) packed_();
   });
   return {data<T>(backward_), weight_.size(0), weight_.size(1)};
 }
 
-ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights) {
+ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights, Packed packed) : packed_(std::move(packed)) {
   const std::array<const std::vector<at::Tensor>*, 3> lists{&weights.gate_FD, &weights.up_FD, &weights.down_DF};
   for (size_t i = 0; i < lists.size(); ++i)
     for (const auto& w : *lists[i]) weights_[i].push_back(rows_contiguous(w));
@@ -53,6 +55,7 @@ void ExpertPanels::pack(at::Tensor& blob, bool backward) {
   at::parallel_for(0, 3 * experts, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) pack_weight(weights_[i % 3][i / 3], backward, mutable_data<T>(blob) + i / 3 * begin[3] + begin[i % 3]);
   });
+  if (packed_) packed_();
 }
 
 template <class T>
@@ -72,13 +75,13 @@ Panels<T> ExpertPanels::panels(const at::Tensor& blob, int64_t expert, Matrix ma
   return backward ? Panels<T>{at, w.size(0), w.size(1)} : Panels<T>{at, w.size(1), w.size(0)};
 }
 
-std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights) {
+std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed) {
   if (weights.gate_FD.empty() || weights.gate_EFD.defined() || !weights.gate_FD.front().is_cpu() || !has_block_products(weights.gate_FD.front().scalar_type())) return nullptr;
-  return std::make_shared<ExpertPanels>(weights);
+  return std::make_shared<ExpertPanels>(weights, std::move(packed));
 }
-std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK) {
+std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed) {
   if (!weight_NK.defined() || weight_NK.requires_grad() || !weight_NK.is_cpu() || !has_block_products(weight_NK.scalar_type())) return nullptr;
-  return std::make_shared<WeightPanels>(rows_contiguous(weight_NK));
+  return std::make_shared<WeightPanels>(rows_contiguous(weight_NK), std::move(packed));
 }
 
 #define MOEGRAFT_INSTANTIATE(T)                                                             \

@@ -13,7 +13,7 @@ namespace moegraft::kernels {
 // One frozen matrix W [N, K]: forward panels of y = x W^T, backward panels of dx = dy W.
 class WeightPanels {
  public:
-  explicit WeightPanels(at::Tensor weight_NK) : weight_(std::move(weight_NK)) {}
+  explicit WeightPanels(at::Tensor weight_NK, Packed packed = nullptr) : weight_(std::move(weight_NK)), packed_(std::move(packed)) {}
   template <class T>
   Panels<T> forward();
   template <class T>
@@ -22,13 +22,14 @@ class WeightPanels {
 
  private:
   at::Tensor weight_, forward_, backward_;
+  Packed packed_;
   std::once_flag forward_once_, backward_once_;
 };
 
 // The three matrices of every expert of a layer.
 class ExpertPanels {
  public:
-  explicit ExpertPanels(const ExpertFfnWeights& weights);
+  explicit ExpertPanels(const ExpertFfnWeights& weights, Packed packed = nullptr);
   enum Matrix { kGateMatrix, kUpMatrix, kDownMatrix };
   // Call once before the panels are read by several threads.
   template <class T>
@@ -48,6 +49,7 @@ class ExpertPanels {
 
   std::array<std::vector<at::Tensor>, 3> weights_;  // [out, in] each
   at::Tensor forward_, backward_;                   // [E, elements]
+  Packed packed_;
   std::once_flag forward_once_, backward_once_;
 };
 

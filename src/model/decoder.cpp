@@ -170,18 +170,21 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   call->keep = std::move(keep);
   Stream stream{embed(*this, *weights, batch).to(at::kFloat), {}};
   Balance balance;
+  const bool recorded = at::GradMode::is_enabled();
+  const int64_t recomputed = !recorded || options.aux_loss || options.cache ? 0 : weights->transient() ? s.num_layers : options.recompute_layers;
   for (int64_t l = 0; l < s.num_layers; ++l) {
-    weights->prefetch(l + 1);
-    if (l < options.recompute_layers && at::GradMode::is_enabled() && !options.aux_loss && !options.cache) {
+    if (l + 1 < s.num_layers || !recorded) weights->prefetch((l + 1) % s.num_layers);  // a backward pass begins where the forward pass ends
+    if (l < recomputed) {
       auto again = std::make_shared<Call>(*call);
       again->options.routing = nullptr;  // told once
-      const auto layer = [weights, l](const std::shared_ptr<Call>& with) {
-        return [weights, l, with](const at::Tensor& x, const at::Tensor& delta) {
+      const auto layer = [weights, l](const std::shared_ptr<Call>& with, bool backwards = false) {
+        return [weights, l, with, backwards](const at::Tensor& x, const at::Tensor& delta) {
+          if (backwards) weights->prefetch(l - 1);
           const Stream out = run_layer(*with, *weights, l, {x, delta}, nullptr);
           return std::make_pair(out.x_TD, out.delta_TD);
         };
       };
-      std::tie(stream.x_TD, stream.delta_TD) = recompute(layer(call), layer(again), stream.x_TD, stream.delta_TD);
+      std::tie(stream.x_TD, stream.delta_TD) = recompute(layer(call), layer(again, true), stream.x_TD, stream.delta_TD);
     } else {
       stream = run_layer(*call, *weights, l, stream, options.aux_loss ? &balance : nullptr);
     }

@@ -9,6 +9,7 @@
 #include "moegraft/base/text.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/model/offload.h"
 #include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::model {
@@ -50,18 +51,6 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-void make_panels(ResidentWeights& w) {
-  using kernels::make_weight_panels;
-  w.panels_of_head = make_weight_panels(w.head);
-  for (auto& layer : w.layers) {
-    auto& a = layer.attention;
-    a.q_panels = make_weight_panels(a.q), a.k_panels = make_weight_panels(a.k), a.v_panels = make_weight_panels(a.v), a.o_panels = make_weight_panels(a.o);
-    auto& d = layer.dense;
-    d.gate_panels = make_weight_panels(d.gate_ID), d.up_panels = make_weight_panels(d.up_ID), d.down_panels = make_weight_panels(d.down_DI);
-  }
-  for (auto& x : w.layer_experts) x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}});
-}
-
 // The tensors of a directory: one file, or shards with an index.
 class TensorSource {
  public:
@@ -88,6 +77,13 @@ class TensorSource {
   }
   bool contains(const std::string& name) const { return where_.count(name) > 0; }
   at::Tensor tensor(const std::string& name) const { return files_[where_.at(name)].tensor(name); }
+  bool holds(const at::Tensor& t) const {
+    return std::any_of(files_.begin(), files_.end(), [&](const auto& file) { return file.holds(t); });
+  }
+  void release(const at::Tensor& t) const {
+    for (const auto& file : files_)
+      if (file.release_pages(t)) return;
+  }
   std::vector<std::string> names() const {
     std::vector<std::string> out;
     for (const auto& [name, file] : where_) out.push_back(name);
@@ -98,6 +94,29 @@ class TensorSource {
   std::vector<io::SafetensorsFile> files_;
   std::map<std::string, size_t> where_;
 };
+
+// Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
+void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source) {
+  const auto release = [&](std::vector<at::Tensor> tensors) -> kernels::Packed {
+    if (tensors.empty() || !source->holds(tensors.front())) return nullptr;
+    return [source, tensors = std::move(tensors)] {
+      for (const auto& t : tensors) source->release(t);
+    };
+  };
+  const auto matrix = [&](const at::Tensor& t) { return t.defined() ? kernels::make_weight_panels(t, release({t})) : nullptr; };
+  w.panels_of_head = matrix(w.head);
+  for (auto& layer : w.layers) {
+    auto& a = layer.attention;
+    a.q_panels = matrix(a.q), a.k_panels = matrix(a.k), a.v_panels = matrix(a.v), a.o_panels = matrix(a.o);
+    auto& d = layer.dense;
+    d.gate_panels = matrix(d.gate_ID), d.up_panels = matrix(d.up_ID), d.down_panels = matrix(d.down_DI);
+  }
+  for (auto& x : w.layer_experts) {
+    std::vector<at::Tensor> all = x.gate_FD;
+    for (const auto* list : {&x.up_FD, &x.down_DF}) all.insert(all.end(), list->begin(), list->end());
+    x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)));
+  }
+}
 
 // Takes tensors by name, checks shapes, converts; collects every problem so that one message shows them all.
 class Loader {
@@ -120,8 +139,11 @@ class Loader {
       problem(moegraft::detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
       return {};
     }
-    return t.to(options_.device, options_.dtype);
+    const at::Tensor out = t.to(options_.device, options_.dtype);
+    if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
+    return out;
   }
+  void place_on(at::Device device) { options_.device = device; }
   void problem(const std::string& text) {
     if (++count_ <= 8) problems_.push_back(text);
   }
@@ -207,9 +229,11 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   base.spec = read_spec(dir);
   const DecoderSpec& s = base.spec;
   const TensorNames& names = find_family(s.family).names;
-  const TensorSource source(dir);
+  const auto shared = std::make_shared<const TensorSource>(dir);
+  const TensorSource& source = *shared;
   Loader load(source, options, dir.string());
   auto w = std::make_shared<ResidentWeights>();
+  const auto offloaded = options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
   w->type = options.dtype;
   w->where = options.device;
   w->embedding = load.take(names.embedding, {s.vocab_size, s.hidden_size});
@@ -223,7 +247,9 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     ExpertWeights experts;
     if (s.layers[l].sparse) {
       layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
+      if (offloaded) load.place_on(at::kCPU);
       experts = load_experts(load, source, s, names, l);
+      load.place_on(options.device);
     } else {
       const std::string prefix = tensor_name(names.dense, l);
       layer.dense.gate_ID = load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size});
@@ -231,11 +257,19 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
       layer.dense.down_DI = load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size});
     }
     w->layers.push_back(std::move(layer));
+    if (offloaded && load.clean()) {
+      offloaded->add_layer(experts);
+      if (options.device.is_cuda())
+        for (const auto* list : {&experts.gate_FD, &experts.up_FD, &experts.down_DF})
+          for (const auto& t : *list) source.release(t);
+      experts = {};
+    }
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
-  make_panels(*w);
-  base.weights = std::move(w);
+  make_panels(*w, shared);
+  if (offloaded) base.weights = offloaded;
+  else base.weights = std::move(w);
   return base;
 }
 

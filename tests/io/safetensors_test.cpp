@@ -128,6 +128,36 @@ TEST_F(Safetensors, ViewsAreZeroCopyAndOutliveTheFileObject) {
   EXPECT_EQ(load_safetensors(file("a")).at("x").sum().item<float>(), 0.0f);
 }
 
+// Kilobytes of the mapping of `path` that are resident in this process.
+int64_t resident_kib(const fs::path& path) {
+  std::ifstream in("/proc/self/smaps");
+  bool here = false;
+  int64_t total = 0;
+  for (std::string line; std::getline(in, line);) {
+    if (line.find('-') != std::string::npos && line.find(':') != std::string::npos && line.find("kB") == std::string::npos) here = line.ends_with(path.string());
+    else if (here && line.starts_with("Rss:")) total += std::stoll(line.substr(4));
+  }
+  return total;
+}
+
+TEST_F(Safetensors, ReleasedPagesComeBack) {
+  const fs::path path = dir_ / "large.safetensors";
+  const at::Tensor first = at::arange(1 << 20, at::kFloat), second = at::arange(1 << 18, at::kFloat) * 3;
+  save_safetensors(path, {{"a", first}, {"b", second}});
+  const SafetensorsFile file(path);
+  const at::Tensor a = file.tensor("a"), b = file.tensor("b");
+  EXPECT_TRUE(file.holds(a));
+  EXPECT_FALSE(file.holds(first));
+  EXPECT_FALSE(file.release_pages(first));
+  EXPECT_TRUE(at::equal(a, first) && at::equal(b, second));
+  EXPECT_GE(resident_kib(path), 5 * 1024);
+  EXPECT_TRUE(file.release_pages(a));
+  EXPECT_LE(resident_kib(path), 1024 + 256);
+  EXPECT_GE(resident_kib(path), 512);
+  EXPECT_TRUE(file.release_pages(b.narrow(0, 0, 10)));  // part of a tensor
+  EXPECT_TRUE(at::equal(a, first) && at::equal(b, second));
+}
+
 TEST_F(Safetensors, CopiesMisalignedTensors) {
   // One byte, then a float at an odd offset: legal in the format.
   const float value = 1.25f;

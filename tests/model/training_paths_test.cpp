@@ -1,11 +1,13 @@
-// What a training step may skip or do twice must not change what it computes: frozen prefix, recomputed layers.
+// What a training step may skip or do twice, and where its weights come from, must not change what it computes: frozen prefix, recomputed layers, offload.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 
 #include "libtorch.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/decoder.h"
+#include "moegraft/model/offload.h"
 
 namespace moegraft::model {
 namespace {
@@ -32,7 +34,8 @@ class Terms : public AdapterSites {
 };
 
 struct World {
-  World(const char* name, std::vector<int64_t> modalities) : decoder(load_base(kGolden / name)), terms(std::make_shared<Terms>(decoder.spec(), std::move(modalities))) {
+  World(const char* name, std::vector<int64_t> modalities) : World(load_base(kGolden / name), std::move(modalities)) {}
+  World(BaseModel base, std::vector<int64_t> modalities) : decoder(std::move(base)), terms(std::make_shared<Terms>(decoder.spec(), std::move(modalities))) {
     const DecoderSpec& s = decoder.spec();
     const auto leaf = [&](int64_t rows) { return (0.3 * at::randn({rows, s.hidden_size})).set_requires_grad(true); };
     embedding = leaf(6);
@@ -156,6 +159,100 @@ TEST(Recompute, GivesTheBitsOfTheStoredPath) {
       EXPECT_EQ(a.loss, b.loss);
       for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
       EXPECT_EQ(stored.tokens, again.tokens);
+    }
+}
+
+// Resident experts without panels: what offloaded ones compute with on the CPU.
+class WithoutExpertPanels : public WeightProvider {
+ public:
+  explicit WithoutExpertPanels(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}
+  at::Tensor embedding_VD() override { return inner_->embedding_VD(); }
+  at::Tensor head_VD() override { return inner_->head_VD(); }
+  Panels head_panels() override { return inner_->head_panels(); }
+  at::Tensor final_norm_D() override { return inner_->final_norm_D(); }
+  LayerWeights layer(int64_t index) override { return inner_->layer(index); }
+  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
+    ExpertWeights w = inner_->experts(layer, first, count);
+    w.panels = nullptr;
+    return w;
+  }
+  at::ScalarType dtype() const override { return inner_->dtype(); }
+  at::Device device() const override { return inner_->device(); }
+
+ private:
+  std::shared_ptr<WeightProvider> inner_;
+};
+
+BaseModel resident(const std::filesystem::path& dir) {
+  BaseModel base = load_base(dir);
+  base.weights = std::make_shared<WithoutExpertPanels>(base.weights);
+  return base;
+}
+BaseModel offloaded(const std::filesystem::path& dir) { return load_base(dir, {at::kFloat, at::kCPU, true}); }
+
+// More layers than the ring has buffers.
+class Offload : public ::testing::Test {
+ protected:
+  Offload() : deep_(std::filesystem::temp_directory_path() / ("moegraft_offload_" + std::to_string(::getpid()))) {
+    DecoderSpec spec = read_spec(kGolden / "mixtral_llama3");
+    spec.num_layers = 5;
+    spec.layers.assign(5, spec.layers.front());
+    save_base(init_base(spec, {1.0, 3}), deep_, at::kFloat);
+  }
+  ~Offload() override { std::filesystem::remove_all(deep_); }
+  std::filesystem::path deep_;
+};
+const OffloadedWeights::Traffic& traffic(const BaseModel& base) { return dynamic_cast<const OffloadedWeights&>(*base.weights).traffic(); }
+
+TEST_F(Offload, TheRingHoldsTheRightWeightsForwardAndBackward) {
+  BaseModel base = offloaded(deep_), plain = resident(deep_);
+  const int64_t L = base.spec.num_layers, E = base.spec.num_experts;
+  const auto visit = [&](int64_t l, int64_t next) {
+    base.weights->prefetch(next);
+    const ExpertWeights got = base.weights->experts(l, 0, E), want = plain.weights->experts(l, 0, E);
+    for (int64_t e = 0; e < E; ++e) {
+      EXPECT_TRUE(at::equal(got.gate_FD[e], want.gate_FD[e])) << "layer " << l << " expert " << e;
+      EXPECT_TRUE(at::equal(got.up_FD[e], want.up_FD[e])) << "layer " << l << " expert " << e;
+      EXPECT_TRUE(at::equal(got.down_DF[e], want.down_DF[e])) << "layer " << l << " expert " << e;
+    }
+    const ExpertWeights part = base.weights->experts(l, 1, 2);
+    EXPECT_EQ(part.first, 1);
+    EXPECT_TRUE(at::equal(part.down_DF[1], want.down_DF[2]));
+  };
+  for (int round = 0; round < 3; ++round) {
+    for (int64_t l = 0; l < L; ++l) visit(l, l + 1);
+    for (int64_t l = L - 1; l >= 0; --l) visit(l, l - 1);
+  }
+  EXPECT_EQ(traffic(base).late, 1);  // the very first layer
+  EXPECT_EQ(traffic(base).replaced, 0);
+}
+
+TEST_F(Offload, WhatSomebodyHoldsIsNeverOverwritten) {
+  BaseModel base = offloaded(deep_);
+  const int64_t L = base.spec.num_layers, E = base.spec.num_experts;
+  std::vector<ExpertWeights> held;
+  for (int64_t l = 0; l < L; ++l) held.push_back(base.weights->experts(l, 0, E));
+  for (int64_t l = 0; l < L; ++l) EXPECT_TRUE(at::equal(held[l].down_DF[0], resident(deep_).weights->experts(l, 0, E).down_DF[0])) << l;
+  EXPECT_EQ(traffic(base).replaced, L - 2);
+}
+
+TEST_F(Offload, GivesTheBitsOfResidentWeights) {
+  for (const auto& dir : {deep_, kGolden / "olmoe", kGolden / "qwen3_mixed"})
+    for (const bool gated : {true, false}) {
+      SCOPED_TRACE(dir.string());
+      World there(resident(dir), {1}), visiting(offloaded(dir), {1});
+      ForwardOptions options;
+      options.frozen_prefix = gated;
+      options.gate = gated ? Gate::modality : Gate::all;
+      for (int round = 0; round < 2; ++round) {
+        const Outcome a = step(visiting, options), b = step(there, options);
+        EXPECT_EQ(a.split, b.split);
+        EXPECT_EQ(a.loss, b.loss);
+        EXPECT_TRUE(at::equal(a.hidden, b.hidden));
+        for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
+      }
+      EXPECT_EQ(traffic(visiting.decoder.base()).replaced, 0);
+      if (dir == deep_) EXPECT_EQ(traffic(visiting.decoder.base()).late, 1) << "only the very first layer";
     }
 }
 

@@ -24,6 +24,10 @@ class SafetensorsFile {
   bool contains(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;  // zero-copy (see is_view), read-only by contract; UserError when absent (nearest name given)
   bool is_view(const std::string& name) const;  // false: the file does not align it, so tensor() copies
+  // Gives the memory of a view's pages back; the next read brings them in again from the file (or the kernel's page cache). For tensors that are used
+  // seldom or have been copied. False, and nothing done, when the tensor does not lie in this file's mapping. Safe beside readers.
+  bool release_pages(const at::Tensor& view) const;
+  bool holds(const at::Tensor& view) const;  // whether its memory is this mapping
   std::vector<int64_t> shape(const std::string& name) const;
   at::ScalarType dtype(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;

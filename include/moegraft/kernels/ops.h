@@ -4,6 +4,7 @@
 
 #include <torch/types.h>
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -73,8 +74,10 @@ struct ExpertFfnWeights {
 };
 // Null where they would not serve: trained weights, other devices, a CPU without the micro-kernel. Panels are filled at first use (forward ones, and
 // backward ones when something is differentiated) and take the weights' size each.
-std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights);
-std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK);
+// `packed` is called whenever the weights have been read to the end, for whoever can give their memory back until the next time.
+using Packed = std::function<void()>;
+std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed = nullptr);
+std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed = nullptr);
 struct ExpertFfnAdapters {
   std::vector<ExpertLowRank> gate, up, down;
   bool empty() const { return gate.empty() && up.empty() && down.empty(); }

@@ -1,6 +1,6 @@
 #pragma once
 // The base's weights behind one seam. The decoder asks a WeightProvider and never learns how a weight is stored
-// (memory-mapped, converted, trained from scratch; later: quantised, sharded, offloaded).
+// (memory-mapped, converted, offloaded, trained from scratch; later: quantised, sharded).
 
 #include <torch/types.h>
 
@@ -52,7 +52,11 @@ class WeightProvider {
   virtual at::Tensor final_norm_D() = 0;
   virtual LayerWeights layer(int64_t index) = 0;
   virtual ExpertWeights experts(int64_t layer, int64_t first, int64_t count) = 0;
+  // Layer `layer` is wanted soon: start to bring it. Out of range: nothing.
   virtual void prefetch(int64_t layer) {}
+  // True when what experts() gives is memory that another layer's weights take next: a layer must then be computed again in the backward pass (which asks
+  // again), or it keeps a copy alive.
+  virtual bool transient() const { return false; }
   virtual at::ScalarType dtype() const = 0;
   virtual at::Device device() const = 0;
   // True when the base itself trains (float32 master leaves).
@@ -62,6 +66,7 @@ class WeightProvider {
 struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
+  bool offload_experts = false;  // keep the experts in host memory (model/offload.h)
 };
 
 // A Hugging Face directory, read once: config, spec, weights.
