@@ -147,6 +147,7 @@ void check_shapes(const at::Tensor& q, int64_t groups, const std::vector<int64_t
 
 at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
                             double scale) {
+  RECORD_FUNCTION("moegraft::packed_attention", {});
   check_shapes(q_THC, k_SGC.size(1), cu_q);
   MOEGRAFT_INVARIANT(cu_kv.size() == cu_q.size() && cu_kv.front() == 0 && cu_kv.back() == k_SGC.size(0), "attention: cu_kv does not span the ", k_SGC.size(0), " keys");
   if (q_THC.is_cpu() || attention_cuda_serves(q_THC)) {
@@ -177,6 +178,7 @@ at::Tensor join_sequences(const at::Tensor& past, const at::Tensor& now, const s
 
 at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
                             const std::vector<int64_t>& kv_lengths, int64_t window, double scale) {
+  RECORD_FUNCTION("moegraft::cached_attention", {});
   check_shapes(q_THC, keys_BSGC.size(2), cu_seqlens);
   const int64_t sequences = int64_t(cu_seqlens.size()) - 1, repeat = q_THC.size(1) / keys_BSGC.size(2);
   MOEGRAFT_INVARIANT(int64_t(kv_lengths.size()) == sequences && keys_BSGC.size(0) >= sequences, "attention: cache does not fit the batch");

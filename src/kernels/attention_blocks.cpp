@@ -1,7 +1,7 @@
 // Flash attention (arXiv:2307.08691) on the CPU by block products, over packed sequences in their own layout [T, H, C]: nothing is padded, transposed or
 // repeated in memory. ATen's CPU path serves one padded batch, and its bf16 backward runs at a tenth of the machine's product rate.
 //
-// Forward: 64 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
+// Forward: 128 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
 // held with a row per key, so that P^T and dS^T are left operands of dV and dK as they are; dQ is summed transposed.
 
 #include <algorithm>

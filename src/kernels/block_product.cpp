@@ -80,7 +80,7 @@ template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate) {
   const int64_t width = b.width(j), depth = b.depth();
   for (int64_t begin = 0; begin < m;) {
-    const int64_t left = m - begin, rows = left >= kBlock ? kBlock : left >= 32 ? 32 : padded_rows(left);
+    const int64_t left = m - begin, rows = left >= kBlock ? kBlock : left >= 64 ? 64 : left >= 32 ? 32 : padded_rows(left);
     brgemm(rows, width, depth, lda, width, ldc, accumulate, a + begin * lda, b.panel(j), c + begin * ldc);
     begin += rows;
   }

@@ -1,5 +1,5 @@
 #pragma once
-// Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one block of 64 rows and one panel of 64 columns of B at a time, float32 sums.
+// Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one block of 128 rows and one panel of 64 columns of B at a time, float32 sums.
 // The inner kernel is oneDNN's brgemm micro-kernel, reached through ATen (AMX or AVX-512 for bf16, AVX-512 for float32); what surrounds a block
 // (gathering rows, SwiGLU, rounding) happens while it is in the first-level cache. Frozen operands are laid out as panels once.
 //
@@ -24,13 +24,13 @@ T* mutable_data(const at::Tensor& t) { return static_cast<T*>(t.mutable_data_ptr
 
 template <class T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;
-constexpr int64_t kPanel = 64, kBlock = 64;
+constexpr int64_t kPanel = 64, kBlock = 128;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class T>
 constexpr int64_t padded_depth(int64_t k) { return round_up(k, kPair<T>); }
 constexpr int64_t padded_width(int64_t n) { return round_up(n, 16); }
-// Rows that a product of `rows` rows may touch: the micro-kernel is made for 64, 32 and smaller powers of two only.
+// Rows that a product of `rows` rows may touch: the micro-kernel is made for 128, 64, 32 and smaller powers of two only.
 int64_t padded_rows(int64_t rows);
 
 // Whether this machine and LibTorch have the micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches it off.

@@ -24,7 +24,7 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
   const int64_t rows = h.size(0), D = h.size(1), ld = padded_depth<T>(D);
   const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
   const int64_t V = forward.n, ld_logits = padded_width(V), ld_d = round_up(V, kDepth), Dp = padded_width(D);
-  const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / kBlock * kBlock, kBlock, 8 * kBlock);
+  const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   std::vector<double> loss(rows);
   for_each_task((rows + chunk - 1) / chunk, [&](int64_t task, Scratch& scratch) {
@@ -109,6 +109,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 }  // namespace
 
 at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels) {
+  RECORD_FUNCTION("moegraft::linear_cross_entropy", {});
   MOEGRAFT_INVARIANT(h_XD.dim() == 2 && weight_VD.size(1) == h_XD.size(1) && targets_X.size(0) == h_XD.size(0), "linear_cross_entropy: h ", h_XD.sizes(), ", weight ", weight_VD.sizes());
   const bool grad = at::GradMode::is_enabled();
   return LinearCrossEntropy::apply(h_XD.contiguous(), weight_VD, targets_X, scale, grad && h_XD.requires_grad(), grad && weight_VD.requires_grad(), panels.get());

@@ -15,6 +15,7 @@ std::vector<int64_t> Dispatch::host_offsets() const {
 }
 
 Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups) {
+  RECORD_FUNCTION("moegraft::make_dispatch", {});
   MOEGRAFT_INVARIANT(topk_ids_TK.dim() == 2 && topk_ids_TK.scalar_type() == at::kLong, "make_dispatch: ids ", topk_ids_TK.sizes());
   const int64_t tokens = topk_ids_TK.size(0), top_k = topk_ids_TK.size(1), rows = tokens * top_k, buckets = num_experts * num_groups;
   MOEGRAFT_INVARIANT(rows < (int64_t{1} << 31), "make_dispatch: ", rows, " rows");

@@ -116,6 +116,7 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
 }  // namespace
 
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights) {
+  RECORD_FUNCTION("moegraft::frozen_linear", {});
   bool blocks = x_XK.dim() == 2 && x_XK.size(0) > 0;
   for (const auto& w : weights) blocks &= w.panels && x_XK.is_cpu() && x_XK.scalar_type() == w.weight_NK.scalar_type();
   std::vector<at::Tensor> out;

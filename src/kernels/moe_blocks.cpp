@@ -142,18 +142,19 @@ Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& of
   return a;
 }
 
-template <class T>
-void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64_t ld, T* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(out + r * ld, x + token[r] * width, size_t(width) * sizeof(T));
-    for (int64_t i = width; i < ld; ++i) out[r * ld + i] = T{};
-  }
-}
-
 // Asks for cache lines ahead of their use.
 template <class T>
 void fetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
+template <class T>
+void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64_t ld, T* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r + 3 < rows) fetch(x + token[r + 3] * width, width);  // the next rows lie anywhere
+    std::memcpy(out + r * ld, x + token[r] * width, size_t(width) * sizeof(T));
+    for (int64_t i = width; i < ld; ++i) out[r * ld + i] = T{};
+  }
 }
 
 // t [rows, columns] = a * panels in T.

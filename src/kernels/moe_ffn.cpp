@@ -61,6 +61,7 @@ const std::vector<ExpertLowRank>& site_list(const ExpertFfnAdapters& adapters, i
 }  // namespace
 
 at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
+  RECORD_FUNCTION("moegraft::moe_ffn", {});
   MOEGRAFT_INVARIANT(int64_t(weights.gate_FD.size()) == dispatch.num_experts && x_XD.size(0) * dispatch.top_k == dispatch.num_rows() && weights_XK.size(0) == x_XD.size(0),
                      "moe_ffn: ", weights.gate_FD.size(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", ", dispatch.num_rows(), " rows");
   const auto wide = x_XD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -210,11 +210,13 @@ class Rotary : public torch::autograd::Function<Rotary> {
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps) {
+  RECORD_FUNCTION("moegraft::rms_norm", {});
   MOEGRAFT_INVARIANT(weight_D.dim() == 1 && x_XD.size(-1) == weight_D.size(0), "rms_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
   return RmsNorm::apply(x_XD, weight_D.contiguous(), eps);
 }
 
 ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps, at::ScalarType dtype, bool also_float) {
+  RECORD_FUNCTION("moegraft::residual_norm", {});
   MOEGRAFT_INVARIANT(x_XD.dim() == 2 && weight_D.dim() == 1 && x_XD.size(1) == weight_D.size(0), "residual_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
   ResidualNorm out;
   const bool fused = (x_XD.is_cpu() || cuda::serves(x_XD)) && x_XD.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16) && (!delta_XD.defined() || delta_XD.scalar_type() == dtype);
@@ -234,6 +236,7 @@ ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, c
 }
 
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC) {
+  RECORD_FUNCTION("moegraft::rotary", {});
   MOEGRAFT_INVARIANT(x_THC.dim() == 3 && cos_TC.size(0) == x_THC.size(0) && 2 * cos_TC.size(1) == x_THC.size(2), "rotary: x ", x_THC.sizes(), ", cos ", cos_TC.sizes());
   return Rotary::apply(x_THC, cos_TC, sin_TC);
 }

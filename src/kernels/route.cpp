@@ -34,6 +34,7 @@ class RouteFunction : public torch::autograd::Function<RouteFunction> {
 }  // namespace
 
 Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
+  RECORD_FUNCTION("moegraft::route", {});
   MOEGRAFT_INVARIANT(logits_TE.dim() == 2 && top_k >= 1 && top_k <= logits_TE.size(1), "route: logits ", logits_TE.sizes(), ", top ", top_k);
   if (cuda::serves(logits_TE) && logits_TE.scalar_type() == at::kFloat) {
     const variable_list r = RouteFunction::apply(logits_TE, top_k, renormalise);
