@@ -223,6 +223,7 @@ TEST(CudaKernels, FlashAttentionWithGradients) {
     int64_t H, G, C, window;
   };
   for (const auto& c : std::vector<Case>{{{0, 1}, {0, 1}, 1, 1, 8, 0},
+                                         {{0, 1, 1, 2}, {0, 1, 1, 2}, 4, 2, 16, 0},  // one query each, or none
                                          {{0, 5, 5, 18, 19}, {0, 5, 5, 18, 19}, 6, 2, 16, 0},
                                          {{0, 40, 45}, {0, 40, 45}, 4, 4, 64, 7},
                                          {{0, 300, 1000}, {0, 300, 1000}, 8, 1, 128, 0},
@@ -254,7 +255,7 @@ TEST(CudaKernels, FlashAttentionWithGradients) {
 TEST(CudaKernels, CachedAttentionContinuesWhatPackedComputes) {
   MOEGRAFT_NEEDS_GPU();
   for (const int64_t window : {0, 4})
-    for (const auto& past : std::vector<std::vector<int64_t>>{{7, 0}, {10, 5}}) {
+    for (const auto& past : std::vector<std::vector<int64_t>>{{7, 0}, {10, 5}, {11, 5}}) {  // several queries, one each, none and one
       const std::vector<int64_t> lengths{11, 6};
       AttentionProblem p{randn({17, 4, 16}, 1).to(at::kBFloat16), randn({17, 2, 16}, 2).to(at::kBFloat16), randn({17, 2, 16}, 3).to(at::kBFloat16), {0, 11, 17}, {0, 11, 17}, window, 0.5};
       const at::Tensor whole = plain_attention(p, p.q_THC.to(at::kDouble), p.k_SGC.to(at::kDouble), p.v_SGC.to(at::kDouble));

@@ -49,6 +49,9 @@ int64_t longest(const std::vector<int64_t>& cumulative) {
   for (size_t i = 0; i + 1 < cumulative.size(); ++i) length = std::max(length, cumulative[i + 1] - cumulative[i]);
   return length;
 }
+// A bound on the queries of a sequence. At a bound of 1 with grouped heads the library folds the heads of a group into the queries, which takes exactly one
+// query of every sequence for granted and lays the log-sum-exp out anew: `one` says that the caller has that and needs no gradients.
+int64_t bound(const std::vector<int64_t>& cu_q, bool one) { return one && cu_q.back() == int64_t(cu_q.size()) - 1 ? longest(cu_q) : std::max<int64_t>(longest(cu_q), 2); }
 
 }  // namespace
 
@@ -61,7 +64,7 @@ AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
   const c10::DeviceGuard guard(p.q_THC.device());
   const at::Tensor cu_q = to_device(p.cu_q, p.q_THC.device()), cu_kv = p.cu_kv == p.cu_q ? cu_q : to_device(p.cu_kv, p.q_THC.device());
   auto [out, lse_HT, rng_state, unused, debug] =
-      at::_flash_attention_forward(p.q_THC, p.k_SGC, p.v_SGC, cu_q, cu_kv, longest(p.cu_q), longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, p.scale,
+      at::_flash_attention_forward(p.q_THC, p.k_SGC, p.v_SGC, cu_q, cu_kv, bound(p.cu_q, false), longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, p.scale,
                                    left(p.window), right(p.window));
   return {out, lse_HT.transpose(0, 1), {cu_q, cu_kv, rng_state, unused}};
 }
@@ -69,7 +72,7 @@ AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
 AttentionGradients attention_backward_cuda(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) {
   const c10::DeviceGuard guard(p.q_THC.device());
   const DeterministicAlgorithms deterministic;
-  auto [dq, dk, dv] = at::_flash_attention_backward(dout, p.q_THC, p.k_SGC, p.v_SGC, output.out_THC, output.lse_TH.transpose(0, 1), output.extra[0], output.extra[1], longest(p.cu_q),
+  auto [dq, dk, dv] = at::_flash_attention_backward(dout, p.q_THC, p.k_SGC, p.v_SGC, output.out_THC, output.lse_TH.transpose(0, 1), output.extra[0], output.extra[1], bound(p.cu_q, false),
                                                     longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, output.extra[2], output.extra[3], p.scale, left(p.window), right(p.window));
   return {dq, dk, dv};
 }
@@ -81,7 +84,7 @@ at::Tensor attention_cached_cuda(const at::Tensor& q, const at::Tensor& keys, co
   std::vector<int64_t> begins;  // of each sequence's room; how much of it counts: kv_lengths
   for (int64_t i = 0; i <= sequences; ++i) begins.push_back(i * room);
   const auto flat = [&](const at::Tensor& cache) { return cache.narrow(0, 0, sequences).reshape({sequences * room, cache.size(2), cache.size(3)}); };
-  return std::get<0>(at::_flash_attention_forward(q.contiguous(), flat(keys), flat(values), to_device(cu_seqlens, q.device()), to_device(begins, q.device()), longest(cu_seqlens),
+  return std::get<0>(at::_flash_attention_forward(q.contiguous(), flat(keys), flat(values), to_device(cu_seqlens, q.device()), to_device(begins, q.device()), bound(cu_seqlens, true),
                                                   *std::max_element(kv_lengths.begin(), kv_lengths.end()), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, scale,
                                                   left(window), right(window), to_device(kv_lengths, q.device())));
 }
