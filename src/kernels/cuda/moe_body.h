@@ -124,8 +124,7 @@ class MoeLayer {
       delta_h = product(dt_down, pack_A(sd));
       if (want_down) {
         t_weighted = at::empty_like(t_down);
-        const at::Tensor again = at::empty_like(t_down);
-        gate_thin(sd, t_down, 0, again, 0, row_weights, t_weighted);
+        gate_thin(sd, t_down, 0, {}, 0, row_weights, t_weighted);
       }
     }
     const at::Tensor dgu = at::empty({R, 2 * F}, g.options()), dg = dgu.narrow(1, 0, F), du = dgu.narrow(1, F, F);
@@ -218,15 +217,16 @@ class MoeLayer {
   }
 
   // A site's thin product from columns [from_column, ...) to columns [to_column, ...), exactly zero on rows where a term does not act; `weighted` (as wide
-  // as `to`) also gets it times the rows' weights.
+  // as `to`) gets it times the rows' weights. Either may be undefined.
   void gate_thin(const ThinSite& site, const at::Tensor& from, int64_t from_column, const at::Tensor& to, int64_t to_column, const at::Tensor& row_weights,
                  const at::Tensor& weighted = {}) const {
     with_type(type_, [&](auto t) {
       using T = decltype(t);
       for (size_t i = 0; i < site.terms->size(); ++i) {
         const int64_t columns = ThinSite::padded((*site.terms)[i].A_EPX.size(1)), at = to_column + site.begin[i];
-        Run::threads(GateThin<T>{in<T>(from) + from_column + site.begin[i], from.stride(0), out<T>(to) + at, weighted.defined() ? out<T>(weighted) + at : nullptr, to.stride(0),
-                                 Op::bits(row_bits_), site.bit(i), in<float>(row_weights), columns},
+        const auto place = [&](const at::Tensor& tensor) { return tensor.defined() ? out<T>(tensor) + at : nullptr; };
+        Run::threads(GateThin<T>{in<T>(from) + from_column + site.begin[i], from.stride(0), place(to), place(weighted), (to.defined() ? to : weighted).stride(0), Op::bits(row_bits_),
+                                 site.bit(i), in<float>(row_weights), columns},
                      d_.num_rows() * columns);
       }
     });

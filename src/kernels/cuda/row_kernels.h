@@ -83,8 +83,8 @@ struct RowBits {
   }
 };
 
-// One thread per (row, column) of one term's thin product: to = the value where the term acts on the row, exactly zero elsewhere; `weighted`, when
-// given, gets the value times the row's weight. `to` may be `from`.
+// One thread per (row, column) of one term's thin product: to = the value where the term acts on the row, exactly zero elsewhere; weighted = that times the
+// row's weight. Either may be null; `to` may be `from`.
 template <class T>
 struct GateThin {
   const T* from;
@@ -99,7 +99,7 @@ struct GateThin {
   MOEGRAFT_HD void operator()(int64_t i) const {
     const int64_t row = i / columns, column = i % columns;
     const float value = (row_bits[row] & acting) ? static_cast<float>(from[row * ld_from + column]) : 0.0f;
-    to[row * ld_to + column] = static_cast<T>(value);
+    if (to) to[row * ld_to + column] = static_cast<T>(value);
     if (weighted) weighted[row * ld_to + column] = static_cast<T>(value * row_weights[row]);
   }
 };
