@@ -87,7 +87,10 @@ void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, 
 }
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, float* c, int64_t ldc, bool accumulate) {
-  for (int64_t j = 0; j < b.count(); ++j) product(m, a, lda, b, j, c + j * kPanel, ldc, accumulate);
+  for (int64_t j = 0; j < b.count(); ++j) {
+    fetch_panel(b, j + 1, 0, 1);
+    product(m, a, lda, b, j, c + j * kPanel, ldc, accumulate);
+  }
 }
 
 void release_tiles() { at::native::cpublas::brgemm_release(true); }

@@ -54,6 +54,20 @@ struct Panels {
   static int64_t elements(int64_t k, int64_t n) { return padded_depth<T>(k) * padded_width(n); }
 };
 
+// Asks for cache lines ahead of their use.
+template <class T>
+void fetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
+// A part of panel j, while the panel before it is worked on: with few rows an expert, its weights come from memory at the pace of the products.
+template <class T>
+void fetch_panel(const Panels<T>& b, int64_t j, int64_t part, int64_t parts) {
+  if (j >= b.count()) return;
+  const int64_t size = b.depth() * b.width(j), share = (size + parts - 1) / parts, begin = part * share;
+  if (begin < size) fetch(b.panel(j) + begin, std::min(share, size - begin));
+}
+
 // From W [n, k] (y = x W^T) or W [k, n] (dx = dy W), both row-major with leading dimension ld. out: Panels<T>::elements(k, n).
 template <class T>
 Panels<T> pack_transposed(const T* w_nk, int64_t ld, int64_t k, int64_t n, T* out);

@@ -35,7 +35,7 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
       for (int64_t i = D; i < ld; ++i) x[r * ld + i] = T{};
     }
     float* logits = scratch.take<float>(chunk * ld_logits);
-    for (int64_t j = 0; j < forward.count(); ++j) product(n, x, ld, forward, j, logits + j * kPanel, ld_logits, false);
+    product(n, x, ld, forward, logits, ld_logits, false);
     T* d = dh.defined() ? scratch.take<T>(chunk * ld_d) : nullptr;
     for (int64_t r = 0; r < n; ++r) {
       const float* row = logits + r * ld_logits;

@@ -48,6 +48,7 @@ std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
       for (int64_t j = 0; j < panels[w].count(); ++j)
         for (int64_t r = 0; r < count; r += kBlock) {
           const int64_t m = std::min(kBlock, count - r), width = panels[w].width(j);
+          fetch_panel(panels[w], j + 1, r / kBlock, (count + kBlock - 1) / kBlock);
           product(m, in + r * ld, ld, panels[w], j, c, width, false);
           loops<T>().round_rows(c, width, mutable_data<T>(out[w]) + (begin + r) * panels[w].n + j * kPanel, panels[w].n, m, panels[w].columns(j));
         }

@@ -142,12 +142,6 @@ Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& of
   return a;
 }
 
-// Asks for cache lines ahead of their use.
-template <class T>
-void fetch(const T* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
-}
-
 template <class T>
 void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64_t ld, T* out) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -252,7 +246,7 @@ class Forward {
   };
 
   void chunk(const Strip& s, int64_t begin, int64_t rows, Buffers& b) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, padded = padded_rows(rows);
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, padded = padded_rows(rows), blocks = (rows + kBlock - 1) / kBlock;
     const ExpertPanels& w = *p_.weights.panels;
     const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
@@ -269,6 +263,8 @@ class Forward {
       const int64_t width = gate.width(j), columns = gate.columns(j);
       for (int64_t r = 0; r < rows; r += kBlock) {
         const int64_t m = std::min(kBlock, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
+        fetch_panel(gate, j + 1, r / kBlock, blocks);
+        fetch_panel(up, j + 1, r / kBlock, blocks);
         product(m, b.x + r * b.ld_x, b.ld_x, gate, j, b.g, width, false);
         product(m, b.x + r * b.ld_x, b.ld_x, up, j, b.u, width, false);
         if (set.columns[kGate]) product(m, b.t + r * gu, gu, f.B_out[kGate], j, b.g, width, true);
@@ -290,6 +286,7 @@ class Forward {
     for (int64_t j = 0; j < down.count(); ++j)
       for (int64_t r = 0; r < rows; r += kBlock) {
         const int64_t m = std::min(kBlock, rows - r), width = down.width(j);
+        fetch_panel(down, j + 1, r / kBlock, blocks);
         product(m, b.h + r * b.ld_h, b.ld_h, down, j, b.g, width, false);
         if (d) product(m, b.t + r * d, d, f.B_out[kDown], j, b.g, width, true);
         loops<T>().round_rows(b.g, width, y + (begin + r) * D + j * kPanel, D, m, down.columns(j));
@@ -404,7 +401,7 @@ class Backward {
   }
 
   void chunk(const Strip& s, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, blocks = (rows + kBlock - 1) / kBlock;
     const ExpertPanels& w = *p_.weights.panels;
     const Panels<T> down = w.template backward<T>(s.expert, ExpertPanels::kDownMatrix);
     const RankSet& set = adapters_.sets[s.group];
@@ -421,6 +418,7 @@ class Backward {
         const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
         fetch(view_.g + tile, m * kPanel);  // from memory, while the product runs
         fetch(view_.u + tile, m * kPanel);
+        fetch_panel(down, j + 1, r / kBlock, blocks);
         product(m, b.dy + r * b.ld_d, b.ld_d, down, j, b.out, width, false);
         if (d) product(m, b.dt_d + r * d, d, f.A_out[1], j, b.out, width, true);
         loops<T>().swiglu_backward(b.out, width, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m,
@@ -453,6 +451,8 @@ class Backward {
     for (int64_t j = 0; j < gate.count(); ++j)
       for (int64_t r = 0; r < rows; r += kBlock) {
         const int64_t m = std::min(kBlock, rows - r), width = gate.width(j);
+        fetch_panel(gate, j + 1, r / kBlock, blocks);
+        fetch_panel(up, j + 1, r / kBlock, blocks);
         product(m, b.dg + r * b.ld_f, b.ld_f, gate, j, b.out, width, false);
         product(m, b.du + r * b.ld_f, b.ld_f, up, j, b.out, width, true);
         if (gu) product(m, b.dt_gu + r * gu, gu, f.A_out[0], j, b.out, width, true);
