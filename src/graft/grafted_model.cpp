@@ -155,7 +155,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.decoder = std::make_unique<model::Decoder>(std::move(base));
   } else {
     m.base_path = config.model.path;
-    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, {dtype, device}));
+    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, {dtype, device, config.model.offload == "experts"}));
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   }
   add_vocabulary(m, config, options.with_codecs);

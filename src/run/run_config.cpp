@@ -17,6 +17,7 @@ std::vector<std::string> names_of(const std::map<std::string, ModalitySection>& 
 void check_model(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(!c.model.path.empty() || c.model.init, "model: give model.path (a Hugging Face directory) or model.init (train a base from scratch), got neither");
   MOEGRAFT_CHECK_USAGE(c.model.path.empty() || !c.model.init, "model: give model.path or model.init, got both (model.path is ", c.model.path, ")");
+  MOEGRAFT_CHECK_USAGE(c.model.offload == "none" || c.train.base_weights == "frozen", "model.offload: experts needs a frozen base; train.base_weights is full");
   if (!c.model.init) return;
   const auto& m = *c.model.init;
   MOEGRAFT_CHECK_USAGE(m.num_heads % m.num_kv_heads == 0, "model.init.num_heads must be a multiple of num_kv_heads (", m.num_kv_heads, "), got ", m.num_heads);

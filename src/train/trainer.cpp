@@ -21,6 +21,7 @@
 #include "moegraft/model/device.h"
 #include "moegraft/routing/stats.h"
 #include "moegraft/run/run_dir.h"
+#include "moegraft/train/memory_plan.h"
 #include "moegraft/train/optimizer.h"
 #include "moegraft/train/schedule.h"
 #include "moegraft/train/signals.h"
@@ -49,8 +50,9 @@ AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection
 // One run: what happens when, around one step().
 class Trainer {
  public:
-  Trainer(const run::RunConfig& config, graft::GraftedModel model, run::RunDir dir, const std::optional<checkpoint::Checkpoint>& from)
+  Trainer(const run::RunConfig& config, graft::GraftedModel model, run::RunDir dir, const std::optional<checkpoint::Checkpoint>& from, const MemoryPlan& plan)
       : config_(config),
+        recompute_layers_(plan.recompute_layers),
         model_(std::move(model)),
         dir_(std::move(dir)),
         optimizer_(make_optimizer(*model_.registry, config.train)),
@@ -150,6 +152,7 @@ class Trainer {
     model::ForwardOptions options;
     options.routing = &routing_;
     options.aux_loss = balance;
+    options.recompute_layers = recompute_layers_;
     std::vector<model::LossResult> results;
     for (const auto& batch : batches) {
       const auto result = model_.decoder->forward(batch, options);
@@ -275,6 +278,7 @@ class Trainer {
   }
 
   run::RunConfig config_;
+  int64_t recompute_layers_;
   graft::GraftedModel model_;
   run::RunDir dir_;
   AdamW optimizer_;
@@ -330,7 +334,10 @@ TrainOutcome train(const run::RunConfig& config_in, const std::string& resume) {
     MOEGRAFT_CHECK_USAGE(exists, "--resume ", resume, ": ", config.run.dir, " is no run yet");
     from = checkpoint::load(resume);
   }
-  const std::string device = graft::parse_device(config.model.device).str();
+  const at::Device planned_on = graft::parse_device(config.model.device);
+  const std::string device = planned_on.str();
+  // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
+  if (!config.model.path.empty()) check_fits(plan_memory(memory_request(model::read_spec(config.model.path), config, {}, planned_on)));
   const bool again = exists && resume != "none";
   run::RunDir dir = again ? run::RunDir::resume(config, from ? from->step : 0, device) : run::RunDir::create(config, device);
   graft::GraftedModel model = from ? graft::assemble_model(config) : graft::build_model(config);
@@ -342,7 +349,10 @@ TrainOutcome train(const run::RunConfig& config_in, const std::string& resume) {
     io::write_file_atomic(dir.path() / "init.json", model.init_report_json + "\n");
   }
   describe(model);
-  return Trainer(config, std::move(model), std::move(dir), from).run();
+  const MemoryPlan plan = plan_memory(memory_request(model.decoder->spec(), config, model.vocabulary, model.device()));
+  check_fits(plan);
+  log::info(summary(plan));
+  return Trainer(config, std::move(model), std::move(dir), from, plan).run();
 }
 
 }  // namespace moegraft::train

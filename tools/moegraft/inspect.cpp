@@ -1,4 +1,6 @@
 // moegraft inspect: what a model or run is made of. Reads headers and configs; weights stay on disk.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <iostream>
 #include <map>
@@ -6,15 +8,16 @@
 #include <nlohmann/json.hpp>
 
 #include "command.h"
-#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
 #include "moegraft/codec/codec.h"
 #include "moegraft/config/config.h"
+#include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_dir.h"
+#include "moegraft/train/memory_plan.h"
 
 namespace moegraft::tools {
 namespace {
@@ -38,36 +41,25 @@ Json describe_spec(const model::DecoderSpec& s) {
           {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
 }
 
-// Trained parameters of a config, by shape alone.
-struct Trained {
-  int64_t lora = 0, rows = 0;
-};
-Trained count_trained(const model::DecoderSpec& s, const run::RunConfig& config, const model::Vocabulary& vocabulary) {
-  Trained t;
-  for (const auto& a : config.adapters)
-    for (int64_t l = 0; l < s.num_layers; ++l) {
-      if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) continue;
-      for (const auto& name : a.sites) {
-        const model::Site site = adapters::parse_site(name);
-        if (adapters::is_expert_site(site) && !s.layers[l].sparse) continue;
-        const auto [in, out] = adapters::site_shape(s, site);
-        t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? s.num_experts : 1);
-      }
-    }
-  for (const auto& m : vocabulary.modalities) t.rows += m.num_rows() * s.hidden_size * (s.tie_word_embeddings ? 1 : 2);
-  return t;
-}
-
-// Resident bytes while training: the base in its compute dtype, float32 masters with gradient and two moments for what trains.
-Json memory_plan(const model::DecoderSpec& s, const run::RunConfig& config, int64_t trained) {
-  const bool half = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
-  const int64_t base = s.num_parameters() * (half ? 2 : 4);
-  const int64_t micro = config.data.tokens_per_step / config.train.accumulation, width = half ? 2 : 4;
-  // Saved per token and layer: two norms' inputs, q, k, v, attention in and out, and K rows of x, gate, up and y.
-  const int64_t per_layer = 4 * s.hidden_size + 2 * (s.num_heads + s.num_kv_heads) * s.head_dim + s.num_experts_per_tok * (2 * s.hidden_size + 2 * s.moe_intermediate_size);
-  const int64_t activations = micro * s.num_layers * per_layer * width;
-  const int64_t optimizer = trained * (config.train.optimizer == "adamw_8bit" ? 6 : 12);
-  return {{"base_bytes", base}, {"trained_bytes", trained * 4}, {"optimizer_and_gradient_bytes", optimizer}, {"activation_bytes_estimate", activations}, {"total_bytes_estimate", base + trained * 4 + optimizer + activations}};
+Json describe_plan(const train::MemoryPlan& p) {
+  const auto largest = [](const std::vector<int64_t>& v) { return v.empty() ? 0 : *std::max_element(v.begin(), v.end()); };
+  Json out{{"program_bytes", p.program},
+           {"base_bytes", p.base},
+           {"packed_base_bytes", p.panels},
+           {"trained_bytes", p.trained},
+           {"gradient_bytes", p.gradients},
+           {"optimizer_bytes", p.optimizer},
+           {"activation_bytes", p.activations},
+           {"loss_bytes", p.loss},
+           {"workspace_bytes", p.workspace},
+           {"layer_bytes", largest(p.layer_stored)},
+           {"recomputed_layer_bytes", largest(p.layer_recomputed)},
+           {"recompute_layers", p.recompute_layers},
+           {"total_bytes", p.total()},
+           {"smallest_total_bytes", p.smallest}};
+  if (p.host_experts) out["offload_buffer_bytes"] = p.offload_buffers, out["host_expert_bytes"] = p.host_experts;
+  if (p.budget) out["budget_bytes"] = p.budget, out["fits"] = p.fits();
+  return out;
 }
 
 model::Vocabulary vocabulary_of(const model::DecoderSpec& s, const run::RunConfig& config, const fs::path& run, int64_t codebook) {
@@ -125,10 +117,13 @@ void run(const Options& o) {
     out["model"] = describe_spec(s);
     if (config) {
       const model::Vocabulary v = vocabulary_of(s, *config, run_dir, o.codebook);
-      const Trained t = count_trained(s, *config, v);
-      const int64_t trained = t.lora + t.rows;
+      // A plan for a GPU needs none.
+      const at::Device planned_on = config->model.device == "cuda" ? at::Device(at::kCUDA) : graft::parse_device(config->model.device);
+      const train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);
+      const train::TrainedParameters t = train::count_trained(request);
+      const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
-      out["memory"] = memory_plan(s, *config, trained);
+      out["memory"] = describe_plan(train::plan_memory(request));
       for (const auto& m : v.modalities)
         out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
     }

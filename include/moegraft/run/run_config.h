@@ -61,12 +61,14 @@ struct ModelSection {
   std::optional<InitSection> init;   // train a base from scratch
   std::string dtype = "float32";
   std::string device = "auto";
+  std::string offload = "none";
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::any(), "Hugging Face directory of the base.");
     v("init", init, config::any(), "Train a base from scratch instead.");
     v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "Compute dtype of the base.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
+    v("offload", offload, config::one_of({"none", "experts"}), "experts: the frozen experts stay in host memory and visit the device a layer at a time; every layer is then computed again in the backward pass.");
   }
 };
 
@@ -128,6 +130,7 @@ struct TrainSection {
   double min_lr_ratio = 0.05;
   double clip = 1.0;
   int64_t accumulation = 1;
+  double memory_budget_gib = 0;  // 0: no limit
   std::string precision = "float32";
   std::string base_weights = "frozen";
   int64_t log_every = 10;
@@ -151,6 +154,7 @@ struct TrainSection {
     v("min_lr_ratio", min_lr_ratio, config::range(0.0, 1.0), "Where cosine and linear end, as a share of the peak.");
     v("clip", clip, config::range(0.0, 1e9), "Largest global gradient norm; 0: off.");
     v("accumulation", accumulation, config::range(1, 1e6), "Micro-batches per optimizer step; each holds tokens_per_step / accumulation tokens.");
+    v("memory_budget_gib", memory_budget_gib, config::range(0.0, 1e6), "Memory that a step may take (the process on the CPU, the device on a GPU); as few layers as it takes are computed again in the backward pass. 0: no limit.");
     v("precision", precision, config::one_of({"float32", "bf16"}), "Compute precision; masters stay float32.");
     v("base_weights", base_weights, config::one_of({"frozen", "full"}), "full: train the base itself (only with model.init or allow_text_drift).");
     v("log_every", log_every, config::range(1, 1e9), "Steps between lines of metrics.jsonl.");

@@ -1,0 +1,69 @@
+#pragma once
+// How much memory a training run will take, known from shapes before anything is loaded, and how many layers must be computed again to fit a budget.
+
+#include <torch/types.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "moegraft/model/sites.h"
+#include "moegraft/model/spec.h"
+#include "moegraft/model/vocabulary.h"
+#include "moegraft/run/run_config.h"
+
+namespace moegraft::train {
+
+// What the plan needs to know of a run.
+struct MemoryRequest {
+  model::DecoderSpec spec;
+  at::ScalarType dtype = at::kFloat;  // compute: float32 or bfloat16
+  at::Device device = at::kCPU;       // the plan is of this device's memory
+  bool base_trains = false, offload_experts = false, moments_8bit = false;
+  bool converted = false;             // the base's files hold another dtype
+  bool gate_open = false;             // adapters act on every row of a batch, which need then not be gathered
+  bool auxiliary_loss = false;        // layers cannot be computed again
+  int64_t tokens = 0;                 // of a micro-batch
+  int64_t new_rows = 0;               // of all modalities
+  struct Adapter {
+    int64_t rank = 0;
+    std::vector<model::Site> sites;
+    std::vector<int64_t> layers;  // empty: all
+  };
+  std::vector<Adapter> adapters;
+  int64_t budget_bytes = 0;  // 0: no limit
+};
+MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device);
+
+// Trained parameters by shape alone.
+struct TrainedParameters {
+  int64_t lora = 0, rows = 0, base = 0;
+  int64_t total() const { return lora + rows + base; }
+};
+TrainedParameters count_trained(const MemoryRequest& request);
+
+// Bytes at the peak, while the first `recompute_layers` layers keep only their input. Activations are those of a batch whose every token is a new modality's:
+// an upper bound for the frozen prefix and for text. Loss and workspace never live at the same time; the larger counts.
+struct MemoryPlan {
+  int64_t program = 0;        // the libraries themselves (host memory only)
+  int64_t base = 0;           // frozen weights that stay resident; with offload, without the experts
+  int64_t panels = 0;         // the CPU's packed copies, forward and backward
+  int64_t offload_buffers = 0;
+  int64_t trained = 0, gradients = 0, optimizer = 0;
+  int64_t activations = 0, loss = 0, workspace = 0;
+  int64_t host_experts = 0;   // page-locked host memory; not part of the total of a GPU
+  std::vector<int64_t> layer_stored, layer_recomputed;  // what each layer keeps for its backward pass, either way
+
+  int64_t recompute_layers = 0;
+  int64_t budget = 0, smallest = 0;  // smallest: the total with as many layers recomputed as helps
+  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace); }
+  bool fits() const { return budget == 0 || total() <= budget; }
+};
+
+// The smallest number of recomputed layers that fits the budget; the number that takes least where none does.
+MemoryPlan plan_memory(const MemoryRequest& request);
+// UserError with the smallest possible total when the plan does not fit.
+void check_fits(const MemoryPlan& plan);
+std::string summary(const MemoryPlan& plan);  // one line
+
+}  // namespace moegraft::train

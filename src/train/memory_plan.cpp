@@ -1,0 +1,292 @@
+// Counts what the autograd functions of model/ and kernels/ keep. tests/train/memory_plan_test.cpp compares it with what they really keep.
+#include "moegraft/train/memory_plan.h"
+
+#include "libtorch.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/base/check.h"
+#include "moegraft/io/json.h"
+#include "moegraft/kernels/ops.h"
+#include "moegraft/train/optimizer.h"
+
+namespace moegraft::train {
+namespace {
+
+using model::Site;
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+constexpr int64_t kProgram = 120 * kMiB;       // resident in `moegraft inspect`, which does nothing: the binary and LibTorch
+constexpr int64_t kThreadScratch = 16 * kMiB;  // kernels' memory per thread
+constexpr int64_t kExpertSites = 3;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Every count of one request, with its sizes at hand.
+class Counter {
+ public:
+  explicit Counter(const MemoryRequest& request)
+      : r_(request), s_(request.spec), width_(int64_t(c10::elementSize(request.dtype))), T_(request.tokens), R_(request.tokens * s_.num_experts_per_tok),
+        q_(s_.num_heads * s_.head_dim), kv_(s_.num_kv_heads * s_.head_dim),
+        panels_(request.device.is_cpu() && !request.base_trains && kernels::make_weight_panels(at::empty({16, 16}, at::TensorOptions(request.dtype))) != nullptr) {}
+
+  bool has_panels() const { return panels_; }
+  int64_t experts_of_layer() const { return kExpertSites * s_.num_experts * s_.hidden_size * s_.moe_intermediate_size; }
+  int64_t sparse_layers() const {
+    return std::count_if(s_.layers.begin(), s_.layers.end(), [](const auto& l) { return l.sparse; });
+  }
+
+  // Resident: everything, except what is mapped and has been packed into panels.
+  int64_t base() const {
+    if (r_.base_trains) return 0;  // masters
+    int64_t elements = s_.num_parameters();
+    if (r_.offload_experts || (panels_ && !r_.converted)) elements -= sparse_layers() * experts_of_layer();
+    if (panels_ && !r_.converted) {
+      for_each_matrix([&](int64_t n, int64_t k) { elements -= n * k; });
+      if (s_.tie_word_embeddings) elements += s_.vocab_size * s_.hidden_size;  // looked up all the time
+    }
+    return elements * width_;
+  }
+  int64_t panels() const {
+    if (!panels_) return 0;
+    const int64_t pair = width_ == 2 ? 2 : 1;
+    int64_t elements = 0;
+    const auto both = [&](int64_t n, int64_t k) { return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16); };
+    for_each_matrix([&](int64_t n, int64_t k) { elements += both(n, k); });
+    if (!r_.offload_experts) elements += sparse_layers() * s_.num_experts * kExpertSites * both(s_.moe_intermediate_size, s_.hidden_size);
+    return elements * width_;
+  }
+
+  // Kept for the backward pass of one layer.
+  int64_t layer(int64_t l) const {
+    const int64_t D = s_.hidden_size;
+    int64_t bytes = 2 * T_ * (D + 1) * 4 + (width_ == 2 ? 2 * D * 4 : 0);  // the norms' sums and statistics, weights in float32
+    bytes += attention();
+    for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l);
+    if (r_.gate_open && any_input_term(l)) bytes += T_ * D * width_;
+    return bytes + (s_.layers[size_t(l)].sparse ? experts(l) : dense());
+  }
+  int64_t layer_input(int64_t l) const { return T_ * s_.hidden_size * (4 + (l > 0 ? width_ : 0)); }
+
+  int64_t loss() const {
+    const int64_t D = s_.hidden_size, V = s_.vocab_size, chunk = r_.device.is_cuda() ? int64_t{1} << 26 : int64_t{1} << 23;
+    const int64_t per_logit = r_.device.is_cuda() ? width_ : 8 + width_;  // one buffer in place, or log-probabilities beside logits
+    int64_t bytes = T_ * D * (4 + 4 * width_);                            // final norm, labelled rows and their gradients
+    const int64_t logits = panels_ ? 0 : std::min(T_ * V, chunk), rows = std::min(T_ * r_.new_rows, chunk);
+    return bytes + std::max(logits, rows) * per_logit + (r_.base_trains ? V * D * 4 : 0) + scratch();
+  }
+  // Of the largest layer, besides what it keeps: routed rows on their way, gradients of attention, factors as products want them.
+  int64_t workspace() const {
+    const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
+    int64_t largest = 0;
+    for (int64_t l = 0; l < s_.num_layers; ++l) {
+      int64_t bytes = T_ * (2 * q_ + 2 * kv_ + 2 * D) * width_ + T_ * D * 4;
+      if (s_.layers[size_t(l)].sparse) {
+        bytes += R_ * D * width_ + (panels_ ? 0 : R_ * (2 * D + 4 * F) * width_);
+        bytes += expert_columns(l) * s_.num_experts * (D + F) * (4 + width_);
+      } else {
+        bytes += 4 * T_ * s_.intermediate_size * width_;
+      }
+      largest = std::max(largest, bytes);
+    }
+    return largest + scratch();
+  }
+
+  TrainedParameters trained() const {
+    TrainedParameters t;
+    for (const auto& a : r_.adapters)
+      for (int64_t l = 0; l < s_.num_layers; ++l)
+        for (const Site site : a.sites) {
+          if (!acts(a, site, l)) continue;
+          const auto [in, out] = adapters::site_shape(s_, site);
+          t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? s_.num_experts : 1);
+        }
+    t.rows = r_.new_rows * s_.hidden_size * (s_.tie_word_embeddings ? 1 : 2);
+    t.base = r_.base_trains ? s_.num_parameters() : 0;
+    return t;
+  }
+
+ private:
+  // Matrices with panels besides the experts': [out, in].
+  template <class F>
+  void for_each_matrix(const F& f) const {
+    const int64_t D = s_.hidden_size, I = s_.intermediate_size;
+    f(s_.vocab_size, D);
+    for (const auto& layer : s_.layers) {
+      f(q_, D), f(kv_, D), f(kv_, D), f(D, q_);
+      if (!layer.sparse) f(I, D), f(I, D), f(D, I);
+    }
+  }
+  int64_t scratch() const { return r_.device.is_cpu() ? at::get_num_threads() * kThreadScratch : 0; }
+
+  bool acts(const MemoryRequest::Adapter& a, Site site, int64_t l) const {
+    if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) return false;
+    return !adapters::is_expert_site(site) || s_.layers[size_t(l)].sparse;
+  }
+  bool any_input_term(int64_t l) const {
+    for (const auto& a : r_.adapters)
+      for (const Site site : a.sites)
+        if ((site == Site::q || site == Site::k || site == Site::v) && acts(a, site, l)) return true;
+    return false;
+  }
+
+  int64_t attention() const {
+    const int64_t heads = s_.num_heads + s_.num_kv_heads;
+    int64_t bytes = T_ * (2 * q_ + 2 * kv_) * width_ + T_ * s_.num_heads * 4;  // q, k, v, out and the softmax's normaliser
+    if (s_.qk_norm != model::QkNorm::none) bytes += T_ * (q_ + kv_) * width_ + T_ * (s_.qk_norm == model::QkNorm::per_head ? heads : 2) * 4;
+    if (s_.clip_qkv > 0) bytes += T_ * (q_ + 2 * kv_) * width_;
+    if (r_.base_trains) bytes += T_ * s_.hidden_size * width_;
+    return bytes;
+  }
+  int64_t experts(int64_t l) const {
+    const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size, K = s_.num_experts_per_tok, E = s_.num_experts;
+    int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.norm_topk_prob ? T_ * 4 : 0) + (width_ == 2 ? E * D * 4 : 0);  // the router
+    bytes += 2 * R_ * 4 + T_ * D * width_;                                                                             // the sort, the input
+    if (!panels_) return bytes + 2 * R_ * F * width_ + (r_.device.is_cuda() ? R_ * expert_columns(l) * width_ : 0);
+    return bytes + R_ * (2 * round_up(F, 64) + expert_columns(l)) * width_;
+  }
+  // Columns of the thin products of a row.
+  int64_t expert_columns(int64_t l) const {
+    int64_t columns = 0;
+    for (const Site site : {Site::gate, Site::up, Site::down}) {
+      int64_t rank = 0;
+      for (const auto& a : r_.adapters)
+        if (std::find(a.sites.begin(), a.sites.end(), site) != a.sites.end() && acts(a, site, l)) rank += a.rank;
+      columns += round_up(rank, 16);
+    }
+    return columns;
+  }
+  int64_t dense() const {
+    const int64_t I = s_.intermediate_size;
+    return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0);
+  }
+  // Low-rank terms of attention: thin products, factors in the compute dtype, and where rows are gathered, those and what is added to them.
+  int64_t dense_terms(const MemoryRequest::Adapter& a, int64_t l) const {
+    int64_t bytes = 0;
+    for (const Site site : a.sites) {
+      if (adapters::is_expert_site(site) || !acts(a, site, l)) continue;
+      const auto [in, out] = adapters::site_shape(s_, site);
+      bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) + (r_.gate_open ? 0 : T_ * (in + out) * width_);
+    }
+    return bytes;
+  }
+
+  const MemoryRequest& r_;
+  const model::DecoderSpec& s_;
+  int64_t width_, T_, R_, q_, kv_;
+  bool panels_;
+};
+
+// The backward pass frees layers from the last on; a recomputed layer is whole again while its turn lasts.
+int64_t activation_peak(const MemoryPlan& plan, int64_t recomputed) {
+  const int64_t L = int64_t(plan.layer_stored.size());
+  int64_t inputs = 0, during = 0, stored = 0;
+  for (int64_t l = 0; l < recomputed; ++l) {
+    inputs += plan.layer_recomputed[size_t(l)];
+    during = std::max(during, inputs + plan.layer_stored[size_t(l)]);
+  }
+  for (int64_t l = recomputed; l < L; ++l) stored += plan.layer_stored[size_t(l)];
+  return std::max(inputs + stored, during);
+}
+
+std::string gib(int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, bytes < 10 * (int64_t{1} << 30) ? "%.3f GiB" : "%.1f GiB", double(bytes) / double(int64_t{1} << 30));
+  return text;
+}
+
+bool stored_as(const std::string& dir, at::ScalarType dtype) {
+  const io::Json config = io::read_json(std::filesystem::path(dir) / "config.json");
+  for (const char* key : {"dtype", "torch_dtype"})
+    if (config.contains(key) && config.at(key).is_string()) return config.at(key).get<std::string>() == (dtype == at::kFloat ? "float32" : "bfloat16");
+  return dtype == at::kFloat;
+}
+
+}  // namespace
+
+MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device) {
+  MemoryRequest r;
+  r.spec = spec;
+  r.dtype = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  r.device = device;
+  r.base_trains = config.train.base_weights == "full";
+  r.offload_experts = config.model.offload == "experts";
+  r.moments_8bit = config.train.optimizer == "adamw_8bit";
+  r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
+  r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
+  r.tokens = config.data.tokens_per_step / config.train.accumulation;
+  for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
+  for (const auto& a : config.adapters) {
+    MemoryRequest::Adapter adapter{a.rank, {}, a.layers};
+    for (const auto& name : a.sites) adapter.sites.push_back(adapters::parse_site(name));
+    r.adapters.push_back(std::move(adapter));
+  }
+  r.budget_bytes = int64_t(config.train.memory_budget_gib * double(int64_t{1} << 30));
+  return r;
+}
+
+TrainedParameters count_trained(const MemoryRequest& request) { return Counter(request).trained(); }
+
+MemoryPlan plan_memory(const MemoryRequest& request) {
+  const Counter count(request);
+  const model::DecoderSpec& s = request.spec;
+  const int64_t width = int64_t(c10::elementSize(request.dtype)), trained = count.trained().total();
+  MemoryPlan plan;
+  plan.budget = request.budget_bytes;
+  plan.program = request.device.is_cpu() ? kProgram : 0;
+  plan.base = count.base();
+  plan.panels = count.panels();
+  if (request.offload_experts && count.sparse_layers() > 0) {
+    plan.offload_buffers = 2 * count.experts_of_layer() * width;
+    plan.host_experts = count.sparse_layers() * count.experts_of_layer() * width;
+  }
+  plan.trained = plan.gradients = 4 * trained;
+  plan.optimizer = request.moments_8bit ? 2 * trained + 2 * trained * 4 / kernels::kAdamw8Block : 8 * trained;
+  for (int64_t l = 0; l < s.num_layers; ++l) {
+    plan.layer_stored.push_back(count.layer(l));
+    plan.layer_recomputed.push_back(count.layer_input(l));
+  }
+  plan.loss = count.loss();
+  plan.workspace = count.workspace();
+
+  const auto with = [&](int64_t n) {
+    plan.recompute_layers = n;
+    plan.activations = activation_peak(plan, n);
+    return plan.total();
+  };
+  if (request.offload_experts) {  // the buffers pass on: every layer asks again
+    plan.smallest = with(request.auxiliary_loss ? 0 : s.num_layers);
+    return plan;
+  }
+  // Recomputing the last layer too saves nothing: it is whole while its turn lasts.
+  const int64_t most = request.auxiliary_loss ? 0 : s.num_layers - 1;
+  int64_t best = 0;
+  for (int64_t n = 0; n <= most; ++n) {
+    const int64_t total = with(n);
+    if (n == 0 || total < plan.smallest) plan.smallest = total, best = n;
+  }
+  for (int64_t n = 0; n <= most; ++n) {
+    with(n);
+    if (plan.fits()) return plan;
+  }
+  with(best);
+  return plan;
+}
+
+void check_fits(const MemoryPlan& plan) {
+  MOEGRAFT_CHECK(plan.fits(), "train.memory_budget_gib: ", gib(plan.budget), " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ",
+                 plan.layer_stored.size(), " layers recomputed; raise it, raise train.accumulation (fewer tokens at a time), lower data.tokens_per_step, or use train.optimizer: adamw_8bit");
+}
+
+std::string summary(const MemoryPlan& plan) {
+  std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) + (plan.panels ? ", packed copies " + gib(plan.panels) : "") + ", trained with gradients and optimizer " +
+                     gib(plan.trained + plan.gradients + plan.optimizer) + ", activations " + gib(plan.activations) + ", work space " + gib(std::max(plan.loss, plan.workspace)) + ")";
+  if (plan.budget > 0) text += " of " + gib(plan.budget);
+  text += "; " + std::to_string(plan.recompute_layers) + " of " + std::to_string(plan.layer_stored.size()) + " layers recomputed";
+  if (plan.host_experts) text += "; experts in host memory " + gib(plan.host_experts);
+  return text;
+}
+
+}  // namespace moegraft::train

@@ -1,0 +1,220 @@
+// The memory plan against what autograd really keeps, and the runs that it steers.
+#include "moegraft/train/memory_plan.h"
+
+#include <c10/util/ThreadLocalDebugInfo.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+
+#include "libtorch.h"
+#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/base/check.h"
+#include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/graft/grafted_model.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/json.h"
+#include "moegraft/train/trainer.h"
+#include "support/tiny_world.h"
+
+namespace moegraft::train {
+namespace {
+
+namespace fs = std::filesystem;
+using moegraft::testing::TemporaryFolder;
+
+// Sums what this thread's allocations and releases of tensors come to.
+class Tally : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device) override { net += bytes; }
+  bool memoryProfilingEnabled() const override { return true; }
+  int64_t net = 0;
+};
+
+struct Case {
+  const char* name;
+  model::QkNorm norm;
+  double clip;
+  bool renormalise, sparse, bf16, open;
+};
+
+model::DecoderSpec spec_of(const Case& c, int64_t layers) {
+  model::DecoderSpec s;
+  s.family = c.norm == model::QkNorm::per_head ? "qwen3_moe" : c.norm == model::QkNorm::full ? "olmoe" : "mixtral";
+  s.vocab_size = 50, s.hidden_size = 64, s.num_layers = layers, s.num_heads = 4, s.num_kv_heads = s.family == "olmoe" ? 4 : 2, s.head_dim = 16;
+  s.intermediate_size = c.sparse ? 48 : 96, s.moe_intermediate_size = 48, s.num_experts = 6, s.num_experts_per_tok = 2;
+  if (s.family == "mixtral") s.intermediate_size = s.moe_intermediate_size;
+  s.norm_topk_prob = c.renormalise, s.qk_norm = c.norm, s.clip_qkv = c.clip, s.max_positions = 512;
+  s.layers.assign(size_t(layers), {c.sparse, 0});
+  return s;
+}
+
+// Bytes that a forward pass leaves behind, its results included.
+int64_t kept(const Case& c, const fs::path& dir, int64_t layers, int64_t recompute, int64_t tokens) {
+  const model::DecoderSpec spec = spec_of(c, layers);
+  if (!fs::exists(dir)) model::save_base(model::init_base(spec, {1.0, 3}), dir, at::kFloat);
+  model::Decoder decoder(model::load_base(dir, {c.bf16 ? at::kBFloat16 : at::kFloat, at::kCPU}));
+  adapters::AdapterConfig config;
+  config.rank = 4;
+  if (!c.sparse) config.sites = {"q", "k", "v", "o"};
+  auto stack = std::make_shared<adapters::AdapterStack>();
+  model::ParameterRegistry registry;
+  auto lora = std::make_shared<adapters::ModalityLora>(spec, config, 0, std::vector<int64_t>{1}, at::kCPU);
+  lora->register_parameters(registry, "zero");
+  stack->add(std::move(lora));
+  decoder.attach(stack);
+  model::PackedBatch batch = model::pack_rows(at::arange(tokens).remainder(50).view({1, tokens}));
+  batch.modality_T = at::ones({tokens}, at::kLong);
+  model::ForwardOptions options;
+  options.gate = c.open ? model::Gate::all : model::Gate::modality;
+  options.recompute_layers = recompute;
+  decoder.forward(batch, options);  // packs the weights
+  const auto tally = std::make_shared<Tally>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, tally);
+  const auto result = decoder.forward(batch, options);
+  return tally->net;
+}
+
+TEST(MemoryPlan, CountsWhatALayerKeeps) {
+  const TemporaryFolder folder("moegraft_plan");
+  constexpr int64_t kTokens = 192;
+  const Case cases[] = {{"qwen3", model::QkNorm::per_head, 0, true, true, false, true},    {"qwen3_bf16", model::QkNorm::per_head, 0, true, true, true, true},
+                        {"qwen3_gated", model::QkNorm::per_head, 0, true, true, false, false}, {"qwen3_dense", model::QkNorm::per_head, 0, true, false, false, true},
+                        {"olmoe_clip", model::QkNorm::full, 2.0, false, true, false, true}, {"olmoe_bf16_gated", model::QkNorm::full, 0, false, true, true, false},
+                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}};
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    MemoryRequest r;
+    r.spec = spec_of(c, 4);
+    r.dtype = c.bf16 ? at::kBFloat16 : at::kFloat;
+    r.tokens = kTokens, r.gate_open = c.open;
+    r.adapters = {{4, {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up, model::Site::down}, {}}};
+    const MemoryPlan plan = plan_memory(r);
+    // Two layers more, so that what belongs to no layer drops out.
+    const auto of_layer = [&](bool recomputed) {
+      const fs::path two = folder / (std::string(c.name) + "2"), four = folder / (std::string(c.name) + "4");
+      return double(kept(c, four, 4, recomputed ? 4 : 0, kTokens) - kept(c, two, 2, recomputed ? 2 : 0, kTokens)) / 2;
+    };
+    EXPECT_NEAR(double(plan.layer_stored[2]) / of_layer(false), 1.0, 0.05);
+    EXPECT_NEAR(double(plan.layer_recomputed[2]) / of_layer(true), 1.0, 0.05);
+  }
+}
+
+MemoryRequest large() {
+  MemoryRequest r;
+  Case c{"", model::QkNorm::per_head, 0, true, true, false, false};
+  r.spec = spec_of(c, 8);
+  r.tokens = 1 << 16;
+  r.adapters = {{4, {model::Site::gate, model::Site::q}, {1, 2}}};
+  return r;
+}
+
+TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
+  MemoryRequest r = large();
+  const MemoryPlan free = plan_memory(r);
+  EXPECT_EQ(free.recompute_layers, 0);
+  EXPECT_TRUE(free.fits());
+  // Closed form: every layer's input, and one layer whole.
+  int64_t inputs = 0;
+  for (int64_t l = 0; l < 7; ++l) inputs += free.layer_recomputed[size_t(l)];
+  EXPECT_EQ(free.smallest, free.total() - free.activations + inputs + free.layer_stored[7]);
+  int64_t before = free.total();
+  for (int64_t n = 1; n < 8; ++n) {
+    r.budget_bytes = before - 1;
+    const MemoryPlan plan = plan_memory(r);
+    EXPECT_EQ(plan.recompute_layers, n);
+    EXPECT_TRUE(plan.fits());
+    EXPECT_NO_THROW(check_fits(plan));
+    before = plan.total();
+  }
+  EXPECT_EQ(before, free.smallest);
+  r.budget_bytes = before - 1;
+  const MemoryPlan plan = plan_memory(r);
+  EXPECT_FALSE(plan.fits());
+  try {
+    check_fits(plan);
+    FAIL();
+  } catch (const UserError& e) {
+    EXPECT_NE(std::string(e.what()).find("smallest possible total"), std::string::npos) << e.what();
+  }
+  r.auxiliary_loss = true;  // what trains from scratch cannot recompute
+  EXPECT_EQ(plan_memory(r).recompute_layers, 0);
+}
+
+TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
+  MemoryRequest r = large();
+  // Two layers: gate A [E,P,D], B [E,F,P], q A [P,D], B [q,P].
+  EXPECT_EQ(count_trained(r).total(), 2 * (6 * 4 * (64 + 48) + 4 * (64 + 64)));
+  const MemoryPlan adamw = plan_memory(r);
+  EXPECT_EQ(adamw.optimizer, 8 * count_trained(r).total());
+  r.moments_8bit = true;
+  EXPECT_LT(plan_memory(r).optimizer, adamw.optimizer / 3);
+  r.device = at::kCUDA;
+  const MemoryPlan whole = plan_memory(r);
+  EXPECT_EQ(whole.base, 4 * r.spec.num_parameters());
+  EXPECT_EQ(whole.panels + whole.program, 0);
+  r.offload_experts = true;
+  const MemoryPlan plan = plan_memory(r);
+  const int64_t layer = 3 * 6 * 64 * 48 * 4;
+  EXPECT_EQ(plan.host_experts, 8 * layer);
+  EXPECT_EQ(plan.base, whole.base - 8 * layer);
+  EXPECT_EQ(plan.offload_buffers, 2 * layer);
+  EXPECT_EQ(plan.recompute_layers, 8);
+}
+
+std::string adapter_bytes(const fs::path& run) { return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors"); }
+std::vector<double> losses(const fs::path& run) {
+  std::vector<double> out;
+  std::ifstream in(run / "metrics.jsonl");
+  for (std::string line; std::getline(in, line);) {
+    const io::Json j = io::Json::parse(line);
+    if (j.contains("loss")) out.push_back(j.at("loss"));
+  }
+  return out;
+}
+
+TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
+  const TemporaryFolder folder;
+  moegraft::testing::TinyOptions options;
+  options.layers = 3;
+  const auto world = moegraft::testing::make_tiny_world(folder.path(), options);
+  for (const char* precision : {"float32", "bf16"}) {
+    run::RunConfig plain = world.config, tight = world.config;
+    plain.run.dir = (world.dir / (std::string("plain_") + precision)).string(), tight.run.dir = (world.dir / (std::string("tight_") + precision)).string();
+    for (auto* c : {&plain, &tight}) c->train.precision = precision, c->train.sample_prompts.clear();
+    train(plain);
+    const graft::GraftedModel m = graft::open_model(plain.run.dir);
+    const auto plan_of = [&](const run::RunConfig& c) { return plan_memory(memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU)); };
+    const MemoryPlan free = plan_of(plain);
+    tight.train.memory_budget_gib = double((free.total() + free.smallest) / 2) / double(int64_t{1} << 30);
+    ASSERT_GE(plan_of(tight).recompute_layers, 1);
+    train(tight);
+    EXPECT_EQ(losses(plain.run.dir), losses(tight.run.dir));
+    EXPECT_EQ(adapter_bytes(plain.run.dir), adapter_bytes(tight.run.dir));
+  }
+  run::RunConfig hopeless = world.config;
+  hopeless.run.dir = (world.dir / "hopeless").string();
+  hopeless.train.memory_budget_gib = 0.001;
+  EXPECT_THROW(train(hopeless), UserError);
+  EXPECT_FALSE(fs::exists(hopeless.run.dir)) << "planned before anything is made";
+}
+
+TEST(MemoryBudget, ARunWithOffloadedExpertsLearnsTheSame) {
+  const TemporaryFolder folder;
+  moegraft::testing::TinyOptions options;
+  options.layers = 3;
+  const auto world = moegraft::testing::make_tiny_world(folder.path(), options);
+  run::RunConfig plain = world.config, away = world.config;
+  away.run.dir = (world.dir / "away").string();
+  away.model.offload = "experts";
+  train(plain);
+  train(away);
+  const auto a = losses(plain.run.dir), b = losses(away.run.dir);
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-4 * a[i]) << "step " << i;  // without panels, products sum in another order
+  run::RunConfig full = away;
+  full.train.base_weights = "full", full.train.allow_text_drift = true;
+  EXPECT_THROW(full.validate(""), UsageError);
+}
+
+}  // namespace
+}  // namespace moegraft::train
