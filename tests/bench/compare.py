@@ -97,15 +97,16 @@ class Comparison:
         self.json.write_text(json.dumps(self.result, indent=1) + "\n")
         self.markdown.write_text(markdown(self.result))
 
-    def checkpoint(self, shape):
-        path = self.models / shape
+    # In the dtype that is computed in, as published checkpoints are.
+    def checkpoint(self, shape, dtype):
+        path = self.models / f"{shape}-{dtype}"
         if not (path / "config.json").exists():
             log(f"making {path}")
-            subprocess.run([self.python, str(HERE / "make_random_moe.py"), shape, str(path)], check=True, cwd=ROOT)
+            subprocess.run([self.python, str(HERE / "make_random_moe.py"), shape, str(path), "--dtype", dtype], check=True, cwd=ROOT)
         return str(path)
 
-    def ids(self, shape, batch, seq):
-        vocab = json.loads((ROOT / self.models / shape / "config.json").read_text())["vocab_size"]
+    def ids(self, model, batch, seq):
+        vocab = json.loads((ROOT / model / "config.json").read_text())["vocab_size"]
         path = self.models / f"ids-{vocab}-{batch}x{seq}.safetensors"
         if not (ROOT / path).exists():
             code = f"import peer; from safetensors.torch import save_file; save_file({{'input_ids': peer.random_ids(({batch}, {seq}), {vocab})}}, {str(ROOT / path)!r})"
@@ -145,7 +146,8 @@ class Comparison:
         return (statistics.median(o["wall_s"] for o in outside) - short[0]["wall_s"]) / (self.args.steps - 1)
 
     def step_case(self, shape, dtype, batch, seq):
-        model, ids = self.checkpoint(shape), self.ids(shape, batch, seq)
+        model = self.checkpoint(shape, dtype)
+        ids = self.ids(model, batch, seq)
         options = ["--ids", ids, "--dtype", dtype, "--rank", str(self.args.rank), "--steps", str(self.args.steps)]
         commands = {"moegraft": self.ours("step", model, *options), "peer": self.peer("peer_step.py", model, *options)}
         log("step", shape, dtype, f"{batch}x{seq}")
@@ -172,7 +174,8 @@ class Comparison:
 
     def implementations(self, shape, dtype, batch, seq):
         """The peer's other ways to run experts, so that it is known to be held against its best."""
-        model, ids = self.checkpoint(shape), self.ids(shape, batch, seq)
+        model = self.checkpoint(shape, dtype)
+        ids = self.ids(model, batch, seq)
         for name in ["grouped_mm", "batched_mm", "eager"]:
             log("peer's experts:", name)
             command, outside = self.peer("peer_step.py", model, "--ids", ids, "--dtype", dtype, "--rank", str(self.args.rank), "--steps", "2", "--experts", name), []
@@ -184,8 +187,8 @@ class Comparison:
             self.save()
 
     def generation_case(self, shape, dtype, batch, pictures, prompt, tokens):
-        model = self.checkpoint(shape)
-        ids, many = self.ids(shape, batch, prompt), self.ids(shape, pictures, prompt)
+        model = self.checkpoint(shape, dtype)
+        ids, many = self.ids(model, batch, prompt), self.ids(model, pictures, prompt)
         common = ["--tokens", str(tokens), "--dtype", dtype, "--rounds", "2"]
         commands = {"moegraft": self.ours("generate", model, "--ids", ids, "--pictures", str(pictures), "--rank", str(self.args.rank), *common),
                     "peer": self.peer("peer_generate.py", model, "--ids", ids, *common),
