@@ -32,6 +32,13 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
   for (const auto& p : projections) weights.push_back({p.weight, p.bias, p.panels});
   std::vector<at::Tensor> out = k::frozen_linear(x_TX, weights);
   if (!call.adapters) return out;
+  // A modality's rows are gathered, and kept for the backward pass, once for all terms.
+  std::vector<at::Tensor> rows_of_group(size_t(call.num_groups));
+  const auto rows_of = [&](int64_t m) {
+    at::Tensor& rows = rows_of_group[size_t(m)];
+    if (!rows.defined()) rows = x_TX.index_select(0, call.facts->modality_tokens[m]);
+    return rows;
+  };
   auto y = out.begin();
   for (const auto& p : projections) {
     for (const LowRank& term : call.adapters->at(layer, p.site)) {
@@ -44,7 +51,7 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
       for (int64_t m = 0; m < call.num_groups; ++m) {
         if (!acts(call, term, m) || call.facts->modality_tokens[m].size(0) == 0) continue;
         // Only the modality's rows are touched; each index occurs once, so the sum has one order.
-        *y = y->index_add(0, call.facts->modality_tokens[m], delta(x_TX.index_select(0, call.facts->modality_tokens[m])));
+        *y = y->index_add(0, call.facts->modality_tokens[m], delta(rows_of(m)));
       }
     }
     ++y;

@@ -68,7 +68,9 @@ class Counter {
     int64_t bytes = 2 * T_ * (D + 1) * 4 + (width_ == 2 ? 2 * D * 4 : 0);  // the norms' sums and statistics, weights in float32
     bytes += attention();
     for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l);
-    if (r_.gate_open && any_input_term(l)) bytes += T_ * D * width_;
+    // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once more.
+    if (any_term(l, {Site::q, Site::k, Site::v})) bytes += T_ * D * width_;
+    if (!r_.gate_open && any_term(l, {Site::o})) bytes += T_ * q_ * width_;
     return bytes + (s_.layers[size_t(l)].sparse ? experts(l) : dense());
   }
   int64_t layer_input(int64_t l) const { return T_ * s_.hidden_size * (4 + (l > 0 ? width_ : 0)); }
@@ -128,10 +130,10 @@ class Counter {
     if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) return false;
     return !adapters::is_expert_site(site) || s_.layers[size_t(l)].sparse;
   }
-  bool any_input_term(int64_t l) const {
+  bool any_term(int64_t l, const std::vector<Site>& sites) const {
     for (const auto& a : r_.adapters)
       for (const Site site : a.sites)
-        if ((site == Site::q || site == Site::k || site == Site::v) && acts(a, site, l)) return true;
+        if (std::find(sites.begin(), sites.end(), site) != sites.end() && acts(a, site, l)) return true;
     return false;
   }
 
@@ -165,13 +167,13 @@ class Counter {
     const int64_t I = s_.intermediate_size;
     return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0);
   }
-  // Low-rank terms of attention: thin products, factors in the compute dtype, and where rows are gathered, those and what is added to them.
+  // Low-rank terms of attention: thin products, factors in the compute dtype, and where rows are gathered, what is added to them.
   int64_t dense_terms(const MemoryRequest::Adapter& a, int64_t l) const {
     int64_t bytes = 0;
     for (const Site site : a.sites) {
       if (adapters::is_expert_site(site) || !acts(a, site, l)) continue;
       const auto [in, out] = adapters::site_shape(s_, site);
-      bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) + (r_.gate_open ? 0 : T_ * (in + out) * width_);
+      bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) + (r_.gate_open ? 0 : T_ * out * width_);
     }
     return bytes;
   }

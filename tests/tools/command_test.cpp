@@ -60,6 +60,17 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
     EXPECT_NEAR(j["model"]["parameters"].get<double>() / 1e9, c.billions, 0.05) << c.config;
     EXPECT_NEAR(j["model"]["active_parameters"].get<double>() / 1e9, c.active, 0.1) << c.config;
     EXPECT_LE(j["trained"]["share_percent"].get<double>(), 5.0) << c.config;
+    // The plan: the base at least once, and recomputation under a budget between the free total and the smallest one.
+    const auto& memory = j["memory"];
+    EXPECT_GT(memory["total_bytes"].get<double>(), 2e9 * c.billions) << c.config;
+    EXPECT_EQ(memory["recompute_layers"], 0) << c.config;
+    const double between = (memory["total_bytes"].get<double>() + memory["smallest_total_bytes"].get<double>()) / 2 / double(1 << 30);
+    const auto tight = run_moegraft({"inspect", "-c", (kConfigs / (std::string(c.config) + ".yaml")).string(), "--set", "model.path=" + folder.path().string(), "--codebook", "16384", "--json", "--set",
+                                     "train.memory_budget_gib=" + std::to_string(between)});
+    ASSERT_EQ(tight.code, 0) << tight.err;
+    const io::Json planned = io::Json::parse(tight.out)["memory"];
+    EXPECT_GT(planned["recompute_layers"], 0) << c.config;
+    EXPECT_TRUE(planned["fits"].get<bool>()) << c.config;
     EXPECT_GT(j["trained"]["share_percent"].get<double>(), 0.1) << c.config;
   }
 }
