@@ -49,6 +49,7 @@ class Merged : public model::WeightProvider {
     auto w = base_->layer(l);
     for (auto [site, weight] : {std::pair(Site::q, &w.attention.q), std::pair(Site::k, &w.attention.k), std::pair(Site::v, &w.attention.v), std::pair(Site::o, &w.attention.o)})
       for (const auto& t : lora_->at(l, site)) *weight = *weight + t.scale * at::mm(t.B.detach(), t.A.detach());
+    w.attention.q_panels = w.attention.k_panels = w.attention.v_panels = w.attention.o_panels = nullptr;  // they hold the base
     return w;
   }
   model::ExpertWeights experts(int64_t l, int64_t first, int64_t count) override {
@@ -56,6 +57,7 @@ class Merged : public model::WeightProvider {
     for (auto [site, list] : {std::pair(Site::gate, &w.gate_FD), std::pair(Site::up, &w.up_FD), std::pair(Site::down, &w.down_DF)})
       for (const auto& t : lora_->at(l, site))
         for (int64_t e = 0; e < count; ++e) (*list)[e] = (*list)[e] + t.scale * at::mm(t.B.detach()[first + e], t.A.detach()[first + e]);
+    w.panels = nullptr;
     return w;
   }
   at::ScalarType dtype() const override { return base_->dtype(); }
