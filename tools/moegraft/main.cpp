@@ -52,7 +52,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  moegraft::tools::choose_wait_policy(argv);
+  moegraft::tools::choose_policies(argv);
   moegraft::tools::keep_pages();
   return run(argc, argv);
 }
