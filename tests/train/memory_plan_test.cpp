@@ -151,7 +151,7 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   r.device = at::kCUDA;
   const MemoryPlan whole = plan_memory(r);
   EXPECT_EQ(whole.base, 4 * r.spec.num_parameters());
-  EXPECT_EQ(whole.panels + whole.program, 0);
+  EXPECT_EQ(whole.panels + whole.program + whole.heap, 0);
   r.offload_experts = true;
   const MemoryPlan plan = plan_memory(r);
   const int64_t layer = 3 * 6 * 64 * 48 * 4;

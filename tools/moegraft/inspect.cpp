@@ -52,6 +52,7 @@ Json describe_plan(const train::MemoryPlan& p) {
            {"activation_bytes", p.activations},
            {"loss_bytes", p.loss},
            {"workspace_bytes", p.workspace},
+           {"heap_bytes", p.heap},
            {"layer_bytes", largest(p.layer_stored)},
            {"recomputed_layer_bytes", largest(p.layer_recomputed)},
            {"recompute_layers", p.recompute_layers},

@@ -51,12 +51,13 @@ struct MemoryPlan {
   int64_t offload_buffers = 0;
   int64_t trained = 0, gradients = 0, optimizer = 0;
   int64_t activations = 0, loss = 0, workspace = 0;
+  int64_t heap = 0;           // free memory between live tensors that malloc keeps (host memory only)
   int64_t host_experts = 0;   // page-locked host memory; not part of the total of a GPU
   std::vector<int64_t> layer_stored, layer_recomputed;  // what each layer keeps for its backward pass, either way
 
   int64_t recompute_layers = 0;
   int64_t budget = 0, smallest = 0;  // smallest: the total with as many layers recomputed as helps
-  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace); }
+  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace) + heap; }
   bool fits() const { return budget == 0 || total() <= budget; }
 };
 
