@@ -327,7 +327,7 @@ class Backward {
   Backward(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs)
       : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()) {
     p.weights.panels->template prepare_forward<T>();
-    if constexpr (kStoresBackward) p.weights.panels->template prepare_backward<T>();
+    if (p.weights.panels->stores_backward()) p.weights.panels->template prepare_backward<T>();
     adapters_ = prepare_adapters<T>(p, offsets_, true);
     view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
     const int64_t R = p.dispatch.num_rows(), X = p.x_XD.size(0), K = p.dispatch.top_k;
@@ -357,10 +357,6 @@ class Backward {
   }
 
  private:
-  // The backward layout of frozen weights is stored in bf16. In float32 it is turned from the forward one panel by panel as it is needed: a twentieth of the
-  // products' time with 256 rows, and half the packed weights' memory.
-  static constexpr bool kStoresBackward = sizeof(T) == 2;
-
   struct Buffers {
     Buffers(const MoeProblem& p, Scratch& s) : ld_d(padded_depth<T>(p.model_width())), ld_f(round_up(p.expert_width(), kPanel)) {
       const int64_t columns = most_columns(p);
@@ -376,7 +372,7 @@ class Backward {
       panels = s.take<T>(kChunk * padded_width(std::max(p.model_width(), p.expert_width())));
       out = s.take<float>(kBlock * kPanel);
       block = s.take<float>(kBlock * std::max(kPanel, columns));
-      if (!kStoresBackward)
+      if (!p.weights.panels->stores_backward())
         for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
     }
     std::array<T*, 2> turned{};
@@ -392,16 +388,18 @@ class Backward {
   };
   WeightPanel weight_panel(int64_t expert, ExpertPanels::Matrix matrix, int64_t j, T* room) const {
     const ExpertPanels& w = *p_.weights.panels;
-    if constexpr (kStoresBackward) {
-      return {w.template backward<T>(expert, matrix), j};
-    } else {
-      const Panels<T> forward = w.template forward<T>(expert, matrix);  // [in, out]
-      const int64_t columns = std::min(kPanel, forward.k - j * kPanel);
-      const Panels<T> turned{room, forward.n, columns};
-      for (int64_t i = 0; i < forward.count(); ++i)
-        loops<T>().transpose(forward.panel(i) + j * kPanel * forward.width(i), forward.width(i), columns, forward.columns(i), room + i * kPanel * turned.width(0), turned.width(0));
-      return {turned, 0};
+    if (w.stores_backward()) return {w.template backward<T>(expert, matrix), j};
+    // Float32 alone: elements of the two layouts are the same, in another order.
+    const Panels<T> forward = w.template forward<T>(expert, matrix);  // [in, out]
+    const int64_t columns = std::min(kPanel, forward.k - j * kPanel), next = std::min(kPanel, forward.k - j * kPanel - columns);
+    const Panels<T> turned{room, forward.n, columns};
+    for (int64_t i = 0; i < forward.count(); ++i) {
+      const int64_t width = forward.width(i);
+      const T* from = forward.panel(i) + j * kPanel * width;
+      loops<T>().transpose(from, width, columns, forward.columns(i), room + i * kPanel * turned.width(0), turned.width(0));
+      fetch(from + kPanel * width, next * width);  // of the next panel, while this one's products run
     }
+    return {turned, 0};
   }
 
   void reserve_sums() {

@@ -40,7 +40,7 @@ Panels<T> WeightPanels::backward() {
   return {data<T>(backward_), weight_.size(0), weight_.size(1)};
 }
 
-ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights, Packed packed) : packed_(std::move(packed)) {
+ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights, Packed packed, bool stores_backward) : packed_(std::move(packed)), stores_backward_(stores_backward) {
   const std::array<const std::vector<at::Tensor>*, 3> lists{&weights.gate_FD, &weights.up_FD, &weights.down_DF};
   for (size_t i = 0; i < lists.size(); ++i)
     for (const auto& w : *lists[i]) weights_[i].push_back(rows_contiguous(w));
@@ -75,9 +75,9 @@ Panels<T> ExpertPanels::panels(const at::Tensor& blob, int64_t expert, Matrix ma
   return backward ? Panels<T>{at, w.size(0), w.size(1)} : Panels<T>{at, w.size(1), w.size(0)};
 }
 
-std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed) {
+std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed, bool lean) {
   if (weights.gate_FD.empty() || weights.gate_EFD.defined() || !weights.gate_FD.front().is_cpu() || !has_block_products(weights.gate_FD.front().scalar_type())) return nullptr;
-  return std::make_shared<ExpertPanels>(weights, std::move(packed));
+  return std::make_shared<ExpertPanels>(weights, std::move(packed), !(lean && weights.gate_FD.front().scalar_type() == at::kFloat));
 }
 std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed) {
   if (!weight_NK.defined() || weight_NK.requires_grad() || !weight_NK.is_cpu() || !has_block_products(weight_NK.scalar_type())) return nullptr;

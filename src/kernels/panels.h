@@ -29,7 +29,8 @@ class WeightPanels {
 // The three matrices of every expert of a layer.
 class ExpertPanels {
  public:
-  explicit ExpertPanels(const ExpertFfnWeights& weights, Packed packed = nullptr);
+  explicit ExpertPanels(const ExpertFfnWeights& weights, Packed packed = nullptr, bool stores_backward = true);
+  bool stores_backward() const { return stores_backward_; }
   enum Matrix { kGateMatrix, kUpMatrix, kDownMatrix };
   // Call once before the panels are read by several threads.
   template <class T>
@@ -50,6 +51,7 @@ class ExpertPanels {
   std::array<std::vector<at::Tensor>, 3> weights_;  // [out, in] each
   at::Tensor forward_, backward_;                   // [E, elements]
   Packed packed_;
+  bool stores_backward_;
   std::once_flag forward_once_, backward_once_;
 };
 

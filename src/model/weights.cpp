@@ -96,7 +96,7 @@ class TensorSource {
 };
 
 // Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
-void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source) {
+void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
   const auto release = [&](std::vector<at::Tensor> tensors) -> kernels::Packed {
     if (tensors.empty() || !source->holds(tensors.front())) return nullptr;
     return [source, tensors = std::move(tensors)] {
@@ -114,7 +114,7 @@ void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& 
   for (auto& x : w.layer_experts) {
     std::vector<at::Tensor> all = x.gate_FD;
     for (const auto* list : {&x.up_FD, &x.down_DF}) all.insert(all.end(), list->begin(), list->end());
-    x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)));
+    x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)), lean);
   }
 }
 
@@ -208,6 +208,13 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
 
 }  // namespace
 
+bool packs_lean(const DecoderSpec& s) {
+  constexpr int64_t kBothLayouts = int64_t{512} << 20;  // bytes of experts up to which the second layout is worth its memory
+  int64_t sparse = 0;
+  for (const auto& layer : s.layers) sparse += layer.sparse;
+  return sparse * s.num_experts * 3 * s.moe_intermediate_size * s.hidden_size * 4 > kBothLayouts;
+}
+
 DecoderSpec read_spec(const fs::path& dir) {
   MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory");
   const io::Json config = io::read_json(dir / "config.json");
@@ -267,7 +274,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
-  make_panels(*w, shared);
+  make_panels(*w, shared, packs_lean(base.spec));
   if (offloaded) base.weights = offloaded;
   else base.weights = std::move(w);
   return base;

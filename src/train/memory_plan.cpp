@@ -10,6 +10,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/model/weights.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
@@ -55,9 +56,9 @@ class Counter {
     int64_t elements = 0;
     const auto both = [&](int64_t n, int64_t k) { return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16); };
     for_each_matrix([&](int64_t n, int64_t k) { elements += both(n, k); });
-    // Gate and up are [F, D], down [D, F]. Experts in float32 keep the forward layout alone (moe_blocks.cpp).
+    // Gate and up are [F, D], down [D, F]. Large experts in float32 keep the forward layout alone.
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
-    const int64_t expert = pair == 2 ? kExpertSites * both(F, D) : 2 * D * round_up(F, 16) + F * round_up(D, 16);
+    const int64_t expert = pair == 2 || !model::packs_lean(s_) ? 2 * both(F, D) + both(D, F) : 2 * D * round_up(F, 16) + F * round_up(D, 16);
     if (!r_.offload_experts) elements += sparse_layers() * s_.num_experts * expert;
     return elements * width_;
   }

@@ -189,7 +189,7 @@ MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
 at::Tensor moe(MoeInputs in, const MoeCase& c, bool fused) {
   const Dispatch d = make_dispatch(in.ids, c.E, in.group, c.groups);
   if (!fused) return moe_ffn_reference(in.x, in.weights, d, in.frozen, in.adapters);
-  in.frozen.panels = make_expert_panels(in.frozen);
+  in.frozen.panels = make_expert_panels(in.frozen, nullptr, c.T % 2 == 1);  // both ways to hold float32 experts
   return moe_ffn(in.x, in.weights, d, in.frozen, in.adapters);
 }
 

@@ -43,6 +43,9 @@ struct LayerWeights {
   DenseWeights dense;    // dense layers
 };
 
+// Whether a model's frozen float32 experts are large enough that one packed layout must do (kernels::make_expert_panels).
+bool packs_lean(const DecoderSpec& spec);
+
 class WeightProvider {
  public:
   virtual ~WeightProvider() = default;
