@@ -1,0 +1,125 @@
+#pragma once
+// Low-rank factors as right operands of block products: per (expert, group) the terms that act there, side by side along the rank.
+
+#include <algorithm>
+#include <array>
+
+#include "block_product.h"
+#include "moe.h"
+
+namespace moegraft::kernels {
+
+// The terms of each site that act on a group, side by side along the rank.
+struct RankSet {
+  struct Term {
+    int64_t index, first, rank;  // of problem.terms[site]; columns [first, first + rank)
+  };
+  std::array<std::vector<Term>, kSites> terms;
+  std::array<int64_t, kSites> rank{};     // real
+  std::array<int64_t, kSites> columns{};  // padded to 16
+  int64_t gate_up() const { return columns[kGate] + columns[kUp]; }
+  bool empty() const { return rank[kGate] + rank[kUp] + rank[kDown] == 0; }
+};
+
+inline RankSet rank_set(const MoeProblem& p, int64_t group) {
+  RankSet set;
+  for (int s = 0; s < kSites; ++s) {
+    for (size_t i = 0; i < p.terms[s].size(); ++i) {
+      if (!p.terms[s][i].acts[group]) continue;
+      const int64_t rank = p.terms[s][i].A_EPX.size(1);
+      set.terms[s].push_back({int64_t(i), set.rank[s], rank});
+      set.rank[s] += rank;
+    }
+    set.columns[s] = set.rank[s] ? padded_width(set.rank[s]) : 0;
+  }
+  return set;
+}
+
+// Factors of one (expert, set) as B operands; scale is folded into B.
+template <class T>
+struct FactorPanels {
+  Panels<T> A_in[2];   // x -> t: forward. [0]: gate and up together; [1]: down
+  Panels<T> B_out[3];  // t -> y: forward, per site
+  Panels<T> B_in[3];   // dy -> dt: backward, per site
+  Panels<T> A_out[2];  // dt -> dx: backward. [0]: gate and up together; [1]: down
+};
+
+template <class T>
+int64_t factor_elements(const RankSet& s, int64_t D, int64_t F, bool backward) {
+  const int64_t gu = s.gate_up(), d = s.columns[kDown];
+  if (!backward) return Panels<T>::elements(D, gu) + Panels<T>::elements(s.columns[kGate], F) + Panels<T>::elements(s.columns[kUp], F) + Panels<T>::elements(F, d) + Panels<T>::elements(d, D);
+  return Panels<T>::elements(gu, D) + Panels<T>::elements(F, s.columns[kGate]) + Panels<T>::elements(F, s.columns[kUp]) + Panels<T>::elements(d, F) + Panels<T>::elements(D, d);
+}
+
+// Concatenated factors of one site and expert, float32: A [columns, in] and scale * B [out, columns], padding zero.
+inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64_t expert, float* A, float* B, int64_t in, int64_t out) {
+  const int64_t columns = set.columns[site];
+  std::fill_n(A + set.rank[site] * in, (columns - set.rank[site]) * in, 0.0f);
+  std::fill_n(B, out * columns, 0.0f);
+  for (const auto& t : set.terms[site]) {
+    const MoeTerm& term = p.terms[site][t.index];
+    const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
+    std::copy_n(a, t.rank * in, A + t.first * in);
+    for (int64_t r = 0; r < out; ++r)
+      for (int64_t c = 0; c < t.rank; ++c) B[r * columns + t.first + c] = float(term.scale) * b[r * t.rank + c];
+  }
+}
+
+template <class T>
+FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, T* out, Scratch& scratch) {
+  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up();
+  FactorPanels<T> f;
+  float* A_gu = scratch.take<float>(gu * D);
+  float* B[3] = {scratch.take<float>(F * set.columns[kGate]), scratch.take<float>(F * set.columns[kUp]), scratch.take<float>(D * set.columns[kDown])};
+  float* A_d = scratch.take<float>(set.columns[kDown] * F);
+  concatenate(p, set, kGate, expert, A_gu, B[kGate], D, F);
+  concatenate(p, set, kUp, expert, A_gu + set.columns[kGate] * D, B[kUp], D, F);
+  concatenate(p, set, kDown, expert, A_d, B[kDown], F, D);
+  const auto place = [&](const Panels<T>& panels) {
+    out += Panels<T>::elements(panels.k, panels.n);
+    return panels;
+  };
+  const int64_t d = set.columns[kDown];
+  for (int s = 0; s < kSites; ++s) {
+    const int64_t width = s == kDown ? D : F, c = set.columns[s];
+    if (!backward) f.B_out[s] = place(pack_transposed_float<T>(B[s], c, 1.0f, c, width, out));
+    else f.B_in[s] = place(pack_plain_float<T>(B[s], c, 1.0f, width, c, out));
+  }
+  if (!backward) {
+    f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, 1.0f, D, gu, out));
+    f.A_in[1] = place(pack_transposed_float<T>(A_d, F, 1.0f, F, d, out));
+  } else {
+    f.A_out[0] = place(pack_plain_float<T>(A_gu, D, 1.0f, gu, D, out));
+    f.A_out[1] = place(pack_plain_float<T>(A_d, F, 1.0f, d, F, out));
+  }
+  return f;
+}
+
+// All sets and their panels for one call.
+template <class T>
+struct Adapters {
+  std::vector<RankSet> sets;        // by group
+  std::vector<FactorPanels<T>> of;  // [expert * groups + group]
+  at::Tensor memory;
+};
+
+template <class T>
+Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& offsets, bool backward) {
+  const int64_t D = p.model_width(), F = p.expert_width(), E = p.dispatch.num_experts, M = p.dispatch.num_groups;
+  Adapters<T> a;
+  a.of.resize(E * M);
+  std::vector<int64_t> begin(E * M + 1, 0);
+  for (int64_t m = 0; m < M; ++m) a.sets.push_back(rank_set(p, m));
+  for (int64_t b = 0; b < E * M; ++b) {
+    const RankSet& set = a.sets[b % M];
+    begin[b + 1] = begin[b] + (set.empty() || offsets[b] == offsets[b + 1] ? 0 : factor_elements<T>(set, D, F, backward));
+  }
+  if (begin.back() == 0) return a;
+  a.memory = at::empty({begin.back()}, at::TensorOptions(kTypeOf<T>));
+  for_each_task(E * M, [&](int64_t b, Scratch& scratch) {
+    if (begin[b] < begin[b + 1]) a.of[b] = pack_factors<T>(p, a.sets[b % M], b / M, backward, mutable_data<T>(a.memory) + begin[b], scratch);
+  });
+  return a;
+}
+
+}  // namespace moegraft::kernels
