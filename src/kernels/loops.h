@@ -29,7 +29,7 @@ struct Loops {
   // dh [rows, n]: gradient of h before the row's weight w. h again, dg = w dh u silu'(g), du = w dh silu(g); dw[row] += <h, dh>.
   void (*swiglu_backward)(const float* dh, int64_t ld_dh, const T* g, const T* u, int64_t ld_in, const float* w, T* h, T* dg, T* du, int64_t ld_out, float* dw, int64_t rows,
                           int64_t n);
-  // out = T(sum_i w[i] * rows[i]); w null: all ones.
+  // out = T(sum_i w[i] * rows[i]).
   void (*weighted_sum)(const T* const* rows, const float* w, int64_t count, T* out, int64_t n);
 
   // x_out = x + delta (delta null: x); y = T(w * x_out * rstd), also in float when y_float is given. Returns rstd.

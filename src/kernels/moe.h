@@ -39,6 +39,11 @@ struct MoeNeeds {
   std::array<std::vector<bool>, kSites> factors;
 };
 
+// Each slot's row, zeros where a slot has none. -> [X, K, D]; differentiable.
+at::Tensor rows_of_slots(const at::Tensor& y_RD, const Dispatch& dispatch);
+// Each row's value of a per-slot quantity. -> [R].
+at::Tensor slots_to_rows(const at::Tensor& slots_XK, const Dispatch& dispatch);
+
 MoeForward moe_forward_aten(const MoeProblem& problem, bool save, bool keep_hidden);
 MoeGradients moe_backward_aten(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
 

@@ -42,11 +42,23 @@ struct Site {
 
 at::ScalarType wide_of(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-at::Tensor slots(const at::Tensor& y_RD, const Dispatch& d) {  // -> [X, K, D]
-  return y_RD.index_select(0, d.row_of_slot_TK.reshape({-1})).view({d.row_of_slot_TK.size(0), d.top_k, y_RD.size(1)});
+// A slot without a row points at one more row, past the last.
+at::Tensor slot_index(const Dispatch& d) {
+  const at::Tensor flat = d.row_of_slot_TK.reshape({-1}).to(at::kLong);
+  return d.num_rows() == flat.size(0) ? flat : flat.masked_fill(flat < 0, d.num_rows());
 }
 
 }  // namespace
+
+at::Tensor rows_of_slots(const at::Tensor& y_RD, const Dispatch& d) {
+  const bool all = d.num_rows() == d.row_of_slot_TK.numel();
+  const at::Tensor rows = all ? y_RD : at::cat({y_RD, y_RD.new_zeros({1, y_RD.size(1)})}, 0);
+  return rows.index_select(0, slot_index(d)).view({d.row_of_slot_TK.size(0), d.top_k, y_RD.size(1)});
+}
+
+at::Tensor slots_to_rows(const at::Tensor& slots_XK, const Dispatch& d) {
+  return at::empty({d.num_rows() + 1}, slots_XK.options()).index_copy_(0, slot_index(d), slots_XK.reshape({-1})).narrow(0, 0, d.num_rows());
+}
 
 MoeForward moe_forward_aten(const MoeProblem& p, bool save, bool keep_hidden) {
   const at::Tensor x = p.x_XD.index_select(0, p.dispatch.token_of_row_R);
@@ -69,7 +81,7 @@ MoeForward moe_forward_aten(const MoeProblem& p, bool save, bool keep_hidden) {
     if (keep_hidden) part(hidden).copy_(h);
   });
   MoeForward out;
-  out.out_XD = (slots(y, p.dispatch).to(wide_of(x)) * p.weights_XK.unsqueeze(-1)).sum(1).to(dtype);
+  out.out_XD = (rows_of_slots(y, p.dispatch).to(wide_of(x)) * p.weights_XK.unsqueeze(-1)).sum(1).to(dtype);
   out.hidden_RF = hidden;
   if (save) out.saved = {g, u};
   return out;
@@ -136,8 +148,7 @@ MoeGradients moe_backward_aten(const MoeProblem& p, const std::vector<at::Tensor
   const auto dtype = x.scalar_type();
   const auto wide = wide_of(x);
   const Site gate(p.terms[kGate], dtype), up(p.terms[kUp], dtype), down(p.terms[kDown], dtype);
-  const at::Tensor flat = d.row_of_slot_TK.reshape({-1}).to(at::kLong);
-  const at::Tensor w_R = at::empty({x.size(0)}, p.weights_XK.options()).index_copy_(0, flat, p.weights_XK.reshape({-1}));
+  const at::Tensor w_R = slots_to_rows(p.weights_XK, d);
   const at::Tensor dy_plain = dout_XD.index_select(0, d.token_of_row_R);  // before the row's weight: <h, dh> is the weight's gradient
   const at::Tensor dy = (dy_plain.to(wide) * w_R.unsqueeze(-1)).to(dtype);
   const at::Tensor h = at::silu(g).mul_(u);
@@ -162,8 +173,8 @@ MoeGradients moe_backward_aten(const MoeProblem& p, const std::vector<at::Tensor
     up.add_backward(e, m, part(du), dxi);
   });
   MoeGradients out;
-  if (needs.x) out.x_XD = slots(dx, d).sum(1);
-  if (needs.weights) out.weights_XK = dw_R.index_select(0, flat).view_as(p.weights_XK);
+  if (needs.x) out.x_XD = rows_of_slots(dx, d).sum(1);
+  if (needs.weights) out.weights_XK = rows_of_slots(dw_R.unsqueeze(1), d).view_as(p.weights_XK);
   if (needs.experts) expert_gradients(p, offsets, x, h, dg, du, dy, out);
   factor_gradients(p, offsets, needs, x, h, dg, du, dy, out);
   return out;

@@ -67,7 +67,7 @@ struct Saved {
   }
 };
 
-// Each token's rows summed, weighted or not, in slot order.
+// Each token's rows summed, weighted or not, in slot order; zeros for a token without any.
 template <class T>
 at::Tensor sum_rows(const MoeProblem& p, const at::Tensor& y_RD, bool weighted) {
   const int64_t X = p.x_XD.size(0), D = p.model_width(), K = p.dispatch.top_k;
@@ -77,9 +77,15 @@ at::Tensor sum_rows(const MoeProblem& p, const at::Tensor& y_RD, bool weighted) 
   T* to = mutable_data<T>(out);
   at::parallel_for(0, X, 64, [&](int64_t from, int64_t end) {
     std::vector<const T*> rows(K);
+    std::vector<float> weights(K);
     for (int64_t t = from; t < end; ++t) {
-      for (int64_t k = 0; k < K; ++k) rows[k] = y + row[t * K + k] * D;
-      loops<T>().weighted_sum(rows.data(), weighted ? data<float>(p.weights_XK) + t * K : nullptr, K, to + t * D, D);
+      int64_t count = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        if (row[t * K + k] < 0) continue;
+        rows[count] = y + row[t * K + k] * D;
+        weights[count++] = weighted ? data<float>(p.weights_XK)[t * K + k] : 1.0f;
+      }
+      loops<T>().weighted_sum(rows.data(), weights.data(), count, to + t * D, D);
     }
   });
   return out;
@@ -218,11 +224,13 @@ class Backward {
     if (p.weights.panels->stores_backward()) p.weights.panels->template prepare_backward<T>();
     adapters_ = prepare_adapters<T>(p, offsets_, true);
     view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
-    const int64_t R = p.dispatch.num_rows(), X = p.x_XD.size(0), K = p.dispatch.top_k;
+    const int64_t R = p.dispatch.num_rows();
     if (needs.x) dx_RD_ = at::empty({R, p.model_width()}, p.x_XD.options());
     weight_R_.resize(R);
     dweight_R_.resize(R, 0.0f);
-    for (int64_t i = 0; i < X * K; ++i) weight_R_[data<int32_t>(p.dispatch.row_of_slot_TK)[i]] = data<float>(p.weights_XK)[i];
+    const int32_t* row = data<int32_t>(p.dispatch.row_of_slot_TK);
+    for (int64_t i = 0; i < p.weights_XK.numel(); ++i)
+      if (row[i] >= 0) weight_R_[row[i]] = data<float>(p.weights_XK)[i];
     for (const auto& site : needs.factors) any_factor_ |= std::find(site.begin(), site.end(), true) != site.end();
   }
 
@@ -238,7 +246,8 @@ class Backward {
     if (needs_.x) g.x_XD = sum_rows<T>(p_, dx_RD_, false);
     if (needs_.weights) {
       g.weights_XK = at::empty_like(p_.weights_XK);
-      for (int64_t i = 0; i < g.weights_XK.numel(); ++i) mutable_data<float>(g.weights_XK)[i] = dweight_R_[data<int32_t>(p_.dispatch.row_of_slot_TK)[i]];
+      const int32_t* row = data<int32_t>(p_.dispatch.row_of_slot_TK);
+      for (int64_t i = 0; i < g.weights_XK.numel(); ++i) mutable_data<float>(g.weights_XK)[i] = row[i] < 0 ? 0.0f : dweight_R_[row[i]];
     }
     factor_gradients(g);
     return g;

@@ -62,8 +62,8 @@ const std::vector<ExpertLowRank>& site_list(const ExpertFfnAdapters& adapters, i
 
 at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
   RECORD_FUNCTION("moegraft::moe_ffn", {});
-  MOEGRAFT_INVARIANT(int64_t(weights.gate_FD.size()) == dispatch.num_experts && x_XD.size(0) * dispatch.top_k == dispatch.num_rows() && weights_XK.size(0) == x_XD.size(0),
-                     "moe_ffn: ", weights.gate_FD.size(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", ", dispatch.num_rows(), " rows");
+  MOEGRAFT_INVARIANT(int64_t(weights.gate_FD.size()) == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) && weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
+                     "moe_ffn: ", weights.gate_FD.size(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", slots ", dispatch.row_of_slot_TK.sizes());
   const auto wide = x_XD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor routing = weights_XK.to(wide);
   auto node = c10::make_intrusive<Node>();
@@ -115,8 +115,7 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
       const at::Tensor h = at::silu(project(x, weights.gate_EFD, weights.gate_FD, adapters.gate)) * project(x, weights.up_EFD, weights.up_FD, adapters.up);
       parts.push_back(project(h, weights.down_EDF, weights.down_DF, adapters.down));
     }
-  const at::Tensor y_RD = at::cat(parts, 0);
-  return (y_RD.index_select(0, d.row_of_slot_TK.reshape({-1})).view({x_XD.size(0), d.top_k, x_XD.size(1)}) * weights_XK.to(dtype).unsqueeze(-1)).sum(1);
+  return (rows_of_slots(at::cat(parts, 0), d) * weights_XK.to(dtype).unsqueeze(-1)).sum(1);
 }
 
 }  // namespace moegraft::kernels

@@ -28,27 +28,30 @@ inline double largest(const at::Tensor& x) { return x.numel() == 0 ? 0 : x.abs()
 
 struct Routing {
   int64_t T, E, K, groups;
-  int kind;  // 0 random, 1 all tokens to the same experts, 2 the last expert empty
+  int kind;  // 0 random, 1 all tokens to the same experts, 2 the last expert empty, 3 some slots' experts elsewhere
 };
-inline const std::vector<Routing> kRoutings{{0, 4, 2, 2, 0}, {1, 2, 1, 1, 0}, {7, 4, 2, 2, 0}, {50, 8, 3, 2, 2}, {30, 4, 4, 1, 1}, {600, 3, 1, 3, 1}, {300, 64, 8, 2, 0}, {256, 1, 1, 1, 0}};
+inline const std::vector<Routing> kRoutings{{0, 4, 2, 2, 0}, {1, 2, 1, 1, 0}, {7, 4, 2, 2, 0}, {50, 8, 3, 2, 2}, {30, 4, 4, 1, 1}, {600, 3, 1, 3, 1}, {300, 64, 8, 2, 0}, {256, 1, 1, 1, 0}, {300, 8, 3, 2, 3}, {5, 2, 1, 1, 3}};
 
 inline std::pair<at::Tensor, at::Tensor> make_routing(const Routing& c) {
   Rng rng(3, "route");
   const at::Tensor ids = at::empty({c.T, c.K}, at::kLong), group = at::empty({c.T}, at::kLong);
   for (int64_t t = 0; t < c.T; ++t) {
     const auto order = rng.permutation(c.kind == 2 ? c.E - 1 : c.E);
-    for (int64_t k = 0; k < c.K; ++k) ids[t][k] = c.kind == 1 ? k : int64_t(order[k]);
+    for (int64_t k = 0; k < c.K; ++k) ids[t][k] = c.kind == 3 && (t % 4 == 0 || (t + k) % 3 == 0) ? -1 : c.kind == 1 ? k : int64_t(order[k]);
     group[t] = int64_t(rng.below(c.groups));
   }
   return {ids, group};
 }
+
+inline int64_t rows_of(const at::Tensor& ids) { return (ids >= 0).sum().item<int64_t>(); }
 
 struct MoeCase {
   Routing routing;
   int64_t D, F, P;
 };
 inline const std::vector<MoeCase> kMoeCases{{{1, 2, 1, 1, 0}, 8, 8, 8},   {{7, 4, 2, 2, 0}, 16, 8, 3},  {{50, 8, 3, 2, 2}, 16, 24, 8}, {{30, 4, 4, 1, 1}, 8, 16, 5},
-                                     {{600, 3, 1, 3, 1}, 16, 24, 2}, {{65, 5, 2, 2, 1}, 16, 8, 16}, {{0, 3, 2, 2, 0}, 8, 8, 8}};
+                                     {{600, 3, 1, 3, 1}, 16, 24, 2}, {{65, 5, 2, 2, 1}, 16, 8, 16}, {{0, 3, 2, 2, 0}, 8, 8, 8},
+                                     {{70, 5, 3, 2, 3}, 16, 8, 3},   {{1, 4, 2, 1, 3}, 8, 8, 8}};
 
 enum class Layout { stacked, joined, scattered };
 
@@ -68,7 +71,7 @@ inline MoeInputs make_moe(const MoeCase& c, at::ScalarType dtype, at::ScalarType
   p.x_XD = leaf(randn({r.T, c.D}, 1).to(at::kBFloat16).to(dtype));  // exact in every dtype of the table
   p.weights_XK = leaf(randn({r.T, r.K}, 2).to(dtype == at::kDouble ? at::kDouble : at::kFloat));
   const auto [ids, group] = make_routing(r);
-  p.dispatch = Host::make_dispatch(ids, r.E, group, r.groups);
+  p.dispatch = Host::make_dispatch(ids, r.E, group, r.groups, rows_of(ids));
   const auto matrix = [&](int64_t rows, int64_t columns, uint64_t seed) { return (randn({r.E, rows, columns}, seed) * 0.5).to(at::kBFloat16).to(dtype); };
   at::Tensor gate = matrix(c.F, c.D, 4), up = matrix(c.F, c.D, 5), down = matrix(c.D, c.F, 6);
   if (layout == Layout::joined) {
@@ -120,7 +123,9 @@ inline at::Tensor plain_moe(const MoeInputs& in, const std::vector<at::Tensor>& 
       const at::Tensor h = at::silu(project(kGate, x, p.weights.gate_FD[e])) * project(kUp, x, p.weights.up_FD[e]);
       parts.push_back(project(kDown, h, p.weights.down_DF[e]));
     }
-  const at::Tensor y = at::cat(parts, 0).index_select(0, d.row_of_slot_TK.view({-1})).view({d.row_of_slot_TK.size(0), d.top_k, p.model_width()});
+  parts.push_back(at::zeros({1, p.model_width()}, p.x_XD.options()));  // the row of slots without one
+  const at::Tensor flat = d.row_of_slot_TK.view({-1});
+  const at::Tensor y = at::cat(parts, 0).index_select(0, flat.masked_fill(flat < 0, d.num_rows())).view({d.row_of_slot_TK.size(0), d.top_k, p.model_width()});
   return (y * leaves[1].unsqueeze(-1)).sum(1);
 }
 

@@ -31,20 +31,21 @@ TEST(CudaLogic, ATeamAddsLikeAWarpAndABlock) {
 TEST(CudaLogic, DispatchIsTheStableSort) {
   for (const auto& c : kRoutings) {
     const auto [ids, group] = make_routing(c);
-    const Dispatch d = Host::make_dispatch(ids, c.E, group, c.groups);
-    const at::Tensor bucket = (ids * c.groups + group.unsqueeze(1)).view({-1});
-    const at::Tensor order = std::get<1>(at::sort(bucket, /*stable=*/true, -1, false));
+    const int64_t rows = rows_of(ids);
+    const Dispatch d = Host::make_dispatch(ids, c.E, group, c.groups, rows);
+    const at::Tensor bucket = (ids * c.groups + group.unsqueeze(1)).masked_fill(ids.lt(0), c.E * c.groups).view({-1});
+    const at::Tensor order = std::get<1>(at::sort(bucket, /*stable=*/true, -1, false)).narrow(0, 0, rows);
     EXPECT_TRUE(at::equal(d.token_of_row_R.to(at::kLong), order.div(c.K, "floor"))) << c.T;
-    const at::Tensor inverse = at::empty({c.T * c.K}, at::kLong);
-    inverse.index_put_({order}, at::arange(c.T * c.K));
+    const at::Tensor inverse = at::full({c.T * c.K}, -1, at::kLong);
+    inverse.index_put_({order}, at::arange(rows));
     EXPECT_TRUE(at::equal(d.row_of_slot_TK.to(at::kLong).view({-1}), inverse)) << c.T;
-    const at::Tensor counts = at::bincount(bucket, {}, c.E * c.groups);
+    const at::Tensor counts = at::bincount(bucket, {}, c.E * c.groups + 1).narrow(0, 0, c.E * c.groups);
     EXPECT_TRUE(at::equal(d.offsets.to(at::kLong), at::cat({at::zeros({1}, at::kLong), counts.cumsum(0)}))) << c.T;
   }
 }
 
 TEST(CudaLogic, DispatchOfBadIdsStaysInItsMemory) {
-  const Dispatch d = Host::make_dispatch(at::tensor({-5, 99, 1}, at::kLong).view({3, 1}), 2, at::tensor({7, -1, 0}, at::kLong), 2);
+  const Dispatch d = Host::make_dispatch(at::tensor({0, 99, 1}, at::kLong).view({3, 1}), 2, at::tensor({7, -1, 0}, at::kLong), 2);
   EXPECT_TRUE(at::equal(d.offsets, at::tensor({0, 0, 1, 3, 3}, at::kInt)));
 }
 

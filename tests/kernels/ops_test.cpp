@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include "libtorch.h"
 
+#include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/kernels/ops.h"
 
@@ -138,9 +139,10 @@ TEST(Attention, CacheContinuesWhatPackedComputes) {
 // Cases of the expert path: sizes and who is routed where.
 struct MoeCase {
   int64_t T, D, F, E, K, groups;
-  int routing;  // 0 random, 1 all tokens to expert 0 (and following), 2 last expert empty
+  int routing;  // 0 random, 1 all tokens to expert 0 (and following), 2 last expert empty, 3 some slots' experts elsewhere
 };
-const std::vector<MoeCase> kMoeCases{{1, 4, 3, 2, 1, 1, 0}, {7, 8, 5, 4, 2, 2, 0}, {50, 16, 24, 8, 3, 2, 2}, {30, 8, 8, 4, 4, 1, 1}, {600, 12, 20, 3, 1, 3, 1}, {65, 16, 8, 5, 2, 2, 1}};
+const std::vector<MoeCase> kMoeCases{{1, 4, 3, 2, 1, 1, 0}, {7, 8, 5, 4, 2, 2, 0}, {50, 16, 24, 8, 3, 2, 2}, {30, 8, 8, 4, 4, 1, 1}, {600, 12, 20, 3, 1, 3, 1}, {65, 16, 8, 5, 2, 2, 1},
+                                     {70, 16, 8, 5, 3, 2, 3}, {300, 8, 12, 4, 1, 1, 3}, {2, 8, 12, 4, 2, 1, 3}};
 
 struct MoeInputs {
   at::Tensor x, weights, ids, group;
@@ -148,6 +150,8 @@ struct MoeInputs {
   ExpertFfnAdapters adapters;
   std::vector<at::Tensor> leaves;
 };
+
+bool is_absent(const MoeCase& c, int64_t t, int64_t k) { return c.routing == 3 && (t % 4 == 0 || (t + k) % 3 == 0); }  // every fourth token has none
 
 MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
   MoeInputs in;
@@ -162,7 +166,7 @@ MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
   in.group = at::empty({c.T}, at::kLong);
   for (int64_t t = 0; t < c.T; ++t) {
     const auto order = rng.permutation(c.routing == 2 ? c.E - 1 : c.E);
-    for (int64_t k = 0; k < c.K; ++k) in.ids[t][k] = c.routing == 1 ? k : order[k];
+    for (int64_t k = 0; k < c.K; ++k) in.ids[t][k] = is_absent(c, t, k) ? -1 : c.routing == 1 ? k : order[k];
     in.group[t] = int64_t(rng.below(c.groups));
   }
   const at::Tensor gate = stacked ? leaf({c.E, c.F, c.D}, 4, 0.5) : randn({c.E, c.F, c.D}, 4, dtype) * 0.5;
@@ -187,7 +191,7 @@ MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
 }
 
 at::Tensor moe(MoeInputs in, const MoeCase& c, bool fused) {
-  const Dispatch d = make_dispatch(in.ids, c.E, in.group, c.groups);
+  const Dispatch d = make_dispatch(in.ids, c.E, in.group, c.groups, (in.ids >= 0).sum().item<int64_t>());
   if (!fused) return moe_ffn_reference(in.x, in.weights, d, in.frozen, in.adapters);
   in.frozen.panels = make_expert_panels(in.frozen, nullptr, c.T % 2 == 1);  // both ways to hold float32 experts
   return moe_ffn(in.x, in.weights, d, in.frozen, in.adapters);
@@ -210,8 +214,27 @@ TEST(ExpertFfn, ValuesAndGradientsMatchTheReference) {
     }
 }
 
+// A slot whose expert is elsewhere is a slot of weight zero, but that its weight has no gradient.
+TEST(ExpertFfn, AnAbsentSlotCountsAsWeightZero) {
+  const MoeCase c{70, 16, 8, 5, 3, 2, 3};
+  MoeInputs absent = make_inputs(c, at::kFloat, false), zeroed = make_inputs(c, at::kFloat, false);
+  const at::Tensor here = zeroed.ids >= 0;
+  zeroed.ids = zeroed.ids.clamp_min(0);
+  at::Tensor weights = (zeroed.weights.detach() * here).set_requires_grad(true);
+  std::swap(zeroed.weights, weights);
+  const at::Tensor y = moe(absent, c, true), z = moe(zeroed, c, false), g = randn(y.sizes(), 30);
+  EXPECT_LT(distance(y, z), 1e-4);
+  EXPECT_EQ(y[0].abs().max().item<float>(), 0.0f);  // no expert here at all
+  y.backward(g);
+  z.backward(g);
+  EXPECT_LT(distance(absent.weights.grad(), zeroed.weights.grad() * here), 1e-4 * zeroed.weights.grad().abs().max().item<double>());
+  EXPECT_EQ(absent.weights.grad().masked_select(here.logical_not()).abs().max().item<float>(), 0.0f);
+  for (size_t i = 0; i < absent.leaves.size(); ++i)
+    if (i != 1) EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()), 1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>())) << i;
+}
+
 TEST(ExpertFfn, GradientsMatchFiniteDifferences) {
-  const MoeCase c{5, 4, 3, 3, 2, 2, 0};
+  const MoeCase c{5, 4, 3, 3, 2, 2, 3};
   MoeInputs in = make_inputs(c, at::kDouble, true);
   const at::Tensor g = randn({c.T, c.D}, 31, at::kDouble);
   moe(in, c, true).backward(g);
@@ -298,6 +321,16 @@ TEST(Dispatch, SortsByExpertThenGroupStably) {
   // (0,text): t2; (0,image): t0; (1,text): t1, t2; (1,image): t0; (2,text): t1
   const std::vector<int64_t> tokens{2, 0, 1, 2, 0, 1};
   for (int64_t r = 0; r < 6; ++r) EXPECT_EQ(d.token_of_row_R[r].item<int32_t>(), tokens[r]);
+}
+
+TEST(Dispatch, SlotsWithoutAnExpertHaveNoRow) {
+  const at::Tensor ids = at::tensor({1, -1, -1, 0, -1, -1}, at::kLong).view({3, 2});
+  const Dispatch d = make_dispatch(ids, 2, {}, 1, 2);
+  EXPECT_EQ(d.host_offsets(), (std::vector<int64_t>{0, 1, 2}));
+  EXPECT_TRUE(at::equal(d.token_of_row_R, at::tensor({1, 0}, at::kInt)));
+  EXPECT_TRUE(at::equal(d.row_of_slot_TK, at::tensor({1, -1, -1, 0, -1, -1}, at::kInt).view({3, 2})));
+  EXPECT_THROW(make_dispatch(ids, 2, {}, 1), InvariantError);
+  EXPECT_THROW(make_dispatch(ids, 2, {}, 1, 3), InvariantError);
 }
 
 TEST(CrossEntropy, MatchesTheLibraryWithGradients) {

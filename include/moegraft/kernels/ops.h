@@ -47,17 +47,19 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
                             const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
 
 // Rows of the experts, sorted by (expert, group), stable in token order. group_T: values in [0, num_groups), undefined for one group.
-// Everything lies on the tokens' device; nothing here waits for it.
+// Everything lies on the tokens' device; nothing here waits for it. A slot whose expert is elsewhere (topk id -1: expert parallelism) has no row: it adds
+// nothing to its token, and the gradient of its routing weight is 0.
 struct Dispatch {
   int64_t num_experts = 0, num_groups = 1, top_k = 0;
   at::Tensor token_of_row_R;  // int32
-  at::Tensor row_of_slot_TK;  // int32, inverse: slot (t, k) lies in this row
+  at::Tensor row_of_slot_TK;  // int32, inverse: slot (t, k) lies in this row; -1: in none
   at::Tensor offsets;         // int32 [E*num_groups + 1], begin of (e, g) at offsets[e*num_groups + g]
 
   int64_t num_rows() const { return token_of_row_R.size(0); }
   std::vector<int64_t> host_offsets() const;  // waits for the device when the tokens are on one
 };
-Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups);
+// num_rows: how many slots have a row, for whoever knows that some have none (without it a device would have to be asked); -1: all.
+Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups, int64_t num_rows = -1);
 at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch);  // -> [R, D]; no gradient
 
 // One low-rank term on an expert site: y += scale * (x A_e^T) B_e^T on rows whose group has acts[group].

@@ -8,7 +8,8 @@ namespace moegraft::kernels::cuda {
 
 constexpr int64_t kSortChunk = 256;  // slots; a slot's rank inside its chunk is counted directly
 
-// One thread per slot. counts [buckets, chunks], zero before. An id outside [0, num_experts) would write elsewhere: it is brought back into range.
+// One thread per slot. counts [buckets + 1, chunks], zero before: slots without an expert here (id < 0) share the last bucket. An id beyond the experts would
+// write elsewhere: it is brought back into range.
 struct CountSlots {
   const int64_t* ids;
   const int64_t* group;  // null: one group
@@ -17,22 +18,27 @@ struct CountSlots {
 
   MOEGRAFT_HD void operator()(int64_t i) const {
     int64_t e = ids[i], g = group ? group[i / top_k] : 0;
-    e = e < 0 ? 0 : e >= num_experts ? num_experts - 1 : e;
+    const bool here = e >= 0;
+    e = e >= num_experts ? num_experts - 1 : e;
     g = g < 0 ? 0 : g >= num_groups ? num_groups - 1 : g;
-    const int64_t bucket = e * num_groups + g;
+    const int64_t bucket = (here ? e * num_groups + g : num_experts * num_groups);
     bucket_of_slot[i] = int32_t(bucket);
     count_one(counts + bucket * chunks + i / kSortChunk);
   }
 };
 
-// One thread per slot. ends: the inclusive scan of counts in (bucket, chunk) order.
+// One thread per slot. ends: the inclusive scan of counts in (bucket, chunk) order. buckets: of experts.
 struct PlaceSlots {
   const int32_t *bucket_of_slot, *counts, *ends;
-  int64_t top_k, chunks;
+  int64_t top_k, chunks, buckets;
   int32_t *token_of_row, *row_of_slot;
 
   MOEGRAFT_HD void operator()(int64_t i) const {
     const int32_t bucket = bucket_of_slot[i];
+    if (bucket == buckets) {
+      row_of_slot[i] = -1;
+      return;
+    }
     const int64_t chunk = i / kSortChunk, cell = bucket * chunks + chunk;
     int32_t row = ends[cell] - counts[cell];
     for (int64_t j = chunk * kSortChunk; j < i; ++j) row += bucket_of_slot[j] == bucket;

@@ -113,7 +113,7 @@ class MoeLayer {
     const at::Tensor &g = saved.at(0), &u = saved.at(1), t_in = thin_in ? saved.at(2) : at::Tensor(), t_down = sd.empty() ? at::Tensor() : saved.at(thin_in ? 3 : 2);
 
     const at::Tensor row_weights = at::empty({R}, p_.weights_XK.options());
-    Run::threads(SlotsToRows{in<float>(p_.weights_XK), in<int32_t>(d_.row_of_slot_TK), out<float>(row_weights)}, R);
+    Run::threads(SlotsToRows{in<float>(p_.weights_XK), in<int32_t>(d_.row_of_slot_TK), out<float>(row_weights)}, p_.weights_XK.numel());
 
     // Through down. dout's rows are not weighted: the weight enters with silu's derivative, and <h, dh> before it is the weight's own gradient.
     at::Tensor dy = Op::gather_rows(dout_XD, d_.token_of_row_R), dh = product(dy, down_), delta_h, dt_down, dt_weighted, t_weighted;
@@ -133,7 +133,7 @@ class MoeLayer {
     dh = delta_h = at::Tensor();
     if (needs.weights) {
       grads.weights_XK = at::empty_like(p_.weights_XK);
-      Run::threads(RowsToSlots{in<float>(dots), in<int32_t>(d_.row_of_slot_TK), out<float>(grads.weights_XK)}, R);
+      Run::threads(RowsToSlots{in<float>(dots), in<int32_t>(d_.row_of_slot_TK), out<float>(grads.weights_XK)}, p_.weights_XK.numel());
     }
     if (want_down) factor_gradients(sd, needs.factors[kDown], contraction(dt_weighted, h), contraction(dy, t_weighted), grads.factors[kDown]);
     dy = h = dt_down = dt_weighted = t_weighted = at::Tensor();

@@ -34,8 +34,9 @@ struct Routed {
 Routed route_forward(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
 at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise);  // either undefined -> dlogits
 
-// ids int64 [T, K]; group int64 [T] or undefined. Ids or groups out of range count as the nearest one (the caller checks; memory stays safe).
-Dispatch make_dispatch(const at::Tensor& ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups);
+// ids int64 [T, K], negative: no row (num_rows then says how many have one); group int64 [T] or undefined. Ids and groups beyond their range count as the
+// nearest one (the caller checks; memory stays safe).
+Dispatch make_dispatch(const at::Tensor& ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups, int64_t num_rows = -1);
 at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& token_of_row_R);
 // sum_k w[t,k] * y[row(t,k)] in y's dtype; weights float32, undefined: all ones.
 at::Tensor combine(const at::Tensor& y_RD, const at::Tensor& weights_TK, const at::Tensor& row_of_slot_TK);

@@ -121,9 +121,9 @@ struct Ops {
     return dlogits;
   }
 
-  static Dispatch make_dispatch(const at::Tensor& ids_in, int64_t num_experts, const at::Tensor& group_in, int64_t num_groups) {
+  static Dispatch make_dispatch(const at::Tensor& ids_in, int64_t num_experts, const at::Tensor& group_in, int64_t num_groups, int64_t num_rows = -1) {
     const at::Tensor ids = ids_in.contiguous(), group = group_in.defined() ? group_in.to(at::kLong).contiguous() : group_in;
-    const int64_t slots = ids.numel(), top_k = ids.size(1), buckets = num_experts * num_groups, chunks = std::max<int64_t>(1, (slots + kSortChunk - 1) / kSortChunk);
+    const int64_t slots = ids.numel(), rows = num_rows < 0 ? slots : num_rows, top_k = ids.size(1), buckets = num_experts * num_groups, chunks = std::max<int64_t>(1, (slots + kSortChunk - 1) / kSortChunk);
     MOEGRAFT_INVARIANT(slots < (int64_t{1} << 31), "dispatch: ", slots, " rows do not fit 32 bits");
     MOEGRAFT_INVARIANT(buckets >= 1 && (num_groups == 1 || group.defined()), "dispatch: ", num_experts, " experts, ", num_groups, " groups");
     const auto int32 = ids.options().dtype(at::kInt);
@@ -131,14 +131,14 @@ struct Ops {
     d.num_experts = num_experts;
     d.num_groups = num_groups;
     d.top_k = top_k;
-    d.token_of_row_R = at::empty({slots}, int32);
+    d.token_of_row_R = at::empty({rows}, int32);
     d.row_of_slot_TK = at::empty(ids.sizes(), int32);
     d.offsets = at::empty({buckets + 1}, int32);
-    const at::Tensor bucket = at::empty({slots}, int32), counts = at::zeros({buckets * chunks}, int32);
+    const at::Tensor bucket = at::empty({slots}, int32), counts = at::zeros({(buckets + 1) * chunks}, int32);
     Run::threads(CountSlots{in<int64_t>(ids), num_groups > 1 ? in<int64_t>(group) : nullptr, top_k, num_experts, num_groups, chunks, out<int32_t>(bucket), out<int32_t>(counts)}, slots);
     const at::Tensor ends = at::cumsum(counts, 0, at::kInt);
     Run::threads(BucketOffsets{in<int32_t>(ends), chunks, out<int32_t>(d.offsets)}, buckets + 1);
-    Run::threads(PlaceSlots{in<int32_t>(bucket), in<int32_t>(counts), in<int32_t>(ends), top_k, chunks, out<int32_t>(d.token_of_row_R), out<int32_t>(d.row_of_slot_TK)}, slots);
+    Run::threads(PlaceSlots{in<int32_t>(bucket), in<int32_t>(counts), in<int32_t>(ends), top_k, chunks, buckets, out<int32_t>(d.token_of_row_R), out<int32_t>(d.row_of_slot_TK)}, slots);
     return d;
   }
 

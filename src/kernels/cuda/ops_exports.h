@@ -26,9 +26,9 @@ at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights, cons
   const c10::DeviceGuard guard(routed.probs_TE.device());
   return Device::route_backward(routed, dweights, dprobs, renormalise);
 }
-Dispatch make_dispatch(const at::Tensor& ids, int64_t num_experts, const at::Tensor& group, int64_t num_groups) {
+Dispatch make_dispatch(const at::Tensor& ids, int64_t num_experts, const at::Tensor& group, int64_t num_groups, int64_t num_rows) {
   const c10::DeviceGuard guard(ids.device());
-  return Device::make_dispatch(ids, num_experts, group, num_groups);
+  return Device::make_dispatch(ids, num_experts, group, num_groups, num_rows);
 }
 at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& token_of_row) {
   const c10::DeviceGuard guard(x.device());

@@ -37,6 +37,7 @@ struct CombineRows {
     for (int v = 0; v < V; ++v) total[v] = 0;
     for (int64_t k = 0; k < top_k; ++k) {
       const int64_t row = row_of_slot[token * top_k + k];
+      if (row < 0) continue;
       float value[V];
       load<V>(y + row * width + column, value);
       if (y2) add<V>(y2 + row * width + column, value);
@@ -53,13 +54,15 @@ struct SlotsToRows {
   const float* slots;
   const int32_t* row_of_slot;
   float* rows;
-  MOEGRAFT_HD void operator()(int64_t i) const { rows[row_of_slot[i]] = slots[i]; }
+  MOEGRAFT_HD void operator()(int64_t i) const {
+    if (row_of_slot[i] >= 0) rows[row_of_slot[i]] = slots[i];
+  }
 };
 struct RowsToSlots {
   const float* rows;
   const int32_t* row_of_slot;
   float* slots;
-  MOEGRAFT_HD void operator()(int64_t i) const { slots[i] = rows[row_of_slot[i]]; }
+  MOEGRAFT_HD void operator()(int64_t i) const { slots[i] = row_of_slot[i] < 0 ? 0.0f : rows[row_of_slot[i]]; }
 };
 
 constexpr int kMaxGroups = 16;  // modalities that gates can tell apart on the device
