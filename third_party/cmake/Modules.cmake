@@ -46,6 +46,18 @@ function(moegraft_loops)
   set_source_files_properties(${dir}/loops_v4_bf16.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet};${wide}")
 endfunction()
 
+# Headers that one file each of src/distributed reads. Gloo: LibTorch's wheel carries the library but not its headers (Debian: libgloo-dev). NCCL: the wheel
+# beside LibTorch, a toolkit, or MOEGRAFT_NCCL_INCLUDE.
+function(moegraft_collectives)
+  find_path(MOEGRAFT_GLOO_INCLUDE gloo/context.h REQUIRED DOC "Folder that holds gloo/context.h (Debian: libgloo-dev)")
+  target_include_directories(moegraft_distributed SYSTEM PRIVATE $<BUILD_INTERFACE:${MOEGRAFT_GLOO_INCLUDE}>)
+  if(MOEGRAFT_CUDA)
+    find_path(MOEGRAFT_NCCL_INCLUDE nccl.h HINTS ${MOEGRAFT_TORCH_ROOT}/../nvidia/nccl/include ${CUDAToolkit_INCLUDE_DIRS} REQUIRED
+              DOC "Folder that holds nccl.h (the wheel nvidia-nccl-cu13)")
+    target_include_directories(moegraft_distributed SYSTEM PRIVATE $<BUILD_INTERFACE:${MOEGRAFT_NCCL_INCLUDE}>)
+  endif()
+endfunction()
+
 # The command-line tool: tools/moegraft/*.cpp, one file per subcommand.
 function(moegraft_binary)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tools/moegraft/*.cpp)
