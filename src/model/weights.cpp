@@ -240,9 +240,9 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   const TensorSource& source = *shared;
   Loader load(source, options, dir.string());
   auto w = std::make_shared<ResidentWeights>();
-  const auto offloaded = options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
   w->type = options.dtype;
   w->where = options.device;
+  const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
   w->embedding = load.take(names.embedding, {s.vocab_size, s.hidden_size});
   w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, {s.vocab_size, s.hidden_size});
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
@@ -254,7 +254,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     ExpertWeights experts;
     if (s.layers[l].sparse) {
       layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
-      if (offloaded) load.place_on(at::kCPU);
+      if (ring) load.place_on(at::kCPU);
       experts = load_experts(load, source, s, names, l);
       load.place_on(options.device);
     } else {
@@ -264,9 +264,9 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
       layer.dense.down_DI = load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size});
     }
     w->layers.push_back(std::move(layer));
-    if (offloaded && load.clean()) {
-      offloaded->add_layer(experts);
-      if (options.device.is_cuda())
+    if (ring && load.clean()) {
+      ring->add_layer(experts);
+      if (ring->copies())
         for (const auto* list : {&experts.gate_FD, &experts.up_FD, &experts.down_DF})
           for (const auto& t : *list) source.release(t);
       experts = {};
@@ -275,7 +275,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   }
   load.finish();
   make_panels(*w, shared, packs_lean(base.spec));
-  if (offloaded) base.weights = offloaded;
+  if (ring) base.weights = ring;
   else base.weights = std::move(w);
   return base;
 }

@@ -3,6 +3,10 @@
 
 #include <torch/types.h>
 
+#include <cstdint>
+#include <memory>
+#include <utility>
+
 #include "moegraft/kernels/ops.h"
 
 namespace moegraft::model {
@@ -15,7 +19,12 @@ class TokenDispatcher {
   struct Routed {
     at::Tensor x_XD, weights_XK;
     kernels::Dispatch dispatch;
+    std::shared_ptr<void> plan{};  // the dispatcher's own: how the rows go back
   };
+  // The experts whose rows dispatch() brings here: first, count. dispatch.num_experts is count, and its expert 0 is `first`.
+  virtual std::pair<int64_t, int64_t> local_experts(int64_t num_experts) const { return {0, num_experts}; }
+  // True when every process that must issue the same dispatches says true. Collective where there are several.
+  virtual bool agree(bool mine) { return mine; }
   // topk_ids_TK int64 in [0, E), topk_weights_TK float32. Differentiable in x_TD and the weights.
   virtual Routed dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, int64_t num_experts, const at::Tensor& group_T,
                           int64_t num_groups) = 0;

@@ -5,6 +5,7 @@
 #include <torch/types.h>
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -66,10 +67,13 @@ class WeightProvider {
   virtual bool trainable() const { return false; }
 };
 
+class ExpertRing;
 struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   bool offload_experts = false;  // keep the experts in host memory (model/offload.h)
+  // Keeps the experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: as above.
+  std::function<std::shared_ptr<ExpertRing>(std::shared_ptr<WeightProvider> rest)> keep_experts{};
 };
 
 // A Hugging Face directory, read once: config, spec, weights.

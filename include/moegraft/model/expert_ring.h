@@ -1,0 +1,73 @@
+#pragma once
+// Experts that visit the device a layer at a time: what OffloadedWeights (host memory) and parallel::ShardedWeights (the other processes) share.
+
+#include <memory>
+#include <vector>
+
+#include "moegraft/model/weights.h"
+
+namespace moegraft::model {
+
+// A ring of device buffers, each as large as the largest layer's experts. prefetch(l) starts to fill one; experts(l, ...) lets the current stream (on the CPU,
+// the host) wait for it. A buffer whose weights somebody still holds (autograd, where a layer is not computed again) is left to them and replaced by a new
+// one: slower, never wrong. The sequence of fetches follows from the sequence of calls alone, so processes in step fetch in step.
+class ExpertRing : public WeightProvider {
+ public:
+  // The next layer's experts, in rest's dtype; none for a dense layer.
+  virtual void add_layer(const ExpertWeights& experts) = 0;
+  // True when add_layer() copies, so that its tensors may be given up.
+  virtual bool copies() const = 0;
+
+  at::Tensor embedding_VD() override { return rest_->embedding_VD(); }
+  at::Tensor head_VD() override { return rest_->head_VD(); }
+  Panels head_panels() override { return rest_->head_panels(); }
+  at::Tensor final_norm_D() override { return rest_->final_norm_D(); }
+  LayerWeights layer(int64_t index) override { return rest_->layer(index); }
+  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override;
+  void prefetch(int64_t layer) override;
+  bool transient() const override { return true; }
+  at::ScalarType dtype() const override { return rest_->dtype(); }
+  at::Device device() const override { return rest_->device(); }
+
+  struct Traffic {
+    int64_t copies = 0;    // of layers to the device
+    int64_t late = 0;      // of those, started only when the layer was asked for
+    int64_t replaced = 0;  // buffers left to whoever held them
+  };
+  const Traffic& traffic() const { return traffic_; }
+
+ protected:
+  // rest: everything but the experts, on the device that computes. buffers >= 2.
+  ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers);
+
+  // Takes note of a layer whose buffer needs room for `room` elements (0: as many as the layer has). Returns its matrices in the order they have in a buffer:
+  // gate and up of each expert, then down of each.
+  std::vector<at::Tensor> declare_layer(const ExpertWeights& experts, int64_t room = 0);
+  int64_t num_buffers() const { return static_cast<int64_t>(ring_.size()); }
+  // Starts to bring a layer into buffer number `slot`, after everything enqueued on the current stream so far (it may still read the buffer).
+  virtual void fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) = 0;
+  // What was last fetched into `slot` is needed now. May be called again.
+  virtual void await(int64_t slot) = 0;
+
+ private:
+  struct Shape {
+    int64_t first = 0, experts = 0, width = 0, depth = 0;  // E, F, D
+  };
+  struct Slot {
+    at::Tensor buffer;
+    int64_t layer = -1;
+    int64_t used = 0;      // when it was asked for last
+    bool awaited = false;  // prefetched, not yet asked for
+  };
+  int64_t find(int64_t layer) const;
+  int64_t choose() const;
+  void fill(int64_t slot, int64_t layer);
+
+  std::shared_ptr<WeightProvider> rest_;
+  std::vector<Shape> layers_;
+  std::vector<Slot> ring_;
+  int64_t largest_ = 0, clock_ = 0;
+  Traffic traffic_;
+};
+
+}  // namespace moegraft::model
