@@ -2,56 +2,77 @@
 
 #include <algorithm>
 
+#include "moegraft/base/check.h"
+
 namespace moegraft::data {
 namespace {
 
-void append(Sequence& out, const Sequence& from, int64_t begin, int64_t count) {
-  auto copy = [&](std::vector<int64_t>& to, const std::vector<int64_t>& values) { to.insert(to.end(), values.begin() + begin, values.begin() + begin + count); };
-  copy(out.ids, from.ids);
-  copy(out.modality, from.modality);
-  copy(out.labels, from.labels);
+void append(PlannedSequence& to, const Document& document, int64_t begin, int64_t count) {
+  const Outline& all = document.outline;
+  to.pieces.push_back({document.source, document.index, begin, count, document.drop_caption});
+  to.tokens += count;
+  to.new_tokens += all.new_tokens;  // cut: text alone
+  // Of text alone every token but the first is predicted, by the one before it.
+  to.labels += all.text_only ? std::max<int64_t>(std::min(begin + count, all.size - 1) - begin, 0) : all.num_labels;
 }
 
 }  // namespace
 
-std::vector<Sequence> Packer::fill(DocumentFeed& feed, int64_t& offset) const {
-  std::vector<Sequence> sequences;
-  Sequence open;
+std::vector<PlannedSequence> Packer::fill(DocumentFeed& feed, int64_t& offset) const {
+  std::vector<PlannedSequence> sequences;
+  PlannedSequence open;
   int64_t room = budget;
   while (room > 0) {
-    const Sequence* document = feed.current();
+    const Document* document = feed.current();
     if (document == nullptr) break;
-    if (stream && document->text_only) {
-      const int64_t count = std::min({document->size() - offset, sequence_length - open.size(), room});
+    const int64_t size = document->outline.size;
+    const bool text_only = document->outline.text_only;
+    if (stream && text_only) {
+      const int64_t count = std::min({size - offset, sequence_length - open.tokens, room});
       append(open, *document, offset, count);
       room -= count;
       offset += count;
-      if (offset == document->size()) {
+      if (offset == size) {
         feed.advance();
         offset = 0;
       }
-      if (open.size() == sequence_length) {
+      if (open.tokens == sequence_length) {
         sequences.push_back(std::move(open));
         open = {};
       }
       continue;
     }
-    if (document->size() > sequence_length && !document->text_only) {
-      feed.on_skipped();
+    if (size > sequence_length && !text_only) {
+      feed.on_skipped(*document);
       feed.advance();
       continue;
     }
-    const int64_t count = std::min(document->size(), sequence_length);
+    const int64_t count = std::min(size, sequence_length);
     if (count > room) break;
-    sequences.emplace_back();
-    sequences.back().text_only = document->text_only;
-    append(sequences.back(), *document, 0, count);
-    if (count < document->size()) feed.on_truncated();
+    append(sequences.emplace_back(), *document, 0, count);
+    if (count < size) feed.on_truncated(*document);
     room -= count;
     feed.advance();
   }
-  if (open.size() > 0) sequences.push_back(std::move(open));
+  if (open.tokens > 0) sequences.push_back(std::move(open));
   return sequences;
+}
+
+Sequence Assembler::make(const PlannedSequence& planned) {
+  Sequence out;
+  for (const Piece& piece : planned.pieces) {
+    if (piece.source != kept_.source || piece.index != kept_.index || piece.drop_caption != kept_.drop_caption) {
+      document_ = assemble(sources_[static_cast<size_t>(piece.source)].document(piece.index), vocabulary_, config_, piece.drop_caption);
+      kept_ = piece;
+    }
+    MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ", piece.begin + piece.count, " of a document of ", document_.size());
+    const auto copy = [&](std::vector<int64_t>& to, const std::vector<int64_t>& from) { to.insert(to.end(), from.begin() + piece.begin, from.begin() + piece.begin + piece.count); };
+    copy(out.ids, document_.ids);
+    copy(out.modality, document_.modality);
+    copy(out.labels, document_.labels);
+    out.text_only &= document_.text_only;
+  }
+  return out;
 }
 
 }  // namespace moegraft::data

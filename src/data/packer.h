@@ -1,5 +1,5 @@
 #pragma once
-// Fills batches from a sequence of documents; shared by training and evaluation.
+// Fills batches from a sequence of documents, by their outlines alone; shared by training and evaluation.
 
 #include <cstdint>
 #include <vector>
@@ -8,14 +8,31 @@
 
 namespace moegraft::data {
 
+struct Document {
+  int64_t source = 0, index = 0;
+  bool drop_caption = false;
+  Outline outline;
+};
+
 // Where documents come from. current() stays the same until advance(); nullptr: no more.
 class DocumentFeed {
  public:
   virtual ~DocumentFeed() = default;
-  virtual const Sequence* current() = 0;
+  virtual const Document* current() = 0;
   virtual void advance() = 0;
-  virtual void on_truncated() = 0;
-  virtual void on_skipped() = 0;
+  virtual void on_truncated(const Document&) {}
+  virtual void on_skipped(const Document&) {}
+};
+
+// Tokens [begin, begin + count) of an assembled document.
+struct Piece {
+  int64_t source = 0, index = 0, begin = 0, count = 0;
+  bool drop_caption = false;
+};
+
+struct PlannedSequence {
+  std::vector<Piece> pieces;
+  int64_t tokens = 0, labels = 0, new_tokens = 0;
 };
 
 struct Packer {
@@ -23,7 +40,22 @@ struct Packer {
   int64_t sequence_length = 0, budget = 0;
 
   // offset: how much of the current document earlier batches have taken (packing stream). Empty when the feed is.
-  std::vector<Sequence> fill(DocumentFeed& feed, int64_t& offset) const;
+  std::vector<PlannedSequence> fill(DocumentFeed& feed, int64_t& offset) const;
 };
+
+// Makes planned sequences; keeps the last document, since the next piece is often of the same.
+class Assembler {
+ public:
+  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, const DataConfig& config) : sources_(sources), vocabulary_(vocabulary), config_(config) {}
+  Sequence make(const PlannedSequence& planned);
+
+ private:
+  const std::vector<Source>& sources_;
+  const model::Vocabulary& vocabulary_;
+  const DataConfig& config_;
+  Piece kept_{-1};
+  Sequence document_;
+};
+
 
 }  // namespace moegraft::data

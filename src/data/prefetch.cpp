@@ -14,7 +14,7 @@
 namespace moegraft::data {
 namespace {
 
-// Where a feed stands after a batch.
+// Where a feed stands after a step.
 struct Position {
   std::string state;
   StreamCounts counts;
@@ -23,9 +23,9 @@ struct Position {
 
 Position position_of(const BatchFeed& feed) { return {feed.state(), feed.counts(), feed.epochs()}; }
 
-// A batch, or the error in its place.
+// A step, or the error in its place.
 struct Item {
-  model::PackedBatch batch;
+  StepBatch step;
   Position after;
   std::vector<std::string> warnings;
   std::exception_ptr error;
@@ -40,7 +40,7 @@ struct PrefetchStream::Impl {
   Warn warn = [](const std::string& message) { log::warning(message); };
   Position handed_out;
   std::exception_ptr failed;          // what the feed threw, once it was its turn
-  std::vector<std::string> warnings;  // of the batch being made
+  std::vector<std::string> warnings;  // of the step being made
 
   std::mutex mutex;
   std::condition_variable changed;  // at most one side waits: the queue is never full and empty
@@ -56,8 +56,9 @@ struct PrefetchStream::Impl {
   Item make() {
     Item item;
     try {
-      item.batch = feed->next();
-      if (pin) item.batch = model::pin(item.batch);
+      item.step = feed->next();
+      if (pin)
+        for (auto& batch : item.step.micro_batches) batch = model::pin(batch);
       item.after = position_of(*feed);
     } catch (...) {
       item.error = std::current_exception();
@@ -118,7 +119,7 @@ PrefetchStream::PrefetchStream(std::unique_ptr<BatchFeed> feed, int64_t depth, b
 PrefetchStream::~PrefetchStream() = default;
 PrefetchStream::PrefetchStream(PrefetchStream&&) noexcept = default;
 
-model::PackedBatch PrefetchStream::next() {
+StepBatch PrefetchStream::next() {
   if (impl_->failed) std::rethrow_exception(impl_->failed);
   Item item = impl_->depth > 0 ? impl_->take() : impl_->make();
   for (const auto& message : item.warnings) impl_->warn(message);
@@ -127,7 +128,7 @@ model::PackedBatch PrefetchStream::next() {
     std::rethrow_exception(item.error);
   }
   impl_->handed_out = std::move(item.after);
-  return std::move(item.batch);
+  return std::move(item.step);
 }
 
 std::string PrefetchStream::state() const { return impl_->handed_out.state; }

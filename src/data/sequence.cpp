@@ -38,8 +38,10 @@ Source::Source(const std::string& path, const model::Vocabulary& vocabulary) : s
   }
 }
 
-std::vector<Segment> Source::document(int64_t index) const {
-  auto segments = shards_.document(index);
+std::vector<Segment> Source::document(int64_t index) const { return in_vocabulary(shards_.document(index)); }
+std::vector<Segment> Source::runs(int64_t index) const { return in_vocabulary(shards_.runs(index)); }
+
+std::vector<Segment> Source::in_vocabulary(std::vector<Segment> segments) const {
   for (auto& segment : segments) segment.modality = modality_[segment.modality];
   return segments;
 }
@@ -77,6 +79,30 @@ Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary&
   return out;
 }
 
+Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption) {
+  Outline out;
+  for (const auto& segment : segments) out.text_only &= segment.modality == 0;
+  const bool predict_text = out.text_only || config.caption_labels;
+  const bool bos = config.add_bos && vocabulary.bos_id >= 0;
+  int64_t text = 0;
+  for (const auto& segment : segments) {
+    const auto count = static_cast<int64_t>(segment.ids.size());
+    if (segment.modality == 0) {
+      text += drop_caption ? 0 : count;
+      continue;
+    }
+    const int64_t items = count / tokens_of(vocabulary, segment.modality).item_length;
+    out.new_tokens += count + 2 * items;
+    out.num_labels += count + items;
+  }
+  if (!segments.empty() && segments.back().modality == 0 && !drop_caption && config.add_eos && vocabulary.eos_id >= 0) ++text;
+  // The first token of a sequence is predicted by none.
+  const bool begins_in_text = !bos && !segments.empty() && segments.front().modality == 0 && !drop_caption;
+  if (predict_text) out.num_labels += text - begins_in_text;
+  out.size = bos + text + out.new_tokens;
+  return out;
+}
+
 bool is_captioned_item(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary) {
   int64_t items = 0, texts = 0;
   for (const auto& segment : segments) {
@@ -102,6 +128,14 @@ model::PackedBatch pack(const std::vector<Sequence>& sequences) {
   for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) std::iota(positions + cu_seqlens[s], positions + cu_seqlens[s + 1], 0);
   model::PackedBatch batch{lay_out(&Sequence::ids), lay_out(&Sequence::modality), positions_T, {}, lay_out(&Sequence::labels)};
   batch.cu_seqlens = std::move(cu_seqlens);
+  return batch;
+}
+
+model::PackedBatch placeholder_batch(const model::Vocabulary& vocabulary) {
+  model::PackedBatch batch = pack({{{std::max<int64_t>(vocabulary.bos_id, 0)}, {0}, {model::kNoLabel}}});
+  auto facts = model::describe_batch(batch, vocabulary.id_bounds());
+  facts.placeholder = true;
+  batch.facts = std::make_shared<const model::BatchFacts>(std::move(facts));
   return batch;
 }
 

@@ -110,7 +110,7 @@ int64_t ShardSet::document_length(int64_t index) const {
   return offsets[index + 1] - offsets[index];
 }
 
-std::vector<Segment> ShardSet::document(int64_t index) const {
+std::vector<Segment> ShardSet::runs(int64_t index) const {
   const Shard& shard = shard_of(index);
   const auto* offsets = shard.offsets.const_data_ptr<int64_t>();
   const int64_t begin = offsets[index], end = offsets[index + 1];
@@ -122,13 +122,24 @@ std::vector<Segment> ShardSet::document(int64_t index) const {
     const uint8_t m = modality[t];
     MOEGRAFT_CHECK(m < known.size(), shard.file.path().string(), ": document ", index, " has modality ", int(m), " at token ", t, ", but only ", known.size(), " are named");
     int64_t stop = t;
-    for (; stop < end && modality[stop] == m; ++stop)
-      MOEGRAFT_CHECK(ids[stop] >= 0 && ids[stop] < known[m].num_codes, shard.file.path().string(), ": document ", index, " has ", known[m].name, " id ", ids[stop], " at token ", stop,
-                     ", outside [0, ", known[m].num_codes, ")");
+    while (stop < end && modality[stop] == m) ++stop;
     MOEGRAFT_CHECK(m == 0 || (stop - t) % known[m].item_length == 0, shard.file.path().string(), ": document ", index, " has a run of ", stop - t, " ", known[m].name,
                    " codes, not a multiple of the item length ", m ? known[m].item_length : 1);
     segments.push_back({m, {ids + t, static_cast<size_t>(stop - t)}});
     t = stop;
+  }
+  return segments;
+}
+
+std::vector<Segment> ShardSet::document(int64_t index) const {
+  auto segments = runs(index);
+  const Shard& shard = shard_of(index);
+  const auto* first = shard.ids_T.const_data_ptr<int32_t>();
+  for (const auto& segment : segments) {
+    const auto& known = schema_.modalities[static_cast<size_t>(segment.modality)];
+    for (const int32_t& id : segment.ids)
+      MOEGRAFT_CHECK(id >= 0 && id < known.num_codes, shard.file.path().string(), ": document ", index, " has ", known.name, " id ", id, " at token ", &id - first, ", outside [0, ",
+                     known.num_codes, ")");
   }
   return segments;
 }

@@ -1,141 +1,131 @@
 #include "moegraft/data/stream.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "data/draws.h"
 #include "data/packer.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
-#include "moegraft/base/rng.h"
 
 namespace moegraft::data {
 namespace {
 
 using Json = nlohmann::json;
 
-std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary, const char* key) {
-  MOEGRAFT_CHECK_USAGE(!configs.empty(), key, " must name at least one source");
-  std::vector<Source> sources;
-  for (const auto& config : configs) sources.emplace_back(config.path, vocabulary);
-  return sources;
-}
-
-Packer make_packer(const DataConfig& config, int64_t micro_batch_tokens) {
-  const Packer packer{config.packing == "stream", config.sequence_length, micro_batch_tokens > 0 ? micro_batch_tokens : config.tokens_per_step};
-  MOEGRAFT_CHECK_USAGE(packer.stream || packer.budget >= config.sequence_length, "data.tokens_per_step / train.accumulation must be at least data.sequence_length (", config.sequence_length,
+Packer make_packer(const DataConfig& config) {
+  const Packer packer{config.packing == "stream", config.sequence_length, config.tokens_per_step};
+  MOEGRAFT_CHECK_USAGE(packer.stream || packer.budget >= config.sequence_length, "data.tokens_per_step must be at least data.sequence_length (", config.sequence_length,
                        ") so that every document fits, got ", packer.budget);
   return packer;
 }
 
-model::PackedBatch described(model::PackedBatch batch, const std::vector<int64_t>& id_bounds) {
-  batch.facts = std::make_shared<const model::BatchFacts>(model::describe_batch(batch, id_bounds));
+model::PackedBatch make_batch(const std::vector<Sequence>& sequences, const model::Vocabulary& vocabulary) {
+  if (sequences.empty()) return placeholder_batch(vocabulary);
+  model::PackedBatch batch = pack(sequences);
+  batch.facts = std::make_shared<const model::BatchFacts>(model::describe_batch(batch, vocabulary.id_bounds()));
   return batch;
+}
+
+std::vector<int64_t> lengths_of(const std::vector<PlannedSequence>& sequences) {
+  std::vector<int64_t> lengths;
+  for (const auto& sequence : sequences) lengths.push_back(sequence.tokens);
+  return lengths;
 }
 
 }  // namespace
 
 struct BatchStream::Impl : DocumentFeed {
-  std::vector<Source> sources;
-  std::vector<double> cumulative;  // weights
-  DataConfig config;
-  model::Vocabulary vocabulary;
-  std::vector<int64_t> id_bounds;
-  uint64_t seed = 0;
-  Packer packer;
+  const DataConfig config;
+  const model::Vocabulary vocabulary;
+  const uint64_t seed;
+  const Share share;
+  const Packer packer;
+  Draws draws;
+  Assembler assembler;
   Warn warn = [](const std::string& message) { log::warning(message); };
 
-  // The cursor.
-  int64_t draws = 0, offset = 0;
-  std::vector<int64_t> taken;  // documents drawn from each source
+  // The cursor, with that of the draws.
+  int64_t offset = 0;
   StreamCounts counts;
-
-  // Derived from the cursor.
-  std::vector<int64_t> shuffled_epoch;
-  std::vector<std::vector<int64_t>> order;
-  bool loaded = false;
-  int64_t loaded_source = 0;
-  Sequence loaded_document;
   int64_t skipped_in_a_row = 0;
 
-  int64_t total_documents() const {
-    return std::accumulate(sources.begin(), sources.end(), int64_t{0}, [](int64_t sum, const Source& s) { return sum + s.num_documents(); });
-  }
+  Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens, uint64_t run_seed, const Share& part)
+      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, config) {}
 
-  int64_t pick_source() const {
-    const double point = Rng(seed, "data.source", static_cast<uint64_t>(draws)).uniform() * cumulative.back();
-    for (size_t s = 0; s < cumulative.size(); ++s)
-      if (point < cumulative[s]) return static_cast<int64_t>(s);
-    return static_cast<int64_t>(cumulative.size()) - 1;
-  }
-
-  const Sequence* current() override {
-    if (loaded) return &loaded_document;
-    const int64_t s = pick_source(), n = sources[s].num_documents(), epoch = taken[s] / n;
-    if (shuffled_epoch[s] != epoch) {
-      order[s] = Rng(seed, "data.shuffle." + std::to_string(s), static_cast<uint64_t>(epoch)).permutation(n);
-      shuffled_epoch[s] = epoch;
-    }
-    const auto segments = sources[s].document(order[s][taken[s] % n]);
-    const bool drop = config.caption_dropout > 0 && is_captioned_item(segments, vocabulary) &&
-                      Rng(seed, "data.caption_dropout", static_cast<uint64_t>(draws)).uniform() < config.caption_dropout;
-    loaded_document = assemble(segments, vocabulary, config, drop);
-    loaded_source = s;
-    loaded = true;
-    return &loaded_document;
-  }
-
+  const Document* current() override { return &draws.current(); }
   void advance() override {
-    ++draws;
-    ++taken[loaded_source];
+    draws.advance();
     ++counts.documents;
-    loaded = false;
   }
-
-  void on_truncated() override {
+  void on_truncated(const Document& document) override {
     if (counts.truncated++ == 0)
-      warn(moegraft::detail::concat("data: a text document of ", loaded_document.size(), " tokens is cut at data.sequence_length ", config.sequence_length,
+      warn(moegraft::detail::concat("data: a text document of ", document.outline.size, " tokens is cut at data.sequence_length ", config.sequence_length,
                                     "; further ones are counted only"));
   }
-
-  void on_skipped() override {
+  void on_skipped(const Document& document) override {
+    const int64_t size = document.outline.size;
     if (counts.skipped++ == 0)
-      warn(moegraft::detail::concat("data: a document of ", loaded_document.size(), " tokens with another modality is longer than data.sequence_length ", config.sequence_length,
+      warn(moegraft::detail::concat("data: a document of ", size, " tokens with another modality is longer than data.sequence_length ", config.sequence_length,
                                     " and is skipped; further ones are counted only"));
-    MOEGRAFT_CHECK(++skipped_in_a_row <= 2 * total_documents() + 100, "data: no document fits in data.sequence_length ", config.sequence_length, "; the last one has ", loaded_document.size(),
+    MOEGRAFT_CHECK(++skipped_in_a_row <= 2 * draws.total_documents() + 100, "data: no document fits in data.sequence_length ", config.sequence_length, "; the last one has ", size,
                    " tokens (raise data.sequence_length)");
+  }
+
+  std::vector<PlannedSequence> plan_step() {
+    skipped_in_a_row = 0;
+    return packer.fill(*this, offset);
   }
 };
 
-BatchStream::BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed, int64_t micro_batch_tokens)
-    : impl_(std::make_unique<Impl>()) {
-  auto& s = *impl_;
-  s.sources = open_sources(sources, vocabulary, "data.train");
-  double total = 0;
-  for (const auto& source : sources) s.cumulative.push_back(total += source.weight);
-  MOEGRAFT_CHECK_USAGE(total > 0, "the weights of data.train must not all be 0");
-  s.config = config;
-  s.vocabulary = vocabulary;
-  s.id_bounds = vocabulary.id_bounds();
-  s.seed = seed;
-  s.packer = make_packer(config, micro_batch_tokens);
-  s.taken.assign(sources.size(), 0);
-  s.shuffled_epoch.assign(sources.size(), -1);
-  s.order.resize(sources.size());
-}
+BatchStream::BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed, const Share& share)
+    : impl_(std::make_unique<Impl>(sources, config, vocabulary, seed, share)) {}
 
 BatchStream::~BatchStream() = default;
 BatchStream::BatchStream(BatchStream&&) noexcept = default;
 
-model::PackedBatch BatchStream::next() {
-  impl_->skipped_in_a_row = 0;
-  return described(pack(impl_->packer.fill(*impl_, impl_->offset)), impl_->id_bounds);
+StepBatch BatchStream::next() {
+  auto& s = *impl_;
+  const auto planned = s.plan_step();
+  const Deal dealt = deal(lengths_of(planned), s.share, s.config.sequence_length);
+  const int64_t first = s.share.rank * s.share.accumulation;
+  std::vector<std::vector<Sequence>> mine(static_cast<size_t>(s.share.accumulation));
+  int64_t labels_planned = 0, labels_made = 0;
+  StepBatch step;
+  // In the order of the step, not of the parts: a joined document goes on from one sequence to the next.
+  for (size_t i = 0; i < planned.size(); ++i) {
+    step.num_tokens += planned[i].tokens;
+    step.num_labels += planned[i].labels;
+    const int64_t part = dealt.part_of[i] - first;
+    if (part < 0 || part >= s.share.accumulation) continue;
+    labels_planned += planned[i].labels;
+    mine[static_cast<size_t>(part)].push_back(s.assembler.make(planned[i]));
+  }
+  for (const auto& sequences : mine) {
+    step.micro_batches.push_back(make_batch(sequences, s.vocabulary));
+    labels_made += step.micro_batches.back().facts->num_labels;
+  }
+  MOEGRAFT_INVARIANT(labels_made == labels_planned, "planned ", labels_planned, " labels, made ", labels_made);
+  step.rank_tokens.assign(static_cast<size_t>(s.share.world_size), 0);
+  for (size_t part = 0; part < dealt.tokens.size(); ++part) step.rank_tokens[part / static_cast<size_t>(s.share.accumulation)] += dealt.tokens[part];
+  return step;
+}
+
+StepOutline BatchStream::skip() {
+  StepOutline out;
+  for (const auto& sequence : impl_->plan_step()) {
+    out.tokens.push_back(sequence.tokens);
+    out.labels.push_back(sequence.labels);
+    out.new_tokens.push_back(sequence.new_tokens);
+  }
+  return out;
 }
 
 std::string BatchStream::state() const {
   const auto& s = *impl_;
-  Json documents = Json::array();
-  for (const auto& source : s.sources) documents.push_back(source.num_documents());
-  return Json{{"version", 1},           {"seed", s.seed},     {"draws", s.draws}, {"offset", s.offset}, {"taken", s.taken}, {"documents", documents},
+  const DrawCursor& cursor = s.draws.cursor();
+  return Json{{"version", 1},           {"seed", s.seed},     {"draws", cursor.draws}, {"offset", s.offset}, {"taken", cursor.taken}, {"documents", s.draws.num_documents()},
               {"truncated", s.counts.truncated}, {"skipped", s.counts.skipped}}
       .dump();
 }
@@ -155,19 +145,16 @@ void BatchStream::restore(const std::string& state) {
     fail("the data cursor is broken: ", e.what());
   }
   MOEGRAFT_CHECK(seed == s.seed, "the data cursor belongs to seed ", seed, ", the run has ", s.seed, " (run.seed may not change on resume)");
-  std::vector<int64_t> present;
-  for (const auto& source : s.sources) present.push_back(source.num_documents());
+  const auto present = s.draws.num_documents();
   MOEGRAFT_CHECK(documents == present && taken.size() == present.size(), "the data cursor belongs to sources of ", documents, " documents, data.train has ", present,
                  " (data.train may not change on resume)");
   const bool counts_add_up = draws >= 0 && offset >= 0 && std::all_of(taken.begin(), taken.end(), [](int64_t n) { return n >= 0; }) &&
                              std::accumulate(taken.begin(), taken.end(), int64_t{0}) == draws;
   MOEGRAFT_CHECK(counts_add_up, "the data cursor is broken: its counts do not add up: ", state.substr(0, 200));
-  s.draws = draws;
-  s.taken = taken;
+  s.draws.move_to({draws, taken});
   s.counts = {draws, truncated, skipped};
-  s.loaded = false;
   s.offset = 0;
-  if (offset > 0) MOEGRAFT_CHECK(offset < s.current()->size(), "the data cursor is ", offset, " tokens into a document of ", s.current()->size());
+  if (offset > 0) MOEGRAFT_CHECK(offset < s.current()->outline.size, "the data cursor is ", offset, " tokens into a document of ", s.current()->outline.size);
   s.offset = offset;
 }
 
@@ -175,24 +162,30 @@ StreamCounts BatchStream::counts() const { return impl_->counts; }
 
 void BatchStream::set_warn(Warn warn) { impl_->warn = std::move(warn); }
 
-double BatchStream::epochs() const { return static_cast<double>(impl_->draws) / static_cast<double>(impl_->total_documents()); }
+double BatchStream::epochs() const { return static_cast<double>(impl_->draws.cursor().draws) / static_cast<double>(impl_->draws.total_documents()); }
 
 struct EvalStream::Impl : DocumentFeed {
-  std::vector<Source> sources;
-  DataConfig config;
-  model::Vocabulary vocabulary;
-  Packer packer;
-  int64_t tokens_per_source = 0;
+  const DataConfig config;
+  const model::Vocabulary vocabulary;
+  const Share share;
+  const std::vector<Source> sources;
+  const Packer packer;
+  const int64_t tokens_per_source;
+  Assembler assembler;
   size_t source = 0;
   int64_t index = 0, used = 0, offset = 0;
   bool loaded = false;
-  Sequence document;
+  Document document;
 
-  const Sequence* current() override {
+  Impl(const std::vector<SourceConfig>& from, const DataConfig& data, const model::Vocabulary& tokens, int64_t max_tokens, const Share& part)
+      : config(data), vocabulary(tokens), share(part), sources(open_sources(from, vocabulary, "data.eval")), packer(make_packer(config)),
+        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), assembler(sources, vocabulary, config) {}
+
+  const Document* current() override {
     while (!loaded && source < sources.size()) {
       if (index < sources[source].num_documents()) {
-        document = assemble(sources[source].document(index), vocabulary, config);
-        if (index == 0 || tokens_per_source == 0 || used + document.size() <= tokens_per_source) {
+        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, config)};
+        if (index == 0 || tokens_per_source == 0 || used + document.outline.size <= tokens_per_source) {
           loaded = true;
           break;
         }
@@ -203,30 +196,30 @@ struct EvalStream::Impl : DocumentFeed {
     return loaded ? &document : nullptr;
   }
   void advance() override {
-    used += document.size();
+    used += document.outline.size;
     ++index;
     loaded = false;
   }
-  void on_truncated() override {}
-  void on_skipped() override {}
 };
 
-EvalStream::EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, int64_t max_tokens, int64_t micro_batch_tokens)
-    : impl_(std::make_unique<Impl>()) {
-  impl_->sources = open_sources(sources, vocabulary, "data.eval");
-  impl_->config = config;
-  impl_->vocabulary = vocabulary;
-  impl_->packer = make_packer(config, micro_batch_tokens);
-  impl_->tokens_per_source = max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0;
-}
+EvalStream::EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, int64_t max_tokens, const Share& share)
+    : impl_(std::make_unique<Impl>(sources, config, vocabulary, max_tokens, share)) {}
 
 EvalStream::~EvalStream() = default;
 EvalStream::EvalStream(EvalStream&&) noexcept = default;
 
 std::optional<model::PackedBatch> EvalStream::next() {
-  const auto sequences = impl_->packer.fill(*impl_, impl_->offset);
-  if (sequences.empty()) return std::nullopt;
-  return described(pack(sequences), impl_->vocabulary.id_bounds());
+  auto& s = *impl_;
+  std::vector<Sequence> mine;
+  bool any = false;
+  for (int64_t rank = 0; rank < s.share.world_size; ++rank) {
+    const auto planned = s.packer.fill(s, s.offset);
+    any |= !planned.empty();
+    if (rank != s.share.rank) continue;
+    for (const auto& sequence : planned) mine.push_back(s.assembler.make(sequence));
+  }
+  if (!any) return std::nullopt;
+  return make_batch(mine, s.vocabulary);
 }
 
 void EvalStream::rewind() {

@@ -49,7 +49,7 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
   model::ForwardOptions options;
   options.sites = &calibration;
   for (int64_t tokens = 0; tokens < config.ot.calibration_tokens;) {
-    const model::PackedBatch batch = model::to_device(stream.next(), m.device());
+    const model::PackedBatch batch = model::to_device(stream.next().micro_batches.front(), m.device());
     m.decoder->forward(batch, options);
     tokens += batch.num_tokens();
   }

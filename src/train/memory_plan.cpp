@@ -8,6 +8,7 @@
 
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
+#include "moegraft/data/deal.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/weights.h"
@@ -222,7 +223,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.moments_8bit = config.train.optimizer == "adamw_8bit";
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
-  r.tokens = config.data.tokens_per_step / config.train.accumulation;
+  r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation});
   for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
   for (const auto& a : config.adapters) {
     MemoryRequest::Adapter adapter{a.rank, {}, a.layers};

@@ -57,7 +57,7 @@ class Trainer {
         dir_(std::move(dir)),
         optimizer_(make_optimizer(*model_.registry, config.train)),
         schedule_{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
-        stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed), config.data.tokens_per_step / config.train.accumulation),
+        stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed), data::Share{config.train.accumulation}),
                 config.data.prefetch, model_.device().is_cuda()),
         writer_(dir_.checkpoints(), config.checkpoint),
         board_(dir_.tensorboard(), from ? from->step : -1),
@@ -130,24 +130,21 @@ class Trainer {
 
   double seconds() const { return earlier_seconds_ + seconds_since(session_start_); }
 
-  model::PackedBatch next_batch() {
+  data::StepBatch next_step() {
     const auto start = Clock::now();
-    model::PackedBatch batch = model::to_device(stream_.next(), model_.device());
+    data::StepBatch step = stream_.next();
+    for (auto& batch : step.micro_batches) batch = model::to_device(batch, model_.device());
     window_wait_ += seconds_since(start);
-    return batch;
+    return step;
   }
 
   void step() {
     const auto start = Clock::now();
     const auto& t = config_.train;
     model_.registry->zero_grad();
-    std::vector<model::PackedBatch> batches;
-    int64_t labels = 0, tokens = 0;
-    for (int64_t i = 0; i < t.accumulation; ++i) {
-      batches.push_back(next_batch());
-      labels += batches.back().facts->num_labels;
-      tokens += batches.back().num_tokens();
-    }
+    const data::StepBatch step_batch = next_step();
+    const auto& batches = step_batch.micro_batches;
+    const int64_t labels = step_batch.num_labels, tokens = step_batch.num_tokens;
     const bool balance = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
     model::ForwardOptions options;
     options.routing = &routing_;

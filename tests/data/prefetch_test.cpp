@@ -31,7 +31,7 @@ class NumberFeed : public BatchFeed {
  public:
   NumberFeed(Watched& watched, int64_t throws_at) : watched_(watched), throws_at_(throws_at) {}
   ~NumberFeed() override { watched_.died_busy = watched_.busy.load(); }
-  model::PackedBatch next() override {
+  StepBatch next() override {
     watched_.busy = true;
     watched_.thread = std::this_thread::get_id();
     if (watched_.gated) watched_.gate.acquire();
@@ -41,7 +41,9 @@ class NumberFeed : public BatchFeed {
     ++watched_.made;
     model::PackedBatch batch;
     batch.ids_T = at::full({1}, number_++, at::kLong);
-    return batch;
+    StepBatch step;
+    step.micro_batches.push_back(batch);
+    return step;
   }
   std::string state() const override { return std::to_string(number_); }
   void restore(const std::string& state) override {
@@ -60,7 +62,7 @@ class NumberFeed : public BatchFeed {
 };
 
 PrefetchStream numbers(Watched& watched, int64_t depth, int64_t throws_at = -1) { return {std::make_unique<NumberFeed>(watched, throws_at), depth}; }
-int64_t number(const model::PackedBatch& batch) { return values(batch.ids_T)[0]; }
+int64_t number(const StepBatch& step) { return values(step.micro_batches[0].ids_T)[0]; }
 // False instead of a hang when it never comes true.
 bool comes_true(const std::function<bool()>& done) {
   const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(20);
@@ -89,7 +91,7 @@ TEST_F(Prefetch, GivesTheBatchesOfThePlainStream) {
       auto ahead = prefetched(depth);
       EXPECT_EQ(ahead.state(), plain.state());
       while (plain.epochs() < 4) {
-        expect_equal(ahead.next(), plain.next());
+        expect_equal(whole(ahead.next()), whole(plain.next()));
         EXPECT_EQ(ahead.state(), plain.state());
         EXPECT_EQ(ahead.epochs(), plain.epochs());
         EXPECT_EQ(ahead.counts().documents, plain.counts().documents);
@@ -107,18 +109,18 @@ TEST_F(Prefetch, ACursorTakenAnywhereGoesOnInAFreshStream) {
       const std::string state = ahead.state();
       auto resumed = prefetched(b % 3);
       resumed.restore(state);
-      const auto expected = plain.next();
-      expect_equal(resumed.next(), expected);
-      expect_equal(ahead.next(), expected);
+      const auto expected = whole(plain.next());
+      expect_equal(whole(resumed.next()), expected);
+      expect_equal(whole(ahead.next()), expected);
       auto resumed_plain = stream();
       resumed_plain.restore(state);
-      expect_equal(resumed_plain.next(), expected);
-      for (int c = 0; c < 3; ++c) expect_equal(resumed.next(), resumed_plain.next());
+      expect_equal(whole(resumed_plain.next()), expected);
+      for (int c = 0; c < 3; ++c) expect_equal(whole(resumed.next()), whole(resumed_plain.next()));
     }
     // And back, in a stream that has a full queue.
     auto reference = stream();
     ahead.restore(reference.state());
-    for (int c = 0; c < 4; ++c) expect_equal(ahead.next(), reference.next());
+    for (int c = 0; c < 4; ++c) expect_equal(whole(ahead.next()), whole(reference.next()));
   }
 }
 

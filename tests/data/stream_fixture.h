@@ -34,7 +34,15 @@ struct StreamData : ::testing::Test {
     test::write_shards(folder / "pictures", kSchema, pictures);
     config.train = {{(folder / "text").string(), 2.0}, {(folder / "pictures").string(), 1.0}};
   }
-  BatchStream stream(uint64_t seed = 17, int64_t budget = 0) { return {config.train, config, vocabulary(), seed, budget}; }
+  BatchStream stream(uint64_t seed = 17, const Share& share = {}) { return {config.train, config, vocabulary(), seed, share}; }
+  // Of one process with one micro-batch.
+  static model::PackedBatch whole(StepBatch step) {
+    EXPECT_EQ(step.micro_batches.size(), 1u);
+    EXPECT_EQ(step.num_tokens, step.micro_batches[0].num_tokens());
+    EXPECT_EQ(step.num_labels, step.micro_batches[0].facts->num_labels);
+    EXPECT_EQ(step.rank_tokens, Longs{step.num_tokens});
+    return step.micro_batches[0];
+  }
   static std::vector<Longs> sequences(const model::PackedBatch& batch) {
     std::vector<Longs> out;
     const auto ids = values(batch.ids_T);

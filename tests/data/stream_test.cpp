@@ -79,7 +79,7 @@ TEST_F(Data, EveryDocumentOncePerEpoch) {
   auto s = stream();
   std::map<int64_t, Longs> order;  // per source: the documents in the order they came
   while (order[0].size() < 90 || order[1].size() < 39)
-    for (const auto& ids : sequences(s.next())) order[ids[1] >= 420].push_back(ids[1]);
+    for (const auto& ids : sequences(whole(s.next()))) order[ids[1] >= 420].push_back(ids[1]);
   for (auto [source, n] : {std::pair{0, 30}, {1, 13}}) {
     std::set<Longs> orders;
     for (int epoch = 0; epoch < 3; ++epoch) {
@@ -95,7 +95,7 @@ TEST_F(Data, EveryDocumentOncePerEpoch) {
 TEST_F(Data, PackedWithoutPaddingAndWithinTheBudget) {
   auto s = stream();
   for (int b = 0; b < 20; ++b) {
-    const auto batch = s.next();
+    const auto batch = whole(s.next());
     EXPECT_LE(batch.num_tokens(), 60);
     EXPECT_GT(batch.num_tokens(), 60 - 24);
     EXPECT_EQ(batch.cu_seqlens.back(), batch.num_tokens());
@@ -112,7 +112,7 @@ TEST_F(Data, PackedWithoutPaddingAndWithinTheBudget) {
 TEST_F(Data, FactsCountWhatTheBatchHolds) {
   auto s = stream();
   EvalStream eval(config.train, config, vocabulary());
-  for (const auto& batch : {s.next(), *eval.next()}) {
+  for (const auto& batch : {whole(s.next()), *eval.next()}) {
     ASSERT_NE(batch.facts, nullptr);
     const auto ids = values(batch.ids_T), labels = values(batch.labels_T), modality = values(batch.modality_T);
     EXPECT_EQ(batch.facts->id_bounds, (Longs{0, kFirst, kFirst + 7}));
@@ -125,6 +125,28 @@ TEST_F(Data, FactsCountWhatTheBatchHolds) {
   }
 }
 
+// What the stream gave when every process drew micro-batches of its own, with the cursor of that time.
+TEST_F(Data, OneProcessGetsTheBatchesItAlwaysGot) {
+  config.caption_dropout = 0.5;
+  config.sequence_length = 9;
+  for (const auto& [packing, expected, cursor] :
+       {std::tuple("documents", 3875596617002253661ull, R"({"documents":[30,13],"draws":949,"offset":0,"seed":17,"skipped":48,"taken":[630,319],"truncated":0,"version":1})"),
+        {"stream", 14765556610395030359ull, R"({"documents":[30,13],"draws":975,"offset":1,"seed":17,"skipped":49,"taken":[647,328],"truncated":0,"version":1})"}}) {
+    config.packing = packing;
+    auto s = stream();
+    uint64_t hash = 14695981039346656037ull;
+    const auto mix = [&](const Longs& list) {
+      for (int64_t x : list) hash = (hash ^ static_cast<uint64_t>(x + 1000)) * 1099511628211ull;
+    };
+    for (int b = 0; b < 100; ++b) {
+      const auto batch = whole(s.next());
+      mix(batch.cu_seqlens), mix(values(batch.ids_T)), mix(values(batch.modality_T)), mix(values(batch.labels_T)), mix(values(batch.positions_T));
+    }
+    EXPECT_EQ(hash, expected) << packing;
+    EXPECT_EQ(s.state(), cursor);
+  }
+}
+
 TEST_F(Data, RestoredStreamGoesOnBitForBit) {
   for (const char* packing : {"documents", "stream"}) {
     config.packing = packing;
@@ -134,24 +156,25 @@ TEST_F(Data, RestoredStreamGoesOnBitForBit) {
     std::vector<std::string> states;
     for (int b = 0; b < 40; ++b) {
       states.push_back(reference.state());
-      batches.push_back(reference.next());
+      batches.push_back(whole(reference.next()));
     }
     for (int b = 0; b < 40; b += 3) {
       auto resumed = stream();
       resumed.next();  // whatever it did before
       resumed.restore(states[b]);
       EXPECT_EQ(resumed.state(), states[b]);
-      for (int c = b; c < std::min(b + 5, 40); ++c) expect_equal(resumed.next(), batches[c]);
+      for (int c = b; c < std::min(b + 5, 40); ++c) expect_equal(whole(resumed.next()), batches[c]);
     }
   }
 }
 
 TEST_F(Data, OrderDependsOnTheSeedNotOnTheBudget) {
   auto documents = [&](uint64_t seed, int64_t budget) {
-    auto s = stream(seed, budget);
+    config.tokens_per_step = budget;
+    auto s = stream(seed);
     Longs out;
     while (out.size() < 100)
-      for (const auto& ids : sequences(s.next())) out.push_back(ids[1]);
+      for (const auto& ids : sequences(whole(s.next()))) out.push_back(ids[1]);
     out.resize(100);
     return out;
   };
@@ -164,11 +187,11 @@ TEST_F(Data, WeightsSetTheShares) {
   auto s = stream();
   int64_t pictures = 0, all = 0;
   for (int b = 0; b < 400; ++b)
-    for (const auto& ids : sequences(s.next())) pictures += ids[1] >= 420, ++all;
+    for (const auto& ids : sequences(whole(s.next()))) pictures += ids[1] >= 420, ++all;
   EXPECT_NEAR(static_cast<double>(pictures) / all, 0.75, 4 * std::sqrt(0.75 * 0.25 / all));  // four standard deviations of a binomial share
   config.train[1].weight = 0.0;
   auto text = stream();
-  for (int b = 0; b < 20; ++b) EXPECT_EQ(text.next().modality_T.sum().item<int64_t>(), 0);
+  for (int b = 0; b < 20; ++b) EXPECT_EQ(whole(text.next()).modality_T.sum().item<int64_t>(), 0);
 }
 
 TEST_F(Data, CaptionDropoutLeavesBosAndThePicture) {
@@ -177,7 +200,7 @@ TEST_F(Data, CaptionDropoutLeavesBosAndThePicture) {
   auto s = stream();
   int64_t dropped = 0, all = 0;
   for (int b = 0; b < 300; ++b)
-    for (const auto& ids : sequences(s.next())) {
+    for (const auto& ids : sequences(whole(s.next()))) {
       ++all;
       if (ids[1] != kBegin) continue;
       ++dropped;
@@ -194,7 +217,7 @@ TEST_F(Data, StreamPackingJoinsTextAndFillsTheBudget) {
   auto s = stream();
   Longs joined, labels;
   for (int b = 0; b < 30; ++b) {
-    const auto batch = s.next();
+    const auto batch = whole(s.next());
     EXPECT_EQ(batch.cu_seqlens, (Longs{0, 8, 16, 20}));
     EXPECT_EQ(values(batch.positions_T)[17], 1);
     for (int64_t id : values(batch.ids_T)) joined.push_back(id);
@@ -217,7 +240,7 @@ TEST_F(Data, StreamPackingKeepsPicturesWhole) {
   auto s = stream();
   int64_t pictures = 0;
   for (int b = 0; b < 60; ++b)
-    for (const auto& ids : sequences(s.next())) {
+    for (const auto& ids : sequences(whole(s.next()))) {
       EXPECT_LE(ids.size(), 16u);
       if (std::count(ids.begin(), ids.end(), kBegin) == 0) continue;
       ++pictures;
@@ -232,7 +255,7 @@ TEST_F(Data, LongTextIsCutAndLongPicturesAreSkipped) {
   config.tokens_per_step = 40;
   auto s = stream();
   for (int b = 0; b < 30; ++b)
-    for (const auto& ids : sequences(s.next())) EXPECT_LE(ids.size(), 8u);
+    for (const auto& ids : sequences(whole(s.next()))) EXPECT_LE(ids.size(), 8u);
   EXPECT_GT(s.counts().truncated, 0);
   EXPECT_GT(s.counts().skipped, 0);
   config.sequence_length = 4;
@@ -287,7 +310,9 @@ TEST_F(Data, RefusesWhatDoesNotFitTogether) {
   v.modalities.clear();
   EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("\"image\", which the run does not have"), std::string::npos);
   EXPECT_NE(error([&] { BatchStream({}, config, vocabulary(), 1); }).find("data.train must name"), std::string::npos);
-  EXPECT_NE(error([&] { stream(1, 23); }).find("at least data.sequence_length (24)"), std::string::npos);
+  auto small = config;
+  small.tokens_per_step = 23;
+  EXPECT_NE(error([&] { BatchStream(small.train, small, vocabulary(), 1); }).find("at least data.sequence_length (24)"), std::string::npos);
   auto none = config;
   none.train[0].weight = none.train[1].weight = 0;
   EXPECT_NE(error([&] { BatchStream(none.train, none, vocabulary(), 1); }).find("must not all be 0"), std::string::npos);

@@ -33,8 +33,8 @@ struct DataConfig {
     v("train", train, config::any(), "Training sources.");
     v("eval", eval, config::any(), "Held-out sources.");
     v("sequence_length", sequence_length, config::range(2, 1 << 24), "Longest sequence in tokens.");
-    v("tokens_per_step", tokens_per_step, config::range(2, 1 << 28), "Tokens of one optimizer step, over all accumulation micro-batches.");
-    v("prefetch", prefetch, config::range(0, 1024), "Micro-batches that a background thread keeps ready; 0: each is made when the step asks for it. Changes no batch.");
+    v("tokens_per_step", tokens_per_step, config::range(2, 1 << 28), "Tokens of one optimizer step, over all processes and accumulation micro-batches.");
+    v("prefetch", prefetch, config::range(0, 1024), "Steps whose batches a background thread keeps ready; 0: they are made when the step asks for them. Changes no batch.");
     v("packing", packing, config::one_of({"documents", "stream"}),
       "documents: each document is a sequence of its own. stream: text documents are joined and cut every sequence_length tokens.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");

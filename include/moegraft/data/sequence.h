@@ -28,8 +28,10 @@ class Source {
   int64_t num_documents() const { return shards_.num_documents(); }
   // Segment::modality is the modality id of the vocabulary.
   std::vector<Segment> document(int64_t index) const;
+  std::vector<Segment> runs(int64_t index) const;  // with their ids unread
 
  private:
+  std::vector<Segment> in_vocabulary(std::vector<Segment> segments) const;
   ShardSet shards_;
   std::vector<int64_t> modality_;
 };
@@ -40,10 +42,21 @@ class Source {
 // segments: modality ids of the vocabulary, as Source::document gives them.
 Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption = false);
 
+// What assemble() would make, known from the lengths of the segments: their ids are not read.
+struct Outline {
+  int64_t size = 0, num_labels = 0;
+  int64_t new_tokens = 0;  // of other modalities than text
+  bool text_only = true;
+};
+Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption = false);
+
 // True for text beside exactly one item of another modality: what caption dropout applies to.
 bool is_captioned_item(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary);
 
 // Lays sequences end to end; positions restart at 0 in each.
 model::PackedBatch pack(const std::vector<Sequence>& sequences);
+
+// One token of text (BOS, or id 0) without a label, with facts: what a process computes that has no part of a step.
+model::PackedBatch placeholder_batch(const model::Vocabulary& vocabulary);
 
 }  // namespace moegraft::data

@@ -56,6 +56,8 @@ class ShardSet {
   int64_t document_length(int64_t index) const;  // stored tokens
   // Segments in order, adjacent ones of different modality. UserError names file and document: an id or a modality out of range, a broken item.
   std::vector<Segment> document(int64_t index) const;
+  // The same segments with their ids unread: reads the modalities alone. UserError: a modality out of range, a broken item.
+  std::vector<Segment> runs(int64_t index) const;
   void validate() const;  // reads every document
 
  private:

@@ -1,6 +1,6 @@
 #pragma once
-// Batches of packed sequences. The order of documents is a function of (seed, cursor) alone: a restored stream goes on bit for bit,
-// whatever the number of processes; ranks share one stream and each takes its own micro-batches.
+// Batches of packed sequences. The order of documents is a function of (seed, cursor) alone, and so is the set of sequences of a step: a restored stream
+// goes on bit for bit, and another number of processes or micro-batches only deals the same sequences differently.
 
 #include <cstdint>
 #include <functional>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "moegraft/data/config.h"
+#include "moegraft/data/deal.h"
 #include "moegraft/data/sequence.h"
 #include "moegraft/model/batch.h"
 #include "moegraft/model/vocabulary.h"
@@ -22,15 +23,23 @@ struct StreamCounts {
   int64_t skipped = 0;    // documents of another modality that are longer than sequence_length
 };
 
-// Endless training batches with a cursor: what a training loop draws from.
+// One process's share of one optimizer step.
+struct StepBatch {
+  // [accumulation], CPU tensors with facts. A part that got no sequence is a placeholder (facts->placeholder): one text token without a label.
+  std::vector<model::PackedBatch> micro_batches;
+  int64_t num_labels = 0, num_tokens = 0;  // of the whole step, all ranks; placeholders are not counted
+  std::vector<int64_t> rank_tokens;        // [world_size]: their sum is num_tokens
+};
+
+// Endless training steps with a cursor: what a training loop draws from.
 class BatchFeed {
  public:
   using Warn = std::function<void(const std::string&)>;
   virtual ~BatchFeed() = default;
 
-  virtual model::PackedBatch next() = 0;  // CPU tensors with facts, at least one sequence
-  // Everything that follows is about the batches handed out so far.
-  virtual std::string state() const = 0;  // JSON; small
+  virtual StepBatch next() = 0;
+  // Everything that follows is about the steps handed out so far.
+  virtual std::string state() const = 0;  // JSON; small; the same on every rank
   // UserError: not a cursor, or one of other data (number of sources or documents, seed).
   virtual void restore(const std::string& state) = 0;
   virtual StreamCounts counts() const = 0;
@@ -39,23 +48,31 @@ class BatchFeed {
   virtual void set_warn(Warn warn) = 0;
 };
 
-// The batches of shards. Draw d picks a source by weight with Rng(seed, "data.source", d); source s walks its documents in an order that
+// The sequences of a step, by their sizes alone.
+struct StepOutline {
+  std::vector<int64_t> tokens, labels, new_tokens;  // [sequences]; new: of other modalities than text
+};
+
+// The steps of shards. Draw d picks a source by weight with Rng(seed, "data.source", d); source s walks its documents in an order that
 // is reshuffled every epoch, Rng(seed, "data.shuffle.<s>", epoch), so every document of a source comes once per epoch.
 // Captions are dropped by Rng(seed, "data.caption_dropout", d).
 //   packing documents: documents are taken whole until the next would not fit; each is a sequence. A text document longer than
 //     sequence_length is cut, one with another modality is skipped; both are counted and said once.
-//   packing stream: text documents are joined and cut every sequence_length tokens (a document goes on in the next sequence or batch);
-//     documents with another modality stay whole. A batch of text alone is full to the last token.
+//   packing stream: text documents are joined and cut every sequence_length tokens (a document goes on in the next sequence or step);
+//     documents with another modality stay whole. A step of text alone is full to the last token.
+// The step's sequences are then dealt (deal.h); within a micro-batch they keep their order. A process reads the ids of its own sequences only: of the
+// others it reads where modalities change, a byte a token.
 // Not thread-safe, but free of other threads: no OpenMP, so that a worker may run it beside the step.
 class BatchStream : public BatchFeed {
  public:
-  // micro_batch_tokens: most tokens of a batch; 0: config.tokens_per_step. UsageError: no source, weights that sum to 0, a budget below
-  // sequence_length (documents). UserError: what Source says.
-  BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed, int64_t micro_batch_tokens = 0);
+  // UsageError: no source, weights that sum to 0, tokens_per_step below sequence_length (documents). UserError: what Source says.
+  BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed, const Share& share = {});
   ~BatchStream() override;
   BatchStream(BatchStream&&) noexcept;
 
-  model::PackedBatch next() override;
+  StepBatch next() override;
+  // next() without making anything: goes on by a step and says what it holds.
+  StepOutline skip();
   std::string state() const override;
   void restore(const std::string& state) override;
   StreamCounts counts() const override;
@@ -68,10 +85,12 @@ class BatchStream : public BatchFeed {
 };
 
 // Every source once through in stored order, without caption dropout; at most max_tokens (0: all), shared equally between the sources, at
-// least one document of each.
+// least one document of each. Batches of at most tokens_per_step tokens, the same for any number of ranks; rank r gets batch i where i % world_size == r.
+// Every rank gets as many: a placeholder (facts->placeholder) where there is no batch left for it.
 class EvalStream {
  public:
-  EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, int64_t max_tokens = 0, int64_t micro_batch_tokens = 0);
+  // share.accumulation is not used.
+  EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, int64_t max_tokens = 0, const Share& share = {});
   ~EvalStream();
   EvalStream(EvalStream&&) noexcept;
 

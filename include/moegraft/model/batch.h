@@ -21,6 +21,7 @@ struct BatchFacts {
   std::vector<at::Tensor> id_tokens;        // [sets]: the tokens whose id is in the set
   std::vector<at::Tensor> label_tokens;     // [sets]: the positions whose label is in the set; empty vector without labels
   at::Tensor cu_seqlens;                    // int32 [num_sequences + 1]
+  bool placeholder = false;  // one token without a label, in place of the batch that this rank has not got
 };
 
 struct PackedBatch {

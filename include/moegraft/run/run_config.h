@@ -153,7 +153,7 @@ struct TrainSection {
     v("warmup", warmup, config::range(0, 1e12), "Steps of linear warm-up.");
     v("min_lr_ratio", min_lr_ratio, config::range(0.0, 1.0), "Where cosine and linear end, as a share of the peak.");
     v("clip", clip, config::range(0.0, 1e9), "Largest global gradient norm; 0: off.");
-    v("accumulation", accumulation, config::range(1, 1e6), "Micro-batches per optimizer step; each holds tokens_per_step / accumulation tokens.");
+    v("accumulation", accumulation, config::range(1, 1e6), "Micro-batches per optimizer step: its sequences are dealt to them, so that each holds about tokens_per_step / accumulation tokens.");
     v("memory_budget_gib", memory_budget_gib, config::range(0.0, 1e6), "Memory that a step may take (the process on the CPU, the device on a GPU); as few layers as it takes are computed again in the backward pass. 0: no limit.");
     v("precision", precision, config::one_of({"float32", "bf16"}), "Compute precision; masters stay float32.");
     v("base_weights", base_weights, config::one_of({"frozen", "full"}), "full: train the base itself (only with model.init or allow_text_drift).");
