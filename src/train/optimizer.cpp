@@ -13,6 +13,17 @@
 namespace moegraft::train {
 namespace {
 
+// The rows of a parameter's moment (or of its scales, one per block) that are here.
+struct Rows {
+  int64_t first = 0, total = 0;
+};
+Rows rows_of(const model::Parameter& parameter, const char* suffix) {
+  if (parameter.total_rows == 0 || std::string_view(suffix) == ".step") return {};
+  if (!std::string_view(suffix).ends_with(".scales")) return {parameter.first_row, parameter.total_rows};
+  const int64_t blocks_per_row = parameter.tensor[0].numel() / kernels::kAdamw8Block;
+  return {parameter.first_row * blocks_per_row, parameter.total_rows * blocks_per_row};
+}
+
 constexpr int64_t kNormChunk = 1 << 15;
 
 double sum_of_squares(const float* x, int64_t n) {
@@ -40,6 +51,13 @@ double sum_of_squares_cpu(const at::Tensor& grad) {
 }
 
 }  // namespace
+
+bool suits_8bit(const model::Parameter& parameter) {
+  const auto& tensor = parameter.tensor;
+  const int64_t rows = tensor.dim() > 0 ? tensor.size(0) : 1, row = rows > 0 ? tensor.numel() / rows : 0;
+  const int64_t total = parameter.total_rows > 0 ? parameter.total_rows * row : tensor.numel();
+  return total >= kSmallest8bit && (parameter.sharding != "expert" || row % kernels::kAdamw8Block == 0);
+}
 
 double global_grad_norm(const model::ParameterRegistry& registry) {
   at::NoGradGuard no_grad;
@@ -74,7 +92,7 @@ AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOpti
       fail<UsageError>("parameter ", parameter.name, " is in the optimizer group \"", parameter.group, "\", which has no settings: known groups are ", join(known, ", "));
     }
     Slot slot;
-    if (options_.moments_8bit && parameter.tensor.numel() >= kSmallest8bit) {
+    if (options_.moments_8bit && suits_8bit(parameter)) {
       slot.quantized = kernels::adamw8_zero_state(parameter.tensor);
       slot.step = at::zeros({}, at::kFloat);
     } else {
@@ -131,6 +149,20 @@ io::TensorMap AdamW::state() const {
   return state;
 }
 
+checkpoint::Parts AdamW::state_parts() const {
+  checkpoint::Parts parts;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto& parameter = registry_.all()[i];
+    for (const auto& [suffix, tensor] : slots_[i].tensors()) {
+      const auto [first, total] = rows_of(parameter, suffix);
+      if (parameter.total_rows > 0 && total == 0 && parameter.first_row > 0) continue;
+      parts.push_back({parameter.name + suffix, tensor, first, total, parameter.total_rows > 0 ? checkpoint::Copies::data_group : checkpoint::Copies::everywhere});
+    }
+  }
+  parts.push_back({"steps", at::scalar_tensor(steps_, at::kLong)});
+  return parts;
+}
+
 void AdamW::load_state(const io::TensorMap& state) {
   at::NoGradGuard no_grad;
   std::set<std::string> known = {"steps"};
@@ -142,8 +174,13 @@ void AdamW::load_state(const io::TensorMap& state) {
     for (const auto& [suffix, tensor] : slots_[i].tensors()) known.insert(name + suffix);
   }
   checkpoint::check_nothing_left(state, known);
-  for (size_t i = 0; i < slots_.size(); ++i)
-    for (const auto& [suffix, tensor] : slots_[i].tensors()) checkpoint::restore_tensor(tensor, state, registry_.all()[i].name + suffix);
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto& parameter = registry_.all()[i];
+    for (const auto& [suffix, tensor] : slots_[i].tensors()) {
+      const auto [first, total] = rows_of(parameter, suffix);
+      checkpoint::restore_tensor(tensor, state, parameter.name + suffix, first, total);
+    }
+  }
   const auto steps = at::scalar_tensor(0, at::kLong);
   checkpoint::restore_tensor(steps, state, "steps");
   steps_ = steps.item<int64_t>();

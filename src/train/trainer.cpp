@@ -84,6 +84,7 @@ class Trainer {
     while (state_.step < t.steps) {
       if (signals.requested()) {
         if (!saved) save();
+        writer_.wait();
         progress.finish();
         log::warning("stopped by ", signal_name(signals.received()), " after step ", state_.step, "; saved. --resume auto continues.");
         return {state_.step, loss_, true};
@@ -110,6 +111,7 @@ class Trainer {
       if (eval_ && !measure_) log_evaluation();
       save();
     }
+    writer_.wait();
     progress.finish();
     draw_samples();
     if (model_.decoder->base().weights->trainable()) export_base();
@@ -261,7 +263,7 @@ class Trainer {
     state_.data_cursor = stream_.state();
     dir_.metrics.sync();
     dir_.routing.sync();
-    writer_.save(state_.step, checkpoint::parameter_tensors(*model_.registry), optimizer_.state(), checkpoint::to_json(state_), measure_);
+    writer_.save(state_.step, checkpoint::parameter_parts(*model_.registry), optimizer_.state_parts(), checkpoint::to_json(state_), measure_);
   }
 
   void export_base() {

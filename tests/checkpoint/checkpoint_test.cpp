@@ -13,6 +13,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/checkpoint/state.h"
+#include "moegraft/io/files.h"
 
 namespace fs = std::filesystem;
 
@@ -33,7 +34,9 @@ class CheckpointTest : public testing::Test {
   static fs::path save(CheckpointWriter& writer, int64_t step, std::optional<double> measure = {}) {
     TrainState state;
     state.step = step;
-    return writer.save(step, tensors(step), {{"a.exp_avg", at::full({3}, double(step))}}, to_json(state), measure);
+    const auto dir = writer.save(step, whole(tensors(step)), {{"a.exp_avg", at::full({3}, double(step))}}, to_json(state), measure);
+    writer.wait();
+    return dir;
   }
   std::vector<std::string> names() const {
     std::vector<std::string> names;
@@ -67,6 +70,36 @@ TEST_F(CheckpointTest, RoundTrip) {
   EXPECT_EQ(load(dir).measure, 1.25);
   EXPECT_EQ(find_latest(root_), dir);
   EXPECT_EQ(find_latest(root_ / "nothing"), std::nullopt);
+}
+
+// One process writes what it always wrote: sizes and checksums of every byte.
+TEST_F(CheckpointTest, FilesOfOneProcessAreFixed) {
+  CheckpointWriter writer(root_, {});
+  const auto dir = writer.save(100, {{"adapters.0.B", at::arange(12, at::kFloat).reshape({3, 4})}, {"adapters.0.A", at::full({2, 3}, 0.5)}},
+                               {{"adapters.0.A.exp_avg.codes", at::arange(6, at::kByte)}, {"adapters.0.A.step", at::full({}, 2.0)}, {"steps", at::scalar_tensor(3, at::kLong)}}, "{}\n", 1.25);
+  writer.wait();
+  EXPECT_EQ(io::read_file(dir / "manifest.json"), R"({
+  "checksum": "679f9ce578d60686",
+  "files": {
+    "adapter.safetensors": {
+      "checksum": "bfddc664848b5601",
+      "size": 264
+    },
+    "optimizer.safetensors": {
+      "checksum": "3d8a1a967788c2ce",
+      "size": 274
+    },
+    "state.json": {
+      "checksum": "7d441b099c11d3ba",
+      "size": 3
+    }
+  },
+  "format": "moegraft checkpoint",
+  "measure": 1.25,
+  "step": 100,
+  "version": 1
+}
+)");
 }
 
 TEST_F(CheckpointTest, KeepsTheNewestAndTheBest) {

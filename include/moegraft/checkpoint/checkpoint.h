@@ -1,15 +1,20 @@
 #pragma once
-// Checkpoints as atomic directories: <root>/step-00000100/{adapter.safetensors, optimizer.safetensors, state.json, manifest.json}.
-// The manifest, written last, holds the size and checksum of every other file. All is written under a temporary name, fsynced and renamed, so
-// a directory called step-… is whole unless its files were damaged later, and then its checksums say so.
+// Checkpoints as atomic directories. One process writes <root>/step-00000100/{adapter.safetensors, optimizer.safetensors, state.json, manifest.json};
+// W processes write adapter-00000-of-0000W.safetensors and optimizer-… each, with whole tensors and row slices, and one state.json and manifest.json.
+// The manifest, written last, holds the size and checksum of every other file, and which rows of which tensor a slice is. All is written under a temporary
+// name, fsynced and renamed, so a directory called step-… is whole unless its files were damaged later, and then its checksums say so.
 
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "moegraft/checkpoint/config.h"
+#include "moegraft/checkpoint/parts.h"
+#include "moegraft/checkpoint/peers.h"
 #include "moegraft/io/safetensors.h"
 
 namespace moegraft::checkpoint {
@@ -18,29 +23,42 @@ struct Checkpoint {
   std::filesystem::path dir;
   int64_t step = 0;
   std::optional<double> measure;  // the evaluation measure it was saved with
-  io::TensorMap parameters, optimizer;  // mapped: valid even after the directory is removed
+  io::TensorMap parameters, optimizer;  // whole tensors, whatever layout wrote them. Mapped (valid even after the directory is removed) unless put together from slices
   std::string state;              // what save() was given (see checkpoint/state.h)
 };
 
-// Writes checkpoints below `root` and removes old ones. One writer per root at a time (the run's lock sees to it).
+// Writes checkpoints below `root` and removes old ones: one writer per root at a time (the run's lock sees to it), or one in each process of a world. Then
+// `root` lies on a file system that all of them see, every rank makes the same calls in the same order, and all but the parts is rank 0's: only it
+// removes anything, its state and measure are saved.
 class CheckpointWriter {
  public:
-  // Makes the folder and removes what an interrupted writer left behind.
-  CheckpointWriter(std::filesystem::path root, CheckpointConfig config, bool lower_is_better = true);
+  // Makes the folder and removes what an interrupted writer left behind (rank 0; the others' first write waits for it).
+  CheckpointWriter(std::filesystem::path root, CheckpointConfig config, bool lower_is_better = true, std::shared_ptr<distributed::World> world = nullptr);
+  CheckpointWriter(std::filesystem::path root, CheckpointConfig config, bool lower_is_better, Peers peers);
+  // Ends what is under way, waiting a few seconds at most for the other ranks; logs its error.
+  ~CheckpointWriter();
+  CheckpointWriter(const CheckpointWriter&) = delete;
+  CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
-  // Returns the new directory. A checkpoint of the same step is replaced. Afterwards only the newest `keep` stay, and the best measured one with
-  // keep_best. UserError when it cannot be written (a full disk): the earlier ones are untouched and nothing half-written stays.
-  std::filesystem::path save(int64_t step, const io::TensorMap& parameters, const io::TensorMap& optimizer, const std::string& state,
-                             std::optional<double> measure = {});
+  // Saves this rank's parts (of each tensor every row by exactly one rank: parts_to_write) and returns the new directory. With config.async it copies the
+  // tensors to host memory (on CUDA: queues the copies on the current stream and waits for nothing), returns, and the directory appears when it is whole;
+  // at most one save is under way: the next one, wait() or discard_after() first ends it and throws its error. Without, all is done on return.
+  // A checkpoint of the same step is replaced. Afterwards only the newest `keep` stay, and the best measured one with keep_best. UserError on every rank
+  // when it cannot be written (a full disk, a rank that died): the earlier ones are untouched and nothing half-written stays.
+  std::filesystem::path save(int64_t step, const Parts& parameters, const Parts& optimizer, const std::string& state, std::optional<double> measure = {});
+  void wait();  // ends the save under way and throws its error
 
   // Removes checkpoints newer than `step`: what an abandoned or damaged continuation left.
   void discard_after(int64_t step);
 
+  double last_stall_seconds() const;  // how long the last save() kept its caller
+  double last_write_seconds() const;  // of the last finished save, from its start to the published directory
+  int64_t last_bytes() const;         // of tensors that this rank wrote in the last save()
+  int64_t buffer_bytes() const;       // host memory kept for the copies
+
  private:
-  void remove_old() const;
-  std::filesystem::path root_;
-  CheckpointConfig config_;
-  bool lower_is_better_;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 std::string step_name(int64_t step);  // "step-00000100"

@@ -15,6 +15,8 @@ struct Parameter {
   std::string modality{};  // "image"; empty for the base
   std::string sharding = "replicated";  // replicated | expert
   std::string provenance{};  // how it was initialised: "kaiming_zero", "gw_cluster", "init_from runs/a"
+  // total_rows 0: the whole tensor is here. Otherwise rows [first_row, first_row + tensor.size(0)) of a tensor with total_rows rows, the others on other ranks.
+  int64_t first_row = 0, total_rows = 0;
 };
 
 class ParameterRegistry {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moegraft/checkpoint/parameters.h"
+#include "moegraft/checkpoint/parts.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/kernels/optimizer.h"
 #include "moegraft/model/registry.h"
@@ -31,6 +32,9 @@ struct AdamWOptions {
 };
 // Smaller tensors keep float32 moments: little to gain, and the smallest tensors (norms, biases) are the most sensitive.
 constexpr int64_t kSmallest8bit = 4096;
+// Whether a parameter's moments are in 8 bits where they are wanted. Depends on the whole tensor, never on the slice that is here. Those of experts only where
+// an expert is a multiple of the quantisation's blocks: then a slice's codes and scales are slices of the whole tensor's, under every layout.
+bool suits_8bit(const model::Parameter& parameter);
 
 class AdamW {
  public:
@@ -46,7 +50,9 @@ class AdamW {
   // For each parameter "<name>.step" and its moments: "<name>.exp_avg" and ".exp_avg_sq", or in 8 bits "<name>.exp_avg.codes", ".exp_avg.scales",
   // ".exp_avg_sq_root.codes" and ".exp_avg_sq_root.scales"; and "steps". Views: valid until the next step().
   io::TensorMap state() const;
-  // Copies. UserError names a tensor that is missing, left over or misshapen, and refuses moments of the other form.
+  // The same as parts of a checkpoint: of a slice of a parameter its moments are slices too, and its count is written with the first rows.
+  checkpoint::Parts state_parts() const;
+  // Copies from whole tensors. UserError names a tensor that is missing, left over or misshapen, and refuses moments of the other form.
   void load_state(const io::TensorMap& state);
   int64_t state_bytes() const;  // of all moments, scales and counts
 
