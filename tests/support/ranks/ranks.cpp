@@ -1,0 +1,109 @@
+#include "support/ranks/ranks.h"
+
+#include <arpa/inet.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <exception>
+#include <iostream>
+#include <map>
+#include <thread>
+
+#include "moegraft/base/check.h"
+
+namespace moegraft::testing {
+namespace {
+
+std::map<std::string, void (*)()>& bodies() {
+  static std::map<std::string, void (*)()> all;
+  return all;
+}
+
+int run_body(const std::string& name) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // no orphans when the test itself is killed
+  const auto it = bodies().find(name);
+  if (it == bodies().end()) {
+    std::cerr << "no rank body '" << name << "'\n";
+    return 3;
+  }
+  try {
+    it->second();
+    return 0;
+  } catch (const std::exception& e) {
+    std::cerr << e.what() << '\n';
+    return 1;
+  }
+}
+
+}  // namespace
+
+int register_rank_body(const char* name, void (*body)()) {
+  bodies()[name] = body;
+  return 0;
+}
+
+std::string rank_argument() {
+  const char* text = std::getenv("MOEGRAFT_TEST_ARGUMENT");
+  return text ? text : "";
+}
+
+int free_port() {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  const bool bound = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 && getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
+  if (fd >= 0) close(fd);
+  MOEGRAFT_CHECK(bound, "no free port on the loopback device");
+  return ntohs(address.sin_port);
+}
+
+Ranks::Ranks(const std::string& body, int n, const std::string& argument, const std::vector<int>& only) {
+  const std::string size = std::to_string(n), port = std::to_string(free_port());
+  const std::string program = std::filesystem::read_symlink("/proc/self/exe").string();
+  std::vector<int> ranks = only;
+  for (int r = 0; only.empty() && r < n; ++r) ranks.push_back(r);
+  for (const int r : ranks) {
+    const std::string rank = std::to_string(r);
+    processes_.push_back(std::make_unique<Process>(
+        std::vector<std::string>{program}, std::vector<std::string>{"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "RANK=" + rank, "LOCAL_RANK=" + rank,
+                                                                    "WORLD_SIZE=" + size, "LOCAL_WORLD_SIZE=" + size, "MASTER_ADDR=127.0.0.1", "MASTER_PORT=" + port,
+                                                                    "OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE"}));
+  }
+}
+
+std::vector<ProcessResult> Ranks::wait(std::chrono::seconds limit) {
+  const auto deadline = std::chrono::steady_clock::now() + limit;
+  std::vector<ProcessResult> results;
+  for (auto& process : processes_) {
+    while (process->running() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    process->send(SIGKILL);
+    results.push_back(process->wait());
+  }
+  return results;
+}
+
+void run_ranks(const std::string& body, int n, const std::string& argument) {
+  const auto results = Ranks(body, n, argument).wait();
+  for (size_t r = 0; r < results.size(); ++r) {
+    EXPECT_EQ(results[r].code, 0) << body << ", rank " << r << " of " << n << (results[r].signal ? ", ended by signal " + std::to_string(results[r].signal) : "") << ":\n"
+                                  << results[r].err;
+  }
+}
+
+}  // namespace moegraft::testing
+
+int main(int argc, char** argv) {
+  if (const char* body = std::getenv("MOEGRAFT_TEST_RANK")) {
+    GTEST_FLAG_SET(throw_on_failure, true);
+    testing::InitGoogleTest(&argc, argv);
+    return moegraft::testing::run_body(body);
+  }
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
