@@ -52,8 +52,14 @@ SiteShape site_shape(const model::DecoderSpec& s, Site site) {
   return {};
 }
 
-ModalityLora::ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device)
-    : config_(config), modalities_(std::move(modalities)), scale_(config.use_rslora ? config.alpha / std::sqrt(double(config.rank)) : config.alpha / double(config.rank)) {
+ModalityLora::ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device,
+                           std::pair<int64_t, int64_t> experts)
+    : config_(config),
+      modalities_(std::move(modalities)),
+      scale_(config.use_rslora ? config.alpha / std::sqrt(double(config.rank)) : config.alpha / double(config.rank)),
+      first_expert_(experts.first),
+      num_experts_(experts.second > 0 ? experts.second : spec.num_experts),
+      total_experts_(spec.num_experts) {
   for (const int64_t l : config.layers)
     MOEGRAFT_CHECK_USAGE(l >= 0 && l < spec.num_layers, "adapters[", index, "].layers must be in [0, ", spec.num_layers - 1, "], got ", l);
   std::vector<Site> wanted;
@@ -70,7 +76,7 @@ ModalityLora::ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& 
       if (expert && !spec.layers[l].sparse) continue;
       const auto [in, out] = site_shape(spec, site);
       std::vector<int64_t> a{config.rank, in}, b{out, config.rank};
-      if (expert) a.insert(a.begin(), spec.num_experts), b.insert(b.begin(), spec.num_experts);
+      if (expert) a.insert(a.begin(), num_experts_), b.insert(b.begin(), num_experts_);
       index_[{l, int(site)}] = factors_.size();
       factors_.push_back({l, site, "adapters." + std::to_string(index) + ".layers." + std::to_string(l) + "." + site_name(site), leaf(a), leaf(b)});
     }
@@ -87,9 +93,11 @@ std::vector<model::LowRank> ModalityLora::at(int64_t layer, Site site) const {
 
 void ModalityLora::register_parameters(model::ParameterRegistry& registry, const std::string& provenance) const {
   for (const Factor& f : factors_) {
-    const std::string sharding = is_expert_site(f.site) ? "expert" : "replicated";
-    registry.add({f.name + ".A", f.A, "lora", join(config_.modality, ","), sharding, provenance});
-    registry.add({f.name + ".B", f.B, "lora", join(config_.modality, ","), sharding, "zero"});
+    const bool expert = is_expert_site(f.site);
+    const std::string sharding = expert ? "expert" : "replicated";
+    const int64_t total = expert && num_experts_ < total_experts_ ? total_experts_ : 0, first = total > 0 ? first_expert_ : 0;
+    registry.add({f.name + ".A", f.A, "lora", join(config_.modality, ","), sharding, provenance, first, total});
+    registry.add({f.name + ".B", f.B, "lora", join(config_.modality, ","), sharding, "zero", first, total});
   }
 }
 

@@ -4,7 +4,6 @@
 #include "libtorch.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "moegraft/base/check.h"
 #include "layers.h"
@@ -118,7 +117,8 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
     const auto gate_up = k::frozen_linear(n.y_XD, {{d.gate_ID, {}, d.gate_panels}, {d.up_ID, {}, d.up_panels}});
     return {n.x_XD, k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{d.down_DI, {}, d.down_panels}})[0]};
   }
-  const MoeResult m = moe(call, l, w.router_ED, weights.experts(l, 0, s.num_experts), n.y_XD, n.y_float_XD);
+  const auto [first, count] = call.dispatcher->local_experts(s.num_experts);
+  const MoeResult m = moe(call, l, w.router_ED, weights.experts(l, first, count), n.y_XD, n.y_float_XD);
   if (balance) {
     ++balance->layers;
     balance->counts_E = balance->counts_E.defined() ? balance->counts_E + m.counts_E : m.counts_E;
@@ -132,7 +132,9 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
 ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions& options) const {
   PackedBatch batch = batch_in;
   if (!batch.facts) batch.facts = std::make_shared<BatchFacts>(describe_batch(batch, id_bounds()));
-  if (!prefix_is_worth_it(*batch.facts, batch.num_tokens()) || !may_freeze_prefix(options)) return run(batch, options, nullptr, nullptr);
+  bool in_two_passes = may_freeze_prefix(options) && prefix_is_worth_it(*batch.facts, batch.num_tokens());
+  if (options.lockstep && at::GradMode::is_enabled()) in_two_passes = dispatcher_->agree(in_two_passes && batch.facts->num_modalities > 1);  // everybody, or nobody
+  if (!in_two_passes) return run(batch, options, nullptr, nullptr);
 
   // Text before a sequence's first token of another modality meets nothing that trains: its pass keeps nothing but keys and values.
   const SplitBatch split = split_prefix(batch, id_bounds());
@@ -165,12 +167,13 @@ bool Decoder::may_freeze_prefix(const ForwardOptions& options) const {
 ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const {
   const DecoderSpec& s = spec();
   const std::shared_ptr<WeightProvider> weights = base_.weights;
-  auto call = std::make_shared<Call>(make_call(s, batch, options, dispatcher_, adapters_));
+  auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_));
   call->past = std::move(past);
   call->keep = std::move(keep);
   Stream stream{embed(*this, *weights, batch).to(at::kFloat), {}};
   Balance balance;
   const bool recorded = at::GradMode::is_enabled();
+  if (options.lockstep && recorded && !stream.x_TD.requires_grad()) stream.x_TD.requires_grad_();
   const int64_t recomputed = !recorded || options.aux_loss || options.cache ? 0 : weights->transient() ? s.num_layers : options.recompute_layers;
   for (int64_t l = 0; l < s.num_layers; ++l) {
     if (l + 1 < s.num_layers || !recorded) weights->prefetch((l + 1) % s.num_layers);  // a backward pass begins where the forward pass ends

@@ -33,10 +33,11 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
   std::vector<at::Tensor> out = k::frozen_linear(x_TX, weights);
   if (!call.adapters) return out;
   // A modality's rows are gathered, and kept for the backward pass, once for all terms.
-  std::vector<at::Tensor> rows_of_group(size_t(call.num_groups));
+  const auto& tokens_of = call.facts->modality_tokens;
+  std::vector<at::Tensor> rows_of_group(tokens_of.size());
   const auto rows_of = [&](int64_t m) {
     at::Tensor& rows = rows_of_group[size_t(m)];
-    if (!rows.defined()) rows = x_TX.index_select(0, call.facts->modality_tokens[m]);
+    if (!rows.defined()) rows = x_TX.index_select(0, tokens_of[m]);
     return rows;
   };
   auto y = out.begin();
@@ -48,10 +49,10 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
         *y = *y + delta(x_TX);
         continue;
       }
-      for (int64_t m = 0; m < call.num_groups; ++m) {
-        if (!acts(call, term, m) || call.facts->modality_tokens[m].size(0) == 0) continue;
+      for (int64_t m = 0; m < int64_t(tokens_of.size()); ++m) {
+        if (!acts(call, term, m) || tokens_of[m].size(0) == 0) continue;
         // Only the modality's rows are touched; each index occurs once, so the sum has one order.
-        *y = y->index_add(0, call.facts->modality_tokens[m], delta(rows_of(m)));
+        *y = y->index_add(0, tokens_of[m], delta(rows_of(m)));
       }
     }
     ++y;
@@ -66,7 +67,8 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
     k::ExpertLowRank e{term.A, term.B, term.scale, {}};
     bool any = false;
     for (int64_t m = 0; m < call.num_groups; ++m) {
-      const bool on = acts(call, term, m) && (call.options.gate == Gate::all || call.facts->modality_tokens[m].size(0) > 0);
+      // In lockstep other processes' tokens come here too.
+      const bool on = acts(call, term, m) && (call.options.gate == Gate::all || call.options.lockstep || call.facts->modality_tokens[m].size(0) > 0);
       e.acts.push_back(on);
       any |= on;
     }
@@ -77,13 +79,14 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
 
 }  // namespace
 
-Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher, std::shared_ptr<const AdapterSites> adapters) {
+Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
+               std::shared_ptr<const AdapterSites> adapters) {
   const int64_t T = batch.num_tokens();
   MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
   Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, nullptr, nullptr};
-  if (batch.modality_T.defined() && options.gate == Gate::modality) {
-    call.num_groups = call.facts->num_modalities;
-    if (call.num_groups > 1) call.modality_T = batch.modality_T;
+  if (options.gate == Gate::modality && (batch.modality_T.defined() || options.lockstep)) {
+    call.num_groups = options.lockstep ? num_modalities : call.facts->num_modalities;
+    if (call.num_groups > 1) call.modality_T = batch.modality_T.defined() ? batch.modality_T : at::zeros_like(batch.ids_T);
   }
   int64_t longest = call.facts->longest;
   if (options.cache)

@@ -22,14 +22,16 @@ struct Call {
   ForwardOptions options;
   std::shared_ptr<TokenDispatcher> dispatcher;
   std::shared_ptr<const AdapterSites> adapters;  // null: none, or the gate is closed
-  int64_t num_groups = 1;                        // modalities that rows are sorted by
+  int64_t num_groups = 1;                        // modalities that experts' rows are sorted by
   at::Tensor modality_T;                         // defined when num_groups > 1
   std::vector<int64_t> kv_lengths;               // with a cache: after this call
   RotaryTables rope;
   std::shared_ptr<const PastKeys> past;          // what the sequences begin with; null: nothing
   std::shared_ptr<PastKeys> keep;                // where to leave this call's keys and values
 };
-Call make_call(const DecoderSpec& spec, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher, std::shared_ptr<const AdapterSites> adapters);
+// num_modalities: of the model, text included.
+Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
+               std::shared_ptr<const AdapterSites> adapters);
 
 // x_TD: normed, in the compute dtype.
 at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);

@@ -35,14 +35,15 @@ class ResidentWeights : public WeightProvider {
   LayerWeights layer(int64_t index) override { return layers.at(index); }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
     const ExpertWeights& all = layer_experts.at(layer);
-    MOEGRAFT_INVARIANT(first >= 0 && first + count <= all.count(), "experts ", first, "+", count, " of ", all.count());
-    if (first == 0 && count == all.count()) return all;
-    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + first, v.begin() + first + count); };
+    const int64_t at = first - all.first;
+    MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
+    if (at == 0 && count == all.count()) return all;
+    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
     ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
     if (all.gate_EFD.defined()) {
-      part.gate_EFD = all.gate_EFD.narrow(0, first, count);
-      part.up_EFD = all.up_EFD.narrow(0, first, count);
-      part.down_EDF = all.down_EDF.narrow(0, first, count);
+      part.gate_EFD = all.gate_EFD.narrow(0, at, count);
+      part.up_EFD = all.up_EFD.narrow(0, at, count);
+      part.down_EDF = all.down_EDF.narrow(0, at, count);
     }
     return part;
   }
@@ -123,14 +124,15 @@ class Loader {
  public:
   Loader(const TensorSource& source, const LoadOptions& options, std::string where) : source_(source), options_(options), where_(std::move(where)) {}
 
-  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape) {
+  // count > 0: only these rows.
+  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape, int64_t first = 0, int64_t count = 0) {
     if (!source_.contains(name)) {
       problem(name + " is missing");
       return {};
     }
-    return convert(name, source_.tensor(name), shape);
+    return convert(name, source_.tensor(name), shape, first, count);
   }
-  at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape) {
+  at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape, int64_t first, int64_t count) {
     if (t.sizes() != at::IntArrayRef(shape)) {
       problem(moegraft::detail::concat(name, " must have shape ", shape, ", got ", t.sizes().vec()));
       return {};
@@ -139,7 +141,7 @@ class Loader {
       problem(moegraft::detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
       return {};
     }
-    const at::Tensor out = t.to(options_.device, options_.dtype);
+    const at::Tensor out = (count > 0 ? t.narrow(0, first, count) : t).to(options_.device, options_.dtype);
     if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
     return out;
   }
@@ -184,20 +186,22 @@ AttentionWeights load_attention(Loader& load, const TensorSource& source, const 
   return a;
 }
 
-ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l) {
+// Experts [first, first + count) of a layer.
+ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first, int64_t count) {
   const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
   ExpertWeights x;
+  x.first = first;
   const std::string fused = tensor_name(names.fused_gate_up, l);
   if (!source.contains(tensor_name(names.expert_gate, l, 0)) && source.contains(fused)) {
-    const at::Tensor gate_up = load.take(fused, {E, 2 * F, D}), down = load.take(tensor_name(names.fused_down, l), {E, D, F});
-    for (int64_t e = 0; e < E && load.clean(); ++e) {
+    const at::Tensor gate_up = load.take(fused, {E, 2 * F, D}, first, count), down = load.take(tensor_name(names.fused_down, l), {E, D, F}, first, count);
+    for (int64_t e = 0; e < count && load.clean(); ++e) {
       x.gate_FD.push_back(gate_up[e].narrow(0, 0, F));
       x.up_FD.push_back(gate_up[e].narrow(0, F, F));
       x.down_DF.push_back(down[e]);
     }
     return x;
   }
-  for (int64_t e = 0; e < E; ++e) {
+  for (int64_t e = first; e < first + count; ++e) {
     x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
     x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
     x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, e), {D, F}));
@@ -238,6 +242,8 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   const TensorNames& names = find_family(s.family).names;
   const auto shared = std::make_shared<const TensorSource>(dir);
   const TensorSource& source = *shared;
+  const int64_t count = options.num_experts > 0 ? options.num_experts : s.num_experts;
+  MOEGRAFT_INVARIANT(options.first_expert >= 0 && options.first_expert + count <= s.num_experts, "load_base: experts ", options.first_expert, "+", count, " of ", s.num_experts);
   Loader load(source, options, dir.string());
   auto w = std::make_shared<ResidentWeights>();
   w->type = options.dtype;
@@ -255,7 +261,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     if (s.layers[l].sparse) {
       layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
       if (ring) load.place_on(at::kCPU);
-      experts = load_experts(load, source, s, names, l);
+      experts = load_experts(load, source, s, names, l, options.first_expert, count);
       load.place_on(options.device);
     } else {
       const std::string prefix = tensor_name(names.dense, l);

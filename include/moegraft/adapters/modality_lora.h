@@ -25,8 +25,9 @@ SiteShape site_shape(const model::DecoderSpec& spec, model::Site site);
 class ModalityLora : public model::AdapterSites {
  public:
   // index: position in the run's `adapters` list, part of the parameters' names. modalities: ids of config.modality.
-  // A is zero until initialised, B stays zero. Expert sites exist on sparse layers only.
-  ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device);
+  // A is zero until initialised, B stays zero. Expert sites exist on sparse layers only. experts: {first, count} of those whose factors are here; count 0: all.
+  ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device,
+               std::pair<int64_t, int64_t> experts = {0, 0});
 
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;
 
@@ -46,6 +47,7 @@ class ModalityLora : public model::AdapterSites {
   AdapterConfig config_;
   std::vector<int64_t> modalities_;
   double scale_;
+  int64_t first_expert_, num_experts_, total_experts_;
   std::vector<Factor> factors_;
   std::map<std::pair<int64_t, int>, size_t> index_;
 };

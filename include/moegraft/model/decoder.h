@@ -63,6 +63,9 @@ struct ForwardOptions {
   // itself when the base or an adapter trains on text.
   bool frozen_prefix = true;
   int64_t recompute_layers = 0;  // the first n layers keep only their input and run again in the backward pass (not with aux_loss)
+  // Several processes make this pass together, for experts or weights are spread over them: whatever its tokens are, each records gradients through every
+  // layer and sorts by as many modalities as there are, so that all issue the same collectives, forwards and backwards.
+  bool lockstep = false;
 };
 
 struct ForwardResult {
@@ -89,6 +92,7 @@ class Decoder {
   const std::vector<ModalityRows>& rows() const { return rows_; }
   int64_t total_vocab() const;  // V + all new rows
   std::vector<int64_t> id_bounds() const;  // as BatchFacts::id_bounds
+  int64_t num_modalities() const { return int64_t(rows_.size()) + 1; }  // text first
   at::ScalarType dtype() const { return base_.weights->dtype(); }
   at::Device device() const { return base_.weights->device(); }
 

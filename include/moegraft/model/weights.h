@@ -72,7 +72,8 @@ struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
   bool offload_experts = false;  // keep the experts in host memory (model/offload.h)
-  // Keeps the experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: as above.
+  int64_t first_expert = 0, num_experts = 0;  // only these of every layer, for the others live elsewhere; num_experts 0: all
+  // Keeps those experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: as above.
   std::function<std::shared_ptr<ExpertRing>(std::shared_ptr<WeightProvider> rest)> keep_experts{};
 };
 
