@@ -36,6 +36,13 @@ int64_t Draws::total_documents() const {
   return std::accumulate(each.begin(), each.end(), int64_t{0});
 }
 
+int64_t Draws::reachable_documents() const {
+  int64_t sum = 0;
+  for (size_t s = 0; s < sources_.size(); ++s)
+    if (cumulative_[s] > (s > 0 ? cumulative_[s - 1] : 0)) sum += sources_[s].num_documents();
+  return sum;
+}
+
 int64_t Draws::pick_source() const {
   const double point = Rng(seed_, "data.source", static_cast<uint64_t>(cursor_.draws)).uniform() * cumulative_.back();
   for (size_t s = 0; s < cumulative_.size(); ++s)

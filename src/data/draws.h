@@ -28,6 +28,7 @@ class Draws {
   const std::vector<Source>& sources() const { return sources_; }
   std::vector<int64_t> num_documents() const;  // of each source
   int64_t total_documents() const;
+  int64_t reachable_documents() const;  // of sources with a weight above 0
 
  private:
   int64_t pick_source() const;

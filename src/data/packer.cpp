@@ -11,6 +11,7 @@ void append(PlannedSequence& to, const Document& document, int64_t begin, int64_
   const Outline& all = document.outline;
   to.pieces.push_back({document.source, document.index, begin, count, document.drop_caption});
   to.tokens += count;
+  to.modalities |= all.modalities;
   to.new_tokens += all.new_tokens;  // cut: text alone
   // Of text alone every token but the first is predicted, by the one before it.
   to.labels += all.text_only ? std::max<int64_t>(std::min(begin + count, all.size - 1) - begin, 0) : all.num_labels;

@@ -32,6 +32,7 @@ struct Piece {
 
 struct PlannedSequence {
   std::vector<Piece> pieces;
+  uint64_t modalities = 0;
   int64_t tokens = 0, labels = 0, new_tokens = 0;
 };
 

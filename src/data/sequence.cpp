@@ -87,6 +87,9 @@ Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& v
   int64_t text = 0;
   for (const auto& segment : segments) {
     const auto count = static_cast<int64_t>(segment.ids.size());
+    MOEGRAFT_INVARIANT(segment.modality >= 0 && segment.modality < 64, "modality ", segment.modality);
+    out.modalities |= uint64_t{1} << segment.modality;
+    out.stored_size += count;
     if (segment.modality == 0) {
       text += drop_caption ? 0 : count;
       continue;

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "data/draws.h"
+#include "data/mega_batches.h"
 #include "data/packer.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -51,8 +52,20 @@ struct BatchStream::Impl : DocumentFeed {
   StreamCounts counts;
   int64_t skipped_in_a_row = 0;
 
+  // batching modality: the cursor is where the window began, and the steps used of it. Empty steps: not drawn yet.
+  struct Window {
+    int64_t number = 0, used = 0;
+    DrawCursor begin;
+    StreamCounts counts;  // before it
+    std::vector<std::vector<PlannedSequence>> steps;
+    int64_t tokens = 0;
+  } window;
+
   Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens, uint64_t run_seed, const Share& part)
-      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, config) {}
+      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, config) {
+    window.begin = draws.cursor();
+  }
+  bool by_modality() const { return config.batching == "modality"; }
 
   const Document* current() override { return &draws.current(); }
   void advance() override {
@@ -75,7 +88,49 @@ struct BatchStream::Impl : DocumentFeed {
 
   std::vector<PlannedSequence> plan_step() {
     skipped_in_a_row = 0;
-    return packer.fill(*this, offset);
+    return by_modality() ? plan_mega_batch() : packer.fill(*this, offset);
+  }
+
+  void plan_window() {
+    std::vector<Document> documents;
+    const auto most = static_cast<size_t>(draws.reachable_documents());
+    for (int64_t tokens = 0; tokens < kWindowSteps * packer.budget && documents.size() < most; draws.advance()) {
+      documents.push_back(draws.current());
+      tokens += documents.back().outline.size;
+    }
+    window.steps = cut_mega_batches(documents, packer, seed, window.number, *this);
+    window.tokens = 0;
+    for (const auto& step : window.steps)
+      for (const auto& sequence : step) window.tokens += sequence.tokens;
+  }
+
+  void begin_window(int64_t number) {
+    window = {number, 0, draws.cursor(), counts, {}, 0};
+  }
+
+  std::vector<PlannedSequence> plan_mega_batch() {
+    while (window.steps.empty()) {
+      plan_window();
+      if (!window.steps.empty()) break;
+      counts.documents = draws.cursor().draws;  // none of them fits
+      begin_window(window.number + 1);
+    }
+    auto step = std::move(window.steps[static_cast<size_t>(window.used++)]);
+    for (const auto& sequence : step)
+      counts.documents += std::count_if(sequence.pieces.begin(), sequence.pieces.end(), [](const Piece& piece) { return piece.begin == 0; });
+    if (window.used == static_cast<int64_t>(window.steps.size())) {
+      counts.documents = draws.cursor().draws;  // with those that were skipped
+      begin_window(window.number + 1);
+    }
+    return step;
+  }
+
+  // Draws the window again that is begun at the cursor, and passes over the steps that were used.
+  void reopen_window(int64_t used, int64_t steps, int64_t tokens) {
+    plan_window();
+    MOEGRAFT_CHECK(static_cast<int64_t>(window.steps.size()) == steps && window.tokens == tokens && used < steps, "the data cursor is at step ", used, " of a window of ", steps, " steps and ",
+                   tokens, " tokens, which has now ", window.steps.size(), " and ", window.tokens, " (the data and the `data` section may not change on resume)");
+    while (window.used < used) plan_mega_batch();
   }
 };
 
@@ -118,42 +173,59 @@ StepOutline BatchStream::skip() {
     out.tokens.push_back(sequence.tokens);
     out.labels.push_back(sequence.labels);
     out.new_tokens.push_back(sequence.new_tokens);
+    out.modalities |= sequence.modalities;
   }
   return out;
 }
 
 std::string BatchStream::state() const {
   const auto& s = *impl_;
-  const DrawCursor& cursor = s.draws.cursor();
-  return Json{{"version", 1},           {"seed", s.seed},     {"draws", cursor.draws}, {"offset", s.offset}, {"taken", cursor.taken}, {"documents", s.draws.num_documents()},
-              {"truncated", s.counts.truncated}, {"skipped", s.counts.skipped}}
-      .dump();
+  const bool windows = s.by_modality();
+  const DrawCursor& cursor = windows ? s.window.begin : s.draws.cursor();
+  const StreamCounts& counts = windows ? s.window.counts : s.counts;
+  Json json{{"version", 1},           {"seed", s.seed},     {"draws", cursor.draws}, {"offset", s.offset}, {"taken", cursor.taken}, {"documents", s.draws.num_documents()},
+            {"truncated", counts.truncated}, {"skipped", counts.skipped}};
+  if (windows) {
+    json["version"] = 2;
+    json["window"] = s.window.number;
+    json["window_used"] = s.window.used;
+    json["window_steps"] = s.window.used > 0 ? s.window.steps.size() : 0;
+    json["window_tokens"] = s.window.used > 0 ? s.window.tokens : 0;
+  }
+  return json.dump();
 }
 
 void BatchStream::restore(const std::string& state) {
   auto& s = *impl_;
   const Json json = Json::parse(state, nullptr, false);
-  int64_t draws = 0, offset = 0, truncated = 0, skipped = 0;
+  int64_t version = 0, draws = 0, offset = 0, truncated = 0, skipped = 0, window = 0, used = 0, steps = 0, tokens = 0;
   std::vector<int64_t> taken, documents;
   uint64_t seed = 0;
   try {
-    MOEGRAFT_CHECK(json.is_object() && json.at("version") == 1, "the data cursor is not one of version 1: ", state.substr(0, 80));
+    if (json.is_object()) version = json.at("version");
+    MOEGRAFT_CHECK(version == 1 || version == 2, "the data cursor is not one of version 1 or 2: ", state.substr(0, 80));
     draws = json.at("draws"), offset = json.at("offset"), truncated = json.at("truncated"), skipped = json.at("skipped"), seed = json.at("seed");
     taken = json.at("taken").get<std::vector<int64_t>>();
     documents = json.at("documents").get<std::vector<int64_t>>();
+    if (version == 2) window = json.at("window"), used = json.at("window_used"), steps = json.at("window_steps"), tokens = json.at("window_tokens");
   } catch (const Json::exception& e) {
     fail("the data cursor is broken: ", e.what());
   }
   MOEGRAFT_CHECK(seed == s.seed, "the data cursor belongs to seed ", seed, ", the run has ", s.seed, " (run.seed may not change on resume)");
+  MOEGRAFT_CHECK((version == 2) == s.by_modality(), "the data cursor belongs to data.batching: ", version == 2 ? "modality" : "mixed", ", the run has ", s.config.batching,
+                 " (it may not change on resume)");
   const auto present = s.draws.num_documents();
   MOEGRAFT_CHECK(documents == present && taken.size() == present.size(), "the data cursor belongs to sources of ", documents, " documents, data.train has ", present,
                  " (data.train may not change on resume)");
-  const bool counts_add_up = draws >= 0 && offset >= 0 && std::all_of(taken.begin(), taken.end(), [](int64_t n) { return n >= 0; }) &&
-                             std::accumulate(taken.begin(), taken.end(), int64_t{0}) == draws;
+  const bool counts_add_up = draws >= 0 && offset >= 0 && window >= 0 && used >= 0 && (version == 1 || offset == 0) &&
+                             std::all_of(taken.begin(), taken.end(), [](int64_t n) { return n >= 0; }) && std::accumulate(taken.begin(), taken.end(), int64_t{0}) == draws;
   MOEGRAFT_CHECK(counts_add_up, "the data cursor is broken: its counts do not add up: ", state.substr(0, 200));
   s.draws.move_to({draws, taken});
   s.counts = {draws, truncated, skipped};
+  s.skipped_in_a_row = 0;
   s.offset = 0;
+  s.begin_window(window);
+  if (used > 0) s.reopen_window(used, steps, tokens);
   if (offset > 0) MOEGRAFT_CHECK(offset < s.current()->outline.size, "the data cursor is ", offset, " tokens into a document of ", s.current()->outline.size);
   s.offset = offset;
 }
@@ -162,7 +234,7 @@ StreamCounts BatchStream::counts() const { return impl_->counts; }
 
 void BatchStream::set_warn(Warn warn) { impl_->warn = std::move(warn); }
 
-double BatchStream::epochs() const { return static_cast<double>(impl_->draws.cursor().draws) / static_cast<double>(impl_->draws.total_documents()); }
+double BatchStream::epochs() const { return static_cast<double>(impl_->counts.documents) / static_cast<double>(impl_->draws.total_documents()); }
 
 struct EvalStream::Impl : DocumentFeed {
   const DataConfig config;

@@ -45,7 +45,9 @@ io::Json initialise_embeddings(GraftedModel& m, const run::RunConfig& config) {
 Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
   at::NoGradGuard no_grad;
   Calibration calibration(kCalibrationRows, uint64_t(config.run.seed));
-  data::BatchStream stream(config.data.train, config.data, m.vocabulary, uint64_t(config.run.seed));
+  data::DataConfig mixed = config.data;  // a few steps, of every modality
+  mixed.batching = "mixed";
+  data::BatchStream stream(config.data.train, mixed, m.vocabulary, uint64_t(config.run.seed));
   model::ForwardOptions options;
   options.sites = &calibration;
   for (int64_t tokens = 0; tokens < config.ot.calibration_tokens;) {

@@ -319,7 +319,7 @@ TEST_F(Data, RefusesWhatDoesNotFitTogether) {
 
   auto s = stream();
   const std::string state = s.state();
-  EXPECT_NE(error([&] { s.restore("{"); }).find("not one of version 1"), std::string::npos);
+  EXPECT_NE(error([&] { s.restore("{"); }).find("not one of version 1 or 2"), std::string::npos);
   EXPECT_NE(error([&] { s.restore("{\"version\":1}"); }).find("broken"), std::string::npos);
   EXPECT_NE(error([&] { stream(18).restore(state); }).find("belongs to seed 17"), std::string::npos);
   auto less = config;

@@ -24,6 +24,7 @@ struct DataConfig {
   int64_t tokens_per_step = 8192;
   int64_t prefetch = 4;
   std::string packing = "documents";
+  std::string batching = "mixed";
   double caption_dropout = 0.0;
   bool caption_labels = false;
   bool add_bos = true;
@@ -37,6 +38,9 @@ struct DataConfig {
     v("prefetch", prefetch, config::range(0, 1024), "Steps whose batches a background thread keeps ready; 0: they are made when the step asks for them. Changes no batch.");
     v("packing", packing, config::one_of({"documents", "stream"}),
       "documents: each document is a sequence of its own. stream: text documents are joined and cut every sequence_length tokens.");
+    v("batching", batching, config::one_of({"mixed", "modality"}),
+      "mixed: steps of documents as they are drawn. modality: every step's documents have the same modalities (text, or text and images, ...), so that all "
+      "processes do the same work; the documents of up to 64 steps (at most one pass over the data) are drawn ahead, sorted by length and cut into steps, which are shuffled.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");
     v("caption_labels", caption_labels, config::any(), "Also train on the text of documents that hold another modality.");
     v("add_bos", add_bos, config::any(), "Begin documents with the tokenizer's BOS where it has one.");

@@ -47,6 +47,9 @@ struct Outline {
   int64_t size = 0, num_labels = 0;
   int64_t new_tokens = 0;  // of other modalities than text
   bool text_only = true;
+  // Of the document as it is stored: its length with the caption, and a bit for each modality. A dropped caption changes neither.
+  int64_t stored_size = 0;
+  uint64_t modalities = 0;
 };
 Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption = false);
 

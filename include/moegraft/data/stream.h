@@ -40,7 +40,7 @@ class BatchFeed {
   virtual StepBatch next() = 0;
   // Everything that follows is about the steps handed out so far.
   virtual std::string state() const = 0;  // JSON; small; the same on every rank
-  // UserError: not a cursor, or one of other data (number of sources or documents, seed).
+  // UserError: not a cursor, or one of other data (number of sources or documents, seed) or batching.
   virtual void restore(const std::string& state) = 0;
   virtual StreamCounts counts() const = 0;
   virtual double epochs() const = 0;  // documents drawn / documents there are
@@ -48,8 +48,12 @@ class BatchFeed {
   virtual void set_warn(Warn warn) = 0;
 };
 
+// With batching modality: the steps' worth of tokens that are drawn ahead at a time, unless that is more documents than there are.
+constexpr int64_t kWindowSteps = 64;
+
 // The sequences of a step, by their sizes alone.
 struct StepOutline {
+  uint64_t modalities = 0;                          // bit m: a document holds modality m
   std::vector<int64_t> tokens, labels, new_tokens;  // [sequences]; new: of other modalities than text
 };
 
@@ -60,6 +64,10 @@ struct StepOutline {
 //     sequence_length is cut, one with another modality is skipped; both are counted and said once.
 //   packing stream: text documents are joined and cut every sequence_length tokens (a document goes on in the next sequence or step);
 //     documents with another modality stay whole. A step of text alone is full to the last token.
+//   batching mixed: a step is the next documents drawn.
+//   batching modality: a window of documents is drawn ahead (kWindowSteps), grouped by the modalities they are stored with, sorted by length, cut into steps of
+//     about even size and those shuffled by Rng(seed, "data.mega_batch", window). Every document of the window is in one of its steps; a document with a
+//     dropped caption stays among its like. counts() then has truncated and skipped documents of the whole window.
 // The step's sequences are then dealt (deal.h); within a micro-batch they keep their order. A process reads the ids of its own sequences only: of the
 // others it reads where modalities change, a byte a token.
 // Not thread-safe, but free of other threads: no OpenMP, so that a worker may run it beside the step.
