@@ -17,5 +17,6 @@ void add_data_command(CLI::App& app);
 void add_ot_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
 void add_summary_command(CLI::App& app);
+void add_launch_command(CLI::App& app);
 
 }  // namespace moegraft::tools

@@ -30,6 +30,7 @@ int run(int argc, char** argv) {
   tools::add_ot_command(app);
   tools::add_bench_command(app);
   tools::add_summary_command(app);
+  tools::add_launch_command(app);
   try {
     app.parse(argc, argv);
     return 0;

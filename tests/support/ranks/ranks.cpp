@@ -23,6 +23,11 @@ std::map<std::string, void (*)()>& bodies() {
   return all;
 }
 
+std::map<std::string, int (*)(int, char**)>& programs() {
+  static std::map<std::string, int (*)(int, char**)> all;
+  return all;
+}
+
 int run_body(const std::string& name) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // no orphans when the test itself is killed
   const auto it = bodies().find(name);
@@ -43,6 +48,11 @@ int run_body(const std::string& name) {
 
 int register_rank_body(const char* name, void (*body)()) {
   bodies()[name] = body;
+  return 0;
+}
+
+int register_program(const char* name, int (*program)(int, char**)) {
+  programs()[name] = program;
   return 0;
 }
 
@@ -99,6 +109,10 @@ void run_ranks(const std::string& body, int n, const std::string& argument) {
 }  // namespace moegraft::testing
 
 int main(int argc, char** argv) {
+  if (argc > 1) {
+    const auto program = moegraft::testing::programs().find(argv[1]);
+    if (program != moegraft::testing::programs().end()) return program->second(argc, argv);
+  }
   if (const char* body = std::getenv("MOEGRAFT_TEST_RANK")) {
     GTEST_FLAG_SET(throw_on_failure, true);
     testing::InitGoogleTest(&argc, argv);

@@ -21,6 +21,9 @@ int register_rank_body(const char* name, void (*body)());
 // What the test passed to the body (empty: nothing).
 std::string rank_argument();
 
+// `test_x NAME …` runs program instead of the tests.
+int register_program(const char* name, int (*program)(int, char**));
+
 // A port that nobody listens on at the moment.
 int free_port();
 
