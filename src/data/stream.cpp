@@ -173,7 +173,7 @@ StepOutline BatchStream::skip() {
     out.tokens.push_back(sequence.tokens);
     out.labels.push_back(sequence.labels);
     out.new_tokens.push_back(sequence.new_tokens);
-    out.modalities |= sequence.modalities;
+    out.modalities.push_back(sequence.modalities);
   }
   return out;
 }

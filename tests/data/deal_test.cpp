@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "moegraft/base/rng.h"
+#include "moegraft/data/balance.h"
 #include "moegraft/data/prefetch.h"
 #include "stream_fixture.h"
 
@@ -58,7 +59,9 @@ TEST(Deal, IsBalancedAndWithinTheBound) {
           Longs ranks(world, 0);
           for (int64_t p = 0; p < share.parts(); ++p) ranks[p / accumulation] += cost[p];
           const auto [low, high] = std::minmax_element(ranks.begin(), ranks.end());
-          if (longest <= 512) EXPECT_LE(*high - *low, sequence_cost(largest));
+          if (longest <= 512) {
+            EXPECT_LE(*high - *low, sequence_cost(largest));
+          }
           for (int64_t i = 0; i < accumulation && longest <= 512; ++i) {
             Longs at_once;
             for (int64_t r = 0; r < world; ++r) at_once.push_back(cost[r * accumulation + i]);
@@ -251,6 +254,37 @@ TEST(Outline, IsThatOfTheAssembledDocument) {
     EXPECT_EQ(o.text_only, s.text_only);
     EXPECT_EQ(o.num_labels, std::count_if(s.labels.begin(), s.labels.end(), [](int64_t l) { return l >= 0; }));
     EXPECT_EQ(o.new_tokens, std::count(s.modality.begin(), s.modality.end(), 1));
+  }
+}
+
+TEST_F(Dealing, BalanceIsWhatTheRanksGet) {
+  config.tokens_per_step = 200;
+  for (const char* batching : {"mixed", "modality"}) {
+    config.batching = batching;
+    auto s = stream();
+    const Balance b = measure_balance(s, {2, 0, 3}, config.sequence_length, 20);
+    EXPECT_EQ(b.steps, 20);
+    EXPECT_EQ(b.combinations_per_step == 1, config.batching == "modality");
+    // From the batches themselves.
+    std::vector<BatchStream> ranks;
+    for (int64_t r = 0; r < 3; ++r) ranks.push_back(stream(17, {2, r, 3}));
+    double sum = 0, worst = 0, steps = 0;
+    int64_t tokens = 0;
+    for (int i = 0; i < 20; ++i) {
+      Longs fresh;
+      for (auto& rank : ranks) {
+        fresh.push_back(0);
+        const StepBatch step = rank.next();
+        for (const auto& batch : step.micro_batches) fresh.back() += batch.modality_T.ne(0).sum().item<int64_t>();
+        if (fresh.size() == 1) tokens += step.num_tokens;
+      }
+      if (total(fresh) == 0) continue;
+      const double ratio = 3.0 * double(*std::max_element(fresh.begin(), fresh.end())) / double(total(fresh));
+      sum += ratio, worst = std::max(worst, ratio), ++steps;
+    }
+    EXPECT_EQ(b.tokens, tokens);
+    EXPECT_DOUBLE_EQ(b.new_tokens.mean, sum / steps);
+    EXPECT_DOUBLE_EQ(b.new_tokens.worst, worst);
   }
 }
 

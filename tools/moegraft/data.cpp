@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "command.h"
+#include "data_deal.h"
 #include "moegraft/base/log.h"
 #include "moegraft/data/corpus.h"
 #include "moegraft/data/emoji.h"
@@ -156,6 +157,7 @@ void add_data_command(CLI::App& app) {
   add_text(*prepare);
   add_shards(*prepare);
   add_check(*data);
+  add_deal(*data);
 }
 
 }  // namespace moegraft::tools

@@ -11,13 +11,13 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
-#include "moegraft/codec/codec.h"
 #include "moegraft/config/config.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/memory_plan.h"
+#include "vocabulary.h"
 
 namespace moegraft::tools {
 namespace {
@@ -63,21 +63,6 @@ Json describe_plan(const train::MemoryPlan& p) {
   return out;
 }
 
-model::Vocabulary vocabulary_of(const model::DecoderSpec& s, const run::RunConfig& config, const fs::path& run, int64_t codebook) {
-  if (!run.empty())
-    if (const auto stored = graft::read_vocabulary(run)) return *stored;
-  model::Vocabulary v{s.vocab_size, s.bos_id, s.eos_id, {}};
-  for (const auto& [name, section] : config.modalities) {
-    int64_t codes = codebook, length = 0;
-    if (codes == 0) {
-      const auto codec = codec::load_codec(section.codec);
-      codes = codec->codebook_size();
-      length = codec->grid() * codec->grid();
-    }
-    v.modalities.push_back({name, int64_t(v.modalities.size()) + 1, v.size(), codes, length});
-  }
-  return v;
-}
 
 void print(const Json& j, int indent) {
   for (const auto& [key, value] : j.items()) {
@@ -117,7 +102,8 @@ void run(const Options& o) {
     const model::DecoderSpec s = model::read_spec(config ? config->model.path : o.path);
     out["model"] = describe_spec(s);
     if (config) {
-      const model::Vocabulary v = vocabulary_of(s, *config, run_dir, o.codebook);
+      const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);
+      const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, *config, o.codebook);
       // A plan for a GPU needs none.
       const at::Device planned_on = config->model.device == "cuda" ? at::Device(at::kCUDA) : graft::parse_device(config->model.device);
       const train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);

@@ -53,7 +53,7 @@ constexpr int64_t kWindowSteps = 64;
 
 // The sequences of a step, by their sizes alone.
 struct StepOutline {
-  uint64_t modalities = 0;                          // bit m: a document holds modality m
+  std::vector<uint64_t> modalities;  // [sequences]; bit m: its documents hold modality m as they are stored
   std::vector<int64_t> tokens, labels, new_tokens;  // [sequences]; new: of other modalities than text
 };
 
