@@ -48,6 +48,7 @@ int64_t ExpertRing::choose() const {
 void ExpertRing::fill(int64_t index, int64_t layer) {
   const at::NoGradGuard no_grad;
   Slot& slot = ring_[size_t(index)];
+  if (slot.awaited) await(index);  // it may still be on its way
   const bool held = slot.buffer.defined() && slot.buffer.storage().use_count() > 1;
   if (held) ++traffic_.replaced;
   if (held || !slot.buffer.defined() || slot.buffer.numel() < largest_) slot.buffer = at::empty({largest_}, at::TensorOptions(dtype()).device(device()));

@@ -44,6 +44,8 @@ int64_t ShardedWeights::resident_bytes() const {
 void ShardedWeights::fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) {
   const at::Tensor& part = parts_[size_t(layer)];
   at::Tensor whole = buffer.narrow(0, 0, part.numel() * group_->size());
+  // Gloo's threads let go of their tensors some time after the gather is done: through a view of its own, that is not taken for somebody holding the weights.
+  if (whole.is_cpu()) whole = at::from_blob(whole.data_ptr(), whole.sizes(), whole.options());
   under_way_[size_t(slot)] = group_->all_gather(whole, part, "experts of layer " + std::to_string(layer));
 }
 
