@@ -59,32 +59,50 @@ bool suits_8bit(const model::Parameter& parameter) {
   return total >= kSmallest8bit && (parameter.sharding != "expert" || row % kernels::kAdamw8Block == 0);
 }
 
-double global_grad_norm(const model::ParameterRegistry& registry) {
+double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts) {
   at::NoGradGuard no_grad;
-  double sum = 0;
-  std::vector<at::Tensor> on_device;
+  const bool spread = experts && experts->size() > 1;
+  double sums[2] = {0, 0};  // of what is everywhere, of what is here alone
+  std::vector<at::Tensor> on_device[2];
   for (const auto& parameter : registry.all()) {
     const auto& grad = parameter.tensor.grad();
     if (!grad.defined()) continue;
+    const int here = spread && parameter.sharding == "expert";
     if (grad.is_cpu())
-      sum += sum_of_squares_cpu(grad);
+      sums[here] += sum_of_squares_cpu(grad);
     else
-      on_device.push_back(at::linalg_vector_norm(grad, 2, std::nullopt, false, at::kDouble));
+      on_device[here].push_back(at::linalg_vector_norm(grad, 2, std::nullopt, false, at::kDouble));
   }
-  if (!on_device.empty()) sum += at::stack(on_device).square().sum().item<double>();  // the only sync
-  return std::sqrt(sum);
+  std::vector<at::Tensor> totals;  // read together: the only sync
+  for (const auto& norms : on_device)
+    if (!norms.empty()) totals.push_back(at::stack(norms).square().sum());
+  if (!totals.empty()) {
+    const at::Tensor host = at::stack(totals).to(at::kCPU);
+    int64_t next = 0;
+    for (int i = 0; i < 2; ++i)
+      if (!on_device[i].empty()) sums[i] += host[next++].item<double>();
+  }
+  if (spread) {
+    const at::Tensor mine = at::full({1}, sums[1], at::kDouble);
+    at::Tensor all = at::empty({experts->size()}, at::kDouble);
+    experts->all_gather(all, mine, "gradient norm").wait();
+    for (int64_t r = 0; r < experts->size(); ++r) sums[0] += all[r].item<double>();
+  }
+  return std::sqrt(sums[0]);
 }
 
 double clip_factor(double norm, double max_norm) { return max_norm > 0 && std::isfinite(norm) && norm > max_norm ? max_norm / norm : 1.0; }
 
 std::vector<std::pair<const char*, at::Tensor>> AdamW::Slot::tensors() const {
-  if (!is_8bit()) return {{".exp_avg", exp_avg}, {".exp_avg_sq", exp_avg_sq}, {".step", step}};
+  if (!owned) return {};
+  if (!is_8bit) return {{".exp_avg", exp_avg}, {".exp_avg_sq", exp_avg_sq}, {".step", step}};
   return {{".exp_avg.codes", quantized.exp_avg.codes},          {".exp_avg.scales", quantized.exp_avg.scales}, {".exp_avg_sq_root.codes", quantized.root.codes},
           {".exp_avg_sq_root.scales", quantized.root.scales}, {".step", step}};
 }
 
-AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options)
-    : registry_(registry), groups_(std::move(groups)), options_(options) {
+AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options, std::vector<bool> owned)
+    : registry_(registry), groups_(std::move(groups)), options_(options), sharded_(!owned.empty()) {
+  MOEGRAFT_INVARIANT(owned.empty() || owned.size() == registry.all().size(), "AdamW: ", owned.size(), " flags for ", registry.all().size(), " parameters");
   for (const auto& parameter : registry.all()) {
     if (!groups_.contains(parameter.group)) {
       std::vector<std::string> known;
@@ -92,10 +110,12 @@ AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOpti
       fail<UsageError>("parameter ", parameter.name, " is in the optimizer group \"", parameter.group, "\", which has no settings: known groups are ", join(known, ", "));
     }
     Slot slot;
-    if (options_.moments_8bit && suits_8bit(parameter)) {
+    slot.owned = owned.empty() || owned[slots_.size()];
+    slot.is_8bit = options_.moments_8bit && suits_8bit(parameter);
+    if (slot.owned && slot.is_8bit) {
       slot.quantized = kernels::adamw8_zero_state(parameter.tensor);
       slot.step = at::zeros({}, at::kFloat);
-    } else {
+    } else if (slot.owned) {
       slot.exp_avg = at::zeros_like(parameter.tensor, at::TensorOptions().requires_grad(false));
       slot.exp_avg_sq = slot.exp_avg.clone();
       slot.step = at::zeros({}, slot.exp_avg.options());
@@ -115,12 +135,12 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
       std::vector<at::Tensor> tensors, grads, exp_avgs, exp_avg_sqs, steps;
       for (size_t i = 0; i < slots_.size(); ++i) {
         const auto& parameter = registry_.all()[i];
-        if (parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
+        if (!slots_[i].owned || parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
         const auto grad = parameter.tensor.grad().contiguous();  // the kernels walk raw pointers
         const auto& slot = slots_[i];
         slot.step.add_(1);  // the fused kernel reads the count and does not advance it
         ++updated;
-        if (slot.is_8bit()) {
+        if (slot.is_8bit) {
           kernels::adamw8_step(parameter.tensor, grad, slot.quantized,
                                {lr, options_.beta1, options_.beta2, options_.epsilon, weight_decay, int64_t(slot.step.item<float>()), grad_factor});
           continue;
@@ -156,7 +176,8 @@ checkpoint::Parts AdamW::state_parts() const {
     for (const auto& [suffix, tensor] : slots_[i].tensors()) {
       const auto [first, total] = rows_of(parameter, suffix);
       if (parameter.total_rows > 0 && total == 0 && parameter.first_row > 0) continue;
-      parts.push_back({parameter.name + suffix, tensor, first, total, parameter.total_rows > 0 ? checkpoint::Copies::data_group : checkpoint::Copies::everywhere});
+      parts.push_back({parameter.name + suffix, tensor, first, total,
+                       sharded_ ? checkpoint::Copies::nowhere : parameter.total_rows > 0 ? checkpoint::Copies::data_group : checkpoint::Copies::everywhere});
     }
   }
   parts.push_back({"steps", at::scalar_tensor(steps_, at::kLong)});
@@ -168,10 +189,12 @@ void AdamW::load_state(const io::TensorMap& state) {
   std::set<std::string> known = {"steps"};
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto& name = registry_.all()[i].name;
-    const bool is_8bit = slots_[i].is_8bit();
+    const bool is_8bit = slots_[i].is_8bit;
     MOEGRAFT_CHECK(!state.contains(name + (is_8bit ? ".exp_avg" : ".exp_avg.codes")), "the checkpoint's moments of ", name, " are ", is_8bit ? "float32" : "in 8 bits",
                    ", this run's are ", is_8bit ? "in 8 bits" : "float32", ": keep train.optimizer: ", is_8bit ? "adamw" : "adamw_8bit", ", as it was");
-    for (const auto& [suffix, tensor] : slots_[i].tensors()) known.insert(name + suffix);
+    for (const char* suffix : is_8bit ? std::vector{".exp_avg.codes", ".exp_avg.scales", ".exp_avg_sq_root.codes", ".exp_avg_sq_root.scales", ".step"}
+                                      : std::vector{".exp_avg", ".exp_avg_sq", ".step"})
+      known.insert(name + suffix);
   }
   checkpoint::check_nothing_left(state, known);
   for (size_t i = 0; i < slots_.size(); ++i) {
