@@ -29,6 +29,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Options {
   int processes = 0, max_restarts = 0, port = 0;
+  std::vector<std::string> command;
 };
 
 constexpr auto kGrace = std::chrono::seconds(10);  // between SIGTERM and SIGKILL
@@ -244,10 +245,12 @@ void add_launch_command(CLI::App& app) {
   command->add_option("--nproc", o->processes, "Number of processes")->required()->check(CLI::Range(1, 4096));
   command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")->check(CLI::NonNegativeNumber)->capture_default_str();
   command->add_option("--master-port", o->port, "Port where they meet (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
-  command->prefix_command();  // what follows is the command, with its own options
+  command->add_option("command", o->command, "What each process runs: a moegraft command with its options, after --");
+  command->prefix_command();  // without --: everything from the first option that is not ours belongs to the command
   command->callback([o, command] {
-    auto arguments = command->remaining();
-    if (!arguments.empty() && arguments.front() == "--") arguments.erase(arguments.begin());
+    auto arguments = o->command;
+    const auto rest = command->remaining();
+    arguments.insert(arguments.end(), rest.begin(), rest.end());
     MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);
