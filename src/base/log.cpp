@@ -28,6 +28,10 @@ spdlog::level::level_enum native(Level level) {
 }  // namespace
 
 void set_level(Level level) { logger().set_level(native(level)); }
+void set_rank(long rank) {
+  if (rank > 0) set_level(Level::error);
+  logger().set_pattern("%H:%M:%S %^%l%$ [rank " + std::to_string(rank) + "] %v");
+}
 void write(Level level, const std::string& message) { logger().log(native(level), "{}", message); }
 
 }  // namespace moegraft::log

@@ -3,6 +3,8 @@
 
 #include "libtorch.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
 #include <charconv>
 
@@ -11,6 +13,8 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/parallel/dispatcher.h"
+#include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/run/run_dir.h"
 
 namespace moegraft::graft {
@@ -70,11 +74,11 @@ void add_rows(GraftedModel& m) {
   }
 }
 
-void add_adapters(GraftedModel& m, const run::RunConfig& config) {
+void add_adapters(GraftedModel& m, const run::RunConfig& config, std::pair<int64_t, int64_t> experts) {
   if (config.adapters.empty()) return;
   m.adapters = std::make_shared<adapters::AdapterStack>();
   for (size_t i = 0; i < config.adapters.size(); ++i) {
-    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config.adapters[i], int64_t(i), modality_ids(m.vocabulary, config.adapters[i].modality), m.device());
+    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config.adapters[i], int64_t(i), modality_ids(m.vocabulary, config.adapters[i].modality), m.device(), experts);
     adapter->register_parameters(*m.registry, config.adapters[i].init);
     m.adapters->add(std::move(adapter));
   }
@@ -130,7 +134,17 @@ at::Device parse_device(const std::string& name) {
   MOEGRAFT_CHECK_USAGE(name == "cuda" || name == "auto", "the device must be auto, cpu or cuda, got '", name, "'");
   const bool available = torch::cuda::is_available();
   MOEGRAFT_CHECK(name == "auto" || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
-  return available ? at::Device(at::kCUDA) : at::Device(at::kCPU);
+  return available ? at::Device(at::kCUDA, c10::impl::VirtualGuardImpl(at::kCUDA).getDevice().index()) : at::Device(at::kCPU);
+}
+
+at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size) {
+  const at::Device device = parse_device(name);
+  if (!device.is_cuda()) return device;
+  const int64_t present = int64_t(torch::cuda::device_count());
+  MOEGRAFT_CHECK(local_world_size <= present, local_world_size, " processes on this machine need a GPU each, there are ", present, "; start fewer, or set model.device: cpu");
+  const at::Device own(at::kCUDA, c10::DeviceIndex(local_rank));
+  c10::impl::VirtualGuardImpl(at::kCUDA).setDevice(own);
+  return own;
 }
 
 at::ScalarType parse_dtype(const std::string& name) {
@@ -147,6 +161,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   const at::Device device = parse_device(options.device.value_or(config.model.device));
   const bool lower = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
   const at::ScalarType dtype = options.dtype.value_or(lower ? at::kBFloat16 : at::kFloat);
+  std::pair<int64_t, int64_t> experts{0, 0};  // here; all
   if (config.model.init) {
     MOEGRAFT_CHECK_USAGE(dtype == at::kFloat && device == at::kCPU, "a base trained from scratch runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
     m.tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
@@ -155,12 +170,19 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.decoder = std::make_unique<model::Decoder>(std::move(base));
   } else {
     m.base_path = config.model.path;
-    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, {dtype, device, config.model.offload == "experts"}));
+    const auto dispatcher = options.mesh ? parallel::make_dispatcher(*options.mesh, config.parallel.shard_base) : std::make_shared<model::LocalDispatcher>();
+    const int64_t total = options.mesh ? model::read_spec(config.model.path).num_experts : 0;
+    if (options.mesh && options.mesh->expert_size() > 1) experts = dispatcher->local_experts(total);
+    model::LoadOptions load{dtype, device, config.model.offload == "experts", experts.first, experts.second, {}};
+    if (options.mesh && options.mesh->data_size() > 1 && config.parallel.shard_base)
+      load.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<parallel::ShardedWeights>(std::move(rest), *options.mesh); };
+    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, load));
+    m.decoder->set_dispatcher(dispatcher);
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   }
   add_vocabulary(m, config, options.with_codecs);
   add_rows(m);
-  add_adapters(m, config);
+  add_adapters(m, config, experts);
   return m;
 }
 

@@ -92,6 +92,14 @@ void check_data(const RunConfig& c) {
                        " tokens: raise tokens_per_step or lower accumulation");
 }
 
+void check_parallel(const RunConfig& c) {
+  const auto& p = c.parallel;
+  const bool frozen = c.train.base_weights == "frozen";
+  MOEGRAFT_CHECK_USAGE(p.expert == 1 || frozen, "parallel.expert: ", p.expert, " needs a frozen base; train.base_weights is full (data parallelism trains it)");
+  MOEGRAFT_CHECK_USAGE(!p.shard_base || frozen, "parallel.shard_base needs a frozen base; train.base_weights is full");
+  MOEGRAFT_CHECK_USAGE(!p.shard_base || c.model.offload == "none", "parallel.shard_base and model.offload: ", c.model.offload, " are two places for the same experts: choose one");
+}
+
 void check_train(const RunConfig& c) {
   const auto& train = c.train;
   MOEGRAFT_CHECK_USAGE(train.betas.size() == 2, "train.betas must have two values, got ", train.betas);
@@ -114,6 +122,7 @@ void RunConfig::validate(const std::string&) const {
   check_ot(ot);
   check_data(*this);
   check_train(*this);
+  check_parallel(*this);
 }
 
 }  // namespace moegraft::run

@@ -59,12 +59,6 @@ void flatten(const config::Tree& tree, const std::string& path, std::map<std::st
   }
 }
 
-std::map<std::string, std::string> flatten(const RunConfig& config) {
-  std::map<std::string, std::string> out;
-  flatten(config::Document::from_string(config::dump(config)).root(), "", out);
-  return out;
-}
-
 bool is_free(const std::string& key) {
   const std::string name = key.substr(0, key.find('['));  // a list is free as a whole
   return std::any_of(keys_free_on_resume().begin(), keys_free_on_resume().end(), [&](const std::string& free) {
@@ -82,6 +76,12 @@ io::Json session(int64_t from_step, const std::string& device, const std::vector
 
 }  // namespace
 
+std::map<std::string, std::string> flat_config(const RunConfig& config) {
+  std::map<std::string, std::string> out;
+  flatten(config::Document::from_string(config::dump(config)).root(), "", out);
+  return out;
+}
+
 bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
 
 RunConfig load_run_config(const fs::path& dir) {
@@ -91,12 +91,13 @@ RunConfig load_run_config(const fs::path& dir) {
 
 const std::vector<std::string>& keys_free_on_resume() {
   static const std::vector<std::string> keys = {"run.dir",           "model.device",       "model.offload",     "train.memory_budget_gib", "train.steps",        "train.max_minutes",    "train.log_every", "train.eval_every",
-                                                "train.eval_tokens", "train.sample_every", "train.sample_prompts", "data.prefetch",   "routing.every", "checkpoint.*"};
+                                                "train.eval_tokens", "train.sample_every", "train.sample_prompts", "data.prefetch",   "routing.every", "checkpoint.*",
+                                                "train.accumulation", "parallel.*"};
   return keys;
 }
 
 std::vector<ConfigChange> compare_configs(const RunConfig& before, const RunConfig& after) {
-  const auto old_values = flatten(before), new_values = flatten(after);
+  const auto old_values = flat_config(before), new_values = flat_config(after);
   std::vector<ConfigChange> changes;
   for (const auto& [key, value] : old_values) {
     const auto now = new_values.find(key);

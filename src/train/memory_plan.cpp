@@ -30,12 +30,12 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 class Counter {
  public:
   explicit Counter(const MemoryRequest& request)
-      : r_(request), s_(request.spec), width_(int64_t(c10::elementSize(request.dtype))), T_(request.tokens), R_(request.tokens * s_.num_experts_per_tok),
+      : r_(request), s_(request.spec), width_(int64_t(c10::elementSize(request.dtype))), T_(request.tokens), R_(request.tokens * s_.num_experts_per_tok), E_(request.spec.num_experts / request.expert_size),
         q_(s_.num_heads * s_.head_dim), kv_(s_.num_kv_heads * s_.head_dim),
         panels_(request.device.is_cpu() && !request.base_trains && kernels::make_weight_panels(at::empty({16, 16}, at::TensorOptions(request.dtype))) != nullptr) {}
 
   bool has_panels() const { return panels_; }
-  int64_t experts_of_layer() const { return kExpertSites * s_.num_experts * s_.hidden_size * s_.moe_intermediate_size; }
+  int64_t experts_of_layer() const { return kExpertSites * E_ * s_.hidden_size * s_.moe_intermediate_size; }
   int64_t sparse_layers() const {
     return std::count_if(s_.layers.begin(), s_.layers.end(), [](const auto& l) { return l.sparse; });
   }
@@ -43,8 +43,8 @@ class Counter {
   // Resident: everything, except what is mapped and has been packed into panels.
   int64_t base() const {
     if (r_.base_trains) return 0;  // masters
-    int64_t elements = s_.num_parameters();
-    if (r_.offload_experts || (panels_ && !r_.converted)) elements -= sparse_layers() * experts_of_layer();
+    int64_t elements = s_.num_parameters() - sparse_layers() * kExpertSites * (s_.num_experts - E_) * s_.hidden_size * s_.moe_intermediate_size;
+    if (experts_visit() || (panels_ && !r_.converted)) elements -= sparse_layers() * experts_of_layer();
     if (panels_ && !r_.converted) {
       for_each_matrix([&](int64_t n, int64_t k) { elements -= n * k; });
       if (s_.tie_word_embeddings) elements += s_.vocab_size * s_.hidden_size;  // looked up all the time
@@ -60,7 +60,7 @@ class Counter {
     // Gate and up are [F, D], down [D, F]. Large experts in float32 keep the forward layout alone.
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
     const int64_t expert = pair == 2 || !model::packs_lean(s_) ? 2 * both(F, D) + both(D, F) : 2 * D * round_up(F, 16) + F * round_up(D, 16);
-    if (!r_.offload_experts) elements += sparse_layers() * s_.num_experts * expert;
+    if (!experts_visit()) elements += sparse_layers() * E_ * expert;
     return elements * width_;
   }
 
@@ -92,7 +92,8 @@ class Counter {
       int64_t bytes = T_ * (2 * q_ + 2 * kv_ + 2 * D) * width_ + T_ * D * 4;
       if (s_.layers[size_t(l)].sparse) {
         bytes += R_ * D * width_ + (panels_ ? 0 : R_ * (2 * D + 4 * F) * width_);
-        bytes += expert_columns(l) * s_.num_experts * (D + F) * (4 + width_);
+        bytes += expert_columns(l) * E_ * (D + F) * (4 + width_);
+        bytes += (travelled() - 1) * T_ * D * width_;  // partial sums on their way back
       } else {
         bytes += 4 * T_ * s_.intermediate_size * width_;
       }
@@ -108,14 +109,18 @@ class Counter {
         for (const Site site : a.sites) {
           if (!acts(a, site, l)) continue;
           const auto [in, out] = adapters::site_shape(s_, site);
-          t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? s_.num_experts : 1);
+          t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? E_ : 1);
         }
     t.rows = r_.new_rows * s_.hidden_size * (s_.tie_word_embeddings ? 1 : 2);
     t.base = r_.base_trains ? s_.num_parameters() : 0;
     return t;
   }
 
+  bool experts_visit() const { return r_.offload_experts || (r_.shard_base && r_.data_size > 1); }
+
  private:
+  // How many processes a token visits at most; as many tokens come as go when experts are used evenly.
+  int64_t travelled() const { return std::min(r_.expert_size, s_.num_experts_per_tok); }
   // Matrices with panels besides the experts': [out, in].
   template <class F>
   void for_each_matrix(const F& f) const {
@@ -150,7 +155,7 @@ class Counter {
   int64_t experts(int64_t l) const {
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size, K = s_.num_experts_per_tok, E = s_.num_experts;
     int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.norm_topk_prob ? T_ * 4 : 0) + (width_ == 2 ? E * D * 4 : 0);  // the router
-    bytes += 2 * R_ * 4 + T_ * D * width_;                                                                             // the sort, the input
+    bytes += 2 * R_ * 4 + travelled() * T_ * D * width_;                                                               // the sort, the input
     if (!panels_) return bytes + 2 * R_ * F * width_ + (r_.device.is_cuda() ? R_ * expert_columns(l) * width_ : 0);
     return bytes + R_ * (2 * round_up(F, 64) + expert_columns(l)) * width_;
   }
@@ -182,7 +187,7 @@ class Counter {
 
   const MemoryRequest& r_;
   const model::DecoderSpec& s_;
-  int64_t width_, T_, R_, q_, kv_;
+  int64_t width_, T_, R_, E_, q_, kv_;  // E: experts here
   bool panels_;
 };
 
@@ -213,7 +218,7 @@ bool stored_as(const std::string& dir, at::ScalarType dtype) {
 
 }  // namespace
 
-MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device) {
+MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes) {
   MemoryRequest r;
   r.spec = spec;
   r.dtype = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
@@ -223,7 +228,11 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.moments_8bit = config.train.optimizer == "adamw_8bit";
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
-  r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation});
+  r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation, 0, processes});
+  r.expert_size = config.parallel.expert;
+  r.data_size = std::max<int64_t>(processes / r.expert_size, 1);
+  r.shard_base = config.parallel.shard_base;
+  r.shard_optimizer = config.parallel.shard_optimizer;
   for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
   for (const auto& a : config.adapters) {
     MemoryRequest::Adapter adapter{a.rank, {}, a.layers};
@@ -245,12 +254,15 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   plan.program = request.device.is_cpu() ? kProgram : 0;
   plan.base = count.base();
   plan.panels = count.panels();
-  if (request.offload_experts && count.sparse_layers() > 0) {
+  if (count.experts_visit() && count.sparse_layers() > 0) {
+    const int64_t experts = count.sparse_layers() * count.experts_of_layer() * width;
     plan.offload_buffers = 2 * count.experts_of_layer() * width;
-    plan.host_experts = count.sparse_layers() * count.experts_of_layer() * width;
+    if (request.offload_experts) plan.host_experts = experts;
+    else plan.base += experts / request.data_size;
   }
   plan.trained = plan.gradients = 4 * trained;
   plan.optimizer = request.moments_8bit ? 2 * trained + 2 * trained * 4 / kernels::kAdamw8Block : 8 * trained;
+  if (request.shard_optimizer) plan.optimizer /= request.data_size;  // expert factors are most of it
   for (int64_t l = 0; l < s.num_layers; ++l) {
     plan.layer_stored.push_back(count.layer(l));
     plan.layer_recomputed.push_back(count.layer_input(l));
@@ -265,7 +277,7 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
     plan.activations = activation_peak(plan, n);
     return plan.total();
   };
-  if (request.offload_experts) {  // the buffers pass on: every layer asks again
+  if (count.experts_visit()) {  // the buffers pass on: every layer asks again
     plan.smallest = with(request.auxiliary_loss ? 0 : s.num_layers);
     return plan;
   }

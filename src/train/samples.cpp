@@ -17,6 +17,7 @@ std::filesystem::path write_samples(graft::GraftedModel& model, const std::vecto
   options.sampling.temperature = 0;  // the likeliest picture: comparable between steps
   std::vector<at::Tensor> pictures;
   for (const auto& result : generate::generate_images(model, prompts, options)) pictures.push_back(result.pixels_3HW);
+  if (dir.empty()) return {};
   const auto file = dir / (checkpoint::step_name(step) + ".png");
   io::save_image(file, io::contact_sheet(pictures, std::min<int64_t>(8, int64_t(pictures.size()))));
   log::info("step ", step, ": samples in ", file.string());

@@ -2,31 +2,26 @@
 
 #include "libtorch.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
 
+#include "journal.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
-#include "moegraft/checkpoint/checkpoint.h"
-#include "moegraft/checkpoint/parameters.h"
 #include "moegraft/checkpoint/state.h"
 #include "moegraft/data/prefetch.h"
 #include "moegraft/evaluate/likelihood.h"
-#include "moegraft/graft/grafted_model.h"
-#include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/io/files.h"
-#include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
-#include "moegraft/routing/stats.h"
-#include "moegraft/run/run_dir.h"
-#include "moegraft/train/memory_plan.h"
-#include "moegraft/train/optimizer.h"
 #include "moegraft/train/schedule.h"
 #include "moegraft/train/signals.h"
-#include "moegraft/train/tensorboard.h"
 #include "samples.h"
+#include "startup.h"
+#include "team.h"
 
 namespace moegraft::train {
 namespace {
@@ -42,30 +37,31 @@ std::vector<std::string> modality_names(const model::Vocabulary& vocabulary) {
   return names;
 }
 
-AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& t) {
-  const auto options = [](const run::OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
-  return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}}, {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == "adamw_8bit"});
-}
-
 // One run: what happens when, around one step().
 class Trainer {
  public:
-  Trainer(const run::RunConfig& config, graft::GraftedModel model, run::RunDir dir, const std::optional<checkpoint::Checkpoint>& from, const MemoryPlan& plan)
+  Trainer(const run::RunConfig& config, Start start, const distributed::Mesh& mesh)
       : config_(config),
-        recompute_layers_(plan.recompute_layers),
-        model_(std::move(model)),
-        dir_(std::move(dir)),
-        optimizer_(make_optimizer(*model_.registry, config.train)),
+        run_path_(config.run.dir),
+        recompute_layers_(start.plan.recompute_layers),
+        model_(std::move(start.model)),
+        team_(config.parallel, mesh, *model_.registry),
+        optimizer_(make_optimizer(*model_.registry, config.train, team_.owned())),
         schedule_{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
-        stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed), data::Share{config.train.accumulation}),
+        stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed),
+                                                    data::Share{config.train.accumulation, team_.rank(), team_.size()}),
                 config.data.prefetch, model_.device().is_cuda()),
-        writer_(dir_.checkpoints(), config.checkpoint),
-        board_(dir_.tensorboard(), from ? from->step : -1),
+        journal_(std::move(start.dir), start.from ? start.from->step : -1),
+        writer_(run_path_ / "checkpoints", config.checkpoint, true, mesh.distributed() ? mesh.world : nullptr),
         routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), modality_names(model_.vocabulary), model_.device()) {
     state_.seed = config.run.seed;
     state_.environment = run::describe_environment(model_.device().str());
-    if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens);
-    if (from) restore(*from);
+    state_.environment["layout"] = team_.layout();
+    forward_.aux_loss = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
+    forward_.recompute_layers = recompute_layers_;
+    forward_.lockstep = team_.lockstep();
+    if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
+    if (start.from) restore(*start.from);
   }
 
   TrainOutcome run() {
@@ -82,18 +78,18 @@ class Trainer {
     }
     bool saved = true;
     while (state_.step < t.steps) {
-      if (signals.requested()) {
+      if (stop_asked_) {
         if (!saved) save();
         writer_.wait();
         progress.finish();
-        log::warning("stopped by ", signal_name(signals.received()), " after step ", state_.step, "; saved. --resume auto continues.");
+        log::warning("stopped by ", signals.requested() ? signal_name(signals.received()) : "a signal to another process", " after step ", state_.step, "; saved. --resume auto continues.");
         return {state_.step, loss_, true};
       }
-      if (t.max_minutes > 0 && seconds() > 60 * t.max_minutes) {
+      if (time_is_up_) {
         log::info("train.max_minutes (", t.max_minutes, ") reached after step ", state_.step);
         break;
       }
-      step();
+      step(signals.requested());
       saved = false;
       progress.update(state_.step, status());
       const bool last = state_.step == t.steps;
@@ -123,8 +119,9 @@ class Trainer {
     optimizer_.load_state(from.optimizer);
     const auto environment = std::move(state_.environment);
     state_ = checkpoint::state_from_json(from.state);
-    for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
-      log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
+    if (state_.step > 0)
+      for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
+        log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
     state_.environment = environment;
     stream_.restore(state_.data_cursor);
     writer_.discard_after(from.step);
@@ -140,58 +137,80 @@ class Trainer {
     return step;
   }
 
-  void step() {
+  // stop: this process was asked to.
+  void step(bool stop) {
     const auto start = Clock::now();
     const auto& t = config_.train;
-    model_.registry->zero_grad();
+    team_.beat(state_.step);
+    team_.begin_step();
     const data::StepBatch step_batch = next_step();
     const auto& batches = step_batch.micro_batches;
-    const int64_t labels = step_batch.num_labels, tokens = step_batch.num_tokens;
-    const bool balance = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
-    model::ForwardOptions options;
-    options.routing = &routing_;
-    options.aux_loss = balance;
-    options.recompute_layers = recompute_layers_;
+    const double labels = double(std::max<int64_t>(step_batch.num_labels, 1));
+    const double balance = model_.decoder->spec().router_aux_loss_coef / double(int64_t(batches.size()) * team_.size());
     std::vector<model::LossResult> results;
-    for (const auto& batch : batches) {
-      const auto result = model_.decoder->forward(batch, options);
-      auto ce = model::cross_entropy_loss(*model_.decoder, result, batch, double(std::max<int64_t>(labels, 1)));
-      const at::Tensor objective = balance ? ce.loss + result.aux_loss * (model_.decoder->spec().router_aux_loss_coef / double(batches.size())) : ce.loss;
+    for (size_t i = 0; i < batches.size(); ++i) {
+      forward_.routing = batches[i].facts->placeholder ? nullptr : &routing_;
+      const auto result = model_.decoder->forward(batches[i], forward_);
+      auto ce = model::cross_entropy_loss(*model_.decoder, result, batches[i], labels);
+      const at::Tensor objective = forward_.aux_loss ? ce.loss + result.aux_loss * balance : ce.loss;
+      if (i + 1 == batches.size()) team_.last_backward();
       if (objective.requires_grad()) objective.backward();
       ce.loss = ce.loss.detach();
       results.push_back(std::move(ce));
     }
+    team_.finish_backward();
     // Read only now: the host would wait for the device here, and has nothing left to launch.
-    double loss = 0;
-    for (size_t i = 0; i < results.size(); ++i) {
-      loss += results[i].loss.item<double>();
-      if (!std::isfinite(loss)) stop_on_bad_number(batches[i], "loss", loss);
-      add(results[i]);
-    }
-    const double norm = global_grad_norm(*model_.registry);
-    if (!std::isfinite(norm)) stop_on_bad_number(batches.back(), "gradient norm", norm);
-    optimizer_.step(schedule_.factor(state_.step), clip_factor(norm, t.clip));
-    loss_ = loss;
-    grad_norm_ = norm;
-    window_tokens_ += tokens;
-    state_.tokens_seen += tokens;
+    loss_ = share_numbers(batches, results, stop);
+    grad_norm_ = team_.grad_norm();
+    if (!std::isfinite(grad_norm_)) stop_on_bad_number(&batches.back(), "gradient norm", grad_norm_);
+    optimizer_.step(schedule_.factor(state_.step), clip_factor(grad_norm_, t.clip));
+    team_.share_updates();
+    window_tokens_ += step_batch.num_tokens;
+    state_.tokens_seen += step_batch.num_tokens;
     ++state_.step;
     window_step_ += seconds_since(start);
+    ++window_steps_;
   }
 
-  void add(const model::LossResult& ce) {
-    const at::Tensor sums = ce.nll_sum_M.to(at::kCPU);
-    window_nll_.resize(ce.count_M.size(), 0.0);
-    window_labels_.resize(ce.count_M.size(), 0);
-    for (size_t m = 0; m < ce.count_M.size(); ++m) window_nll_[m] += sums[int64_t(m)].item<double>(), window_labels_[m] += ce.count_M[m];
+  // The loss over all processes; the sums by modality go into the window. All leave after the same step: when one was asked to, or its time is up.
+  double share_numbers(const std::vector<model::PackedBatch>& batches, const std::vector<model::LossResult>& results, bool stop) {
+    const size_t sets = results.front().count_M.size(), first = 3;
+    const double minutes = config_.train.max_minutes;
+    std::vector<double> mine(first + 2 * sets, 0.0);  // loss, stop, time is up, then nll and labels by modality
+    mine[1] = stop;
+    mine[2] = minutes > 0 && seconds() > 60 * minutes;
+    const model::PackedBatch* bad = nullptr;
+    for (size_t i = 0; i < results.size(); ++i) {
+      mine[0] += results[i].loss.item<double>();
+      if (!bad && !std::isfinite(mine[0])) bad = &batches[i];
+      const at::Tensor nll = results[i].nll_sum_M.to(at::kCPU);
+      for (size_t m = 0; m < sets; ++m) {
+        mine[first + m] += nll[int64_t(m)].item<double>();
+        mine[first + sets + m] += double(results[i].count_M[m]);
+      }
+    }
+    const auto all = team_.sum(mine, "losses");
+    stop_asked_ = all[1] > 0;
+    time_is_up_ = all[2] > 0;
+    if (!std::isfinite(all[0])) stop_on_bad_number(bad, "loss", all[0]);
+    window_nll_.resize(sets, 0.0);
+    window_labels_.resize(sets, 0);
+    for (size_t m = 0; m < sets; ++m) window_nll_[m] += all[first + m], window_labels_[m] += int64_t(all[first + sets + m]);
+    return all[0];
   }
 
-  [[noreturn]] void stop_on_bad_number(const model::PackedBatch& batch, const char* what, double value) {
-    const fs::path file = dir_.path() / ("bad-batch-step-" + std::to_string(state_.step) + ".safetensors");
-    io::TensorMap tensors{{"ids", batch.ids_T.to(at::kCPU)}, {"labels", batch.labels_T.to(at::kCPU)}, {"positions", batch.positions_T.to(at::kCPU)}, {"cu_seqlens", at::tensor(batch.cu_seqlens)}};
-    if (batch.modality_T.defined()) tensors["modality"] = batch.modality_T.to(at::kCPU);
-    io::save_safetensors(file, tensors);
-    fail<UserError>("the ", what, " is ", value, " at step ", state_.step, "; the batch is saved in ", file.string(), ". Lower the learning rate or train.clip and resume from the last checkpoint.");
+  // batch: where it came from; null when it was another process's.
+  [[noreturn]] void stop_on_bad_number(const model::PackedBatch* batch, const char* what, double value) {
+    std::string saved = "the batch is saved by the process that had it";
+    if (batch) {
+      const std::string rank = team_.alone() ? "" : "-rank-" + std::to_string(team_.rank());
+      const fs::path file = run_path_ / ("bad-batch-step-" + std::to_string(state_.step) + rank + ".safetensors");
+      io::TensorMap tensors{{"ids", batch->ids_T.to(at::kCPU)}, {"labels", batch->labels_T.to(at::kCPU)}, {"positions", batch->positions_T.to(at::kCPU)}, {"cu_seqlens", at::tensor(batch->cu_seqlens)}};
+      if (batch->modality_T.defined()) tensors["modality"] = batch->modality_T.to(at::kCPU);
+      io::save_safetensors(file, tensors);
+      saved = "the batch is saved in " + file.string();
+    }
+    fail<UserError>("the ", what, " is ", value, " at step ", state_.step, "; ", saved, ". Lower the learning rate or train.clip and resume from the last checkpoint.");
   }
 
   std::string status() {
@@ -205,69 +224,89 @@ class Trainer {
     const auto names = modality_names(model_.vocabulary);
     const double now = seconds(), factor = schedule_.factor(state_.step - 1);
     io::Json line{{"step", state_.step}, {"loss", loss_}, {"grad_norm", grad_norm_}, {"tokens", state_.tokens_seen}, {"epochs", stream_.epochs()}, {"lr_factor", factor}};
+    std::map<std::string, double> scalars{{"loss", loss_}, {"grad_norm", grad_norm_}, {"lr_factor", factor}};
     for (size_t m = 0; m < window_nll_.size(); ++m)
-      if (window_labels_[m] > 0) {
-        line["nll_" + names[m]] = window_nll_[m] / double(window_labels_[m]);
-        board_.scalar("train/nll_" + names[m], state_.step, window_nll_[m] / double(window_labels_[m]));
-      }
-    const double rate = double(window_tokens_) / std::max(now - window_start_, 1e-9);
+      if (window_labels_[m] > 0) scalars["nll_" + names[m]] = window_nll_[m] / double(window_labels_[m]);
+    scalars["tokens_per_s"] = double(window_tokens_) / std::max(now - window_start_, 1e-9);
     // Of the time in steps: what passed until their batches were there.
-    const double data_wait_share = window_step_ > 0 ? window_wait_ / window_step_ : 0;
-    line["tokens_per_s"] = rate;
-    line["data_wait_share"] = data_wait_share;
+    scalars["data_wait_share"] = window_step_ > 0 ? window_wait_ / window_step_ : 0;
+    if (!team_.alone()) log_team(line, scalars);
+    for (const auto& [name, value] : scalars) {
+      line[name] = value;
+      journal_.scalar("train/" + name, state_.step, value);
+    }
     line["seconds"] = now;
-    dir_.metrics.append(line.dump());
-    board_.scalar("train/loss", state_.step, loss_);
-    board_.scalar("train/grad_norm", state_.step, grad_norm_);
-    board_.scalar("train/lr_factor", state_.step, factor);
-    board_.scalar("train/tokens_per_s", state_.step, rate);
-    board_.scalar("train/data_wait_share", state_.step, data_wait_share);
+    journal_.metrics(line);
     window_nll_.clear();
     window_labels_.clear();
-    window_tokens_ = 0;
+    window_tokens_ = window_steps_ = 0;
     window_wait_ = window_step_ = 0;
     window_start_ = now;
   }
 
+  // What the exchange with the other processes takes, and whether one of them is slower: each one's step time without its waiting for the others.
+  void log_team(io::Json& line, std::map<std::string, double>& scalars) {
+    const distributed::Traffic traffic = team_.take_traffic(*model_.decoder->base().weights);
+    const double steps = double(std::max<int64_t>(window_steps_, 1));
+    const auto ranks = team_.gather({(window_step_ - traffic.wait_seconds) / steps, traffic.wait_seconds / steps, double(traffic.bytes) / steps}, "step times");
+    std::vector<double> busy;
+    double wait = 0, bytes = 0;
+    for (const auto& rank : ranks) busy.push_back(rank[0]), wait += rank[1], bytes += rank[2];
+    line["busy_seconds_by_rank"] = busy;
+    scalars["comm_wait_share"] = window_step_ > 0 ? wait / double(ranks.size()) / (window_step_ / steps) : 0;
+    scalars["comm_mib_per_step"] = bytes / double(1 << 20);
+    std::vector<double> sorted = busy;
+    std::sort(sorted.begin(), sorted.end());
+    const double median = sorted[(sorted.size() - 1) / 2], slowest = sorted.back();
+    if (slowest > 1.5 * median && slowest - median > 0.05 && state_.step >= next_straggler_warning_) {
+      const auto rank = std::max_element(busy.begin(), busy.end()) - busy.begin();
+      log::warning("rank ", rank, " is a straggler: ", slowest, " s of work a step, the median is ", median, " s");
+      next_straggler_warning_ = state_.step + 20 * config_.train.log_every;
+    }
+  }
+
   void log_routing() {
-    const auto report = routing_.read();
-    dir_.routing.append(routing::to_json_line(report, state_.step));
-    for (const auto& [tag, value] : routing::scalars(report)) board_.scalar(tag, state_.step, value);
+    team_.sum_in_place(routing_.sums(), "routing statistics");
+    journal_.routing(routing_.read(), state_.step);
     routing_.reset();
   }
 
   void log_evaluation() {
     const auto names = modality_names(model_.vocabulary);
-    const auto result = evaluate::measure_likelihood(model_, *eval_);
+    model::ForwardOptions options;
+    options.lockstep = team_.lockstep();
+    const auto result = evaluate::measure_likelihood(model_, *eval_, options, [this](const std::vector<double>& mine) { return team_.sum(mine, "evaluation"); });
     io::Json line{{"step", state_.step}, {"eval", true}};
     for (size_t m = 0; m < result.nll_M.size(); ++m)
       if (result.labels_M[m] > 0) {
         line["eval_nll_" + names[m]] = result.nll_M[m];
-        board_.scalar("eval/nll_" + names[m], state_.step, result.nll_M[m]);
+        journal_.scalar("eval/nll_" + names[m], state_.step, result.nll_M[m]);
       }
-    dir_.metrics.append(line.dump());
+    journal_.metrics(line);
     // The measure that `best` means: likelihood of what is being learnt.
     measure_ = result.total();
     if (!state_.best_measure || *measure_ < *state_.best_measure) state_.best_measure = measure_, state_.best_step = state_.step;
     log::info("step ", state_.step, ": held-out ", line.dump());
   }
 
+  // Every process draws, for drawing is forward passes; one keeps the pictures.
   void draw_samples() {
     if (config_.train.sample_prompts.empty() || !model_.is_graft()) return;
-    const fs::path file = write_samples(model_, config_.train.sample_prompts, dir_.samples(), state_.step, uint64_t(config_.run.seed));
-    if (!file.empty()) board_.image_file("samples", state_.step, file);
+    if (!journal_.writes() && !team_.lockstep()) return;
+    const fs::path file = write_samples(model_, config_.train.sample_prompts, journal_.writes() ? run_path_ / "samples" : fs::path(), state_.step, uint64_t(config_.run.seed));
+    if (!file.empty()) journal_.image_file("samples", state_.step, file);
   }
 
   void save() {
     state_.seconds = seconds();
     state_.data_cursor = stream_.state();
-    dir_.metrics.sync();
-    dir_.routing.sync();
-    writer_.save(state_.step, checkpoint::parameter_parts(*model_.registry), optimizer_.state_parts(), checkpoint::to_json(state_), measure_);
+    journal_.sync();
+    writer_.save(state_.step, team_.parts_to_write(checkpoint::parameter_parts(*model_.registry)), team_.parts_to_write(optimizer_.state_parts()), checkpoint::to_json(state_), measure_);
   }
 
   void export_base() {
-    const fs::path to = dir_.path() / "model";
+    if (!journal_.writes()) return;
+    const fs::path to = run_path_ / "model";
     model::save_base(model_.decoder->base(), to, at::kFloat);
     for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}) {
       const fs::path from = fs::path(config_.model.init ? config_.model.init->tokenizer : config_.model.path) / name;
@@ -277,34 +316,30 @@ class Trainer {
   }
 
   run::RunConfig config_;
+  fs::path run_path_;
   int64_t recompute_layers_;
   graft::GraftedModel model_;
-  run::RunDir dir_;
+  Team team_;
   AdamW optimizer_;
   Schedule schedule_;
   data::PrefetchStream stream_;
   std::optional<data::EvalStream> eval_;
+  Journal journal_;  // holds the run directory's lock: beyond the writer's end
   checkpoint::CheckpointWriter writer_;
-  TensorBoard board_;
   routing::RoutingStats routing_;
+  model::ForwardOptions forward_;
   checkpoint::TrainState state_;
   std::optional<double> measure_;
+  bool stop_asked_ = false, time_is_up_ = false;
   double loss_ = 0, grad_norm_ = 0;
   std::vector<double> window_nll_;
   std::vector<int64_t> window_labels_;
-  int64_t window_tokens_ = 0, first_tokens_ = 0;  // first: seen before this session
+  int64_t window_tokens_ = 0, window_steps_ = 0, first_tokens_ = 0;  // first: seen before this session
   double window_wait_ = 0, window_step_ = 0;      // seconds waiting for batches, seconds in steps
   double window_start_ = 0, earlier_seconds_ = 0;
+  int64_t next_straggler_warning_ = 0;
   Clock::time_point session_start_;
 };
-
-void describe(const graft::GraftedModel& m) {
-  const auto& s = m.decoder->spec();
-  const double trained = double(m.registry->num_elements()), base = double(s.num_parameters());
-  const bool full = m.decoder->base().weights->trainable();
-  log::info(s.family, ": ", format_count(base), " parameters, ", format_count(double(s.num_active_parameters())), " active per token; training ", format_count(trained), " (",
-            full ? 100.0 : std::round(1000 * trained / (base + trained)) / 10, " %)");
-}
 
 }  // namespace
 
@@ -321,37 +356,45 @@ void resolve_paths(run::RunConfig& config) {
     for (auto& source : *sources) absolute(source.path);
 }
 
-TrainOutcome train(const run::RunConfig& config_in, const std::string& resume) {
+TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world) {
   run::RunConfig config = config_in;
   resolve_paths(config);
-  std::optional<checkpoint::Checkpoint> from;
-  const bool exists = run::is_run(config.run.dir);
-  if (resume == "auto") {
-    if (exists)
-      if (const auto latest = checkpoint::find_latest(fs::path(config.run.dir) / "checkpoints")) from = checkpoint::load(*latest);
-  } else if (resume != "none") {
-    MOEGRAFT_CHECK_USAGE(exists, "--resume ", resume, ": ", config.run.dir, " is no run yet");
-    from = checkpoint::load(resume);
+  if (!world) world = distributed::World::join({});
+  check_layout(config, world->size());
+  const distributed::Mesh mesh = distributed::make_mesh(world, config.parallel.expert);
+  try {
+    return Trainer(config, start_run(config, resume, mesh), mesh).run();
+  } catch (const std::exception& e) {
+    world->announce_failure(e.what());
+    throw;
   }
-  const at::Device planned_on = graft::parse_device(config.model.device);
-  const std::string device = planned_on.str();
-  // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
-  if (!config.model.path.empty()) check_fits(plan_memory(memory_request(model::read_spec(config.model.path), config, {}, planned_on)));
-  const bool again = exists && resume != "none";
-  run::RunDir dir = again ? run::RunDir::resume(config, from ? from->step : 0, device) : run::RunDir::create(config, device);
-  graft::GraftedModel model = from ? graft::assemble_model(config) : graft::build_model(config);
-  if (from) {
-    checkpoint::load_parameters(*model.registry, from->parameters);
-    log::info("resuming ", config.run.dir, " after step ", from->step);
-  } else if (!model.vocabulary.modalities.empty()) {
-    graft::write_vocabulary(dir.path(), model.vocabulary);
-    io::write_file_atomic(dir.path() / "init.json", model.init_report_json + "\n");
+}
+
+TrainOutcome train_together(const distributed::LaunchEnvironment& environment, const std::function<run::RunConfig()>& read_config, const std::string& resume) {
+  std::optional<run::RunConfig> config;
+  std::vector<distributed::World::Fact> facts;
+  std::optional<std::string> error;
+  std::exception_ptr failure;
+  distributed::WorldOptions options;
+  try {  // all that one process can find wrong by itself, so that the others learn of it instead of waiting
+    config = read_config();
+    resolve_paths(*config);
+    options.device = graft::choose_device(config->model.device, environment.local_rank, environment.local_world_size);
+    options.timeout = std::chrono::milliseconds(int64_t(1000 * config->parallel.timeout_seconds));
+    check_layout(*config, environment.world_size);
+    facts = facts_of(*config, resume);
+  } catch (const std::exception& e) {
+    failure = std::current_exception();
+    error = e.what();
   }
-  describe(model);
-  const MemoryPlan plan = plan_memory(memory_request(model.decoder->spec(), config, model.vocabulary, model.device()));
-  check_fits(plan);
-  log::info(summary(plan));
-  return Trainer(config, std::move(model), std::move(dir), from, plan).run();
+  const auto world = distributed::World::join(environment, options);
+  try {
+    world->agree(facts, error);
+  } catch (const std::exception&) {
+    if (failure) std::rethrow_exception(failure);
+    throw;
+  }
+  return train(*config, resume, world);
 }
 
 }  // namespace moegraft::train

@@ -172,7 +172,7 @@ fs::path write_run(const TinyWorld& world, double large, uint64_t seed) {
   if (large > 0) randomise(parameters, large, seed);
   checkpoint::TrainState state;
   state.seed = world.config.run.seed;
-  checkpoint::CheckpointWriter(dir.checkpoints(), world.config.checkpoint).save(0, parameters, {}, checkpoint::to_json(state));
+  checkpoint::CheckpointWriter(dir.checkpoints(), world.config.checkpoint).save(0, checkpoint::whole(parameters), {}, checkpoint::to_json(state));
   return world.run;
 }
 
@@ -186,7 +186,7 @@ void replace_parameters(const fs::path& run, const io::TensorMap& parameters) {
   const auto latest = checkpoint::find_latest(run / "checkpoints");
   MOEGRAFT_CHECK(latest.has_value(), run.string(), " has no checkpoint");
   const checkpoint::Checkpoint old = checkpoint::load(*latest);
-  checkpoint::CheckpointWriter(run / "checkpoints", {1, 1000, true}).save(old.step, parameters, old.optimizer, old.state, old.measure);
+  checkpoint::CheckpointWriter(run / "checkpoints", {1, 1000, true}).save(old.step, checkpoint::whole(parameters), checkpoint::whole(old.optimizer), old.state, old.measure);
 }
 
 void randomise_parameters(const fs::path& run, double large, uint64_t seed) {

@@ -27,8 +27,10 @@ void add_train_command(CLI::App& app) {
   cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   cmd->callback([o] {
-    const auto config = config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set));
-    const auto outcome = train::train(config, o->resume);
+    const auto read = [&] { return config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set)); };
+    const auto environment = distributed::read_launch_environment();
+    if (environment.distributed()) log::set_rank(environment.rank);
+    const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume) : train::train(read(), o->resume);
     if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
     log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
   });

@@ -10,6 +10,8 @@ namespace moegraft::log {
 enum class Level { debug, info, warning, error };
 
 void set_level(Level level);  // default: info
+// This process is one of several: each line names its rank, and ranks other than 0 write errors only.
+void set_rank(long rank);
 void write(Level level, const std::string& message);
 
 template <class... Args>

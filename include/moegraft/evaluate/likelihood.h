@@ -1,6 +1,7 @@
 #pragma once
 // Teacher-forced likelihood on held-out data, by modality.
 
+#include <functional>
 #include <vector>
 
 #include "moegraft/data/stream.h"
@@ -16,6 +17,8 @@ struct Likelihood {
 };
 
 // One pass over the stream from its start. Labels are normalised over their own modality's rows. Observers see every batch.
-Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options = {});
+// sum: over processes that share the stream (data::Share); empty: this one has all of it.
+using SumOverProcesses = std::function<std::vector<double>(const std::vector<double>&)>;
+Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options = {}, const SumOverProcesses& sum = {});
 
 }  // namespace moegraft::evaluate

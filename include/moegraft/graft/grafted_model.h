@@ -9,6 +9,7 @@
 
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/codec/codec.h"
+#include "moegraft/distributed/world.h"
 #include "moegraft/model/decoder.h"
 #include "moegraft/model/registry.h"
 #include "moegraft/model/vocabulary.h"
@@ -22,6 +23,7 @@ struct OpenOptions {
   std::optional<std::string> device;     // "auto" | "cpu" | "cuda"; default: the run's, or auto
   std::string checkpoint = "latest";     // "latest", "best", a step number, or a checkpoint directory (runs only)
   bool with_codecs = true;               // false: do not load image codecs (ids only)
+  const distributed::Mesh* mesh = nullptr;  // the processes that hold the model together (config.parallel), to train it
 };
 
 // Built by build_model (a new run) or open_model (an existing run, or a plain Hugging Face directory). Movable only.
@@ -43,6 +45,8 @@ struct GraftedModel {
 };
 
 at::Device parse_device(const std::string& name);        // UserError when cuda is asked for and there is none
+// The device of one of several processes on this machine; makes it the calling thread's current one. UserError: more processes than GPUs.
+at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size);
 at::ScalarType parse_dtype(const std::string& name);     // float32 | bfloat16 | bf16; UsageError otherwise
 
 // Shapes and zeros only: a model for `config` whose overlays are not initialised yet.

@@ -10,6 +10,7 @@
 #include "moegraft/checkpoint/config.h"
 #include "moegraft/config/config.h"
 #include "moegraft/data/config.h"
+#include "moegraft/parallel/config.h"
 #include "moegraft/routing/config.h"
 
 namespace moegraft::run {
@@ -177,6 +178,7 @@ struct RunConfig {
   TrainSection train;
   routing::RoutingConfig routing;
   checkpoint::CheckpointConfig checkpoint;
+  parallel::ParallelConfig parallel;
   template <class V>
   void visit_fields(V& v) {
     v("run", run, config::required(), "Where the run lives.");
@@ -189,6 +191,7 @@ struct RunConfig {
     v("train", train, config::any(), "The loop.");
     v("routing", routing, config::any(), "Routing statistics.");
     v("checkpoint", checkpoint, config::any(), "Checkpoints.");
+    v("parallel", parallel, config::any(), "Several processes: torchrun, srun, mpirun or `moegraft launch`.");
   }
   void validate(const std::string& path) const;  // cross-field rules
 };

@@ -24,6 +24,9 @@ RunConfig load_run_config(const std::filesystem::path& dir);
 // Keys that may differ when a run continues; a trailing ".*" stands for a whole section. All others decide what is computed.
 const std::vector<std::string>& keys_free_on_resume();
 
+// Every key of a config and its value: "train.steps" -> "100".
+std::map<std::string, std::string> flat_config(const RunConfig& config);
+
 // "train.steps: 100 -> 200" for each key that differs.
 struct ConfigChange {
   std::string key, before, after;

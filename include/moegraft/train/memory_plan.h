@@ -24,6 +24,8 @@ struct MemoryRequest {
   bool gate_open = false;             // adapters act on every row of a batch, which need then not be gathered
   bool auxiliary_loss = false;        // layers cannot be computed again
   int64_t tokens = 0;                 // of a micro-batch
+  int64_t expert_size = 1, data_size = 1;  // processes that experts are spread over, and that repeat them
+  bool shard_base = false, shard_optimizer = false;
   int64_t new_rows = 0;               // of all modalities
   struct Adapter {
     int64_t rank = 0;
@@ -33,7 +35,8 @@ struct MemoryRequest {
   std::vector<Adapter> adapters;
   int64_t budget_bytes = 0;  // 0: no limit
 };
-MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device);
+// processes: that share the work by config.parallel; the request is of one of them.
+MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes = 1);
 
 // Trained parameters by shape alone.
 struct TrainedParameters {
@@ -46,9 +49,9 @@ TrainedParameters count_trained(const MemoryRequest& request);
 // an upper bound for the frozen prefix and for text. Loss and workspace never live at the same time; the larger counts.
 struct MemoryPlan {
   int64_t program = 0;        // the libraries themselves (host memory only)
-  int64_t base = 0;           // frozen weights that stay resident; with offload, without the experts
+  int64_t base = 0;           // frozen weights that stay resident; with offload, without the experts; sharded, with a part of them
   int64_t panels = 0;         // the CPU's packed copies, forward and backward
-  int64_t offload_buffers = 0;
+  int64_t offload_buffers = 0;  // of experts that visit
   int64_t trained = 0, gradients = 0, optimizer = 0;
   int64_t activations = 0, loss = 0, workspace = 0;
   int64_t heap = 0;           // free memory between live tensors that malloc keeps (host memory only)

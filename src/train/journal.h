@@ -1,0 +1,45 @@
+#pragma once
+// What a run writes down while it trains: metrics.jsonl, routing.jsonl, TensorBoard. One process writes; in the others every call does nothing.
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "moegraft/io/json.h"
+#include "moegraft/routing/stats.h"
+#include "moegraft/run/run_dir.h"
+#include "moegraft/train/tensorboard.h"
+
+namespace moegraft::train {
+
+class Journal {
+ public:
+  // dir: none in a process that does not write. resume_step: as in TensorBoard.
+  Journal(std::optional<run::RunDir> dir, int64_t resume_step) : dir_(std::move(dir)) {
+    if (dir_) board_ = std::make_unique<TensorBoard>(dir_->tensorboard(), resume_step);
+  }
+  bool writes() const { return dir_.has_value(); }
+
+  void metrics(const io::Json& line) {
+    if (dir_) dir_->metrics.append(line.dump());
+  }
+  void scalar(const std::string& tag, int64_t step, double value) {
+    if (board_) board_->scalar(tag, step, value);
+  }
+  void image_file(const std::string& tag, int64_t step, const std::filesystem::path& png) {
+    if (board_) board_->image_file(tag, step, png);
+  }
+  void routing(const routing::RoutingReport& report, int64_t step);
+  // Before a checkpoint: a resume keeps the lines up to its step.
+  void sync() {
+    if (!dir_) return;
+    dir_->metrics.sync();
+    dir_->routing.sync();
+  }
+
+ private:
+  std::optional<run::RunDir> dir_;
+  std::unique_ptr<TensorBoard> board_;
+};
+
+}  // namespace moegraft::train

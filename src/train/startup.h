@@ -1,0 +1,35 @@
+#pragma once
+// How a run starts: what all processes must agree on before their first exchange, who makes the run, and the checkpoint that all begin with.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/distributed/world.h"
+#include "moegraft/graft/grafted_model.h"
+#include "moegraft/run/run_config.h"
+#include "moegraft/run/run_dir.h"
+#include "moegraft/train/memory_plan.h"
+#include "moegraft/train/optimizer.h"
+
+namespace moegraft::train {
+
+AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& section, std::vector<bool> owned = {});
+
+// Whether this config can run on so many processes, as far as one of them can tell. UsageError or UserError.
+void check_layout(const run::RunConfig& config, int64_t world_size);
+// What must be equal everywhere: every key of the config, the program, the base's files.
+std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume);
+
+struct Start {
+  std::optional<run::RunDir> dir;  // rank 0 only
+  std::optional<checkpoint::Checkpoint> from;
+  graft::GraftedModel model;
+  MemoryPlan plan;
+};
+// config with absolute paths; resume: as in train(). With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it
+// as step 0; then all load that, as they load any other checkpoint: whatever the layout.
+Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh);
+
+}  // namespace moegraft::train

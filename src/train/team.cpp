@@ -1,0 +1,77 @@
+#include "team.h"
+
+#include "libtorch.h"
+
+#include "moegraft/base/check.h"
+#include "moegraft/parallel/sharded_weights.h"
+#include "moegraft/train/optimizer.h"
+
+namespace moegraft::train {
+
+Team::Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry)
+    : mesh_(mesh), registry_(registry), lockstep_(mesh.expert_size() > 1 || (config.shard_base && mesh.data_size() > 1)) {
+  if (alone()) return;
+  reducer_.emplace(registry, mesh_, int64_t(config.bucket_mib * double(1 << 20)));
+  if (config.shard_optimizer) updates_.emplace(registry, mesh_);
+}
+
+std::string Team::layout() const { return moegraft::detail::concat("data ", mesh_.data_size(), ", expert ", mesh_.expert_size()); }
+
+std::vector<bool> Team::owned() const {
+  return updates_ ? updates_->owned() : std::vector<bool>();
+}
+
+void Team::begin_step() {
+  if (reducer_) reducer_->begin_step();
+  else registry_.zero_grad();
+}
+void Team::last_backward() {
+  if (reducer_) reducer_->last_backward();
+}
+void Team::finish_backward() {
+  if (reducer_) reducer_->finish();
+}
+double Team::grad_norm() { return global_grad_norm(registry_, mesh_.expert.get()); }
+void Team::share_updates() {
+  if (updates_) updates_->share();
+}
+
+std::vector<double> Team::sum(const std::vector<double>& mine, const char* what) {
+  if (alone()) return mine;
+  at::Tensor sums = at::tensor(mine, at::kDouble);
+  sum_in_place(sums, what);
+  return {sums.const_data_ptr<double>(), sums.const_data_ptr<double>() + mine.size()};
+}
+
+std::vector<std::vector<double>> Team::gather(const std::vector<double>& mine, const char* what) {
+  if (alone()) return {mine};
+  const at::Tensor in = at::tensor(mine, at::kDouble);
+  at::Tensor out = at::empty({size() * int64_t(mine.size())}, at::kDouble);
+  mesh_.world->all().all_gather(out, in, what).wait();
+  std::vector<std::vector<double>> all;
+  const double* at = out.const_data_ptr<double>();
+  for (int64_t r = 0; r < size(); ++r, at += mine.size()) all.emplace_back(at, at + mine.size());
+  return all;
+}
+
+void Team::sum_in_place(at::Tensor& tensor, const char* what) {
+  if (!alone()) mesh_.world->all().all_reduce(tensor, what).wait();
+}
+
+distributed::Traffic Team::take_traffic(model::WeightProvider& weights) {
+  distributed::Traffic sum;
+  if (alone()) return sum;
+  const auto add = [&](const distributed::Traffic& t) { sum.calls += t.calls, sum.bytes += t.bytes, sum.wait_seconds += t.wait_seconds; };
+  add(mesh_.world->all().take_traffic());
+  add(mesh_.expert->take_traffic());
+  add(mesh_.data->take_traffic());
+  add(reducer_->take_traffic());
+  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) add(sharded->take_traffic());
+  return sum;
+}
+
+void Team::beat(int64_t step) {
+  if (!alone()) mesh_.world->beat(step);
+}
+
+}  // namespace moegraft::train

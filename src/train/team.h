@@ -1,0 +1,57 @@
+#pragma once
+// A training loop's part in a group of processes. Alone, everything here is a plain zero_grad, norm or nothing.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "moegraft/checkpoint/parts.h"
+#include "moegraft/distributed/world.h"
+#include "moegraft/model/registry.h"
+#include "moegraft/model/weights.h"
+#include "moegraft/parallel/config.h"
+#include "moegraft/parallel/gradients.h"
+#include "moegraft/parallel/updates.h"
+
+namespace moegraft::train {
+
+class Team {
+ public:
+  // The registry is complete. Collective.
+  Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry);
+
+  int64_t rank() const { return mesh_.world->rank(); }
+  int64_t size() const { return mesh_.world->size(); }
+  bool alone() const { return !mesh_.distributed(); }
+  // Whether forward and backward passes hold collectives (ForwardOptions::lockstep).
+  bool lockstep() const { return lockstep_; }
+  std::string layout() const;  // "data 2, expert 2"; what sums are grouped by
+  std::vector<bool> owned() const;  // for AdamW: empty when everybody updates everything
+
+  // One step, in this order.
+  void begin_step();       // no gradients
+  void last_backward();    // before the last micro-batch's
+  void finish_backward();  // every gradient is the sum over all processes
+  double grad_norm();      // each parameter once
+  void share_updates();
+
+  // Sums of a few numbers over all processes, in float64 on the host.
+  std::vector<double> sum(const std::vector<double>& mine, const char* what);
+  // Everybody's numbers, by rank.
+  std::vector<std::vector<double>> gather(const std::vector<double>& mine, const char* what);
+  void sum_in_place(at::Tensor& tensor, const char* what);
+
+  checkpoint::Parts parts_to_write(const checkpoint::Parts& held) const { return checkpoint::parts_to_write(held, checkpoint::place_in(mesh_)); }
+  // What this process handed to collectives and how long its host waited for them, since the last call.
+  distributed::Traffic take_traffic(model::WeightProvider& weights);
+  void beat(int64_t step);
+
+ private:
+  distributed::Mesh mesh_;
+  model::ParameterRegistry& registry_;
+  bool lockstep_;
+  std::optional<parallel::GradientReducer> reducer_;
+  std::optional<parallel::UpdateSharding> updates_;
+};
+
+}  // namespace moegraft::train
