@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "moegraft/base/check.h"
 #include "moegraft/parallel/updates.h"
 #include "moegraft/train/optimizer.h"
 #include "support/ranks/ranks.h"
