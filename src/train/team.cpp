@@ -2,7 +2,10 @@
 
 #include "libtorch.h"
 
+#include <algorithm>
+
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/train/optimizer.h"
 
@@ -30,6 +33,14 @@ void Team::last_backward() {
 }
 void Team::finish_backward() {
   if (reducer_) reducer_->finish();
+}
+void Team::forget_absent(const std::set<std::string>& modalities) {
+  if (!lockstep_) return;
+  for (const auto& p : registry_.all()) {
+    if (p.sharding != "expert" || p.modality.empty()) continue;
+    const auto acts_on = split(p.modality, ',');
+    if (std::none_of(acts_on.begin(), acts_on.end(), [&](const std::string& m) { return modalities.contains(m); })) p.tensor.mutable_grad().reset();
+  }
 }
 double Team::grad_norm() { return global_grad_norm(registry_, mesh_.expert.get()); }
 void Team::share_updates() {

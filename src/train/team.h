@@ -2,6 +2,7 @@
 // A training loop's part in a group of processes. Alone, everything here is a plain zero_grad, norm or nothing.
 
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,9 @@ class Team {
   void begin_step();       // no gradients
   void last_backward();    // before the last micro-batch's
   void finish_backward();  // every gradient is the sum over all processes
+  // modalities: those with a token in this step, in any process. In lockstep every process runs every term on experts, and so has gradients (zeros) where one
+  // process alone would have none: of modalities that nobody has. They go, for AdamW's moments must not move.
+  void forget_absent(const std::set<std::string>& modalities);
   double grad_norm();      // each parameter once
   void share_updates();
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <set>
 
 #include "journal.h"
 #include "moegraft/base/check.h"
@@ -45,6 +46,7 @@ class Trainer {
         run_path_(config.run.dir),
         recompute_layers_(start.plan.recompute_layers),
         model_(std::move(start.model)),
+        names_(modality_names(model_.vocabulary)),
         team_(config.parallel, mesh, *model_.registry),
         optimizer_(make_optimizer(*model_.registry, config.train, team_.owned())),
         schedule_{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
@@ -53,7 +55,7 @@ class Trainer {
                 config.data.prefetch, model_.device().is_cuda()),
         journal_(std::move(start.dir), start.from ? start.from->step : -1),
         writer_(run_path_ / "checkpoints", config.checkpoint, true, mesh.distributed() ? mesh.world : nullptr),
-        routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), modality_names(model_.vocabulary), model_.device()) {
+        routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), names_, model_.device()) {
     state_.seed = config.run.seed;
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();
@@ -176,7 +178,7 @@ class Trainer {
   double share_numbers(const std::vector<model::PackedBatch>& batches, const std::vector<model::LossResult>& results, bool stop) {
     const size_t sets = results.front().count_M.size(), first = 3;
     const double minutes = config_.train.max_minutes;
-    std::vector<double> mine(first + 2 * sets, 0.0);  // loss, stop, time is up, then nll and labels by modality
+    std::vector<double> mine(first + 3 * sets, 0.0);  // loss, stop, time is up, then nll, labels and tokens by modality
     mine[1] = stop;
     mine[2] = minutes > 0 && seconds() > 60 * minutes;
     const model::PackedBatch* bad = nullptr;
@@ -187,12 +189,18 @@ class Trainer {
       for (size_t m = 0; m < sets; ++m) {
         mine[first + m] += nll[int64_t(m)].item<double>();
         mine[first + sets + m] += double(results[i].count_M[m]);
+        const auto& tokens = batches[i].facts->modality_tokens;
+        if (!batches[i].facts->placeholder && m < tokens.size()) mine[first + 2 * sets + m] += double(tokens[m].size(0));
       }
     }
     const auto all = team_.sum(mine, "losses");
     stop_asked_ = all[1] > 0;
     time_is_up_ = all[2] > 0;
     if (!std::isfinite(all[0])) stop_on_bad_number(bad, "loss", all[0]);
+    std::set<std::string> present;
+    for (size_t m = 0; m < sets; ++m)
+      if (all[first + 2 * sets + m] > 0) present.insert(names_[m]);
+    team_.forget_absent(present);
     window_nll_.resize(sets, 0.0);
     window_labels_.resize(sets, 0);
     for (size_t m = 0; m < sets; ++m) window_nll_[m] += all[first + m], window_labels_[m] += int64_t(all[first + sets + m]);
@@ -221,12 +229,11 @@ class Trainer {
   }
 
   void log_metrics() {
-    const auto names = modality_names(model_.vocabulary);
     const double now = seconds(), factor = schedule_.factor(state_.step - 1);
     io::Json line{{"step", state_.step}, {"loss", loss_}, {"grad_norm", grad_norm_}, {"tokens", state_.tokens_seen}, {"epochs", stream_.epochs()}, {"lr_factor", factor}};
     std::map<std::string, double> scalars{{"loss", loss_}, {"grad_norm", grad_norm_}, {"lr_factor", factor}};
     for (size_t m = 0; m < window_nll_.size(); ++m)
-      if (window_labels_[m] > 0) scalars["nll_" + names[m]] = window_nll_[m] / double(window_labels_[m]);
+      if (window_labels_[m] > 0) scalars["nll_" + names_[m]] = window_nll_[m] / double(window_labels_[m]);
     scalars["tokens_per_s"] = double(window_tokens_) / std::max(now - window_start_, 1e-9);
     // Of the time in steps: what passed until their batches were there.
     scalars["data_wait_share"] = window_step_ > 0 ? window_wait_ / window_step_ : 0;
@@ -272,15 +279,14 @@ class Trainer {
   }
 
   void log_evaluation() {
-    const auto names = modality_names(model_.vocabulary);
     model::ForwardOptions options;
     options.lockstep = team_.lockstep();
     const auto result = evaluate::measure_likelihood(model_, *eval_, options, [this](const std::vector<double>& mine) { return team_.sum(mine, "evaluation"); });
     io::Json line{{"step", state_.step}, {"eval", true}};
     for (size_t m = 0; m < result.nll_M.size(); ++m)
       if (result.labels_M[m] > 0) {
-        line["eval_nll_" + names[m]] = result.nll_M[m];
-        journal_.scalar("eval/nll_" + names[m], state_.step, result.nll_M[m]);
+        line["eval_nll_" + names_[m]] = result.nll_M[m];
+        journal_.scalar("eval/nll_" + names_[m], state_.step, result.nll_M[m]);
       }
     journal_.metrics(line);
     // The measure that `best` means: likelihood of what is being learnt.
@@ -319,6 +325,7 @@ class Trainer {
   fs::path run_path_;
   int64_t recompute_layers_;
   graft::GraftedModel model_;
+  std::vector<std::string> names_;  // of the modalities, text first
   Team team_;
   AdamW optimizer_;
   Schedule schedule_;

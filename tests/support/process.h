@@ -22,6 +22,7 @@ class Process {
   explicit Process(const std::vector<std::string>& argv, const std::vector<std::string>& environment = {});
   ~Process();
   Process(const Process&) = delete;
+  pid_t pid() const { return pid_; }
   bool running();
   void send(int signal);
   ProcessResult wait();
