@@ -256,6 +256,22 @@ TEST_F(LayoutTest, WhatIsSavedIsWhatWasThereAtTheCall) {
   for (int64_t step = 1; step <= 3; ++step) EXPECT_TRUE(at::equal(load(root_ / step_name(step)).parameters.at("x"), at::full({1 << 20}, double(step))));
 }
 
+// Figures for the log; an assertion on time would fail on a busy machine.
+TEST_F(LayoutTest, TheStallOfBothWays) {
+  const Parts parts{{"x", at::zeros({16 << 20})}};
+  for (const bool async : {false, true}) {
+    CheckpointWriter writer(root_, {.async = async});
+    for (int64_t step = 1; step <= 3; ++step) {
+      writer.save(step, parts, {}, "");
+      const double stall = writer.last_stall_seconds();
+      writer.wait();
+      EXPECT_GT(stall, 0);
+      EXPECT_GT(writer.last_write_seconds(), 0);
+      std::printf("checkpoint.async %d, save %lld: 64 MiB, stall %.1f ms, written after %.1f ms\n", int(async), static_cast<long long>(step), stall * 1e3, writer.last_write_seconds() * 1e3);
+    }
+  }
+}
+
 TEST_F(LayoutTest, EveryFileAndTheManifestAreGuarded) {
   const Layout layout{2, 2};
   const auto files = [&] {
