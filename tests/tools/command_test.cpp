@@ -37,6 +37,23 @@ TEST(Configs, EveryShippedRunParses) {
   EXPECT_GE(runs, 7);
 }
 
+TEST_F(Command, DataDealSaysHowEvenlyStepsAreShared) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  const auto r = run_moegraft({"data", "deal", "-c", world.yaml.string(), "--world", "2", "4", "--steps", "6", "--json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const io::Json j = io::Json::parse(r.out);
+  ASSERT_EQ(j.at("results").size(), 4u);
+  for (const auto& result : j.at("results")) {
+    EXPECT_EQ(result.at("steps"), 6);
+    EXPECT_GE(result.at("cost").at("mean").get<double>(), 1.0);
+    if (result.at("batching") == "modality") {
+      EXPECT_EQ(result.at("combinations_per_step"), 1.0);
+    }
+  }
+  EXPECT_EQ(run_moegraft({"data", "deal", "-c", world.yaml.string(), "--world", "0"}).code, 2);
+}
+
 // A dry run of the recipes on the published sizes: nothing but config.json is needed.
 TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   struct Case {

@@ -48,11 +48,13 @@ void run(const Options& o) {
       data::DataConfig dealt = config.data;
       dealt.batching = batching;
       data::BatchStream stream(dealt.train, dealt, vocabulary, uint64_t(config.run.seed));
+      stream.set_warn([](const std::string&) {});
       const auto start = std::chrono::steady_clock::now();
       const data::Balance b = data::measure_balance(stream, {config.train.accumulation, 0, world}, dealt.sequence_length, o.steps);
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       out["results"].push_back({{"batching", batching}, {"world", world}, {"steps", b.steps}, {"tokens", b.tokens}, {"sequences", b.sequences},
                                 {"combinations_per_step", b.combinations_per_step}, {"smallest_step", b.smallest_step}, {"largest_step", b.largest_step}, {"empty_parts", b.empty_parts},
+                                {"truncated", stream.counts().truncated}, {"skipped", stream.counts().skipped},
                                 {"cost", to_json(b.cost)}, {"new_tokens", to_json(b.new_tokens)}, {"planning_ms_per_step", 1e3 * seconds / double(o.steps)}});
       if (!o.json)
         std::printf("%-8s %7lld %12.2f %7.3f %7.3f %7.3f %7.3f   %lld to %lld\n", batching, static_cast<long long>(world), b.combinations_per_step, b.cost.mean, b.cost.worst, b.new_tokens.mean,
