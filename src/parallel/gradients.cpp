@@ -114,7 +114,7 @@ void GradientReducer::start_ready() {
 
 void GradientReducer::start(Bucket& bucket, size_t index) {
   ++started_;
-  if (bucket.group && bucket.group->size() > 1) bucket.sum = bucket.group->all_reduce(bucket.flat, "gradients, bucket " + std::to_string(index));
+  if (bucket.group) bucket.sum = bucket.group->all_reduce(bucket.flat, "gradients, bucket " + std::to_string(index));
 }
 
 void GradientReducer::finish() {
