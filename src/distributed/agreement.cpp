@@ -20,7 +20,9 @@ void put(std::string& out, const std::string& text) { out += std::to_string(text
 
 std::string encode(const std::vector<World::Fact>& facts, const std::optional<std::string>& error) {
   std::string out;
-  put(out, error ? '!' + *error : "");
+  std::string first;
+  if (error) first = "!" + *error;
+  put(out, first);
   for (const auto& fact : facts) put(out, fact.name), put(out, fact.value);
   return out;
 }
@@ -43,28 +45,34 @@ Statement decode(const std::string& text, int64_t rank) {
   return s;
 }
 
-std::string shortened(const std::string& text) {
+std::string shortened(std::string text) {
   constexpr size_t kLongest = 100;
-  return text.size() <= kLongest ? text : text.substr(0, kLongest) + "…";
+  if (text.size() <= kLongest) return text;
+  text.resize(kLongest);
+  while (!text.empty() && (text.back() & 0x80) != 0) text.pop_back();  // no half of a UTF-8 character
+  text += " ...";
+  return text;
 }
 
 // The first line that differs; values may be whole configurations.
 std::pair<std::string, std::string> first_difference(const std::string& a, const std::string& b) {
   const auto lines_a = split(a, '\n'), lines_b = split(b, '\n');
   for (size_t i = 0; i < std::max(lines_a.size(), lines_b.size()); ++i) {
-    const std::string x = i < lines_a.size() ? trim(lines_a[i]) : "nothing", y = i < lines_b.size() ? trim(lines_b[i]) : "nothing";
+    static const std::string nothing = "nothing";
+    const std::string x = i < lines_a.size() ? trim(lines_a[i]) : nothing, y = i < lines_b.size() ? trim(lines_b[i]) : nothing;
     if (x != y) return {shortened(x), shortened(y)};
   }
   return {shortened(a), shortened(b)};
 }
 
-std::string difference(const World::Fact& fact, const std::vector<Statement>& all, int64_t own_rank) {
+// The line that says how the ranks differ in a fact of rank 0's; empty where they agree.
+std::string difference(const World::Fact& fact, const std::vector<Statement>& all) {
   std::vector<int64_t> others;
   std::string theirs;
   for (size_t r = 1; r < all.size(); ++r) {
     const auto& facts = all[r].facts;
     const auto it = std::find_if(facts.begin(), facts.end(), [&](const World::Fact& f) { return f.name == fact.name; });
-    const std::string value = it == facts.end() ? "" : it->value;
+    const std::string value = it == facts.end() ? std::string() : it->value;
     if (value == fact.value) continue;
     if (others.empty()) theirs = value;
     others.push_back(static_cast<int64_t>(r));
@@ -78,7 +86,6 @@ std::string difference(const World::Fact& fact, const std::vector<Statement>& al
 }  // namespace
 
 void reach_agreement(const Shared& shared, int64_t number, const std::vector<World::Fact>& facts, const std::optional<std::string>& error) {
-  const int64_t rank = shared.environment.rank;
   std::vector<std::string> texts;
   try {
     texts = collect(shared, detail::concat("agree/", number, '/'), encode(facts, error), "agreement before the first step");
@@ -103,7 +110,7 @@ void reach_agreement(const Shared& shared, int64_t number, const std::vector<Wor
     throw UserError(line);
   }
   for (const auto& fact : all[0].facts) {
-    const std::string line = difference(fact, all, rank);
+    const std::string line = difference(fact, all);
     MOEGRAFT_CHECK(line.empty(), line);
   }
   for (size_t r = 1; r < all.size(); ++r) {

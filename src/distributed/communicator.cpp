@@ -7,6 +7,7 @@
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "shared.h"
+#include "watch.h"
 
 namespace moegraft::distributed {
 namespace {
@@ -32,6 +33,7 @@ struct Pending::Impl {
   std::shared_ptr<Group> group;
   std::string operation;  // all_reduce of "gradients, bucket 3"
   int64_t call = 0;
+  bool on_gpu = false;
   Clock::time_point begin = Clock::now();
   std::vector<at::Tensor> keep;
 
@@ -45,12 +47,28 @@ struct Pending::Impl {
       group->traffic.wait_seconds += seconds_since(start);
     };
     try {
-      work->wait();
+      wait_for_work();
     } catch (const std::exception& e) {
       count();
       fail_with(e);
     }
     count();
+  }
+  // A member whose neighbours are alive would not notice a death elsewhere before its own timeout: it looks in the store now and then.
+  void wait_for_work() {
+    if (on_gpu) {
+      work->wait();
+      return;
+    }
+    while (true) {
+      try {
+        work->wait(kLookPause);
+        return;
+      } catch (const std::exception&) {
+        if (work->isCompleted()) throw;
+        if (group->shared->trouble()) throw std::runtime_error("stopped after another rank's trouble");
+      }
+    }
   }
 };
 
@@ -66,8 +84,9 @@ Pending& Pending::operator=(Pending&& other) noexcept {
 
 Pending::~Pending() {
   if (!impl_) return;
+  if (impl_->group->failed) return;
   try {
-    impl_->work->wait();
+    impl_->wait_for_work();
   } catch (const std::exception&) {  // nobody asked for the result; the next collective of the group fails too and says why
   }
 }
@@ -100,12 +119,20 @@ Pending Communicator::start(const char* operation, const std::string& what, int6
   impl.group = group;
   impl.operation = detail::concat(operation, " of \"", what, '"');
   impl.call = group->calls++;
+  impl.on_gpu = cuda;
   impl.keep = std::move(tensors);
   try {
     impl.work = start(*backend);
   } catch (const std::exception& e) {
     const auto failed = std::move(pending.impl_);
     failed->fail_with(e);
+  }
+  if (cuda && group->shared->watch) {
+    // The watch belongs to what it is given here: no cycle of owners.
+    group->shared->watch->add(impl.work, [group = std::weak_ptr<Group>(group), operation = impl.operation, call = impl.call](double seconds, const std::string& cause) {
+      const auto alive = group.lock();
+      return alive ? explain_failure(*alive, operation, call, seconds, first_line(cause)) : operation + " failed: " + first_line(cause);
+    });
   }
   return pending;
 }

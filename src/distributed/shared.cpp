@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "moegraft/base/check.h"
+#include "watch.h"
 
 namespace moegraft::distributed {
 namespace {
@@ -18,14 +19,42 @@ std::string last_seen(const Shared& shared, int64_t rank) {
   return detail::concat("last seen at step ", step, ", ", (now - at + 500) / 1000, " s ago");
 }
 
+[[noreturn]] void store_is_gone(const Shared& shared) {
+  const auto& e = shared.environment;
+  fail<UserError>("rank ", e.rank, ": ", e.agent_store ? "the launcher's agent" : "rank 0", " has ended (its store at ", e.master_address, ':', e.master_port, " does not answer): see its error");
+}
+
 }  // namespace
 
-void Shared::post(const std::string& key, const std::string& value) const { store->set(key, value); }
+Shared::Shared() = default;
+Shared::~Shared() = default;
+
+void Shared::post(const std::string& key, const std::string& value) const {
+  try {
+    store->set(key, value);
+  } catch (const c10::Error&) {
+    store_is_gone(*this);
+  }
+}
 
 std::optional<std::string> Shared::look(const std::string& key) const {
-  if (!store->check({key})) return {};  // get() alone would wait for the key, and hold every other thread's request
-  return store->get_to_str(key);
+  try {
+    if (!store->check({key})) return {};  // get() alone would wait for the key, and hold every other thread's request
+    return store->get_to_str(key);
+  } catch (const c10::Error&) {
+    store_is_gone(*this);
+  }
 }
+
+bool Shared::trouble() const noexcept {
+  try {
+    return environment.distributed() && store->check({"trouble"});
+  } catch (const std::exception&) {
+    return true;
+  }
+}
+
+void Shared::post_trouble() const { post("trouble", std::to_string(environment.rank)); }
 
 std::string name_ranks(const std::vector<int64_t>& ranks) {
   std::ostringstream out;
@@ -41,14 +70,16 @@ std::string name_ranks(const std::vector<int64_t>& ranks) {
   return out.str();
 }
 
-std::string explain_failure(const Group& group, const std::string& operation, int64_t call, double seconds, const std::string& cause) {
+std::string explain_failure(Group& group, const std::string& operation, int64_t call, double seconds, const std::string& cause) {
   const Shared& shared = *group.shared;
+  group.failed = true;
   std::ostringstream out;
   out.precision(1);
   out << std::fixed << "rank " << shared.environment.rank << ": " << operation << " in group " << group.name << " (" << name_ranks(group.ranks) << ") failed after " << seconds << " s: ";
   try {
     const std::string here = detail::concat(group.name, ' ', call);
     shared.post("stuck/" + std::to_string(shared.environment.rank), here);
+    shared.post_trouble();
     std::vector<int64_t> others;
     for (const int64_t r : group.ranks) {
       if (r != shared.environment.rank) others.push_back(r);
@@ -56,7 +87,7 @@ std::string explain_failure(const Group& group, const std::string& operation, in
     std::vector<int64_t> silent, waiting;
     std::string said;
     // Members that fail with us say so within moments; one that died or hangs never does.
-    for (const auto deadline = Clock::now() + std::chrono::milliseconds(500);;) {
+    for (const auto deadline = Clock::now() + kHearing;;) {
       silent.clear(), waiting.clear(), said.clear();
       for (const int64_t r : others) {
         const std::string id = std::to_string(r);
@@ -79,7 +110,7 @@ std::string explain_failure(const Group& group, const std::string& operation, in
     if (!waiting.empty()) said += detail::concat(said.empty() ? "" : "; ", name_ranks(waiting), waiting.size() == 1 ? " waits" : " wait", " in it too");
     out << said;
   } catch (const std::exception&) {
-    out << "the store on rank 0 is gone too";
+    out << (shared.environment.agent_store ? "the launcher's agent" : "rank 0") << " has ended, see its error";
   }
   out << " (" << cause << ')';
   return out.str();

@@ -10,6 +10,7 @@
 #include "nccl.h"
 #include "rendezvous.h"
 #include "shared.h"
+#include "watch.h"
 
 namespace moegraft::distributed {
 
@@ -48,18 +49,21 @@ struct World::Impl {
   void leave() {
     if (!shared->environment.distributed()) return;
     const int64_t rank = shared->environment.rank, size = shared->environment.world_size;
-    const bool orderly = !failed && std::uncaught_exceptions() == 0;
+    for (const auto& group : groups) failed = failed || group->failed;
+    failed = failed || std::uncaught_exceptions() > 0;
+    // A backend ends only when its works have, and after a failure they may wait for their whole timeout: then the process's end closes its connections.
+    if (failed) static_cast<void>(new std::vector<std::shared_ptr<Group>>(groups));
     shared->post("left/" + std::to_string(rank), "1");
     const auto wait_for = [&](const char* key, std::chrono::milliseconds limit) {
       for (const auto deadline = Clock::now() + limit; Clock::now() < deadline; std::this_thread::sleep_for(5ms)) {
         bool all = true;
         for (int64_t r = 0; r < size && all; ++r) all = r == rank || shared->look(key + std::to_string(r));
-        if (all) return;
+        if (all || (!failed && shared->trouble())) return;
       }
     };
-    if (orderly) wait_for("left/", 5s);
+    if (!failed) wait_for("left/", 5s);
     shared->post("gone/" + std::to_string(rank), "1");
-    if (rank == 0 && !shared->environment.agent_store) wait_for("gone/", orderly ? 2s : 1s);
+    if (rank == 0 && !shared->environment.agent_store) wait_for("gone/", 2s);
   }
 };
 
@@ -70,6 +74,7 @@ World::~World() {
     impl_->leave();
   } catch (const std::exception&) {  // the store went first
   }
+  impl_->shared->watch.reset();  // here, so that its own thread is never the one that ends it
 }
 
 std::shared_ptr<World> World::join(const LaunchEnvironment& environment, const WorldOptions& options) {
@@ -80,6 +85,7 @@ std::shared_ptr<World> World::join(const LaunchEnvironment& environment, const W
   impl->shared->timeout = options.timeout;
   impl->backend_for_one = options.backend_for_one;
   meet(*impl->shared);
+  if (options.device.is_cuda()) impl->shared->watch = std::make_unique<Watch>(options.timeout, [shared = impl->shared.get()] { return shared->trouble(); });
   auto world = std::shared_ptr<World>(new World(std::move(impl)));
   std::vector<int64_t> everybody(static_cast<size_t>(environment.world_size));
   for (size_t i = 0; i < everybody.size(); ++i) everybody[i] = static_cast<int64_t>(i);
@@ -111,7 +117,10 @@ std::optional<std::string> World::look(const std::string& key) { return impl_->s
 void World::beat(int64_t step) {
   if (size() == 1) return;
   const auto now = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
-  impl_->shared->post("beat/" + std::to_string(rank()), detail::concat(step, ' ', now));
+  try {
+    impl_->shared->post("beat/" + std::to_string(rank()), detail::concat(step, ' ', now));
+  } catch (const UserError&) {  // rank 0 has ended: the next collective says why
+  }
 }
 
 void World::announce_failure(const std::string& error) {
@@ -119,6 +128,7 @@ void World::announce_failure(const std::string& error) {
   if (size() == 1) return;
   try {
     impl_->shared->post("failure/" + std::to_string(rank()), error);
+    impl_->shared->post_trouble();
   } catch (const std::exception&) {  // the store is gone: nobody is left to tell
   }
 }

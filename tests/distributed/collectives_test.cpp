@@ -99,7 +99,7 @@ RANK_BODY(sums_repeat) {
   auto world = join();
   auto& all = world->all();
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-    for (const int64_t numel : {1, 5, 1023, 40961, 300007}) {
+    for (const int64_t numel : {5, 1023, 40961}) {
       auto generator = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(numel * 10 + all.rank()));
       const at::Tensor mine = at::randn({numel}, generator, at::kFloat).to(dtype);
       at::Tensor first;

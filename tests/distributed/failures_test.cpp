@@ -37,7 +37,7 @@ RANK_BODY(short_join) { join(std::chrono::milliseconds(1000)); }
 TEST(Failures, MissingRanksAtTheRendezvousAreNamed) {
   const double begin = now();
   const auto results = Ranks("short_join", 4, "", {0, 2}).wait();
-  EXPECT_LT(now() - begin, 6);
+  EXPECT_LT(now() - begin, 10);
   expect_line(results[0], "rank 0: ranks 1, 3 of 4 did not come within 1 s");
   expect_line(results[1], "rank 2: ranks 1, 3 of 4 did not come within 1 s");
 }
@@ -64,26 +64,28 @@ RANK_BODY(disagree) {
   std::vector<World::Fact> facts = {{"version", "1"}, {"config", "run:\n  seed: 1\n  steps: " + std::to_string(rank == 2 ? 20 : 10) + "\n"}};
   if (rank_argument() == "extra" && rank == 3) facts = {{"version", "1"}, {"config", "run:\n  seed: 1\n  steps: 10\n"}, {"new", "7"}};
   if (rank_argument() == "extra" && rank == 2) facts[1].value = "run:\n  seed: 1\n  steps: 10\n";
-  if (rank_argument() == "several" && rank > 0) facts[0].value = std::to_string(rank);
+  if (rank_argument() == "several") facts[0].value = std::to_string(std::max<int64_t>(rank, 1));
   world->agree(facts);
 }
 
 TEST(Failures, DisagreementNamesTheFactAndTheRanks) {
-  for (const auto& r : Ranks("disagree", 4).wait()) {
+  Ranks one("disagree", 3), several("disagree", 4, "several");
+  for (const auto& r : one.wait()) {
     expect_line(r, "config differs between ranks: rank 0 has 'steps: 10', rank 2 has 'steps: 20': start all ranks with the same");
   }
-  for (const auto& r : Ranks("disagree", 4, "several").wait()) {
+  Ranks extra("disagree", 4, "extra");
+  for (const auto& r : several.wait()) {
     expect_line(r, "version differs between ranks: rank 0 has '1', ranks 2, 3 have others, the first '2': start all ranks with the same");
   }
-  for (const auto& r : Ranks("disagree", 4, "extra").wait()) {
+  for (const auto& r : extra.wait()) {
     expect_line(r, "new differs between ranks: rank 3 has '7', rank 0 does not know it: start all ranks with the same binary");
   }
 }
 
 RANK_BODY(startup_errors) {
-  auto world = join(std::chrono::milliseconds(1500));
-  const auto rank = world->rank();
   const std::string mode = rank_argument();
+  auto world = join(std::chrono::milliseconds(mode == "silent" ? 1500 : 20'000));
+  const auto rank = world->rank();
   if (mode == "silent" && rank == 1) std::this_thread::sleep_for(std::chrono::seconds(4));
   if (mode == "silent" && rank == 1) fail<UserError>("slept too long");
   std::optional<std::string> error;
@@ -94,21 +96,22 @@ RANK_BODY(startup_errors) {
 }
 
 TEST(Failures, AnErrorBeforeTheFirstStepReachesEveryRank) {
-  for (const auto& r : Ranks("startup_errors", 4, "one").wait()) expect_line(r, "rank 2: models/base: no such folder");
-  for (const auto& r : Ranks("startup_errors", 2, "all").wait()) expect_line(r, "train\\.steps must be at least 1, got 0");
-  for (const auto& r : Ranks("startup_errors", 3, "two").wait()) expect_line(r, "rank 1: reason 1; rank 2: reason 2");
-  const auto silent = Ranks("startup_errors", 2, "silent").wait();
-  expect_line(silent[0], "rank 0: agreement before the first step: rank 1 did not answer within 1\\.5 s");
+  Ranks silent("startup_errors", 2, "silent"), one("startup_errors", 4, "one");
+  for (const auto& r : one.wait()) expect_line(r, "rank 2: models/base: no such folder");
+  Ranks all("startup_errors", 2, "all"), two("startup_errors", 3, "two");
+  for (const auto& r : all.wait()) expect_line(r, "train\\.steps must be at least 1, got 0");
+  for (const auto& r : two.wait()) expect_line(r, "rank 1: reason 1; rank 2: reason 2");
+  expect_line(silent.wait()[0], "rank 0: agreement before the first step: rank 1 did not answer within 1\\.5 s");
 }
 
 // Steps 0 … 7 are fine; at step 8 rank 1 does what the argument says instead of its part.
 RANK_BODY(trouble) {
-  auto world = join(std::chrono::milliseconds(1500));
+  auto world = join(rank_argument() == "hang" ? std::chrono::milliseconds(1500) : std::chrono::milliseconds(60'000));
   world->all().barrier("start");
   for (int64_t step = 0;; ++step) {
     if (step == 8 && world->rank() == 1) {
       if (rank_argument() == "die") raise(SIGKILL);
-      if (rank_argument() == "hang") std::this_thread::sleep_for(std::chrono::seconds(20));
+      if (rank_argument() == "hang") std::this_thread::sleep_for(std::chrono::seconds(60));
       if (rank_argument() == "leave") return;
       if (rank_argument() == "throw") {
         world->announce_failure("out of memory at step 8");
@@ -116,8 +119,11 @@ RANK_BODY(trouble) {
       }
     }
     world->beat(step);
-    at::Tensor t = at::ones({1000});
-    world->all().all_reduce(t, "gradients, bucket 3").wait();
+    at::Tensor t = at::ones({1000}), other = at::ones({1000});
+    auto first = world->all().all_reduce(t, "gradients, bucket 3");
+    auto second = world->all().all_reduce(other, "gradients, bucket 4");  // still under way when the first fails
+    first.wait();
+    second.wait();
   }
 }
 
@@ -126,7 +132,7 @@ const std::string kOperation = ": all_reduce of \"gradients, bucket 3\" in group
 TEST(Failures, ADeadRankIsNoticedAtOnce) {
   const double begin = now();
   const auto results = Ranks("trouble", 4, "die").wait();
-  EXPECT_LT(now() - begin, 10);
+  EXPECT_LT(now() - begin, 20);  // of a timeout of 60 s
   EXPECT_EQ(results[1].signal, SIGKILL);
   for (const int r : {0, 2, 3}) {
     expect_line(results[static_cast<size_t>(r)], "rank " + std::to_string(r) + kOperation + "[0-9.]+ s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\)"
@@ -140,9 +146,9 @@ TEST(Failures, AHungRankEndsInATimeout) {
   while (ranks[0].running()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   const double took = now() - begin;
   EXPECT_GT(took, 1.5);
-  EXPECT_LT(took, 6);
+  EXPECT_LT(took, 20);  // the timeout, a second to hear the others, two to answer them
   ranks[1].send(SIGKILL);
-  expect_line(ranks.wait()[0], "rank 0" + kOperation + "[12]\\.\\d s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\) \\(.*[Tt]imed out.*\\)");
+  expect_line(ranks.wait()[0], "rank 0" + kOperation + "[12]\\.\\d s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\) \\(.*[Tt]ime.?.?out.*\\)");
 }
 
 TEST(Failures, AFailedRankIsQuoted) {
