@@ -87,9 +87,8 @@ void check_data(const RunConfig& c) {
     for (const auto& source : *sources) total += source.weight;
     MOEGRAFT_CHECK_USAGE(sources->empty() || total > 0, key, ": at least one weight must be above 0");
   }
-  const int64_t micro = data.tokens_per_step / c.train.accumulation;
-  MOEGRAFT_CHECK_USAGE(data.sequence_length <= micro, "data.sequence_length (", data.sequence_length, ") must fit a micro-batch of data.tokens_per_step / train.accumulation = ", micro,
-                       " tokens: raise tokens_per_step or lower accumulation");
+  MOEGRAFT_CHECK_USAGE(data.sequence_length <= data.tokens_per_step, "data.sequence_length (", data.sequence_length, ") must fit data.tokens_per_step (", data.tokens_per_step,
+                       "): raise tokens_per_step or lower sequence_length");
 }
 
 void check_parallel(const RunConfig& c) {

@@ -54,12 +54,13 @@ class Trainer {
                                                     data::Share{config.train.accumulation, team_.rank(), team_.size()}),
                 config.data.prefetch, model_.device().is_cuda()),
         journal_(std::move(start.dir), start.from ? start.from->step : -1),
-        writer_(run_path_ / "checkpoints", config.checkpoint, true, mesh.distributed() ? mesh.world : nullptr),
+        writer_(run_path_ / "checkpoints", config.checkpoint, true,
+                mesh.distributed() ? checkpoint::peers_of(mesh.world, std::chrono::milliseconds(int64_t(1000 * config.parallel.timeout_seconds))) : checkpoint::Peers()),
         routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), names_, model_.device()) {
     state_.seed = config.run.seed;
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();
-    forward_.aux_loss = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
+    balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
     forward_.recompute_layers = recompute_layers_;
     forward_.lockstep = team_.lockstep();
     if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
@@ -151,7 +152,9 @@ class Trainer {
     const double balance = model_.decoder->spec().router_aux_loss_coef / double(int64_t(batches.size()) * team_.size());
     std::vector<model::LossResult> results;
     for (size_t i = 0; i < batches.size(); ++i) {
-      forward_.routing = batches[i].facts->placeholder ? nullptr : &routing_;
+      const bool placeholder = batches[i].facts->placeholder;
+      forward_.routing = placeholder ? nullptr : &routing_;
+      forward_.aux_loss = balances_ && !placeholder;
       const auto result = model_.decoder->forward(batches[i], forward_);
       auto ce = model::cross_entropy_loss(*model_.decoder, result, batches[i], labels);
       const at::Tensor objective = forward_.aux_loss ? ce.loss + result.aux_loss * balance : ce.loss;
@@ -337,6 +340,7 @@ class Trainer {
   model::ForwardOptions forward_;
   checkpoint::TrainState state_;
   std::optional<double> measure_;
+  bool balances_ = false;  // with the auxiliary loss
   bool stop_asked_ = false, time_is_up_ = false;
   double loss_ = 0, grad_norm_ = 0;
   std::vector<double> window_nll_;
