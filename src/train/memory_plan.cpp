@@ -243,7 +243,11 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   return r;
 }
 
-TrainedParameters count_trained(const MemoryRequest& request) { return Counter(request).trained(); }
+TrainedParameters count_trained(const MemoryRequest& request) {
+  MemoryRequest whole = request;
+  whole.expert_size = 1;
+  return Counter(whole).trained();
+}
 
 MemoryPlan plan_memory(const MemoryRequest& request) {
   const Counter count(request);

@@ -21,9 +21,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-void describe(const graft::GraftedModel& m, run::RunConfig config) {
+void describe(const graft::GraftedModel& m, const run::RunConfig& config) {
   const auto& s = m.decoder->spec();
-  config.parallel.expert = 1;  // of the whole model, though this process may hold a part of the experts only
   const auto trained = count_trained(memory_request(s, config, m.vocabulary, m.device()));
   const double overlays = double(trained.lora + trained.rows), base = double(s.num_parameters());
   const bool full = m.decoder->base().weights->trainable();

@@ -145,6 +145,7 @@ class Trainer {
     const auto start = Clock::now();
     const auto& t = config_.train;
     team_.beat(state_.step);
+    team_.take_traffic(*model_.decoder->base().weights);  // of evaluation and samples: not the step's
     team_.begin_step();
     const data::StepBatch step_batch = next_step();
     const auto& batches = step_batch.micro_batches;
@@ -174,6 +175,9 @@ class Trainer {
     state_.tokens_seen += step_batch.num_tokens;
     ++state_.step;
     window_step_ += seconds_since(start);
+    const distributed::Traffic traffic = team_.take_traffic(*model_.decoder->base().weights);
+    window_exchange_ += traffic.wait_seconds;
+    window_bytes_ += traffic.bytes;
     ++window_steps_;
   }
 
@@ -249,16 +253,15 @@ class Trainer {
     journal_.metrics(line);
     window_nll_.clear();
     window_labels_.clear();
-    window_tokens_ = window_steps_ = 0;
-    window_wait_ = window_step_ = 0;
+    window_tokens_ = window_steps_ = window_bytes_ = 0;
+    window_wait_ = window_step_ = window_exchange_ = 0;
     window_start_ = now;
   }
 
   // What the exchange with the other processes takes, and whether one of them is slower: each one's step time without its waiting for the others.
   void log_team(io::Json& line, std::map<std::string, double>& scalars) {
-    const distributed::Traffic traffic = team_.take_traffic(*model_.decoder->base().weights);
     const double steps = double(std::max<int64_t>(window_steps_, 1));
-    const auto ranks = team_.gather({(window_step_ - traffic.wait_seconds) / steps, traffic.wait_seconds / steps, double(traffic.bytes) / steps}, "step times");
+    const auto ranks = team_.gather({(window_step_ - window_exchange_) / steps, window_exchange_ / steps, double(window_bytes_) / steps}, "step times");
     std::vector<double> busy;
     double wait = 0, bytes = 0;
     for (const auto& rank : ranks) busy.push_back(rank[0]), wait += rank[1], bytes += rank[2];
@@ -268,7 +271,7 @@ class Trainer {
     std::vector<double> sorted = busy;
     std::sort(sorted.begin(), sorted.end());
     const double median = sorted[(sorted.size() - 1) / 2], slowest = sorted.back();
-    if (slowest > 1.5 * median && slowest - median > 0.05 && state_.step >= next_straggler_warning_) {
+    if (slowest > 1.5 * median && slowest - median > 0.02 && state_.step >= next_straggler_warning_) {
       const auto rank = std::max_element(busy.begin(), busy.end()) - busy.begin();
       log::warning("rank ", rank, " is a straggler: ", slowest, " s of work a step, the median is ", median, " s");
       next_straggler_warning_ = state_.step + 20 * config_.train.log_every;
@@ -346,7 +349,8 @@ class Trainer {
   std::vector<double> window_nll_;
   std::vector<int64_t> window_labels_;
   int64_t window_tokens_ = 0, window_steps_ = 0, first_tokens_ = 0;  // first: seen before this session
-  double window_wait_ = 0, window_step_ = 0;      // seconds waiting for batches, seconds in steps
+  double window_wait_ = 0, window_step_ = 0, window_exchange_ = 0;  // seconds waiting for batches, in steps, waiting for other processes
+  int64_t window_bytes_ = 0;                      // handed to collectives
   double window_start_ = 0, earlier_seconds_ = 0;
   int64_t next_straggler_warning_ = 0;
   Clock::time_point session_start_;

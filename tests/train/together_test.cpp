@@ -250,6 +250,22 @@ TEST_F(Together, AHungRankEndsInATimeoutThatNamesIt) {
   EXPECT_NE(result.err.find("step"), std::string::npos) << result.err;
 }
 
+TEST_F(Together, ASlowRankIsNamed) {
+  Process p(launched(2, arguments("slow", "none", {"train.steps=60", "train.log_every=5"})), {"OMP_NUM_THREADS=1"});
+  for (int i = 0; i < 3000 && p.running() && training_lines(run_path("slow")).empty(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const auto ranks = children_of(p.pid());
+  ASSERT_EQ(ranks.size(), 2u);
+  while (p.running()) {  // rank 1 runs a tenth of the time
+    kill(ranks[1], SIGSTOP);
+    std::this_thread::sleep_for(std::chrono::milliseconds(90));
+    kill(ranks[1], SIGCONT);
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  const auto result = p.wait();
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_NE(result.err.find("rank 1 is a straggler"), std::string::npos) << result.err;
+}
+
 TEST_F(Together, BadInputEndsEveryRankWithALine) {
   struct Case {
     int processes;

@@ -38,7 +38,7 @@ struct MemoryRequest {
 // processes: that share the work by config.parallel; the request is of one of them.
 MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes = 1);
 
-// Trained parameters by shape alone.
+// Trained parameters by shape alone: of the whole model, however many processes hold it.
 struct TrainedParameters {
   int64_t lora = 0, rows = 0, base = 0;
   int64_t total() const { return lora + rows + base; }
