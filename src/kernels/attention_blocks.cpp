@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "attention.h"
 #include "block_product.h"
@@ -21,36 +20,6 @@ struct Seen {
   int64_t first, last;
 };
 Seen seen_by(int64_t position, int64_t window) { return {window > 0 ? std::max<int64_t>(0, position - window + 1) : 0, position + 1}; }
-
-template <class T>
-struct Rows {  // one head's rows inside [T, H, C]
-  const T* data;
-  int64_t ld;
-  const T* row(int64_t i) const { return data + i * ld; }
-};
-
-// `rows` rows of width C as a contiguous left operand [*, depth], zero beyond C.
-template <class T>
-void copy_rows(const Rows<T>& from, int64_t begin, int64_t rows, int64_t C, T* to) {
-  const int64_t depth = padded_depth<T>(C);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(to + r * depth, from.row(begin + r), size_t(C) * sizeof(T));
-    if (depth > C) to[r * depth + C] = T{};
-  }
-}
-
-// [rows, n] as a right operand whose depth is padded with zeros to `depth`.
-template <class T>
-Panels<T> pack_rows_deep(const T* in, int64_t ld, int64_t rows, int64_t n, int64_t depth, T* out) {
-  const Panels<T> p{out, depth, n};
-  for (int64_t j = 0; j < p.count(); ++j) loops<T>().pack_kn(in + j * kPanel, ld, rows, p.columns(j), out + j * kPanel * depth, depth, p.width(j));
-  return p;
-}
-
-template <class T>
-struct Head {
-  Rows<T> q, k, v;
-};
 
 template <class T>
 class Forward {
@@ -93,7 +62,7 @@ class Forward {
     for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
       for (int64_t at = begin; at < end; at += kBlock) {
         const int64_t m = std::min(kBlock, end - at), token = p_.cu_q[s] + at;
-        copy_rows<T>({data<T>(p_.q_THC) + h * C, H * C}, token, m, C, q);
+        copy_rows(data<T>(p_.q_THC) + (token * H + h) * C, H * C, m, C, q, padded_depth<T>(C));
         const int64_t from = (seen_by(past + at, p_.window).first - first) / kPanel * kPanel, to = past + at + m - first;  // keys of this block, relative to `first`
         for (int64_t c = from; c < to; c += kKeys) {
           const int64_t count = std::min(kKeys, to - c), padded = round_up(count, kPanel);
@@ -159,10 +128,10 @@ class Backward {
     const int64_t C = p_.head_dim(), Cd = padded_depth<T>(C), Cp = padded_width(C), H = p_.heads(), G = p_.groups();
     const int64_t queries = p_.cu_q[s + 1] - p_.cu_q[s], keys = p_.cu_kv[s + 1] - p_.cu_kv[s], past = keys - queries, depth = round_up(keys, kPanel);
     if (keys == 0) return;
-    const Rows<T> k_rows{data<T>(p_.k_SGC) + (p_.cu_kv[s] * G + g) * C, G * C}, v_rows{data<T>(p_.v_SGC) + (p_.cu_kv[s] * G + g) * C, G * C};
+    const T *k_rows = data<T>(p_.k_SGC) + (p_.cu_kv[s] * G + g) * C, *v_rows = data<T>(p_.v_SGC) + (p_.cu_kv[s] * G + g) * C;
     T *k = scratch.take<T>(depth * Cd), *v = scratch.take<T>(depth * Cd), *k_transposed = scratch.take<T>(Cp * depth);
-    copy_rows(k_rows, 0, keys, C, k);
-    copy_rows(v_rows, 0, keys, C, v);
+    copy_rows(k_rows, G * C, keys, C, k, Cd);
+    copy_rows(v_rows, G * C, keys, C, v, Cd);
     std::fill_n(k + keys * Cd, (depth - keys) * Cd, T{});
     std::fill_n(v + keys * Cd, (depth - keys) * Cd, T{});
     loops<T>().transpose(k, Cd, depth, C, k_transposed, depth);

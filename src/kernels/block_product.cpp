@@ -1,11 +1,18 @@
 #include "block_product.h"
 
 #include <ATen/native/CPUBlas.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+#include <array>
 #include <bit>
 #include <cstdlib>
-#include <cstring>
 #include <vector>
+
+#include "amx.h"
 
 namespace moegraft::kernels {
 namespace {
@@ -35,9 +42,34 @@ bool probe() {
   }
 }
 
-bool portable() {
-  const char* path = std::getenv("MOEGRAFT_CPU_PATH");
-  return path && std::strcmp(path, "portable") == 0;
+bool chosen(const char* path) {
+  const char* value = std::getenv("MOEGRAFT_CPU_PATH");
+  return value && std::strcmp(value, path) == 0;
+}
+
+// Whether the CPU has AMX for bf16, and the kernel lets this process use it: tiles are state that a process must ask for.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!amx::built() || &loops<bf16>() != &v4_bf16::kBf16Loops || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return (d & kBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+template <class T>
+bool own_kernel() {
+  if constexpr (sizeof(T) == 4) return false;
+  static const bool yes = !chosen("portable") && !chosen("library") && amx_granted();
+  return yes;
+}
+
+// Rows of one call of the library: it makes a kernel for every shape that it meets.
+int64_t library_rows(int64_t left) {
+  return left >= kBlock ? kBlock : left >= 64 ? 64 : left >= 32 ? 32 : int64_t(std::bit_ceil(uint64_t(left)));
 }
 
 template <class T, class Pack>
@@ -49,15 +81,11 @@ Panels<T> pack_panels(int64_t k, int64_t n, T* out, const Pack& pack) {
 
 }  // namespace
 
-int64_t padded_rows(int64_t rows) {
-  const int64_t rest = rows % 32;
-  return rows - rest + (rest ? int64_t(std::bit_ceil(uint64_t(rest))) : 0);
-}
-
 bool has_block_products(at::ScalarType dtype) {
-  static const bool allowed = !portable(), for_float = allowed && probe<float>(), for_bf16 = allowed && probe<bf16>();
+  static const bool allowed = !chosen("portable"), for_float = allowed && probe<float>(), for_bf16 = allowed && (own_kernel<bf16>() || probe<bf16>());
   return dtype == at::kFloat ? for_float : dtype == at::kBFloat16 ? for_bf16 : false;
 }
+int64_t block_rows(at::ScalarType dtype) { return dtype == at::kBFloat16 && own_kernel<bf16>() ? 64 : kBlock; }
 
 template <class T>
 Panels<T> pack_transposed(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {
@@ -68,19 +96,25 @@ Panels<T> pack_plain(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {
   return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_kn(w + j * kPanel, ld, k, columns, panel, depth, width); });
 }
 template <class T>
-Panels<T> pack_transposed_float(const float* w, int64_t ld, float factor, int64_t k, int64_t n, T* out) {
-  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_nk_float(w + j * kPanel * ld, ld, factor, k, columns, panel, depth, width); });
+Panels<T> pack_transposed_float(const float* w, int64_t ld, int64_t k, int64_t n, T* out) {
+  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_nk_float(w + j * kPanel * ld, ld, k, columns, panel, depth, width); });
 }
 template <class T>
-Panels<T> pack_plain_float(const float* w, int64_t ld, float factor, int64_t k, int64_t n, T* out) {
-  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_kn_float(w + j * kPanel, ld, factor, k, columns, panel, depth, width); });
+Panels<T> pack_plain_float(const float* w, int64_t ld, int64_t k, int64_t n, T* out) {
+  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_kn_float(w + j * kPanel, ld, k, columns, panel, depth, width); });
 }
 
 template <class T>
-void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate) {
+void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
   const int64_t width = b.width(j), depth = b.depth();
+  if constexpr (sizeof(T) == 2)
+    if (own_kernel<T>()) {
+      const amx::Term term{a, lda, b.panel(j), depth};
+      return amx::product(m, &term, 1, width, c, ldc, accumulate, next);
+    }
+  fetch(next);
   for (int64_t begin = 0; begin < m;) {
-    const int64_t left = m - begin, rows = left >= kBlock ? kBlock : left >= 64 ? 64 : left >= 32 ? 32 : padded_rows(left);
+    const int64_t rows = library_rows(m - begin);
     brgemm(rows, width, depth, lda, width, ldc, accumulate, a + begin * lda, b.panel(j), c + begin * ldc);
     begin += rows;
   }
@@ -88,12 +122,51 @@ void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, 
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, float* c, int64_t ldc, bool accumulate) {
   for (int64_t j = 0; j < b.count(); ++j) {
-    fetch_panel(b, j + 1, 0, 1);
-    product(m, a, lda, b, j, c + j * kPanel, ldc, accumulate);
+    product(m, a, lda, b, j, c + j * kPanel, ldc, accumulate, ahead(panel_range(b, j + 1)));
   }
 }
 
-void release_tiles() { at::native::cpublas::brgemm_release(true); }
+void fetch(const Ahead& ahead) {
+  for (int i = 0; i < ahead.count; ++i) fetch(static_cast<const char*>(ahead.of[i].at), ahead.of[i].bytes);
+}
+
+namespace {
+// For the own kernel; false: the sum is too long for it.
+template <class T>
+bool as_list(const Term<T>* terms, int64_t count, std::array<amx::Term, amx::kMostTerms>& list) {
+  if constexpr (sizeof(T) == 2) {
+    if (!own_kernel<T>() || count > amx::kMostTerms) return false;
+    for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
+    return true;
+  }
+  return false;
+}
+}  // namespace
+
+template <class T>
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next) {
+  const int64_t width = terms->b->width(terms->j);
+  if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product(m, list.data(), count, width, c, ldc, false, next);
+  fetch(next);
+  for (int64_t i = 0; i < count; ++i) product(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j, c, ldc, i > 0);
+}
+template <class T>
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next) {
+  const int64_t width = terms->b->width(terms->j);
+  if constexpr (sizeof(T) == 2)
+    if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, next);
+  fetch(next);
+  for (int64_t r = 0; r < m; r += kBlock) {
+    const int64_t rows = std::min(kBlock, m - r);
+    for (int64_t i = 0; i < count; ++i) product(rows, terms[i].a + r * terms[i].lda, terms[i].lda, *terms[i].b, terms[i].j, room, width, i > 0);
+    loops<T>().round_rows(room, width, out + r * ld_out, ld_out, rows, columns);
+  }
+}
+
+void release_tiles() {
+  if (own_kernel<bf16>()) amx::release();
+  else at::native::cpublas::brgemm_release(true);
+}
 
 namespace {
 constexpr size_t kSlab = size_t{16} << 20, kAlign = 64;
@@ -139,9 +212,11 @@ void* Scratch::take_bytes(int64_t count) {
 #define MOEGRAFT_INSTANTIATE(T)                                                                            \
   template Panels<T> pack_transposed(const T*, int64_t, int64_t, int64_t, T*);                              \
   template Panels<T> pack_plain(const T*, int64_t, int64_t, int64_t, T*);                                   \
-  template Panels<T> pack_transposed_float(const float*, int64_t, float, int64_t, int64_t, T*);             \
-  template Panels<T> pack_plain_float(const float*, int64_t, float, int64_t, int64_t, T*);                  \
-  template void product(int64_t, const T*, int64_t, const Panels<T>&, int64_t, float*, int64_t, bool);      \
+  template Panels<T> pack_transposed_float(const float*, int64_t, int64_t, int64_t, T*);                    \
+  template Panels<T> pack_plain_float(const float*, int64_t, int64_t, int64_t, T*);                         \
+  template void sum_of_products(int64_t, const Term<T>*, int64_t, float*, int64_t, const Ahead&);           \
+  template void sum_of_products(int64_t, const Term<T>*, int64_t, T*, int64_t, int64_t, float*, const Ahead&); \
+  template void product(int64_t, const T*, int64_t, const Panels<T>&, int64_t, float*, int64_t, bool, const Ahead&); \
   template void product(int64_t, const T*, int64_t, const Panels<T>&, float*, int64_t, bool);
 MOEGRAFT_INSTANTIATE(float)
 MOEGRAFT_INSTANTIATE(bf16)

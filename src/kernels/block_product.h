@@ -1,14 +1,17 @@
 #pragma once
 // Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one block of 128 rows and one panel of 64 columns of B at a time, float32 sums.
-// The inner kernel is oneDNN's brgemm micro-kernel, reached through ATen (AMX or AVX-512 for bf16, AVX-512 for float32); what surrounds a block
+// The inner kernel is our own for bf16 on AMX (amx.h), else oneDNN's brgemm micro-kernel, reached through ATen (AVX-512); what surrounds a block
 // (gathering rows, SwiGLU, rounding) happens while it is in the first-level cache. Frozen operands are laid out as panels once.
 //
 // Panel: [k/pair][n][pair] with pair = 2 for bf16 (AMX reads pairs along k) and 1 for float32; n is at most 64 and padded to 16, k to the pair.
 // The order of sums depends on k and the panels alone, so a row's bits do not depend on the rows beside it in a block of equal size.
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 
+#include "amx.h"
 #include "libtorch.h"
 #include "loops.h"
 
@@ -30,11 +33,13 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 template <class T>
 constexpr int64_t padded_depth(int64_t k) { return round_up(k, kPair<T>); }
 constexpr int64_t padded_width(int64_t n) { return round_up(n, 16); }
-// Rows that a product of `rows` rows may touch: the micro-kernel is made for 128, 64, 32 and smaller powers of two only.
-int64_t padded_rows(int64_t rows);
+// Rows that a product of `rows` rows may touch.
+constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
-// Whether this machine and LibTorch have the micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches it off.
+// Whether this machine has a micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches all of them off, =library our own.
 bool has_block_products(at::ScalarType dtype);
+// Rows to take at a time where a product's float32 block is worked on in the first-level cache: many amortise the library's call, our own needs no such thing.
+int64_t block_rows(at::ScalarType dtype);
 
 // A B operand as panels, lying in memory that somebody else owns.
 template <class T>
@@ -60,31 +65,79 @@ void fetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-// A part of panel j, while the panel before it is worked on: with few rows an expert, its weights come from memory at the pace of the products.
+using amx::Ahead;
+// A part of panel j, to come from memory while the panel before it is worked on: with few rows an expert, weights are read at the pace of the products.
 template <class T>
-void fetch_panel(const Panels<T>& b, int64_t j, int64_t part, int64_t parts) {
-  if (j >= b.count()) return;
-  const int64_t size = b.depth() * b.width(j), share = (size + parts - 1) / parts, begin = part * share;
-  if (begin < size) fetch(b.panel(j) + begin, std::min(share, size - begin));
+amx::Range panel_range(const Panels<T>& b, int64_t j, int64_t part = 0, int64_t parts = 1) {
+  if (j >= b.count()) return {};
+  const int64_t size = b.depth() * b.width(j), share = round_up((size + parts - 1) / parts, 64 / int64_t(sizeof(T))), begin = part * share;
+  return {b.panel(j) + begin, std::min(share, size - begin) * int64_t(sizeof(T))};
 }
+template <class T>
+amx::Range range(const T* p, int64_t count) { return {p, count * int64_t(sizeof(T))}; }
+template <class... R>
+Ahead ahead(const R&... ranges) {
+  Ahead a;
+  (a.add(ranges), ...);
+  return a;
+}
+void fetch(const Ahead& ahead);  // all at once
 
 // From W [n, k] (y = x W^T) or W [k, n] (dx = dy W), both row-major with leading dimension ld. out: Panels<T>::elements(k, n).
 template <class T>
 Panels<T> pack_transposed(const T* w_nk, int64_t ld, int64_t k, int64_t n, T* out);
 template <class T>
 Panels<T> pack_plain(const T* w_kn, int64_t ld, int64_t k, int64_t n, T* out);
-// The same from float32 times a factor.
+// The same from float32.
 template <class T>
-Panels<T> pack_transposed_float(const float* w_nk, int64_t ld, float factor, int64_t k, int64_t n, T* out);
+Panels<T> pack_transposed_float(const float* w_nk, int64_t ld, int64_t k, int64_t n, T* out);
 template <class T>
-Panels<T> pack_plain_float(const float* w_kn, int64_t ld, float factor, int64_t k, int64_t n, T* out);
+Panels<T> pack_plain_float(const float* w_kn, int64_t ld, int64_t k, int64_t n, T* out);
+// Panel j of `rows` rows [*, b.n], b's depth padded with zeros, and all of them.
+template <class T>
+void pack_panel(const T* in, int64_t ld, int64_t rows, const Panels<T>& b, int64_t j, T* out) {
+  loops<T>().pack_kn(in + j * kPanel, ld, rows, b.columns(j), out + j * kPanel * b.depth(), b.depth(), b.width(j));
+}
+template <class T>
+Panels<T> pack_rows_deep(const T* in, int64_t ld, int64_t rows, int64_t n, int64_t depth, T* out) {
+  const Panels<T> b{out, depth, n};
+  for (int64_t j = 0; j < b.count(); ++j) pack_panel(in, ld, rows, b, j, out);
+  return b;
+}
 
 // C [m, width(j)] (+)= A [m, depth] panel_j for any m; A and C must have padded_rows(m) rows, A's columns up to depth() must be finite.
 template <class T>
-void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate);
+void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next = {});
 // The same over all panels: C [m, padded_width(n)].
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, float* c, int64_t ldc, bool accumulate);
+
+// One product of a sum: A [m, depth] times panel j.
+template <class T>
+struct Term {
+  const T* a;
+  int64_t lda;
+  const Panels<T>* b;
+  int64_t j;
+};
+// C [m, width] (+)= the sum of the products, and the same rounded to T: there exactly [m, columns] is written. room: kBlock x kPanel floats.
+template <class T>
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next = {});
+template <class T>
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {});
+
+// A row of `width` elements as one of a left operand: zeros up to the pair.
+template <class T>
+void copy_row(const T* in, int64_t width, T* out) {
+  std::memcpy(out, in, size_t(width) * sizeof(T));
+  if (width < padded_depth<T>(width)) out[width] = T{};
+}
+template <class T>
+void copy_rows(const T* in, int64_t ld, int64_t rows, int64_t width, T* out, int64_t ld_out) {
+  for (int64_t r = 0; r < rows; ++r) copy_row(in + r * ld, width, out + r * ld_out);
+}
+// Leading dimension of a copied left operand: off the powers of two, which would put its rows into few sets of the cache.
+constexpr int64_t copied_depth(int64_t k) { return round_up(k, 32) + 32; }
 
 // Memory that a thread keeps from call to call, so that no step faults pages in. take() is valid until the Scratch dies; uninitialised.
 class Scratch {
@@ -97,7 +150,6 @@ class Scratch {
 
  private:
   void* take_bytes(int64_t bytes);
-  size_t used_ = 0;
 };
 
 void release_tiles();  // gives AMX's state back; cheap when there is none

@@ -1,8 +1,6 @@
 // Cross-entropy of a linear head without holding the logits: rows in chunks, gradients formed on the way.
 #include "libtorch.h"
 
-#include <cstring>
-
 #include "cuda/ops.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
@@ -21,7 +19,7 @@ constexpr int64_t kChunkLogitsCuda = int64_t{1} << 26;  // 128 MiB of bf16 ones:
 template <class T>
 double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets, double scale, const at::Tensor& dh) {
   constexpr int64_t kBytes = int64_t{6} << 20, kDepth = 512;  // logits of a task; depth of a step of the way back
-  const int64_t rows = h.size(0), D = h.size(1), ld = padded_depth<T>(D);
+  const int64_t rows = h.size(0), D = h.size(1), ld = copied_depth(D);
   const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
   const int64_t V = forward.n, ld_logits = padded_width(V), ld_d = round_up(V, kDepth), Dp = padded_width(D);
   const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256);
@@ -30,10 +28,7 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
   for_each_task((rows + chunk - 1) / chunk, [&](int64_t task, Scratch& scratch) {
     const int64_t begin = task * chunk, n = std::min(chunk, rows - begin);
     T* x = scratch.take<T>(chunk * ld);
-    for (int64_t r = 0; r < n; ++r) {
-      std::memcpy(x + r * ld, data<T>(h) + (begin + r) * D, size_t(D) * sizeof(T));
-      for (int64_t i = D; i < ld; ++i) x[r * ld + i] = T{};
-    }
+    copy_rows(data<T>(h) + begin * D, D, n, D, x, ld);
     float* logits = scratch.take<float>(chunk * ld_logits);
     product(n, x, ld, forward, logits, ld_logits, false);
     T* d = dh.defined() ? scratch.take<T>(chunk * ld_d) : nullptr;
@@ -44,7 +39,7 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
     if (!d) return;
     float* c = scratch.take<float>(chunk * Dp);
     for (int64_t v = 0; v < V; v += kDepth) product(n, d + v, ld_d, backward.depth_range(v, std::min(kDepth, V - v)), c, Dp, v > 0);
-    for (int64_t r = 0; r < n; ++r) loops<T>().from_float(c + r * Dp, 1.0f, mutable_data<T>(dh) + (begin + r) * D, D);
+    loops<T>().round_rows(c, Dp, mutable_data<T>(dh) + begin * D, D, n, D);
   });
   double total = 0;
   for (const double l : loss) total += l;

@@ -1,9 +1,7 @@
-// Linear layers of the frozen base that share their input (q, k, v; gate and up), with gated low-rank terms. On the CPU one pass of block products
-// over the input makes all outputs; elsewhere ATen.
+// Linear layers of the frozen base that share their input (q, k, v; gate and up). On the CPU one pass of block products over the input makes all outputs;
+// elsewhere ATen.
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 #include "block_product.h"
 #include "moegraft/base/check.h"
@@ -22,36 +20,35 @@ struct Node : torch::CustomClassHolder {
   std::vector<std::shared_ptr<WeightPanels>> panels;
 };
 
+// `count` rows of width K as a left operand, copied where blocks would read past their end or the width wants padding.
+template <class T>
+std::pair<const T*, int64_t> left_operand(const T* rows, int64_t K, int64_t count, Scratch& scratch) {
+  if (K == padded_depth<T>(K) && count == padded_rows(count)) return {rows, K};
+  const int64_t ld = copied_depth(K);
+  T* copy = scratch.take<T>(padded_rows(count) * ld);
+  copy_rows(rows, K, count, K, copy, ld);
+  return {copy, ld};
+}
+
 // y_i = x W_i^T for frozen W_i with panels; no bias.
 template <class T>
 std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
-  const int64_t rows = x.size(0), K = x.size(1), ld = padded_depth<T>(K), tasks_r = (rows + kRows - 1) / kRows;
+  const int64_t rows = x.size(0), K = x.size(1);
   std::vector<Panels<T>> panels;
   std::vector<at::Tensor> out;
   for (const auto& p : node.panels) {
     panels.push_back(p->template forward<T>());
     out.push_back(at::empty({rows, panels.back().n}, x.options()));
   }
-  for_each_task(tasks_r, [&](int64_t task, Scratch& scratch) {
+  for_each_task((rows + kRows - 1) / kRows, [&](int64_t task, Scratch& scratch) {
     const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
-    const T* in = data<T>(x) + begin * K;
-    if (K != ld || count != padded_rows(count)) {  // blocks may read past the end
-      T* copy = scratch.take<T>(kRows * ld);
-      for (int64_t r = 0; r < count; ++r) {
-        std::memcpy(copy + r * ld, in + r * K, size_t(K) * sizeof(T));
-        for (int64_t i = K; i < ld; ++i) copy[r * ld + i] = T{};
-      }
-      in = copy;
-    }
-    float* c = scratch.take<float>(kBlock * kPanel);
+    const auto [in, ld_in] = left_operand(data<T>(x) + begin * K, K, count, scratch);
+    float* room = scratch.take<float>(kBlock * kPanel);
     for (size_t w = 0; w < panels.size(); ++w)
-      for (int64_t j = 0; j < panels[w].count(); ++j)
-        for (int64_t r = 0; r < count; r += kBlock) {
-          const int64_t m = std::min(kBlock, count - r), width = panels[w].width(j);
-          fetch_panel(panels[w], j + 1, r / kBlock, (count + kBlock - 1) / kBlock);
-          product(m, in + r * ld, ld, panels[w], j, c, width, false);
-          loops<T>().round_rows(c, width, mutable_data<T>(out[w]) + (begin + r) * panels[w].n + j * kPanel, panels[w].n, m, panels[w].columns(j));
-        }
+      for (int64_t j = 0; j < panels[w].count(); ++j) {
+        const Term<T> term{in, ld_in, &panels[w], j};
+        sum_of_products(count, &term, 1, mutable_data<T>(out[w]) + begin * panels[w].n + j * kPanel, panels[w].n, panels[w].columns(j), room, ahead(panel_range(panels[w], j + 1)));
+      }
   });
   return out;
 }
@@ -66,30 +63,21 @@ at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t ro
     panels.push_back(node.panels[w]->template backward<T>());
     in.push_back(dy[w].contiguous());
   }
+  if (in.empty()) return {};
   at::Tensor dx = at::empty({rows, K}, options);
   for_each_task((rows + kRows - 1) / kRows, [&](int64_t task, Scratch& scratch) {
     const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
-    std::vector<const T*> a(in.size());
-    std::vector<int64_t> ld(in.size());
+    std::vector<Term<T>> terms;
     for (size_t w = 0; w < in.size(); ++w) {
-      const int64_t N = in[w].size(1);
-      ld[w] = padded_depth<T>(N);
-      a[w] = data<T>(in[w]) + begin * N;
-      if (ld[w] == N && count == padded_rows(count)) continue;
-      T* copy = scratch.take<T>(kRows * ld[w]);
-      for (int64_t r = 0; r < count; ++r) {
-        std::memcpy(copy + r * ld[w], a[w] + r * N, size_t(N) * sizeof(T));
-        for (int64_t i = N; i < ld[w]; ++i) copy[r * ld[w] + i] = T{};
-      }
-      a[w] = copy;
+      const auto [a, lda] = left_operand(data<T>(in[w]) + begin * in[w].size(1), in[w].size(1), count, scratch);
+      terms.push_back({a, lda, &panels[w], 0});
     }
-    float* c = scratch.take<float>(kBlock * kPanel);
-    for (int64_t j = 0; j * kPanel < K; ++j)
-      for (int64_t r = 0; r < count; r += kBlock) {
-        const int64_t m = std::min(kBlock, count - r), columns = std::min(kPanel, K - j * kPanel), width = padded_width(columns);
-        for (size_t w = 0; w < in.size(); ++w) product(m, a[w] + r * ld[w], ld[w], panels[w], j, c, width, w > 0);
-        loops<T>().round_rows(c, width, mutable_data<T>(dx) + (begin + r) * K + j * kPanel, K, m, columns);
-      }
+    float* room = scratch.take<float>(kBlock * kPanel);
+    for (int64_t j = 0; j * kPanel < K; ++j) {
+      for (auto& term : terms) term.j = j;
+      sum_of_products(count, terms.data(), int64_t(terms.size()), mutable_data<T>(dx) + begin * K + j * kPanel, K, std::min(kPanel, K - j * kPanel), room,
+                      ahead(panel_range(panels[0], j + 1)));
+    }
   });
   return dx;
 }
@@ -98,6 +86,7 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const c10::intrusive_ptr<Node>& node) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->set_materialize_grads(false);
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
     ctx->saved_data["rows"] = x.size(0);
     ctx->saved_data["depth"] = x.size(1);

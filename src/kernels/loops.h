@@ -21,8 +21,8 @@ struct Loops {
   // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
   void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
   void (*pack_nk)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
-  void (*pack_kn_float)(const float* in, int64_t ld, float factor, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
-  void (*pack_nk_float)(const float* in, int64_t ld, float factor, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*pack_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
 
   // g, u [rows, n] float32 -> both in T, and h = silu(g) * u.
   void (*swiglu)(const float* g, const float* u, int64_t ld_in, T* g_out, T* u_out, int64_t ld_out, T* h, int64_t ld_h, int64_t rows, int64_t n);

@@ -34,18 +34,16 @@ template <class T>
 void gather(const T* x, const int32_t* token, int64_t rows, int64_t width, int64_t ld, T* out) {
   for (int64_t r = 0; r < rows; ++r) {
     if (r + 3 < rows) fetch(x + token[r + 3] * width, width);  // the next rows lie anywhere
-    std::memcpy(out + r * ld, x + token[r] * width, size_t(width) * sizeof(T));
-    for (int64_t i = width; i < ld; ++i) out[r * ld + i] = T{};
+    copy_row(x + token[r] * width, width, out + r * ld);
   }
 }
 
 // t [rows, columns] = a * panels in T.
 template <class T>
-void thin(int64_t rows, const T* a, int64_t lda, const Panels<T>& b, T* t, int64_t ldt, float* block) {
-  for (int64_t r = 0; r < rows; r += kBlock) {
-    const int64_t m = padded_rows(std::min(kBlock, rows - r)), n = padded_width(b.n);
-    product(m, a + r * lda, lda, b, block, n, false);
-    loops<T>().round_rows(block, n, t + r * ldt, ldt, m, b.n);
+void thin(int64_t rows, const T* a, int64_t lda, const Panels<T>& b, T* t, int64_t ldt, float* room) {
+  for (int64_t j = 0; j < b.count(); ++j) {
+    const Term<T> term{a, lda, &b, j};
+    sum_of_products(rows, &term, 1, t + j * kPanel, ldt, b.columns(j), room);
   }
 }
 
@@ -124,7 +122,7 @@ class Forward {
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_x(padded_depth<T>(p.model_width())), ld_h(round_up(p.expert_width(), kPanel)) {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_x(copied_depth(p.model_width())), ld_h(copied_depth(p.expert_width())) {
       x = s.take<T>(kChunk * ld_x);
       h = s.take<T>(kChunk * ld_h);
       t = s.take<T>(kChunk * most_columns(p));
@@ -132,15 +130,14 @@ class Forward {
       u = s.take<float>(kBlock * kPanel);
       g_T = s.take<T>(kBlock * kPanel);
       u_T = s.take<T>(kBlock * kPanel);
-      block = s.take<float>(kBlock * std::max<int64_t>(kPanel, most_columns(p)));
-    }
+          }
     int64_t ld_x, ld_h;
     T *x, *h, *t, *g_T, *u_T;
-    float *g, *u, *block;
+    float *g, *u;
   };
 
   void chunk(const Strip& s, int64_t begin, int64_t rows, Buffers& b) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, padded = padded_rows(rows), blocks = (rows + kBlock - 1) / kBlock;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
     const ExpertPanels& w = *p_.weights.panels;
     const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
@@ -150,19 +147,18 @@ class Forward {
 
     const int64_t gu = set.gate_up();
     if (gu) {
-      thin(padded, b.x, b.ld_x, f.A_in[0], b.t, gu, b.block);
+      thin(rows, b.x, b.ld_x, f.A_in[0], b.t, gu, b.g);
       for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_gu + (begin + r) * view_.ld_gu, b.t + r * gu, size_t(gu) * sizeof(T));
     }
     for (int64_t j = 0; j < gate.count(); ++j) {
       const int64_t width = gate.width(j), columns = gate.columns(j);
-      for (int64_t r = 0; r < rows; r += kBlock) {
-        const int64_t m = std::min(kBlock, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
-        fetch_panel(gate, j + 1, r / kBlock, blocks);
-        fetch_panel(up, j + 1, r / kBlock, blocks);
-        product(m, b.x + r * b.ld_x, b.ld_x, gate, j, b.g, width, false);
-        product(m, b.x + r * b.ld_x, b.ld_x, up, j, b.u, width, false);
-        if (set.columns[kGate]) product(m, b.t + r * gu, gu, f.B_out[kGate], j, b.g, width, true);
-        if (set.columns[kUp]) product(m, b.t + r * gu + set.columns[kGate], gu, f.B_out[kUp], j, b.u, width, true);
+      for (int64_t r = 0; r < rows; r += step) {
+        const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
+        const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
+        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + set.columns[kGate], gu, &f.B_out[kUp], j}};
+        const bool last = j + 1 == gate.count();
+        sum_of_products(m, to_gate, set.columns[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
+        sum_of_products(m, to_up, set.columns[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
         loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
@@ -173,18 +169,14 @@ class Forward {
 
     const int64_t d = set.columns[kDown];
     if (d) {
-      thin(padded, b.h, b.ld_h, f.A_in[1], b.t, d, b.block);
+      thin(rows, b.h, b.ld_h, f.A_in[1], b.t, d, b.g);
       for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_d + (begin + r) * view_.ld_d, b.t + r * d, size_t(d) * sizeof(T));
     }
     T* y = mutable_data<T>(y_RD_);
-    for (int64_t j = 0; j < down.count(); ++j)
-      for (int64_t r = 0; r < rows; r += kBlock) {
-        const int64_t m = std::min(kBlock, rows - r), width = down.width(j);
-        fetch_panel(down, j + 1, r / kBlock, blocks);
-        product(m, b.h + r * b.ld_h, b.ld_h, down, j, b.g, width, false);
-        if (d) product(m, b.t + r * d, d, f.B_out[kDown], j, b.g, width, true);
-        loops<T>().round_rows(b.g, width, y + (begin + r) * D + j * kPanel, D, m, down.columns(j));
-      }
+    for (int64_t j = 0; j < down.count(); ++j) {
+      const Term<T> terms[]{{b.h, b.ld_h, &down, j}, {b.t, d, &f.B_out[kDown], j}};
+      sum_of_products(rows, terms, d ? 2 : 1, y + begin * D + j * kPanel, D, down.columns(j), b.g, ahead(panel_range(down, j + 1)));
+    }
   }
 
   const MoeProblem& p_;
@@ -196,7 +188,6 @@ class Forward {
   at::Tensor y_RD_, hidden_RF_;
 };
 
-
 // acc [columns, width] (+)= t^T in over `rows` rows: one factor's gradient. t and in in T.
 template <class T>
 void outer(int64_t rows, const T* t, int64_t ldt, int64_t columns, const T* in, int64_t ld, int64_t width, float* acc, bool accumulate, T* t_transposed, T* panels) {
@@ -205,7 +196,7 @@ void outer(int64_t rows, const T* t, int64_t ldt, int64_t columns, const T* in, 
   for (int64_t c = 0; c < columns; ++c) std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
   const Panels<T> b{panels, depth, width};
   for (int64_t j = 0; j < b.count(); ++j) {
-    loops<T>().pack_kn(in + j * kPanel, ld, rows, b.columns(j), panels + j * kPanel * depth, depth, b.width(j));
+    pack_panel(in, ld, rows, b, j, panels);
     product(columns, t_transposed, depth, b, j, acc + j * kPanel, padded_width(width), accumulate);
   }
 }
@@ -255,7 +246,7 @@ class Backward {
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_d(padded_depth<T>(p.model_width())), ld_f(round_up(p.expert_width(), kPanel)) {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_d(copied_depth(p.model_width())), ld_f(copied_depth(p.expert_width())) {
       const int64_t columns = most_columns(p);
       dy = s.take<T>(kChunk * ld_d);
       x = s.take<T>(kChunk * ld_d);
@@ -323,26 +314,23 @@ class Backward {
   }
 
   void chunk(const Strip& s, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, blocks = (rows + kBlock - 1) / kBlock;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
     const RankSet& set = adapters_.sets[s.group];
     const FactorPanels<T>& f = adapters_.of[s.expert * M + s.group];
     const int64_t gu = set.gate_up(), d = set.columns[kDown];
     const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
     gather(data<T>(dout_), token, rows, D, b.ld_d, b.dy);
-    if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.block);
+    if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
 
     for (int64_t column = 0; column < F; column += kPanel) {
       const int64_t j = column / kPanel;
       const auto [down, at] = weight_panel(s.expert, ExpertPanels::kDownMatrix, j, b.turned[0]);
       const int64_t width = down.width(at), columns = down.columns(at);
-      for (int64_t r = 0; r < rows; r += kBlock) {
-        const int64_t m = std::min(kBlock, rows - r), row = begin + r, to = r * b.ld_f + column;
+      for (int64_t r = 0; r < rows; r += step) {
+        const int64_t m = std::min(step, rows - r), row = begin + r, to = r * b.ld_f + column;
         const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
-        fetch(view_.g + tile, m * kPanel);  // from memory, while the product runs
-        fetch(view_.u + tile, m * kPanel);
-        fetch_panel(down, at + 1, r / kBlock, blocks);
-        product(m, b.dy + r * b.ld_d, b.ld_d, down, at, b.out, width, false);
-        if (d) product(m, b.dt_d + r * d, d, f.A_out[1], j, b.out, width, true);
+        const Term<T> terms[]{{b.dy + r * b.ld_d, b.ld_d, &down, at}, {b.dt_d + r * d, d, &f.A_out[1], j}};
+        sum_of_products(m, terms, d ? 2 : 1, b.out, width, ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel), panel_range(down, at + 1, r / step, blocks)));
         loops<T>().swiglu_backward(b.out, width, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m,
                                    columns);
         if (columns < padded_depth<T>(columns))
@@ -351,8 +339,8 @@ class Backward {
     }
     if (gu) {
       const int64_t g = set.columns[kGate];
-      if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.block);
-      if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.block);
+      if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.out);
+      if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.out);
     }
     if (any_factor_ && d) {
       const float* weight = weight_R_.data() + begin;
@@ -373,16 +361,8 @@ class Backward {
       const int64_t j = column / kPanel;
       const auto [gate, at] = weight_panel(s.expert, ExpertPanels::kGateMatrix, j, b.turned[0]);
       const auto [up, up_at] = weight_panel(s.expert, ExpertPanels::kUpMatrix, j, b.turned[1]);
-      const int64_t width = gate.width(at), columns = gate.columns(at);
-      for (int64_t r = 0; r < rows; r += kBlock) {
-        const int64_t m = std::min(kBlock, rows - r);
-        fetch_panel(gate, at + 1, r / kBlock, blocks);
-        fetch_panel(up, up_at + 1, r / kBlock, blocks);
-        product(m, b.dg + r * b.ld_f, b.ld_f, gate, at, b.out, width, false);
-        product(m, b.du + r * b.ld_f, b.ld_f, up, up_at, b.out, width, true);
-        if (gu) product(m, b.dt_gu + r * gu, gu, f.A_out[0], j, b.out, width, true);
-        loops<T>().round_rows(b.out, width, dx + (begin + r) * D + column, D, m, columns);
-      }
+      const Term<T> terms[]{{b.dg, b.ld_f, &gate, at}, {b.du, b.ld_f, &up, up_at}, {b.dt_gu, gu, &f.A_out[0], j}};
+      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(at), b.out, ahead(panel_range(gate, at + 1), panel_range(up, up_at + 1)));
     }
   }
 
@@ -423,7 +403,7 @@ class Backward {
         float* B = mutable_data<float>(g.factors[job.site][job.term].second) + e * out * rank;
         bool first = true;
         for (const size_t i : strips_of[e]) {
-          const auto& terms = adapters_.sets[strips_[i].group % M].terms[job.site];
+          const auto& terms = adapters_.sets[strips_[i].group].terms[job.site];
           const auto it = std::find_if(terms.begin(), terms.end(), [&](const RankSet::Term& t) { return t.index == job.term; });
           if (it == terms.end()) continue;
           for (int64_t c = 0; c < rank; ++c) {

@@ -82,15 +82,15 @@ FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t ex
   const int64_t d = set.columns[kDown];
   for (int s = 0; s < kSites; ++s) {
     const int64_t width = s == kDown ? D : F, c = set.columns[s];
-    if (!backward) f.B_out[s] = place(pack_transposed_float<T>(B[s], c, 1.0f, c, width, out));
-    else f.B_in[s] = place(pack_plain_float<T>(B[s], c, 1.0f, width, c, out));
+    if (!backward) f.B_out[s] = place(pack_transposed_float<T>(B[s], c, c, width, out));
+    else f.B_in[s] = place(pack_plain_float<T>(B[s], c, width, c, out));
   }
   if (!backward) {
-    f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, 1.0f, D, gu, out));
-    f.A_in[1] = place(pack_transposed_float<T>(A_d, F, 1.0f, F, d, out));
+    f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, D, gu, out));
+    f.A_in[1] = place(pack_transposed_float<T>(A_d, F, F, d, out));
   } else {
-    f.A_out[0] = place(pack_plain_float<T>(A_gu, D, 1.0f, gu, D, out));
-    f.A_out[1] = place(pack_plain_float<T>(A_d, F, 1.0f, d, F, out));
+    f.A_out[0] = place(pack_plain_float<T>(A_gu, D, gu, D, out));
+    f.A_out[1] = place(pack_plain_float<T>(A_d, F, d, F, out));
   }
   return f;
 }

@@ -44,6 +44,10 @@ function(moegraft_loops)
     list(APPEND wide -mavx512bf16)
   endif()
   set_source_files_properties(${dir}/loops_v4_bf16.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet};${wide}")
+  if(wide)
+    list(APPEND wide -mamx-tile -mamx-bf16)
+  endif()
+  set_source_files_properties(${dir}/amx.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON COMPILE_OPTIONS "${quiet};${wide}")
 endfunction()
 
 # Headers that one file each of src/distributed reads. Gloo: LibTorch's wheel carries the library but not its headers (Debian: libgloo-dev). NCCL: the wheel

@@ -1,0 +1,292 @@
+// Compiled for AMX and AVX-512 alone (third_party/cmake/Modules.cmake); includes nothing with inline functions, like loops.inc.
+#include "amx.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+
+#include <immintrin.h>
+#include <stddef.h>
+
+namespace moegraft::kernels::amx {
+namespace {
+
+constexpr int64_t kRows = 16, kDepth = 32, kStrip = 256;  // rows and depth of a tile; rows whose depth tails are completed at a time
+
+// The intrinsics want literals; templates want constants.
+template <int D>
+inline __attribute__((always_inline)) void load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(D) : "memory");
+}
+template <int D>
+inline __attribute__((always_inline)) void load_once(const void* p, int64_t stride) {  // does not displace what the first-level cache holds
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(D) : "memory");
+}
+template <int S>
+inline __attribute__((always_inline)) void store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(S) : "memory");
+}
+template <int D>
+inline __attribute__((always_inline)) void zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(D));
+}
+template <int D, int A, int B>
+inline __attribute__((always_inline)) void multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(D), "i"(A), "i"(B));
+}
+
+// A run of depth steps: tiles of A and of the panel at a fixed distance from step to step.
+struct Segment {
+  const bf16* a;
+  int64_t stride_a;  // bytes from row to row
+  int64_t lda;       // elements
+  const bf16* b;
+  int64_t steps;
+};
+
+// Float rows in a buffer that become bf16 while the next block is being multiplied.
+struct Rounding {
+  const float* from = nullptr;  // [rows, 32]
+  bf16* to = nullptr;
+  int64_t ld = 0, rows = 0;
+  __mmask32 columns = 0;
+
+  inline __attribute__((always_inline)) void some(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, from += 32, to += ld) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+      _mm512_mask_storeu_epi16(to, columns, (__m512i)both);
+    }
+  }
+};
+
+// Spreads an Ahead over the steps.
+struct Fetching {
+  const Range *range, *end;
+  const char* at = nullptr;
+  int64_t left = 0, per_step = 0;
+
+  Fetching(const Ahead& ahead, int64_t steps) : range(ahead.of), end(ahead.of + ahead.count) {
+    int64_t lines = 0;
+    for (int i = 0; i < ahead.count; ++i) lines += (ahead.of[i].bytes + 63) / 64;
+    per_step = steps > 0 ? (lines + steps - 1) / steps : 0;
+    if (range < end) at = static_cast<const char*>(range->at), left = (range->bytes + 63) / 64;
+  }
+  inline __attribute__((always_inline)) void some() {
+    for (int64_t i = 0; i < per_step && left > 0; ++i) {
+      _mm_prefetch(at, _MM_HINT_T1);
+      at += 64;
+      if (--left == 0 && ++range < end) at = static_cast<const char*>(range->at), left = (range->bytes + 63) / 64;
+    }
+  }
+};
+
+// Where the accumulators of the block before go: stored between the next block's first products, which hides the stores.
+struct Pending {
+  float* c = nullptr;
+  int64_t ld = 0;
+};
+
+// One block of R x C accumulators (tile r * C + c). kStreamB: the panel is too large for the first-level cache and is read past it, or else A is.
+template <int R, int C, bool kStreamB>
+struct Block {
+  static_assert(R * C <= 4 && R <= 2);
+  template <int T>
+  static inline __attribute__((always_inline)) void start(const Pending& before, float* c, int64_t ldc, bool accumulate) {
+    const int64_t place = (T / C) * kRows, column = (T % C) * kRows;
+    if (before.c) store<T>(before.c + place * before.ld + column, before.ld * 4);
+    if (accumulate) load<T>(c + place * ldc + column, ldc * 4);
+    else zero<T>();
+  }
+  template <int T>
+  static inline __attribute__((always_inline)) void load_a(const void* p, int64_t stride) {
+    if constexpr (kStreamB) load<T>(p, stride);
+    else load_once<T>(p, stride);
+  }
+  template <int T>
+  static inline __attribute__((always_inline)) void load_b(const void* p, int64_t stride) {
+    if constexpr (kStreamB) load_once<T>(p, stride);
+    else load<T>(p, stride);
+  }
+
+  template <bool kFirst>
+  static inline __attribute__((always_inline)) void step(const bf16* a, const bf16* a_below, int64_t stride_a, const bf16* b, int64_t stride_b, const Pending& before, float* c, int64_t ldc,
+                                                         bool accumulate) {
+    load_a<4>(a, stride_a);
+    load_b<6>(b, stride_b);
+    if constexpr (C == 2) load_b<7>(b + 32, stride_b);
+    if constexpr (kFirst) start<0>(before, c, ldc, accumulate);
+    multiply<0, 4, 6>();
+    if constexpr (R == 2) load_a<5>(a_below, stride_a);
+    if constexpr (C == 2) {
+      if constexpr (kFirst) start<1>(before, c, ldc, accumulate);
+      multiply<1, 4, 7>();
+    }
+    if constexpr (R == 2) {
+      if constexpr (kFirst) start<C>(before, c, ldc, accumulate);
+      multiply<C, 5, 6>();
+      if constexpr (C == 2) {
+        if constexpr (kFirst) start<3>(before, c, ldc, accumulate);
+        multiply<3, 5, 7>();
+      }
+    }
+  }
+
+  static inline __attribute__((always_inline)) void run(const Segment* segments, int64_t count, int64_t row, int64_t column, int64_t width, const Pending& before, Rounding& rounding, Fetching& fetching,
+                                                        float* c, int64_t ldc, bool accumulate) {
+    const int64_t stride_b = width * 4;
+    for (int64_t s = 0; s < count; ++s) {
+      const Segment& g = segments[s];
+      const bf16 *a = g.a + row * g.lda, *below = a + kRows * g.lda, *b = g.b + column * 2;
+      int64_t i = 0;
+      if (s == 0) {
+        step<true>(a, below, g.stride_a, b, stride_b, before, c, ldc, accumulate);
+        fetching.some();
+        i = 1;
+      }
+      for (; i < g.steps; ++i) {
+        step<false>(a + i * kDepth, below + i * kDepth, g.stride_a, b + i * kDepth * width, stride_b, before, c, ldc, false);
+        rounding.some(4);
+        fetching.some();
+      }
+    }
+  }
+  static void finish(const Pending& p) {
+    store<0>(p.c, p.ld * 4);
+    if constexpr (C == 2) store<1>(p.c + kRows, p.ld * 4);
+    if constexpr (R == 2) store<C>(p.c + kRows * p.ld, p.ld * 4);
+    if constexpr (R == 2 && C == 2) store<3>(p.c + kRows * p.ld + kRows, p.ld * 4);
+  }
+};
+
+// The depth tails of a strip of rows, completed with zeros.
+struct Tails {
+  alignas(64) bf16 a[kMostTerms][kStrip * kDepth];
+  alignas(64) bf16 b[kMostTerms][kDepth * 64];
+};
+
+int64_t cut_segments(int64_t rows, int64_t row, const Term* terms, int64_t count, int64_t width, Tails& tails, Segment* out) {
+  int64_t n = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    const Term& term = terms[t];
+    const int64_t whole = term.depth / kDepth, rest = term.depth % kDepth;
+    const bf16* a = term.a + row * term.lda;
+    if (whole) out[n++] = {a, term.lda * 2, term.lda, term.panel, whole};
+    if (!rest) continue;
+    const __mmask32 kept = (__mmask32(1) << rest) - 1;
+    for (int64_t r = 0; r < rows; ++r) _mm512_store_si512(tails.a[t] + r * kDepth, _mm512_maskz_loadu_epi16(kept, a + r * term.lda + whole * kDepth));
+    const bf16* b = term.panel + whole * kDepth * width;
+    for (int64_t i = 0; i < width * kDepth; i += 32) _mm512_store_si512(tails.b[t] + i, i < width * rest ? _mm512_loadu_si512(b + i) : _mm512_setzero_si512());
+    out[n++] = {tails.a[t], kDepth * 2, kDepth, tails.b[t], 1};
+  }
+  return n;
+}
+
+struct Target {
+  float* c;  // null: rounded to `out`
+  int64_t ldc;
+  bool accumulate;
+  bf16* out;
+  int64_t ld_out, columns;
+};
+
+struct Rooms {  // two, in turn: one is filled while the other is rounded
+  alignas(64) float of[2][32 * 32];
+};
+
+template <bool kStreamB>
+void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, const Target& to, Rooms& rooms, Fetching& fetching) {
+  Pending before;
+  void (*finish)(const Pending&) = nullptr;
+  Rounding rounding, next;
+  int turn = 0;
+  const auto block = [&]<int R, int C>(int64_t row, int64_t column) __attribute__((always_inline)) {
+    using B = Block<R, C, kStreamB>;
+    if (before.c && finish != &B::finish) {  // of another shape
+      finish(before);
+      before.c = nullptr;
+    }
+    float* c = to.c ? to.c + row * to.ldc + column : rooms.of[turn];
+    const int64_t ldc = to.c ? to.ldc : 32;
+    rounding = next;
+    B::run(segments, count, row, column, width, before, rounding, fetching, c, ldc, to.accumulate);
+    rounding.some(32);
+    before = {c, ldc};
+    finish = &B::finish;
+    if (to.c) return;
+    turn ^= 1;
+    const int64_t left = to.columns - column, below = rows - row;
+    next = {c, to.out + row * to.ld_out + column, to.ld_out, below < R * kRows ? below : R * kRows, left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1};
+    if (C == 1) next.columns &= 0xffff;
+  };
+  for (int64_t row = 0; row < rows; row += 2 * kRows) {
+    const bool two = rows - row > kRows;
+    for (int64_t column = 0; column < width; column += 32) {
+      if (width - column >= 32) {
+        if (two) block.template operator()<2, 2>(row, column);
+        else block.template operator()<1, 2>(row, column);
+      } else {
+        if (two) block.template operator()<2, 1>(row, column);
+        else block.template operator()<1, 1>(row, column);
+      }
+    }
+  }
+  finish(before);
+  next.some(32);
+}
+
+struct alignas(64) Layout {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+thread_local bool configured = false;
+
+void run(int64_t m, const Term* terms, int64_t count, int64_t width, Target to, const Ahead& ahead) {
+  if (!configured) {
+    const Layout layout;
+    _tile_loadconfig(&layout);
+    configured = true;
+  }
+  Tails tails;
+  Rooms rooms;
+  int64_t depth = 0, steps = 0;
+  for (int64_t t = 0; t < count; ++t) depth += terms[t].depth, steps += (terms[t].depth + kDepth - 1) / kDepth;
+  Fetching fetching(ahead, steps * ((m + 2 * kRows - 1) / (2 * kRows)) * ((width + 31) / 32));
+  for (int64_t row = 0; row < m; row += kStrip) {
+    const int64_t rows = m - row < kStrip ? m - row : kStrip;
+    Segment segments[2 * kMostTerms];
+    const int64_t n = cut_segments(rows, row, terms, count, width, tails, segments);
+    const Target at{to.c ? to.c + row * to.ldc : nullptr, to.ldc, to.accumulate, to.out + (to.out ? row * to.ld_out : 0), to.ld_out, to.columns};
+    if (rows > 2 * kRows && depth * width <= 16384) strip<false>(rows, segments, n, width, at, rooms, fetching);
+    else strip<true>(rows, segments, n, width, at, rooms, fetching);
+  }
+}
+
+}  // namespace
+
+bool built() { return true; }
+
+void release() {
+  if (!configured) return;
+  _tile_release();
+  configured = false;
+}
+
+void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead) {
+  run(m, terms, count, width, {c, ldc, accumulate, nullptr, 0, 0}, ahead);
+}
+void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& ahead) {
+  run(m, terms, count, width, {nullptr, 0, false, out, ld_out, columns}, ahead);
+}
+
+}  // namespace moegraft::kernels::amx
+
+#else
+
+namespace moegraft::kernels::amx {
+bool built() { return false; }
+void release() {}
+void product(int64_t, const Term*, int64_t, int64_t, float*, int64_t, bool, const Ahead&) {}
+void product_rounded(int64_t, const Term*, int64_t, int64_t, bf16*, int64_t, int64_t, const Ahead&) {}
+}  // namespace moegraft::kernels::amx
+
+#endif

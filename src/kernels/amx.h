@@ -1,0 +1,46 @@
+#pragma once
+// The bf16 micro-kernel on AMX tiles: sums of products over one panel of a right operand (block_product.h), no per-call set-up.
+// One tile layout (eight tiles of 16 rows x 64 bytes) serves every shape; depths that are no multiple of 32 are completed with zeros here.
+
+#include <cstdint>
+
+#include "loops.h"
+
+namespace moegraft::kernels::amx {
+
+// One product of a sum: A [m, depth] times a panel [depth/2][width][2], depth even. A must have round_up(m, 16) readable rows.
+struct Term {
+  const bf16* a;
+  int64_t lda;
+  const bf16* panel;
+  int64_t depth;
+};
+constexpr int64_t kMostTerms = 4;
+
+// Cache lines to ask for, a few beside each step: what is worked on next comes from memory at the pace of the products.
+struct Range {
+  const void* at = nullptr;
+  int64_t bytes = 0;
+};
+struct Ahead {
+  static constexpr int kMost = 3;
+  Range of[kMost];
+  int count = 0;
+  void add(Range r) {
+    if (r.bytes > 0 && count < kMost) of[count++] = r;
+  }
+};
+
+// Whether the build has the kernel; whether the machine has it is asked elsewhere, by code that every machine can run.
+bool built();
+
+// The thread's tiles: product() sets them up where they are not, release() gives them back. Nothing else that uses tiles may run between.
+void release();
+
+// C [m, width] (+)= the sum of at most kMostTerms products, width a multiple of 16, at most 64. Writes round_up(m, 16) rows. The order of sums depends on the
+// depths alone.
+void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead);
+// The same rounded to bf16: exactly [m, columns] is written, columns <= width.
+void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& ahead);
+
+}  // namespace moegraft::kernels::amx
