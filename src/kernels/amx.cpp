@@ -240,12 +240,15 @@ struct alignas(64) Layout {
 
 thread_local bool configured = false;
 
+void set_up() {
+  if (configured) return;
+  const Layout layout;
+  _tile_loadconfig(&layout);
+  configured = true;
+}
+
 void run(int64_t m, const Term* terms, int64_t count, int64_t width, Target to, const Ahead& ahead) {
-  if (!configured) {
-    const Layout layout;
-    _tile_loadconfig(&layout);
-    configured = true;
-  }
+  set_up();
   Tails tails;
   Rooms rooms;
   int64_t depth = 0, steps = 0;
@@ -278,6 +281,70 @@ void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width,
   run(m, terms, count, width, {nullptr, 0, false, out, ld_out, columns}, ahead);
 }
 
+// A pair of a tile is usually two rows of the right operand. Here it is two columns of one row, as they lie in memory, against the pairs (t, 0) and (0, t): the
+// two sums are those of the even and of the odd columns. Half of the multiplications are by zero, but `in`, which is wide, needs no other layout.
+void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
+  set_up();
+  constexpr int64_t kMost = 512;
+  alignas(64) uint32_t pairs[16 + kRows * kMost];  // [column of t][row] as (t, 0), and room for one element before them: two bytes earlier lie the (0, t)
+  alignas(64) float even[2][kRows * kRows], odd[2][kRows * kRows];
+  for (int64_t first = 0; first < rows; first += kMost) {
+    const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows;
+    const bool add = accumulate || first > 0;
+    for (int64_t c = 0; c < columns; c += kRows) {
+      uint32_t* a = pairs + 16;
+      a[-1] = 0;
+      for (int64_t r = 0; r < depth; ++r) {
+        __m512i v = _mm512_setzero_si512();
+        if (r < count) {
+          v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + (first + r) * ldt + c)));
+          if (s) v = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[first + r]), _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)))));
+        }
+        alignas(64) uint32_t lanes[16];
+        _mm512_store_si512(lanes, v);
+        for (int i = 0; i < 16; ++i) a[i * depth + r] = lanes[i];
+      }
+      const void *a_even = a, *a_odd = reinterpret_cast<const char*>(a) - 2;
+      for (int64_t w = 0; w < width; w += 64) {
+        const bool second = w + 32 < width;
+        const bf16* b = in + first * ld + w;
+        zero<0>();
+        zero<1>();
+        zero<2>();
+        zero<3>();
+        for (int64_t r = 0; r < depth; r += kRows) {
+          load<4>(static_cast<const char*>(a_even) + r * 4, depth * 4);
+          load<5>(static_cast<const char*>(a_odd) + r * 4, depth * 4);
+          load_once<6>(b + r * ld, ld * 2);
+          multiply<0, 4, 6>();
+          multiply<1, 5, 6>();
+          if (!second) continue;
+          load_once<7>(b + r * ld + 32, ld * 2);
+          multiply<2, 4, 7>();
+          multiply<3, 5, 7>();
+        }
+        store<0>(even[0], 64);
+        store<1>(odd[0], 64);
+        store<2>(even[1], 64);
+        store<3>(odd[1], 64);
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        for (int half = 0; half < (second ? 2 : 1); ++half)
+          for (int64_t i = 0; i < kRows; ++i) {
+            const __m512 e = _mm512_load_ps(even[half] + i * kRows), o = _mm512_load_ps(odd[half] + i * kRows);
+            float* to = acc + (c + i) * ld_acc + w + half * 32;
+            const int64_t left = width - w - half * 32;
+            __m512 x = _mm512_permutex2var_ps(e, low, o), y = _mm512_permutex2var_ps(e, high, o);
+            if (add) x = _mm512_add_ps(x, _mm512_loadu_ps(to));
+            _mm512_storeu_ps(to, x);
+            if (left <= 16) continue;
+            if (add) y = _mm512_add_ps(y, _mm512_loadu_ps(to + 16));
+            _mm512_storeu_ps(to + 16, y);
+          }
+      }
+    }
+  }
+}
+
 }  // namespace moegraft::kernels::amx
 
 #else
@@ -287,6 +354,7 @@ bool built() { return false; }
 void release() {}
 void product(int64_t, const Term*, int64_t, int64_t, float*, int64_t, bool, const Ahead&) {}
 void product_rounded(int64_t, const Term*, int64_t, int64_t, bf16*, int64_t, int64_t, const Ahead&) {}
+void outer(int64_t, const bf16*, int64_t, const float*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, bool) {}
 }  // namespace moegraft::kernels::amx
 
 #endif

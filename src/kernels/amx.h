@@ -43,4 +43,9 @@ void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* 
 // The same rounded to bf16: exactly [m, columns] is written, columns <= width.
 void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& ahead);
 
+// acc [columns, width] (+)= sum over rows r of s[r] t[r, :]^T in[r, :], columns a multiple of 16. s t is rounded to bf16; s null: ones. `in` is read as it
+// lies, whole 64-byte pieces of round_up(rows, 16) rows, and must be finite there; acc has round_up(width, 16) columns, of which those beyond width become
+// anything finite.
+void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate);
+
 }  // namespace moegraft::kernels::amx

@@ -163,6 +163,17 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int
   }
 }
 
+template <class T>
+bool outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
+  if constexpr (sizeof(T) == 2)
+    if (own_kernel<T>() && width % 2 == 0) {
+      for (int64_t r = rows; r < padded_rows(rows); ++r) std::fill_n(in + r * ld, width, T{});
+      amx::outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
+      return true;
+    }
+  return false;
+}
+
 void release_tiles() {
   if (own_kernel<bf16>()) amx::release();
   else at::native::cpublas::brgemm_release(true);
@@ -214,6 +225,7 @@ void* Scratch::take_bytes(int64_t count) {
   template Panels<T> pack_plain(const T*, int64_t, int64_t, int64_t, T*);                                   \
   template Panels<T> pack_transposed_float(const float*, int64_t, int64_t, int64_t, T*);                    \
   template Panels<T> pack_plain_float(const float*, int64_t, int64_t, int64_t, T*);                         \
+  template bool outer_product(int64_t, const T*, int64_t, const float*, int64_t, T*, int64_t, int64_t, float*, int64_t, bool); \
   template void sum_of_products(int64_t, const Term<T>*, int64_t, float*, int64_t, const Ahead&);           \
   template void sum_of_products(int64_t, const Term<T>*, int64_t, T*, int64_t, int64_t, float*, const Ahead&); \
   template void product(int64_t, const T*, int64_t, const Panels<T>&, int64_t, float*, int64_t, bool, const Ahead&); \

@@ -126,6 +126,11 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, i
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {});
 
+// acc [columns, width] (+)= (s t)^T in by the own kernel, which needs no other layout of `in` [rows, width] but clears its padded_rows(rows) beyond `rows`.
+// columns a multiple of 16; s null: ones. False, and nothing done, where there is no such kernel.
+template <class T>
+bool outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate);
+
 // A row of `width` elements as one of a left operand: zeros up to the pair.
 template <class T>
 void copy_row(const T* in, int64_t width, T* out) {

@@ -15,18 +15,34 @@
 namespace moegraft::kernels {
 namespace {
 
-constexpr int64_t kChunk = 256;  // rows: enough to amortise reading an expert's weights from memory
+constexpr int64_t kChunk = 512;  // rows at most
+
+// Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
+int64_t chunk_rows(const MoeProblem& p) {
+  const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size());
+  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, kChunk / 2, kChunk) / 32 * 32;
+}
+// `count` in parts of at most `most`, all but the last of equal size.
+int64_t even_part(int64_t count, int64_t most) {
+  const int64_t parts = (count + most - 1) / most;
+  return std::min(most, round_up((count + parts - 1) / parts, 32));
+}
 
 struct Strip {
   int64_t expert, group, begin, end;
 };
 
 // Cut by sizes and thread count alone. Long ranges are split so that threads can share one expert.
-std::vector<Strip> make_strips(const Dispatch& d, const std::vector<int64_t>& offsets) {
-  const int64_t target = std::max(kChunk, round_up(offsets.back() / (4 * at::get_num_threads()), kChunk));
+std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& offsets) {
+  const Dispatch& d = p.dispatch;
+  const int64_t chunk = chunk_rows(p), most = std::max(chunk, round_up(offsets.back() / (4 * at::get_num_threads()), chunk));
   std::vector<Strip> strips;
-  for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b)
-    for (int64_t at = offsets[b]; at < offsets[b + 1]; at += target) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + target, offsets[b + 1])});
+  for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b) {
+    const int64_t rows = offsets[b + 1] - offsets[b];
+    if (rows == 0) continue;
+    const int64_t part = even_part(rows, most);
+    for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
+  }
   return strips;
 }
 
@@ -52,7 +68,7 @@ int64_t most_columns(const MoeProblem& p) {
   int64_t n = 0;
   for (const auto& site : p.terms)
     for (const auto& term : site) n += padded_width(term.A_EPX.size(1));
-  return n + 16 * kSites;
+  return n + 32 * kSites;
 }
 
 // Views of what is saved. g and u lie as the backward pass reads them: chunk by chunk, panel by panel, [rows, 64] each, so that reading streams.
@@ -107,11 +123,12 @@ class Forward {
   }
 
   MoeForward run() {
-    const auto strips = make_strips(p_.dispatch, offsets_);
+    const auto strips = make_strips(p_, offsets_);
     for_each_task(int64_t(strips.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips[i];
       Buffers b(p_, scratch);
-      for (int64_t at = s.begin; at < s.end; at += kChunk) chunk(s, at, std::min(kChunk, s.end - at), b);
+      const int64_t part = even_part(s.end - s.begin, chunk_rows(p_));
+      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), b);
     });
     MoeForward out;
     out.out_XD = sum_rows<T>(p_, y_RD_, true);
@@ -155,10 +172,10 @@ class Forward {
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
-        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + set.columns[kGate], gu, &f.B_out[kUp], j}};
+        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu, gu, &f.B_out[kUp], j}};
         const bool last = j + 1 == gate.count();
-        sum_of_products(m, to_gate, set.columns[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
-        sum_of_products(m, to_up, set.columns[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
+        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
+        sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
         loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
@@ -188,9 +205,26 @@ class Forward {
   at::Tensor y_RD_, hidden_RF_;
 };
 
-// acc [columns, width] (+)= t^T in over `rows` rows: one factor's gradient. t and in in T.
 template <class T>
-void outer(int64_t rows, const T* t, int64_t ldt, int64_t columns, const T* in, int64_t ld, int64_t width, float* acc, bool accumulate, T* t_transposed, T* panels) {
+struct OuterRooms {
+  T *transposed, *panels, *scaled;
+  float* row;
+};
+
+// acc [columns, width] (+)= (s t)^T in over `rows` rows: one factor's gradient. t and in in T; s, a factor for each row, rounded with t to T, or null.
+// `in` must have padded_rows(rows) rows, which are cleared beyond `rows`.
+template <class T>
+void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, bool accumulate, const OuterRooms<T>& rooms) {
+  if (outer_product(rows, t, ldt, s, columns, in, ld, width, acc, padded_width(width), accumulate)) return;
+  T *t_transposed = rooms.transposed, *panels = rooms.panels;
+  if (s) {
+    for (int64_t r = 0; r < rows; ++r) {
+      loops<T>().to_float(t + r * ldt, rooms.row, columns);
+      loops<T>().from_float(rooms.row, s[r], rooms.scaled + r * columns, columns);
+    }
+    t = rooms.scaled;
+    ldt = columns;
+  }
   const int64_t depth = round_up(rows, 32);  // few distinct kernels
   loops<T>().transpose(t, ldt, rows, columns, t_transposed, depth);
   for (int64_t c = 0; c < columns; ++c) std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
@@ -226,12 +260,13 @@ class Backward {
   }
 
   MoeGradients run() {
-    strips_ = make_strips(p_.dispatch, offsets_);
+    strips_ = make_strips(p_, offsets_);
     reserve_sums();
     for_each_task(int64_t(strips_.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips_[i];
       Buffers b(p_, scratch);
-      for (int64_t at = s.begin; at < s.end; at += kChunk) chunk(s, at, std::min(kChunk, s.end - at), sums_[i], at > s.begin, b);
+      const int64_t part = even_part(s.end - s.begin, chunk_rows(p_));
+      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), sums_[i], at > s.begin, b);
     });
     MoeGradients g;
     if (needs_.x) g.x_XD = sum_rows<T>(p_, dx_RD_, false);
@@ -255,18 +290,16 @@ class Backward {
       du = s.take<T>(kChunk * ld_f);
       dt_gu = s.take<T>(kChunk * columns);
       dt_d = s.take<T>(kChunk * columns);
-      t = s.take<T>(kChunk * columns);
-      transposed = s.take<T>(kChunk * columns);
-      panels = s.take<T>(kChunk * padded_width(std::max(p.model_width(), p.expert_width())));
+      rooms = {s.take<T>(kChunk * columns), s.take<T>(kChunk * padded_width(std::max(p.model_width(), p.expert_width()))), s.take<T>(kChunk * columns), s.take<float>(columns)};
       out = s.take<float>(kBlock * kPanel);
-      block = s.take<float>(kBlock * std::max(kPanel, columns));
       if (!p.weights.panels->stores_backward())
         for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
     }
     std::array<T*, 2> turned{};
     int64_t ld_d, ld_f;
-    T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d, *t, *transposed, *panels;
-    float *out, *block;
+    T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d;
+    OuterRooms<T> rooms;
+    float* out;
   };
 
   // One panel of dx = dy W.
@@ -344,16 +377,16 @@ class Backward {
     }
     if (any_factor_ && d) {
       const float* weight = weight_R_.data() + begin;
-      outer(rows, scaled_rows(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, d, weight, b), d, d, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.transposed, b.panels);
-      outer(rows, scaled_rows(rows, b.dt_d, d, d, weight, b), d, d, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.transposed, b.panels);
+      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
+      outer(rows, b.dt_d, d, weight, d, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
     }
     if (any_factor_ && gu) {
       const T* t = view_.t_gu + begin * view_.ld_gu;
       const int64_t g = set.columns[kGate], u = set.columns[kUp];
-      if (g) outer(rows, t, view_.ld_gu, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.transposed, b.panels);
-      if (u) outer(rows, t + g, view_.ld_gu, u, b.du, b.ld_f, F, sums.B[kUp], accumulate, b.transposed, b.panels);
+      if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.rooms);
+      if (u) outer<T>(rows, t + g, view_.ld_gu, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate, b.rooms);
       gather(data<T>(p_.x_XD), token, rows, D, b.ld_d, b.x);
-      outer(rows, b.dt_gu, gu, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate, b.transposed, b.panels);
+      outer<T>(rows, b.dt_gu, gu, nullptr, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate, b.rooms);
     }
     if (!needs_.x) return;
     T* dx = mutable_data<T>(dx_RD_);
@@ -364,15 +397,6 @@ class Backward {
       const Term<T> terms[]{{b.dg, b.ld_f, &gate, at}, {b.du, b.ld_f, &up, up_at}, {b.dt_gu, gu, &f.A_out[0], j}};
       sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(at), b.out, ahead(panel_range(gate, at + 1), panel_range(up, up_at + 1)));
     }
-  }
-
-  // Each row times its routing weight, in b.t.
-  const T* scaled_rows(int64_t rows, const T* t, int64_t ld, int64_t columns, const float* weight, Buffers& b) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      loops<T>().to_float(t + r * ld, b.block, columns);
-      loops<T>().from_float(b.block, weight[r], b.t + r * columns, columns);
-    }
-    return b.t;
   }
 
   // The strips' sums in strip order, put into the factors' shapes.

@@ -16,12 +16,14 @@ struct RankSet {
   };
   std::array<std::vector<Term>, kSites> terms;
   std::array<int64_t, kSites> rank{};     // real
-  std::array<int64_t, kSites> columns{};  // padded to 16
+  std::array<int64_t, kSites> columns{};  // padded: down's, and gate's and up's together, to whole steps of the micro-kernel
   int64_t gate_up() const { return columns[kGate] + columns[kUp]; }
   bool empty() const { return rank[kGate] + rank[kUp] + rank[kDown] == 0; }
 };
 
-inline RankSet rank_set(const MoeProblem& p, int64_t group) {
+template <class T>
+RankSet rank_set(const MoeProblem& p, int64_t group) {
+  constexpr int64_t step = 16 * kPair<T>;
   RankSet set;
   for (int s = 0; s < kSites; ++s) {
     for (size_t i = 0; i < p.terms[s].size(); ++i) {
@@ -30,8 +32,10 @@ inline RankSet rank_set(const MoeProblem& p, int64_t group) {
       set.terms[s].push_back({int64_t(i), set.rank[s], rank});
       set.rank[s] += rank;
     }
-    set.columns[s] = set.rank[s] ? padded_width(set.rank[s]) : 0;
+    set.columns[s] = padded_width(set.rank[s]);
   }
+  set.columns[kUp] = round_up(set.gate_up(), step) - set.columns[kGate];
+  set.columns[kDown] = round_up(set.columns[kDown], step);
   return set;
 }
 
@@ -39,7 +43,7 @@ inline RankSet rank_set(const MoeProblem& p, int64_t group) {
 template <class T>
 struct FactorPanels {
   Panels<T> A_in[2];   // x -> t: forward. [0]: gate and up together; [1]: down
-  Panels<T> B_out[3];  // t -> y: forward, per site
+  Panels<T> B_out[3];  // t -> y: forward, per site. Gate's and up's take both's thin products, with zeros for the other's
   Panels<T> B_in[3];   // dy -> dt: backward, per site
   Panels<T> A_out[2];  // dt -> dx: backward. [0]: gate and up together; [1]: down
 };
@@ -47,48 +51,50 @@ struct FactorPanels {
 template <class T>
 int64_t factor_elements(const RankSet& s, int64_t D, int64_t F, bool backward) {
   const int64_t gu = s.gate_up(), d = s.columns[kDown];
-  if (!backward) return Panels<T>::elements(D, gu) + Panels<T>::elements(s.columns[kGate], F) + Panels<T>::elements(s.columns[kUp], F) + Panels<T>::elements(F, d) + Panels<T>::elements(d, D);
+  if (!backward) return Panels<T>::elements(D, gu) + 2 * Panels<T>::elements(gu, F) + Panels<T>::elements(F, d) + Panels<T>::elements(d, D);
   return Panels<T>::elements(gu, D) + Panels<T>::elements(F, s.columns[kGate]) + Panels<T>::elements(F, s.columns[kUp]) + Panels<T>::elements(d, F) + Panels<T>::elements(D, d);
 }
 
-// Concatenated factors of one site and expert, float32: A [columns, in] and scale * B [out, columns], padding zero.
-inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64_t expert, float* A, float* B, int64_t in, int64_t out) {
-  const int64_t columns = set.columns[site];
-  std::fill_n(A + set.rank[site] * in, (columns - set.rank[site]) * in, 0.0f);
-  std::fill_n(B, out * columns, 0.0f);
+// Concatenated factors of one site and expert, float32: A [columns, in] and scale * B [out, ld], of which this writes `columns` columns; padding zero.
+inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64_t expert, float* A, float* B, int64_t in, int64_t out, int64_t ld) {
+  const int64_t columns = set.columns[site], rank = set.rank[site];
+  std::fill_n(A + rank * in, (columns - rank) * in, 0.0f);
+  for (int64_t r = 0; rank < columns && r < out; ++r) std::fill(B + r * ld + rank, B + r * ld + columns, 0.0f);
   for (const auto& t : set.terms[site]) {
     const MoeTerm& term = p.terms[site][t.index];
     const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
     std::copy_n(a, t.rank * in, A + t.first * in);
-    for (int64_t r = 0; r < out; ++r)
-      for (int64_t c = 0; c < t.rank; ++c) B[r * columns + t.first + c] = float(term.scale) * b[r * t.rank + c];
+    for (int64_t r = 0; r < out; ++r) loops<float>().from_float(b + r * t.rank, float(term.scale), B + r * ld + t.first, t.rank);
   }
 }
 
 template <class T>
 FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, T* out, Scratch& scratch) {
-  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up();
+  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], u = set.columns[kUp], d = set.columns[kDown];
   FactorPanels<T> f;
-  float* A_gu = scratch.take<float>(gu * D);
-  float* B[3] = {scratch.take<float>(F * set.columns[kGate]), scratch.take<float>(F * set.columns[kUp]), scratch.take<float>(D * set.columns[kDown])};
-  float* A_d = scratch.take<float>(set.columns[kDown] * F);
-  concatenate(p, set, kGate, expert, A_gu, B[kGate], D, F);
-  concatenate(p, set, kUp, expert, A_gu + set.columns[kGate] * D, B[kUp], D, F);
-  concatenate(p, set, kDown, expert, A_d, B[kDown], F, D);
+  float *A_gu = scratch.take<float>(gu * D), *A_d = scratch.take<float>(d * F);
+  float *B_g = scratch.take<float>(F * gu), *B_u = scratch.take<float>(F * gu), *B_d = scratch.take<float>(D * d);
+  concatenate(p, set, kGate, expert, A_gu, B_g, D, F, gu);
+  concatenate(p, set, kUp, expert, A_gu + g * D, B_u + g, D, F, gu);
+  concatenate(p, set, kDown, expert, A_d, B_d, F, D, d);
   const auto place = [&](const Panels<T>& panels) {
     out += Panels<T>::elements(panels.k, panels.n);
     return panels;
   };
-  const int64_t d = set.columns[kDown];
-  for (int s = 0; s < kSites; ++s) {
-    const int64_t width = s == kDown ? D : F, c = set.columns[s];
-    if (!backward) f.B_out[s] = place(pack_transposed_float<T>(B[s], c, c, width, out));
-    else f.B_in[s] = place(pack_plain_float<T>(B[s], c, width, c, out));
-  }
   if (!backward) {
+    for (int64_t r = 0; r < F; ++r) {
+      std::fill_n(B_g + r * gu + g, u, 0.0f);
+      std::fill_n(B_u + r * gu, g, 0.0f);
+    }
+    f.B_out[kGate] = place(pack_transposed_float<T>(B_g, gu, gu, F, out));
+    f.B_out[kUp] = place(pack_transposed_float<T>(B_u, gu, gu, F, out));
+    f.B_out[kDown] = place(pack_transposed_float<T>(B_d, d, d, D, out));
     f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, D, gu, out));
     f.A_in[1] = place(pack_transposed_float<T>(A_d, F, F, d, out));
   } else {
+    f.B_in[kGate] = place(pack_plain_float<T>(B_g, gu, F, g, out));
+    f.B_in[kUp] = place(pack_plain_float<T>(B_u + g, gu, F, u, out));
+    f.B_in[kDown] = place(pack_plain_float<T>(B_d, d, D, d, out));
     f.A_out[0] = place(pack_plain_float<T>(A_gu, D, gu, D, out));
     f.A_out[1] = place(pack_plain_float<T>(A_d, F, d, F, out));
   }
@@ -109,7 +115,7 @@ Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& of
   Adapters<T> a;
   a.of.resize(E * M);
   std::vector<int64_t> begin(E * M + 1, 0);
-  for (int64_t m = 0; m < M; ++m) a.sets.push_back(rank_set(p, m));
+  for (int64_t m = 0; m < M; ++m) a.sets.push_back(rank_set<T>(p, m));
   for (int64_t b = 0; b < E * M; ++b) {
     const RankSet& set = a.sets[b % M];
     begin[b + 1] = begin[b] + (set.empty() || offsets[b] == offsets[b + 1] ? 0 : factor_elements<T>(set, D, F, backward));
