@@ -48,11 +48,13 @@ struct Rounding {
   bf16* to = nullptr;
   int64_t ld = 0, rows = 0;
   __mmask32 columns = 0;
+  bool past_cache = false;  // whole lines of a large result, which would otherwise be read before they are written
 
   inline __attribute__((always_inline)) void some(int64_t count) {
     for (; count > 0 && rows > 0; --count, --rows, from += 32, to += ld) {
       const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-      _mm512_mask_storeu_epi16(to, columns, (__m512i)both);
+      if (past_cache) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
+      else _mm512_mask_storeu_epi16(to, columns, (__m512i)both);
     }
   }
 };
@@ -185,6 +187,7 @@ struct Target {
   bool accumulate;
   bf16* out;
   int64_t ld_out, columns;
+  bool past_cache;
 };
 
 struct Rooms {  // two, in turn: one is filled while the other is rounded
@@ -215,6 +218,7 @@ void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, 
     const int64_t left = to.columns - column, below = rows - row;
     next = {c, to.out + row * to.ld_out + column, to.ld_out, below < R * kRows ? below : R * kRows, left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1};
     if (C == 1) next.columns &= 0xffff;
+    next.past_cache = to.past_cache && next.columns == ~__mmask32(0) && !(reinterpret_cast<size_t>(next.to) % 64) && to.ld_out % 32 == 0;
   };
   for (int64_t row = 0; row < rows; row += 2 * kRows) {
     const bool two = rows - row > kRows;
@@ -258,7 +262,7 @@ void run(int64_t m, const Term* terms, int64_t count, int64_t width, Target to, 
     const int64_t rows = m - row < kStrip ? m - row : kStrip;
     Segment segments[2 * kMostTerms];
     const int64_t n = cut_segments(rows, row, terms, count, width, tails, segments);
-    const Target at{to.c ? to.c + row * to.ldc : nullptr, to.ldc, to.accumulate, to.out + (to.out ? row * to.ld_out : 0), to.ld_out, to.columns};
+    const Target at{to.c ? to.c + row * to.ldc : nullptr, to.ldc, to.accumulate, to.out + (to.out ? row * to.ld_out : 0), to.ld_out, to.columns, to.past_cache};
     if (rows > 2 * kRows && depth * width <= 16384) strip<false>(rows, segments, n, width, at, rooms, fetching);
     else strip<true>(rows, segments, n, width, at, rooms, fetching);
   }
@@ -275,35 +279,64 @@ void release() {
 }
 
 void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead) {
-  run(m, terms, count, width, {c, ldc, accumulate, nullptr, 0, 0}, ahead);
+  run(m, terms, count, width, {c, ldc, accumulate, nullptr, 0, 0, false}, ahead);
 }
-void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& ahead) {
-  run(m, terms, count, width, {nullptr, 0, false, out, ld_out, columns}, ahead);
+void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, bool past_cache, const Ahead& ahead) {
+  run(m, terms, count, width, {nullptr, 0, false, out, ld_out, columns, past_cache}, ahead);
+  if (past_cache) _mm_sfence();
 }
+
+namespace {
+
+void transpose(__m512i (&r)[16]) {  // 16 x 16 elements of 32 bits
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+  }
+}
+
+}  // namespace
 
 // A pair of a tile is usually two rows of the right operand. Here it is two columns of one row, as they lie in memory, against the pairs (t, 0) and (0, t): the
 // two sums are those of the even and of the odd columns. Half of the multiplications are by zero, but `in`, which is wide, needs no other layout.
 void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
   set_up();
   constexpr int64_t kMost = 512;
-  alignas(64) uint32_t pairs[16 + kRows * kMost];  // [column of t][row] as (t, 0), and room for one element before them: two bytes earlier lie the (0, t)
+  alignas(64) uint32_t pairs[16 + kRows * (kMost + 16)];  // [column of t][row] as (t, 0), and room for one element before them: two bytes earlier lie the (0, t)
   alignas(64) float even[2][kRows * kRows], odd[2][kRows * kRows];
   for (int64_t first = 0; first < rows; first += kMost) {
-    const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows;
+    const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows, ld_a = depth + 16;
     const bool add = accumulate || first > 0;
     for (int64_t c = 0; c < columns; c += kRows) {
       uint32_t* a = pairs + 16;
-      a[-1] = 0;
-      for (int64_t r = 0; r < depth; ++r) {
-        __m512i v = _mm512_setzero_si512();
-        if (r < count) {
-          v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + (first + r) * ldt + c)));
-          if (s) v = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[first + r]), _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)))));
+      for (int64_t r = 0; r < depth; r += kRows) {
+        __m512i v[kRows];
+        for (int64_t i = 0; i < kRows; ++i) {
+          v[i] = _mm512_setzero_si512();
+          if (r + i >= count) continue;
+          v[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + (first + r + i) * ldt + c)));
+          if (s) v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[first + r + i]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
         }
-        alignas(64) uint32_t lanes[16];
-        _mm512_store_si512(lanes, v);
-        for (int i = 0; i < 16; ++i) a[i * depth + r] = lanes[i];
+        transpose(v);
+        for (int64_t i = 0; i < kRows; ++i) _mm512_storeu_si512(a + i * ld_a + r, v[i]);
       }
+      for (int64_t i = 0; i < kRows; ++i) a[i * ld_a - 1] = 0;
       const void *a_even = a, *a_odd = reinterpret_cast<const char*>(a) - 2;
       for (int64_t w = 0; w < width; w += 64) {
         const bool second = w + 32 < width;
@@ -313,8 +346,8 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
         zero<2>();
         zero<3>();
         for (int64_t r = 0; r < depth; r += kRows) {
-          load<4>(static_cast<const char*>(a_even) + r * 4, depth * 4);
-          load<5>(static_cast<const char*>(a_odd) + r * 4, depth * 4);
+          load<4>(static_cast<const char*>(a_even) + r * 4, ld_a * 4);
+          load<5>(static_cast<const char*>(a_odd) + r * 4, ld_a * 4);
           load_once<6>(b + r * ld, ld * 2);
           multiply<0, 4, 6>();
           multiply<1, 5, 6>();
@@ -353,7 +386,7 @@ namespace moegraft::kernels::amx {
 bool built() { return false; }
 void release() {}
 void product(int64_t, const Term*, int64_t, int64_t, float*, int64_t, bool, const Ahead&) {}
-void product_rounded(int64_t, const Term*, int64_t, int64_t, bf16*, int64_t, int64_t, const Ahead&) {}
+void product_rounded(int64_t, const Term*, int64_t, int64_t, bf16*, int64_t, int64_t, bool, const Ahead&) {}
 void outer(int64_t, const bf16*, int64_t, const float*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, bool) {}
 }  // namespace moegraft::kernels::amx
 

@@ -40,8 +40,9 @@ void release();
 // C [m, width] (+)= the sum of at most kMostTerms products, width a multiple of 16, at most 64. Writes round_up(m, 16) rows. The order of sums depends on the
 // depths alone.
 void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead);
-// The same rounded to bf16: exactly [m, columns] is written, columns <= width.
-void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& ahead);
+// The same rounded to bf16: exactly [m, columns] is written, columns <= width. past_cache: results too many to stay in the cache are
+// better not read into it first.
+void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, bool past_cache, const Ahead& ahead);
 
 // acc [columns, width] (+)= sum over rows r of s[r] t[r, :]^T in[r, :], columns a multiple of 16. s t is rounded to bf16; s null: ones. `in` is read as it
 // lies, whole 64-byte pieces of round_up(rows, 16) rows, and must be finite there; acc has round_up(width, 16) columns, of which those beyond width become

@@ -151,10 +151,10 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, i
   for (int64_t i = 0; i < count; ++i) product(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j, c, ldc, i > 0);
 }
 template <class T>
-void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next) {
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next, bool past_cache) {
   const int64_t width = terms->b->width(terms->j);
   if constexpr (sizeof(T) == 2)
-    if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, next);
+    if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, past_cache, next);
   fetch(next);
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
@@ -227,7 +227,7 @@ void* Scratch::take_bytes(int64_t count) {
   template Panels<T> pack_plain_float(const float*, int64_t, int64_t, int64_t, T*);                         \
   template bool outer_product(int64_t, const T*, int64_t, const float*, int64_t, T*, int64_t, int64_t, float*, int64_t, bool); \
   template void sum_of_products(int64_t, const Term<T>*, int64_t, float*, int64_t, const Ahead&);           \
-  template void sum_of_products(int64_t, const Term<T>*, int64_t, T*, int64_t, int64_t, float*, const Ahead&); \
+  template void sum_of_products(int64_t, const Term<T>*, int64_t, T*, int64_t, int64_t, float*, const Ahead&, bool); \
   template void product(int64_t, const T*, int64_t, const Panels<T>&, int64_t, float*, int64_t, bool, const Ahead&); \
   template void product(int64_t, const T*, int64_t, const Panels<T>&, float*, int64_t, bool);
 MOEGRAFT_INSTANTIATE(float)

@@ -120,11 +120,12 @@ struct Term {
   const Panels<T>* b;
   int64_t j;
 };
-// C [m, width] (+)= the sum of the products, and the same rounded to T: there exactly [m, columns] is written. room: kBlock x kPanel floats.
+// C [m, width] (+)= the sum of the products, and the same rounded to T: there exactly [m, columns] is written (past the cache on
+// request: large results). room: kBlock x kPanel floats.
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next = {});
 template <class T>
-void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {});
+void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {}, bool past_cache = false);
 
 // acc [columns, width] (+)= (s t)^T in by the own kernel, which needs no other layout of `in` [rows, width] but clears its padded_rows(rows) beyond `rows`.
 // columns a multiple of 16; s null: ones. False, and nothing done, where there is no such kernel.

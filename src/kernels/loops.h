@@ -14,6 +14,7 @@ struct bf16 {
 template <class T>
 struct Loops {
   void (*from_float)(const float* in, float factor, T* out, int64_t n);  // out = T(in * factor)
+  void (*scale_rows)(const float* in, int64_t ld_in, float factor, T* out, int64_t ld_out, int64_t rows, int64_t n);  // as from_float, row by row
   void (*round_rows)(const float* in, int64_t ld_in, T* out, int64_t ld_out, int64_t rows, int64_t n);
   void (*to_float)(const T* in, float* out, int64_t n);
   float (*dot)(const T* a, const T* b, int64_t n);
@@ -24,8 +25,9 @@ struct Loops {
   void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
   void (*pack_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
 
-  // g, u [rows, n] float32 -> both in T, and h = silu(g) * u.
-  void (*swiglu)(const float* g, const float* u, int64_t ld_in, T* g_out, T* u_out, int64_t ld_out, T* h, int64_t ld_h, int64_t rows, int64_t n);
+  // g, u [rows, n] float32 -> both in T (past the cache on request, if aligned), and h = silu(g) * u.
+  void (*swiglu)(const float* g, const float* u, int64_t ld_in, T* g_out, T* u_out, int64_t ld_out, T* h, int64_t ld_h, int64_t rows, int64_t n,
+                 bool past_cache);
   // dh [rows, n]: gradient of h before the row's weight w. h again, dg = w dh u silu'(g), du = w dh silu(g); dw[row] += <h, dh>.
   void (*swiglu_backward)(const float* dh, int64_t ld_dh, const T* g, const T* u, int64_t ld_in, const float* w, T* h, T* dg, T* du, int64_t ld_out, float* dw, int64_t rows,
                           int64_t n);

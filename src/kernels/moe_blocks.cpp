@@ -15,13 +15,15 @@
 namespace moegraft::kernels {
 namespace {
 
-constexpr int64_t kChunk = 512;  // rows at most
+constexpr int64_t kChunk = 384;  // rows at most
 
 // Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
 int64_t chunk_rows(const MoeProblem& p) {
   const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size());
-  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, kChunk / 2, kChunk) / 32 * 32;
+  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, std::min<int64_t>(256, kChunk), kChunk) / 32 * 32;
 }
+// Whether what is made for every row is more than second-level caches hold until it is read again.
+bool is_large(const MoeProblem& p) { return p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
 // `count` in parts of at most `most`, all but the last of equal size.
 int64_t even_part(int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
@@ -108,7 +110,7 @@ at::Tensor sum_rows(const MoeProblem& p, const at::Tensor& y_RD, bool weighted) 
 template <class T>
 class Forward {
  public:
-  Forward(const MoeProblem& p, bool save, bool keep_hidden) : p_(p), save_(save), offsets_(p.dispatch.host_offsets()) {
+  Forward(const MoeProblem& p, bool save, bool keep_hidden) : p_(p), save_(save), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
     adapters_ = prepare_adapters<T>(p, offsets_, false);
     const int64_t R = p.dispatch.num_rows(), F = p.expert_width();
@@ -176,7 +178,7 @@ class Forward {
         const bool last = j + 1 == gate.count();
         sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
         sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
-        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns);
+        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
       }
@@ -192,7 +194,7 @@ class Forward {
     T* y = mutable_data<T>(y_RD_);
     for (int64_t j = 0; j < down.count(); ++j) {
       const Term<T> terms[]{{b.h, b.ld_h, &down, j}, {b.t, d, &f.B_out[kDown], j}};
-      sum_of_products(rows, terms, d ? 2 : 1, y + begin * D + j * kPanel, D, down.columns(j), b.g, ahead(panel_range(down, j + 1)));
+      sum_of_products(rows, terms, d ? 2 : 1, y + begin * D + j * kPanel, D, down.columns(j), b.g, ahead(panel_range(down, j + 1)), large_);
     }
   }
 
@@ -203,6 +205,7 @@ class Forward {
   std::vector<at::Tensor> saved_;
   Saved<T> view_;
   at::Tensor y_RD_, hidden_RF_;
+  bool large_;
 };
 
 template <class T>
@@ -244,7 +247,7 @@ template <class T>
 class Backward {
  public:
   Backward(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs)
-      : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()) {
+      : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
     if (p.weights.panels->stores_backward()) p.weights.panels->template prepare_backward<T>();
     adapters_ = prepare_adapters<T>(p, offsets_, true);
@@ -395,7 +398,7 @@ class Backward {
       const auto [gate, at] = weight_panel(s.expert, ExpertPanels::kGateMatrix, j, b.turned[0]);
       const auto [up, up_at] = weight_panel(s.expert, ExpertPanels::kUpMatrix, j, b.turned[1]);
       const Term<T> terms[]{{b.dg, b.ld_f, &gate, at}, {b.du, b.ld_f, &up, up_at}, {b.dt_gu, gu, &f.A_out[0], j}};
-      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(at), b.out, ahead(panel_range(gate, at + 1), panel_range(up, up_at + 1)));
+      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(at), b.out, ahead(panel_range(gate, at + 1), panel_range(up, up_at + 1)), large_);
     }
   }
 
@@ -452,7 +455,7 @@ class Backward {
   std::vector<float> weight_R_, dweight_R_;
   std::vector<Strip> strips_;
   std::vector<FactorSums> sums_;
-  bool any_factor_ = false;
+  bool any_factor_ = false, large_;
 };
 
 }  // namespace

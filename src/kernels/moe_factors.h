@@ -64,7 +64,7 @@ inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64
     const MoeTerm& term = p.terms[site][t.index];
     const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
     std::copy_n(a, t.rank * in, A + t.first * in);
-    for (int64_t r = 0; r < out; ++r) loops<float>().from_float(b + r * t.rank, float(term.scale), B + r * ld + t.first, t.rank);
+    loops<float>().scale_rows(b, t.rank, float(term.scale), B + t.first, ld, out, t.rank);
   }
 }
 
