@@ -328,13 +328,13 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
       for (int64_t r = 0; r < depth; r += kRows) {
         __m512i v[kRows];
         for (int64_t i = 0; i < kRows; ++i) {
-          v[i] = _mm512_setzero_si512();
-          if (r + i >= count) continue;
-          v[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + (first + r + i) * ldt + c)));
-          if (s) v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[first + r + i]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
+          const int64_t row = first + (r + i < count ? r + i : count - 1);
+          v[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + row * ldt + c)));
+          if (s) v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[row]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
         }
+        const __mmask16 real = count - r >= kRows ? 0xffff : __mmask16((1u << (count - r)) - 1);
         transpose(v);
-        for (int64_t i = 0; i < kRows; ++i) _mm512_storeu_si512(a + i * ld_a + r, v[i]);
+        for (int64_t i = 0; i < kRows; ++i) _mm512_storeu_si512(a + i * ld_a + r, _mm512_maskz_mov_epi32(real, v[i]));
       }
       for (int64_t i = 0; i < kRows; ++i) a[i * ld_a - 1] = 0;
       const void *a_even = a, *a_odd = reinterpret_cast<const char*>(a) - 2;

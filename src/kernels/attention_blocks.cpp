@@ -14,6 +14,7 @@ namespace moegraft::kernels {
 namespace {
 
 constexpr int64_t kKeys = 512;  // keys of one forward softmax step
+constexpr float kNoMax = -3.0e38f;
 
 // Keys [first, last) that the query at `position` sees.
 struct Seen {
@@ -70,13 +71,14 @@ class Forward {
           for (int64_t r = 0; r < m; ++r) {
             const Seen seen = seen_by(past + at + r, p_.window);
             const int64_t lo = std::clamp<int64_t>(seen.first - first - c, 0, count), hi = std::clamp<int64_t>(seen.last - first - c, lo, count);
-            float block_max = 0;
-            const float block_sum = loops<T>().softmax(scores + r * kKeys, float(p_.scale), lo, hi, padded, p + r * kKeys, &block_max);
-            if (c == from) {
-              max[r] = block_max, sum[r] = block_sum;
-              continue;
+            if (c == from) max[r] = kNoMax, sum[r] = 0;
+            const float before = max[r], more = loops<T>().softmax(scores + r * kKeys, float(p_.scale), lo, hi, padded, p + r * kKeys, &max[r]);
+            if (max[r] != before && sum[r] != 0) {  // what the row has so far was relative to a smaller maximum
+              const float factor = std::exp(before - max[r]);
+              loops<float>().from_float(o + r * Cp, factor, o + r * Cp, Cp);
+              sum[r] *= factor;
             }
-            rescale(max[r], sum[r], o + r * Cp, Cp, block_max, block_sum, p + r * kKeys, padded, lo < hi);
+            sum[r] += more;
           }
           product(m, p, kKeys, v_panels.depth_range(c, padded), o, Cp, c > from);
         }
@@ -85,25 +87,6 @@ class Forward {
           mutable_data<float>(out_.lse_TH)[(token + r) * H + h] = max[r] + std::log(sum[r]);
         }
       }
-  }
-
-  // Joins a further softmax step to what a row has so far.
-  static void rescale(float& max, float& sum, float* o, int64_t width, float block_max, float block_sum, T* p, int64_t count, bool any) {
-    if (!any) return;
-    if (sum == 0) {  // nothing was visible before (a window): the sums so far are zeros
-      max = block_max, sum = block_sum;
-      return;
-    }
-    const float joint = std::max(max, block_max), old_factor = std::exp(max - joint), new_factor = std::exp(block_max - joint);
-    for (int64_t i = 0; i < width; ++i) o[i] *= old_factor;
-    if (new_factor != 1.0f)
-      for (int64_t i = 0; i < count; ++i) {
-        float x;
-        loops<T>().to_float(p + i, &x, 1);
-        loops<T>().from_float(&x, new_factor, p + i, 1);
-      }
-    sum = sum * old_factor + block_sum * new_factor;
-    max = joint;
   }
 
   const AttentionProblem& p_;
@@ -172,6 +155,7 @@ class Backward {
     }
     const int64_t first = seen_by(past + at, p_.window).first / kPanel * kPanel, last = past + at + n;
     for (int64_t j = first; j < last; j += kPanel) {
+      fetch_rows(s, h, at + kPanel, (j - first) / kPanel, (last - first + kPanel - 1) / kPanel);
       const int64_t rows = kPanel;  // k, v, dk and dv are padded to whole panels
       product(rows, k + j * Cd, Cd, q_across, 0, b.scores, kPanel, false);
       product(rows, v + j * Cd, Cd, dout_across, 0, b.dp, kPanel, false);
@@ -187,6 +171,17 @@ class Backward {
     }
     loops<float>().transpose(b.dq, kPanel, C, n, b.dq_rows, C);
     loops<T>().round_rows(b.dq_rows, C, mutable_data<T>(grads_.q_THC) + (token * H + h) * C, H * C, n, C);
+  }
+
+  // A part of the rows that the queries from `at` on will want.
+  void fetch_rows(int64_t s, int64_t h, int64_t at, int64_t part, int64_t parts) const {
+    const int64_t C = p_.head_dim(), H = p_.heads(), end = p_.cu_q[s + 1] - p_.cu_q[s], share = (kPanel + parts - 1) / parts;
+    for (int64_t i = at + part * share; i < std::min(at + std::min((part + 1) * share, kPanel), end); ++i) {
+      const int64_t row = ((p_.cu_q[s] + i) * H + h) * C;
+      fetch(data<T>(p_.q_THC) + row, C);
+      fetch(data<T>(dout_) + row, C);
+      fetch(data<T>(output_.out_THC) + row, C);
+    }
   }
 
   // n <= 64 rows of width C as a right operand [C, 64], zero beyond n: one panel of full width, so that few kernels serve all sizes.
