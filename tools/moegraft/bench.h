@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/distributed/world.h"
 #include "moegraft/graft/grafted_model.h"
 
 namespace moegraft::tools::bench {
@@ -21,6 +22,7 @@ inline double since(Clock::time_point t) { return std::chrono::duration<double>(
 double median(std::vector<double> values);
 void synchronize(at::Device device);
 void set_threads(int64_t threads);  // 0: as they are
+int64_t usable_cores();
 
 // The practical limit of this machine: a large product in the same dtype and process. Benchmarks ask before and after and keep the larger.
 // size: of the square matrices; 0: 2048, or 8192 on a GPU.
@@ -41,7 +43,14 @@ struct ModelOptions {
 };
 void add_model_options(CLI::App& cmd, ModelOptions& o);
 // A Hugging Face directory with random LoRA (and rows) on it, registered for training. UserError: a run directory. UsageError: a base that cannot be had.
-graft::GraftedModel open_model(const ModelOptions& o);
+// mesh: the processes that hold it together; shard_base as in a run's config.
+graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* mesh = nullptr, bool shard_base = false);
+
+// Runs `work` in this process's place among those that a launcher started (alone where none did). They must agree on `options` first; a failure in one
+// ends the others. backend_for_one: one process alone sends its collectives through Gloo or NCCL too.
+void with_world(const std::string& device, const std::string& options, const std::function<void(const std::shared_ptr<distributed::World>&)>& work, bool backend_for_one = false);
+// Everybody's numbers, by rank. Collective.
+std::vector<std::vector<double>> gather(distributed::World& world, const std::vector<double>& mine);
 
 // Uniform ids in [3, vocab), the same in every process.
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);
@@ -79,6 +88,7 @@ std::string fixed(double value, int digits);
 // One subcommand each. The step's options are also those of `bench` itself: `bench MODEL` is `bench step MODEL`.
 std::function<void()> add_step_options(CLI::App& cmd);
 void add_ops_command(CLI::App& bench);
+void add_collectives_command(CLI::App& bench);
 void add_generate_command(CLI::App& bench);
 void add_growth_command(CLI::App& bench);
 

@@ -1,5 +1,5 @@
 // moegraft bench step: a whole LoRA training step on all experts. By default the gate is open, every token is labelled and nothing is skipped: what
-// transformers + PEFT would do.
+// transformers + PEFT would do. Under a launcher the processes share each batch, and the figures are of all together.
 #include "libtorch.h"
 
 #include <algorithm>
@@ -12,6 +12,9 @@
 #include "moegraft/base/rng.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
+#include "moegraft/parallel/gradients.h"
+#include "moegraft/parallel/sharded_weights.h"
+#include "moegraft/parallel/updates.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::tools::bench {
@@ -22,6 +25,9 @@ struct StepOptions {
   std::string ids, gate, lengths = "fixed", labels = "all";
   int64_t batch = 4, seq = 512, steps = 5, threads = 0, codes = 1024, recompute = 0, matmul = 0;
   double image_share = 0;
+  int64_t expert_parallel = 1;
+  bool shard_base = false, shard_optimizer = false;
+  double bucket_mib = 25;
   bool whole_backward = false, profile = false, json = false;
 };
 
@@ -56,15 +62,40 @@ std::vector<int64_t> sequence_ends(const StepOptions& o, int64_t B, int64_t S) {
   return ends;
 }
 
+// The sequences i with i % size == rank.
+model::PackedBatch share_of(const model::PackedBatch& all, int64_t rank, int64_t size) {
+  model::PackedBatch mine;
+  mine.cu_seqlens = {0};
+  std::vector<at::Tensor> ids, positions, labels, modality;
+  for (int64_t i = rank; i < all.num_sequences(); i += size) {
+    const int64_t begin = all.cu_seqlens[i], length = all.cu_seqlens[i + 1] - begin;
+    mine.cu_seqlens.push_back(mine.cu_seqlens.back() + length);
+    ids.push_back(all.ids_T.narrow(0, begin, length));
+    positions.push_back(all.positions_T.narrow(0, begin, length));
+    labels.push_back(all.labels_T.narrow(0, begin, length));
+    if (all.modality_T.defined()) modality.push_back(all.modality_T.narrow(0, begin, length));
+  }
+  mine.ids_T = at::cat(ids), mine.positions_T = at::cat(positions), mine.labels_T = at::cat(labels);
+  if (!modality.empty()) mine.modality_T = at::cat(modality);
+  return mine;
+}
+
+// Of all processes, and what is this one's.
+struct StepBatch {
+  model::PackedBatch mine;
+  int64_t tokens = 0, sequences = 0, labels = 0, images = 0;
+};
+
 // Each sequence: text, then a picture's begin and codes as its last tokens. With the gate closed the first token is a new row, so that gradients still
 // flow through every layer and position: the frozen base with activation gradients alone.
 // o.batch and o.seq become those of the ids.
-model::PackedBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel& m) {
+StepBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel& m, const distributed::World& world) {
   const at::Tensor ids_BS = load_ids(o, m.decoder->spec().vocab_size);
   const int64_t B = o.batch = ids_BS.size(0), S = o.seq = ids_BS.size(1), T = B * S;
   model::PackedBatch batch;
   batch.ids_T = ids_BS.reshape({-1}).contiguous();
   batch.cu_seqlens = sequence_ends(o, B, S);
+  MOEGRAFT_CHECK_USAGE(batch.num_sequences() >= world.size(), "--batch is of all processes together: ", world.size(), " of them need as many sequences, got ", batch.num_sequences());
   batch.positions_T = at::empty({T}, at::kLong);
   batch.labels_T = at::empty({T}, at::kLong);
   at::Tensor modality = at::zeros({T}, at::kLong);
@@ -75,6 +106,8 @@ model::PackedBatch make_batch(StepOptions& o, model::Gate gate, const graft::Gra
     ids[t] = begin ? tokens.begin_id() : tokens.code_id(int64_t(rng.below(uint64_t(tokens.num_codes))));
     mod[t] = tokens.modality;
   };
+  StepBatch out;
+  out.tokens = T, out.sequences = batch.num_sequences();
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], end = batch.cu_seqlens[i + 1];
     const int64_t image = o.image_share > 0 ? std::max<int64_t>(1, std::llround(o.image_share * double(end - begin))) : 0;
@@ -84,11 +117,73 @@ model::PackedBatch make_batch(StepOptions& o, model::Gate gate, const graft::Gra
       positions[t] = t - begin;
       const bool labelled = t + 1 < end && (o.labels == "all" || mod[t + 1] != 0);
       labels[t] = labelled ? ids[t + 1] : model::kNoLabel;
+      out.labels += labelled;
+      out.images += mod[t] != 0;
     }
   }
   if (!m.vocabulary.modalities.empty()) batch.modality_T = modality;
+  if (world.size() > 1) batch = share_of(batch, world.rank(), world.size());
   batch.facts = std::make_shared<model::BatchFacts>(model::describe_batch(batch, m.decoder->id_bounds()));  // in training the data worker's
-  return model::to_device(batch, m.device());
+  out.mine = model::to_device(batch, m.device());
+  return out;
+}
+
+// One process's part of a step, and what it handed to the others in it.
+class Stepper {
+ public:
+  Stepper(graft::GraftedModel& m, const distributed::Mesh& mesh, const StepOptions& o) : m_(m), mesh_(mesh) {
+    if (mesh.distributed()) reducer_.emplace(*m.registry, mesh, int64_t(o.bucket_mib * double(1 << 20)));
+    if (mesh.distributed() && o.shard_optimizer) updates_.emplace(*m.registry, mesh);
+    std::map<std::string, train::GroupOptions> groups;
+    for (const auto& p : m.registry->all()) groups[p.group] = {1e-4, 0.01};
+    optimizer_.emplace(*m.registry, groups, train::AdamWOptions{0.9, 0.999, 1e-8}, updates_ ? updates_->owned() : std::vector<bool>());
+  }
+
+  at::Tensor run(const StepBatch& batch, const model::ForwardOptions& forward, const std::function<void(const char*)>& phase = [](const char*) {}) {
+    phase("forward");
+    if (reducer_) reducer_->begin_step();
+    else m_.registry->zero_grad();
+    const auto result = m_.decoder->forward(batch.mine, forward);
+    phase("loss");
+    const auto loss = model::cross_entropy_loss(*m_.decoder, result, batch.mine, double(std::max<int64_t>(batch.labels, 1)));
+    phase("backward");
+    if (reducer_) reducer_->last_backward();
+    if (loss.loss.requires_grad()) loss.loss.backward();
+    if (reducer_) reducer_->finish();
+    phase("optimizer");
+    optimizer_->step(1.0);
+    if (updates_) updates_->share();
+    return loss.loss.detach();
+  }
+
+  // By purpose, since the last call.
+  std::map<std::string, distributed::Traffic> take_traffic() {
+    std::map<std::string, distributed::Traffic> all;
+    if (!mesh_.distributed()) return all;
+    const auto add = [&](const char* name, const distributed::Traffic& t) {
+      auto& sum = all[name];
+      sum.calls += t.calls, sum.bytes += t.bytes, sum.wait_seconds += t.wait_seconds;
+    };
+    add("gradients", reducer_->take_traffic());
+    add("experts", mesh_.expert->take_traffic());
+    add("updates", mesh_.world->all().take_traffic());  // and agreements, a few bytes
+    add("updates", mesh_.data->take_traffic());
+    if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(m_.decoder->base().weights.get())) add("base", sharded->take_traffic());
+    return all;
+  }
+
+ private:
+  graft::GraftedModel& m_;
+  const distributed::Mesh& mesh_;
+  std::optional<parallel::GradientReducer> reducer_;
+  std::optional<parallel::UpdateSharding> updates_;
+  std::optional<train::AdamW> optimizer_;
+};
+
+int64_t trained_parameters(const model::ParameterRegistry& registry) {
+  int64_t sum = 0;
+  for (const auto& p : registry.all()) sum += p.total_rows > 0 ? p.tensor.numel() / p.tensor.size(0) * p.total_rows : p.tensor.numel();
+  return sum;
 }
 
 void print(const Json& j) {
@@ -96,6 +191,13 @@ void print(const Json& j) {
   std::printf("%.0f tokens/s, best step %.4f s (median %.4f s), peak %.0f MiB\n", j["tokens_per_s"].get<double>(), best, j["median_step_s"].get<double>(), j["peak_mib"].get<double>());
   std::printf("%.1f MFLOP per token, %.1f GF/s of %.1f GF/s that a large product reaches here: %.0f %%\n", j["flops_per_token"].get<double>() / 1e6, j["model_gflops_per_s"].get<double>(),
               j["matmul_gflops"].get<double>(), 100 * j["share_of_limit"].get<double>());
+  if (j["processes"].get<int64_t>() > 1) {
+    std::printf("%lld processes (data %lld, experts over %lld%s%s): waiting for each other %.0f %% of the time, %.2f MiB handed over per step; peaks", static_cast<long long>(j["processes"].get<int64_t>()),
+                static_cast<long long>(j["data_parallel"].get<int64_t>()), static_cast<long long>(j["expert_parallel"].get<int64_t>()), j["shard_base"].get<bool>() ? ", base sharded" : "",
+                j["shard_optimizer"].get<bool>() ? ", optimizer sharded" : "", 100 * j["wait_share"].get<double>(), j["bytes_per_step"].get<double>() / (1 << 20));
+    for (const auto& peak : j["peak_mib_by_rank"]) std::printf(" %.0f", peak.get<double>());
+    std::printf(" MiB\n");
+  }
   std::printf("loss");
   for (const auto& loss : j["loss"]) std::printf(" %.6f", loss.get<double>());
   std::printf("\n");
@@ -105,67 +207,104 @@ void print(const Json& j) {
   }
 }
 
-void run(const StepOptions& given) {
+// How the processes' time went, from each one's {waiting, bytes, peak MiB} and the steps' length.
+Json describe_processes(const distributed::Mesh& mesh, const StepOptions& o, const std::vector<double>& times, const std::vector<std::vector<double>>& ranks, const std::map<std::string, distributed::Traffic>& traffic,
+                        double steps) {
+  double length = 0, waiting = 0, bytes = 0;
+  for (const double t : times) length += t / double(times.size());
+  std::vector<double> busy, by_rank, peaks;
+  for (const auto& rank : ranks) {
+    busy.push_back(length - rank[0] / steps);
+    waiting += rank[0] / steps / double(ranks.size());
+    by_rank.push_back(rank[1] / steps);
+    bytes += rank[1] / steps;
+    peaks.push_back(rank[2]);
+  }
+  Json out{{"processes", mesh.world->size()}, {"nodes", (mesh.world->size() + mesh.world->environment().local_world_size - 1) / mesh.world->environment().local_world_size},
+           {"expert_parallel", mesh.expert_size()}, {"data_parallel", mesh.data_size()}, {"shard_base", o.shard_base}, {"shard_optimizer", o.shard_optimizer}, {"bucket_mib", o.bucket_mib},
+           {"busy_share", 1 - waiting / length}, {"wait_share", waiting / length}, {"busy_seconds_by_rank", busy}, {"bytes_per_step", bytes}, {"bytes_per_step_by_rank", by_rank}, {"peak_mib_by_rank", peaks}};
+  for (const auto& [name, t] : traffic)
+    out["traffic_of_rank_0"][name] = {{"calls", double(t.calls) / steps}, {"bytes", double(t.bytes) / steps}, {"wait_seconds", t.wait_seconds / steps}};
+  return out;
+}
+
+// Of all processes at the same time.
+double limit_of_all(distributed::World& world, at::ScalarType dtype, at::Device device, int64_t size) {
+  double sum = 0;
+  world.all().barrier("bench");
+  for (const auto& one : gather(world, {matmul_gflops(dtype, device, size)})) sum += one[0];
+  return sum;
+}
+
+void measure(const StepOptions& given, const std::shared_ptr<distributed::World>& world) {
   StepOptions o = given;
   const model::Gate gate = choose_gate(o);
-  MOEGRAFT_CHECK_USAGE(o.labels == "all" || o.image_share > 0, "--labels image: there are no image tokens; give --image-share above 0");
+  const distributed::Mesh mesh = distributed::make_mesh(world, o.expert_parallel);
   model::ForwardOptions forward;
   forward.gate = gate;
   forward.recompute_layers = o.recompute;
   forward.frozen_prefix = !o.whole_backward;
-  set_threads(o.threads);
+  forward.lockstep = mesh.expert_size() > 1 || (o.shard_base && mesh.data_size() > 1);
   o.model.codes = o.image_share > 0 || gate == model::Gate::none ? o.codes : 0;
   if (gate == model::Gate::none) o.model.rank = 0;
-  graft::GraftedModel m = open_model(o.model);
+  graft::GraftedModel m = open_model(o.model, &mesh, o.shard_base);
   const at::Device device = m.device();
   const at::ScalarType dtype = m.decoder->dtype();
-  const model::PackedBatch batch = make_batch(o, gate, m);
-  const int64_t T = batch.num_tokens();
-  std::map<std::string, train::GroupOptions> groups;
-  for (const auto& p : m.registry->all()) groups[p.group] = {1e-4, 0.01};
-  train::AdamW optimizer(*m.registry, groups, {0.9, 0.999, 1e-8});
-  double limit = matmul_gflops(dtype, device, o.matmul);
+  const StepBatch batch = make_batch(o, gate, m, *world);
+  Stepper stepper(m, mesh, o);
+  double limit = limit_of_all(*world, dtype, device, o.matmul);
 
   std::vector<double> times, losses;
-  const auto step = [&](const std::function<void(const char*)>& phase) {
-    phase("forward");
-    m.registry->zero_grad();
-    const auto result = m.decoder->forward(batch, forward);
-    phase("loss");
-    const auto loss = model::cross_entropy_loss(*m.decoder, result, batch);
-    phase("backward");
-    loss.loss.backward();
-    phase("optimizer");
-    optimizer.step(1.0);
-    return loss.loss;
-  };
+  std::map<std::string, distributed::Traffic> traffic;  // of all steps but the first, where there are more
+  double waiting = 0, bytes = 0;
   for (int64_t i = 0; i < o.steps; ++i) {
     synchronize(device);
+    world->all().barrier("bench");
+    stepper.take_traffic();
     const auto start = Clock::now();
-    const at::Tensor loss = step([](const char*) {});
+    const at::Tensor loss = stepper.run(batch, forward);
     synchronize(device);
-    times.push_back(since(start));
-    losses.push_back(loss.item<double>());
+    const double mine = since(start);
+    const auto step_traffic = stepper.take_traffic();
+    double slowest = 0, sum = 0;
+    for (const auto& rank : gather(*world, {mine, loss.item<double>()})) slowest = std::max(slowest, rank[0]), sum += rank[1];
+    times.push_back(slowest);
+    losses.push_back(sum);
+    if (i == 0 && o.steps > 1) continue;
+    for (const auto& [name, t] : step_traffic) {
+      auto& all = traffic[name];
+      all.calls += t.calls, all.bytes += t.bytes, all.wait_seconds += t.wait_seconds;
+      waiting += t.wait_seconds, bytes += double(t.bytes);
+    }
+    waiting += slowest - mine;
   }
   const PeakMemory peak = peak_memory(device);
+  const double peak_mib = device.is_cuda() ? peak.device_mib : peak.rusage_mib;
   Json profile;
   if (o.profile) {
     OpProfile ops(device);
-    step([&](const char* name) { ops.phase(name); });
+    stepper.run(batch, forward, [&](const char* name) { ops.phase(name); });
     profile = ops.finish();
   }
-  limit = std::max(limit, matmul_gflops(dtype, device, o.matmul));
+  limit = std::max(limit, limit_of_all(*world, dtype, device, o.matmul));
+  const auto ranks = gather(*world, {waiting, bytes, peak_mib});
 
+  const StepWork mine = count_work(m, batch.mine, gate, o.model);
+  StepWork work;
+  for (const auto& w : gather(*world, {mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores})) {
+    work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3];
+  }
+  if (world->rank() != 0) return;
   const double best = *std::min_element(times.begin(), times.end());
-  const StepWork work = count_work(m, batch, gate, o.model);
-  const double images = batch.modality_T.defined() ? double((batch.modality_T != 0).sum().item<int64_t>()) : 0;
+  const int64_t T = batch.tokens;
   Json out{{"tool", "moegraft"},
+           {"bench", "step"},
            {"tokens_per_s", double(T) / best},
            {"step_s", times},
            {"best_step_s", best},
            {"median_step_s", median(times)},
            {"loss", losses},
-           {"peak_mib", device.is_cuda() ? peak.device_mib : peak.rusage_mib},
+           {"peak_mib", peak_mib},
            {"host_peak_mib", peak.rusage_mib},
            {"vm_hwm_mib", peak.high_water_mib},
            {"matmul_gflops", limit},
@@ -175,24 +314,39 @@ void run(const StepOptions& given) {
            {"share_of_limit", work.total() / best / 1e9 / limit},
            {"dtype", o.model.dtype},
            {"tokens", T},
-           {"sequences", batch.num_sequences()},
+           {"sequences", batch.sequences},
            {"batch", o.batch},
            {"seq", o.seq},
            {"lengths", o.lengths},
            {"gate", gate == model::Gate::all ? "all" : gate == model::Gate::none ? "none" : "modality"},
-           {"image_share", images / double(T)},
+           {"image_share", double(batch.images) / double(T)},
            {"labels", o.labels},
            {"rank", o.model.rank},
            {"sites", o.model.sites},
+           {"new_rows", m.vocabulary.modalities.empty() ? 0 : m.vocabulary.modalities.front().num_rows()},
            {"quantize", o.model.quantize},
            {"recompute_layers", o.recompute},
            {"frozen_prefix", forward.frozen_prefix},
-           {"trained_parameters", m.registry->num_elements()},
+           {"trained_parameters", trained_parameters(*m.registry)},
+           {"active_parameters", m.decoder->spec().num_active_parameters()},
            {"threads", at::get_num_threads()},
+           {"cores", usable_cores()},
            {"device", device.str()}};
+  const double counted = o.steps > 1 ? double(o.steps - 1) : 1;
+  out.update(describe_processes(mesh, o, {times.begin() + (o.steps > 1), times.end()}, ranks, traffic, counted));
   if (!profile.is_null()) out["profile"] = std::move(profile);
   if (o.json) std::cout << out.dump() << '\n';
   else print(out);
+}
+
+void run(const StepOptions& o) {
+  const model::Gate gate = choose_gate(o);
+  MOEGRAFT_CHECK_USAGE(o.labels == "all" || o.image_share > 0, "--labels image: there are no image tokens; give --image-share above 0");
+  set_threads(o.threads);
+  with_world(o.model.device,
+             moegraft::detail::concat("step ", o.model.model, " ", o.model.dtype, " rank ", o.model.rank, " ", o.ids, " ", o.lengths, " ", int(gate), " ", o.labels, " ", o.batch, "x", o.seq, " ", o.steps, " ", o.codes, " ",
+                                      o.recompute, " ", o.matmul, " ", o.image_share, " ", o.expert_parallel, o.shard_base, o.shard_optimizer, o.whole_backward, o.profile, " ", o.bucket_mib),
+             [&](const auto& world) { measure(o, world); });
 }
 
 }  // namespace
@@ -200,7 +354,7 @@ void run(const StepOptions& given) {
 std::function<void()> add_step_options(CLI::App& cmd) {
   auto o = std::make_shared<StepOptions>();
   add_model_options(cmd, o->model);
-  cmd.add_option("--batch", o->batch, "Sequences")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  cmd.add_option("--batch", o->batch, "Sequences, of all processes together")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   cmd.add_option("--seq", o->seq, "Tokens of a sequence")->check(CLI::Range(2, 1 << 24))->capture_default_str();
   cmd.add_option("--lengths", o->lengths, "fixed, or ragged: the same tokens packed as sequences of seq/4 to seq")->check(CLI::IsMember({"fixed", "ragged"}))->capture_default_str();
   cmd.add_option("--image-share", o->image_share, "Share of each sequence that is a made-up modality's tokens, at its end")->check(CLI::Range(0.0, 1.0))->capture_default_str();
@@ -208,6 +362,10 @@ std::function<void()> add_step_options(CLI::App& cmd) {
   cmd.add_option("--gate", o->gate, "Rows that LoRA acts on: all, modality, none (default: all, or modality with image tokens)");
   cmd.add_option("--labels", o->labels, "Tokens to predict: all, or image")->check(CLI::IsMember({"all", "image"}))->capture_default_str();
   cmd.add_option("--recompute", o->recompute, "Layers, from the first, that run again in the backward pass instead of keeping their activations")->check(CLI::Range(0, 1 << 20))->capture_default_str();
+  cmd.add_option("--expert-parallel", o->expert_parallel, "Processes that the experts are spread over (under a launcher; as parallel.expert)")->check(CLI::Range(1, 4096))->capture_default_str();
+  cmd.add_flag("--shard-base", o->shard_base, "As parallel.shard_base");
+  cmd.add_flag("--shard-optimizer", o->shard_optimizer, "As parallel.shard_optimizer");
+  cmd.add_option("--bucket-mib", o->bucket_mib, "As parallel.bucket_mib")->check(CLI::Range(0.01, 1e5))->capture_default_str();
   cmd.add_flag("--whole-backward", o->whole_backward, "Record gradients for the text before the first image token too, which needs none");
   cmd.add_option("--steps", o->steps, "Steps to time; the best counts")->check(CLI::Range(1, 100000))->capture_default_str();
   cmd.add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
@@ -215,7 +373,8 @@ std::function<void()> add_step_options(CLI::App& cmd) {
   cmd.add_option("--matmul", o->matmul, "Rows and columns of the product that stands for the machine's limit; 0: 2048, or 8192 on a GPU")->check(CLI::Range(0, 1 << 16));
   cmd.add_flag("--profile", o->profile, "One more step with every operation on the clock");
   cmd.add_flag("--json", o->json, "One JSON object on stdout");
-  cmd.footer("Example: moegraft bench step models/base --batch 4 --seq 512 --dtype bfloat16 --rank 16 --steps 5 --profile");
+  cmd.footer("Example: moegraft bench step models/base --batch 4 --seq 512 --dtype bfloat16 --rank 16 --steps 5 --profile\n"
+             "         moegraft launch --nproc 4 -- bench step models/base --batch 16 --expert-parallel 2 --json");
   return [o] { run(*o); };
 }
 

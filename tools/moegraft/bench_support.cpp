@@ -1,6 +1,7 @@
 // Clock, limits, memory, models and child processes of the benchmarks.
 #include <ATen/DeviceAccelerator.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,8 +15,11 @@
 #include "bench.h"
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/graft/initialise_lora.h"
+#include "moegraft/parallel/dispatcher.h"
+#include "moegraft/parallel/sharded_weights.h"
 
 namespace moegraft::tools::bench {
 
@@ -31,6 +35,11 @@ void synchronize(at::Device device) {
 
 void set_threads(int64_t threads) {
   if (threads > 0) at::set_num_threads(int(threads));
+}
+
+int64_t usable_cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
 double matmul_gflops(at::ScalarType dtype, at::Device device, int64_t size) {
@@ -89,24 +98,50 @@ void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
   m.decoder->attach_rows(std::move(rows));
 }
 
-}  // namespace
-
-graft::GraftedModel open_model(const ModelOptions& o) {
-  MOEGRAFT_CHECK_USAGE(!o.model.empty(), "bench: give a model: a Hugging Face directory");
-  MOEGRAFT_CHECK_USAGE(o.quantize == "none", "--quantize ", o.quantize, ": a quantised base cannot be trained on yet; only none");
+graft::GraftedModel open_whole(const ModelOptions& o) {
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
   open.device = o.device;
-  for (const auto& site : o.sites) adapters::parse_site(site);
   graft::GraftedModel m = graft::open_model(o.model, open);
   MOEGRAFT_CHECK(!m.is_graft(), o.model, ": bench takes a Hugging Face directory, not a run");
+  return m;
+}
+
+// Of one of several processes; experts: those that are here, count 0 for all.
+graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& mesh, bool shard_base, std::pair<int64_t, int64_t>& experts) {
+  graft::GraftedModel m;
+  m.path = m.base_path = o.model;
+  m.registry = std::make_unique<model::ParameterRegistry>();
+  const auto dispatcher = parallel::make_dispatcher(mesh, shard_base);
+  if (mesh.expert_size() > 1) experts = dispatcher->local_experts(model::read_spec(o.model).num_experts);
+  model::LoadOptions load;
+  load.dtype = graft::parse_dtype(o.dtype);
+  load.device = graft::parse_device(o.device);
+  std::tie(load.first_expert, load.num_experts) = experts;
+  if (shard_base && mesh.data_size() > 1)
+    load.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<parallel::ShardedWeights>(std::move(rest), mesh); };
+  m.decoder = std::make_unique<model::Decoder>(model::load_base(o.model, load));
+  m.decoder->set_dispatcher(dispatcher);
+  const auto& s = m.decoder->spec();
+  m.vocabulary = {s.vocab_size, s.bos_id, s.eos_id, {}};
+  return m;
+}
+
+}  // namespace
+
+graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* mesh, bool shard_base) {
+  MOEGRAFT_CHECK_USAGE(!o.model.empty(), "bench: give a model: a Hugging Face directory");
+  MOEGRAFT_CHECK_USAGE(o.quantize == "none", "--quantize ", o.quantize, ": a quantised base cannot be trained on yet; only none");
+  for (const auto& site : o.sites) adapters::parse_site(site);
+  std::pair<int64_t, int64_t> experts{0, 0};
+  graft::GraftedModel m = mesh && mesh->distributed() ? open_part(o, *mesh, shard_base, experts) : open_whole(o);
   if (o.codes > 0) add_modality(m, o.codes, o.item_length);
   if (o.rank > 0) {
     adapters::AdapterConfig config;
     config.rank = o.rank;
     config.alpha = 2.0 * double(o.rank);
     config.sites = o.sites;
-    auto lora = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config, 0, std::vector<int64_t>{1}, m.device());
+    auto lora = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config, 0, std::vector<int64_t>{1}, m.device(), experts);
     graft::initialise_lora(*lora, "kaiming_zero", nullptr, 1, run::OtSection{}, 0);
     lora->register_parameters(*m.registry, "kaiming_zero");
     m.adapters = std::make_shared<adapters::AdapterStack>();
@@ -114,6 +149,32 @@ graft::GraftedModel open_model(const ModelOptions& o) {
     m.decoder->attach(m.adapters);
   }
   return m;
+}
+
+void with_world(const std::string& device, const std::string& options, const std::function<void(const std::shared_ptr<distributed::World>&)>& work, bool backend_for_one) {
+  const auto environment = distributed::read_launch_environment();
+  if (environment.distributed()) log::set_rank(environment.rank);
+  distributed::WorldOptions world_options;
+  world_options.device = graft::choose_device(device, environment.local_rank, environment.local_world_size);
+  world_options.backend_for_one = backend_for_one;
+  const auto world = distributed::World::join(environment, world_options);
+  world->agree({{"version", MOEGRAFT_VERSION}, {"options", options}});
+  try {
+    work(world);
+  } catch (const std::exception& e) {
+    world->announce_failure(e.what());
+    throw;
+  }
+}
+
+std::vector<std::vector<double>> gather(distributed::World& world, const std::vector<double>& mine) {
+  const at::Tensor in = at::tensor(mine, at::kDouble);
+  at::Tensor out = at::empty({world.size() * int64_t(mine.size())}, at::kDouble);
+  world.all().all_gather(out, in, "figures").wait();
+  std::vector<std::vector<double>> all;
+  const double* at = out.const_data_ptr<double>();
+  for (int64_t r = 0; r < world.size(); ++r, at += mine.size()) all.emplace_back(at, at + mine.size());
+  return all;
 }
 
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed) {
