@@ -12,7 +12,7 @@ namespace moegraft::testing {
 
 inline std::shared_ptr<distributed::World> join() {
   at::set_num_threads(1);
-  return distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(20)});
+  return distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(60)});
 }
 
 }  // namespace moegraft::testing

@@ -99,7 +99,7 @@ std::vector<ProcessResult> Ranks::wait(std::chrono::seconds limit) {
 }
 
 void run_ranks(const std::string& body, int n, const std::string& argument) {
-  const auto results = Ranks(body, n, argument).wait();
+  const auto results = Ranks(body, n, argument).wait(std::chrono::seconds(120));  // seconds alone, much longer beside compilers
   for (size_t r = 0; r < results.size(); ++r) {
     EXPECT_EQ(results[r].code, 0) << body << ", rank " << r << " of " << n << (results[r].signal ? ", ended by signal " + std::to_string(results[r].signal) : "") << ":\n"
                                   << results[r].err;
