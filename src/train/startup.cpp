@@ -51,7 +51,10 @@ run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, co
 
 // Rank 0 by itself: builds a new run's model and saves it as step 0.
 fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir) {
-  graft::GraftedModel model = graft::build_model(config);
+  run::RunConfig alone = config;
+  const bool together_only = config.parallel.expert > 1 || config.parallel.shard_base;  // one GPU may not hold the whole base
+  if (together_only && graft::parse_device(config.model.device).is_cuda()) alone.model.offload = "experts";
+  graft::GraftedModel model = graft::build_model(alone);
   write_beside(dir.path(), model);
   const AdamW optimizer = make_optimizer(*model.registry, config.train);
   checkpoint::TrainState state;
