@@ -199,14 +199,6 @@ TEST_F(Launchers, LaunchRefusesBadUsage) {
   EXPECT_NE(launch({"--help"}, "report").out.find("Example:\n  moegraft launch --nproc 4"), std::string::npos);
 }
 
-// MOEGRAFT_TORCHRUN, or the one of the environment that LibTorch's wheel is in. Empty: none.
-std::vector<std::string> torchrun() {
-  if (const char* path = std::getenv("MOEGRAFT_TORCHRUN")) return {path};
-  const fs::path python = fs::path(MOEGRAFT_SOURCE_DIR) / ".venv/bin/python", script = fs::path(MOEGRAFT_SOURCE_DIR) / ".venv/bin/torchrun";
-  if (!fs::exists(python) || !fs::exists(script)) return {};
-  return {python.string(), "-m", "torch.distributed.run"};
-}
-
 ProcessResult run_torchrun(std::vector<std::string> argv, const std::vector<std::string>& options, const std::string& body, const std::string& argument) {
   argv.insert(argv.end(), options.begin(), options.end());
   argv.insert(argv.end(), {"--standalone", "--no-python", "--nproc-per-node", "2", program()});
@@ -214,8 +206,8 @@ ProcessResult run_torchrun(std::vector<std::string> argv, const std::vector<std:
 }
 
 TEST_F(Launchers, Torchrun) {
-  const auto argv = torchrun();
-  if (argv.empty()) GTEST_SKIP() << "no torchrun: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
+  const auto argv = testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const auto result = run_torchrun(argv, {}, "report", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(read("0").substr(0, 20), "torchrun 2 0 2 0 1 3") << result.err;
@@ -223,8 +215,8 @@ TEST_F(Launchers, Torchrun) {
 }
 
 TEST_F(Launchers, TorchrunStartsAgainAfterAKill) {
-  const auto argv = torchrun();
-  if (argv.empty()) GTEST_SKIP() << "no torchrun: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
+  const auto argv = testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const auto result = run_torchrun(argv, {"--max-restarts", "1", "--monitor-interval", "0.1"}, "killed_once", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;
   for (const char* rank : {"0", "1"}) EXPECT_EQ(read(rank), "restart 1") << result.err;

@@ -87,6 +87,14 @@ std::filesystem::path moegraft_binary() {
   return std::filesystem::exists(path) ? path : std::filesystem::path();
 }
 
+std::vector<std::string> torchrun(const std::filesystem::path& root) {
+  if (const char* path = std::getenv("MOEGRAFT_TORCHRUN")) return {path};
+  const std::filesystem::path python = root / ".venv/bin/python";
+  const std::vector<std::string> argv{python.string(), "-m", "torch.distributed.run"};
+  if (!std::filesystem::exists(python) || Process({argv[0], argv[1], argv[2], "--help"}).wait().code != 0) return {};
+  return argv;
+}
+
 ProcessResult run_moegraft(const std::vector<std::string>& args) {
   std::vector<std::string> argv{moegraft_binary().string()};
   MOEGRAFT_CHECK(!argv[0].empty(), "the moegraft binary is not built");

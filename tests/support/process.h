@@ -39,6 +39,10 @@ class Process {
 // The binary that MOEGRAFT_BIN names (set by ctest), or the one beside the tests' folder. Empty when it is not built: tests then skip.
 std::filesystem::path moegraft_binary();
 
+// How to start torchrun: MOEGRAFT_TORCHRUN, or the one of the environment under `root`/.venv that LibTorch's wheel is in. Empty: none that works there (the
+// wheel is installed without the Python packages that it would need).
+std::vector<std::string> torchrun(const std::filesystem::path& root);
+
 // Runs `moegraft ARGS…` to its end.
 ProcessResult run_moegraft(const std::vector<std::string>& args);
 

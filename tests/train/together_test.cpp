@@ -322,12 +322,11 @@ TEST_F(Together, ProcessesThatDisagreeAllEndWithALine) {
 }
 
 TEST_F(Together, TorchrunBringsARunBack) {
-  const char* named = std::getenv("MOEGRAFT_TORCHRUN");
-  const fs::path beside = fs::path(MOEGRAFT_SOURCE_DIR) / ".venv/bin/torchrun", torchrun = named ? fs::path(named) : beside;
-  if (!fs::exists(torchrun)) GTEST_SKIP() << "no torchrun: MOEGRAFT_TORCHRUN names none, and " << beside << " is not there";
+  Keys argv = moegraft::testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const Keys keys{"train.steps=40", "checkpoint.every=5"};
   train("calm", 2, keys);
-  Keys argv{torchrun.string(), "--no-python", "--nproc-per-node", "2", "--max-restarts", "3", "--master-port", std::to_string(21000 + int(getpid() % 20000)), moegraft::testing::moegraft_binary().string()};
+  argv = argv + Keys{"--no-python", "--nproc-per-node", "2", "--max-restarts", "3", "--master-port", std::to_string(21000 + int(getpid() % 20000)), moegraft::testing::moegraft_binary().string()};
   argv = argv + arguments("agent", "auto", keys);
   Process p(argv, {"OMP_NUM_THREADS=1"});
   for (int i = 0; i < 6000 && p.running() && training_lines(run_path("agent")).size() < 12; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
