@@ -14,6 +14,7 @@ namespace moegraft::kernels {
 namespace {
 
 constexpr int64_t kKeys = 512;  // keys of one forward softmax step
+constexpr int64_t kLdScores = kKeys + 16, kLdP = kKeys + 32;  // rows off the powers of two, which would put them into few sets of the cache
 constexpr float kNoMax = -3.0e38f;
 
 // Keys [first, last) that the query at `position` sees.
@@ -57,8 +58,8 @@ class Forward {
     const Panels<T> k_panels = pack_transposed(k, G * C, C, keys, k_memory);
     T* v_memory = scratch.take<T>(Panels<T>::elements(depth, C));
     const Panels<T> v_panels = pack_rows_deep(v, G * C, keys, C, depth, v_memory);
-    T *q = scratch.take<T>(kBlock * padded_depth<T>(C)), *p = scratch.take<T>(kBlock * kKeys);
-    float *scores = scratch.take<float>(kBlock * kKeys), *o = scratch.take<float>(kBlock * Cp), *max = scratch.take<float>(kBlock), *sum = scratch.take<float>(kBlock);
+    T *q = scratch.take<T>(kBlock * padded_depth<T>(C)), *p = scratch.take<T>(kBlock * kLdP);
+    float *scores = scratch.take<float>(kBlock * kLdScores), *o = scratch.take<float>(kBlock * Cp), *max = scratch.take<float>(kBlock), *sum = scratch.take<float>(kBlock);
 
     for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
       for (int64_t at = begin; at < end; at += kBlock) {
@@ -67,12 +68,12 @@ class Forward {
         const int64_t from = (seen_by(past + at, p_.window).first - first) / kPanel * kPanel, to = past + at + m - first;  // keys of this block, relative to `first`
         for (int64_t c = from; c < to; c += kKeys) {
           const int64_t count = std::min(kKeys, to - c), padded = round_up(count, kPanel);
-          for (int64_t j = c / kPanel; j < (c + count + kPanel - 1) / kPanel; ++j) product(m, q, padded_depth<T>(C), k_panels, j, scores + (j * kPanel - c), kKeys, false);
+          for (int64_t j = c / kPanel; j < (c + count + kPanel - 1) / kPanel; ++j) product(m, q, padded_depth<T>(C), k_panels, j, scores + (j * kPanel - c), kLdScores, false);
           for (int64_t r = 0; r < m; ++r) {
             const Seen seen = seen_by(past + at + r, p_.window);
             const int64_t lo = std::clamp<int64_t>(seen.first - first - c, 0, count), hi = std::clamp<int64_t>(seen.last - first - c, lo, count);
             if (c == from) max[r] = kNoMax, sum[r] = 0;
-            const float before = max[r], more = loops<T>().softmax(scores + r * kKeys, float(p_.scale), lo, hi, padded, p + r * kKeys, &max[r]);
+            const float before = max[r], more = loops<T>().softmax(scores + r * kLdScores, float(p_.scale), lo, hi, padded, p + r * kLdP, &max[r]);
             if (max[r] != before && sum[r] != 0) {  // what the row has so far was relative to a smaller maximum
               const float factor = std::exp(before - max[r]);
               loops<float>().from_float(o + r * Cp, factor, o + r * Cp, Cp);
@@ -80,7 +81,7 @@ class Forward {
             }
             sum[r] += more;
           }
-          product(m, p, kKeys, v_panels.depth_range(c, padded), o, Cp, c > from);
+          product(m, p, kLdP, v_panels.depth_range(c, padded), o, Cp, c > from);
         }
         for (int64_t r = 0; r < m; ++r) {
           loops<T>().from_float(o + r * Cp, 1.0f / sum[r], mutable_data<T>(out_.out_THC) + ((token + r) * H + h) * C, C);

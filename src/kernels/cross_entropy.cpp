@@ -18,10 +18,11 @@ constexpr int64_t kChunkLogitsCuda = int64_t{1} << 26;  // 128 MiB of bf16 ones:
 // Frozen heads on the CPU: each task takes a few rows through logits, softmax and back while they are in cache. Returns the sum over rows of -log p.
 template <class T>
 double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets, double scale, const at::Tensor& dh) {
-  constexpr int64_t kBytes = int64_t{6} << 20, kDepth = 512;  // logits of a task; depth of a step of the way back
+  constexpr int64_t kBytes = int64_t{12} << 20, kDepth = 512;  // logits of a task; depth of a step of the way back
   const int64_t rows = h.size(0), D = h.size(1), ld = copied_depth(D);
   const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
-  const int64_t V = forward.n, ld_logits = padded_width(V), ld_d = round_up(V, kDepth), Dp = padded_width(D);
+  // Rows off the powers of two, which would put them into few sets of the caches.
+  const int64_t V = forward.n, ld_logits = round_up(V, kPanel) + 16, ld_d = copied_depth(round_up(V, kDepth)), Dp = round_up(D, kPanel) + 16;
   const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   std::vector<double> loss(rows);
@@ -34,7 +35,7 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
     T* d = dh.defined() ? scratch.take<T>(chunk * ld_d) : nullptr;
     for (int64_t r = 0; r < n; ++r) {
       const float* row = logits + r * ld_logits;
-      loss[begin + r] = double(loops<T>().cross_entropy(row, V, ld_d, target[begin + r], float(scale), d ? d + r * ld_d : nullptr)) - double(row[target[begin + r]]);
+      loss[begin + r] = double(loops<T>().cross_entropy(row, V, round_up(V, kDepth), target[begin + r], float(scale), d ? d + r * ld_d : nullptr)) - double(row[target[begin + r]]);
     }
     if (!d) return;
     float* c = scratch.take<float>(chunk * Dp);

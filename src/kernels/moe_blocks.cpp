@@ -380,12 +380,13 @@ class Backward {
     }
     if (any_factor_ && d) {
       const float* weight = weight_R_.data() + begin;
-      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
-      outer(rows, b.dt_d, d, weight, d, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
+      const int64_t real = padded_width(set.rank[kDown]);
+      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
+      outer(rows, b.dt_d, d, weight, real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
     }
     if (any_factor_ && gu) {
       const T* t = view_.t_gu + begin * view_.ld_gu;
-      const int64_t g = set.columns[kGate], u = set.columns[kUp];
+      const int64_t g = set.columns[kGate], u = padded_width(set.rank[kUp]);
       if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.rooms);
       if (u) outer<T>(rows, t + g, view_.ld_gu, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate, b.rooms);
       gather(data<T>(p_.x_XD), token, rows, D, b.ld_d, b.x);
