@@ -8,11 +8,6 @@
 
 namespace moegraft::kernels {
 
-struct MoeTerm {
-  at::Tensor A_EPX, B_EXP;  // detached, float32 or the compute dtype
-  double scale = 1.0;
-  std::vector<bool> acts;
-};
 enum { kGate = 0, kUp = 1, kDown = 2, kSites = 3 };
 
 // Everything detached; x and weights contiguous, weights float32 (float64 beside float64 x).
@@ -20,7 +15,7 @@ struct MoeProblem {
   at::Tensor x_XD, weights_XK;
   Dispatch dispatch;
   ExpertFfnWeights weights;
-  std::array<std::vector<MoeTerm>, kSites> terms;
+  std::array<std::vector<ExpertLowRank>, kSites> terms;
 
   int64_t model_width() const { return x_XD.size(1); }
   int64_t expert_width() const { return weights.gate_FD.front().size(0); }

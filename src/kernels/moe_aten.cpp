@@ -24,8 +24,8 @@ std::vector<Task> make_tasks(const Dispatch& d, const std::vector<int64_t>& offs
 
 // The low-rank terms of one site in the compute dtype.
 struct Site {
-  std::vector<MoeTerm> terms;
-  Site(const std::vector<MoeTerm>& list, at::ScalarType dtype) : terms(list) {
+  std::vector<ExpertLowRank> terms;
+  Site(const std::vector<ExpertLowRank>& list, at::ScalarType dtype) : terms(list) {
     for (auto& term : terms) term.A_EPX = term.A_EPX.to(dtype), term.B_EXP = term.B_EXP.to(dtype);
   }
   // y += scale (x A^T) B^T

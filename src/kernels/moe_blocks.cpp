@@ -356,7 +356,10 @@ class Backward {
     const int64_t gu = set.gate_up(), d = set.columns[kDown];
     const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
     gather(data<T>(dout_), token, rows, D, b.ld_d, b.dy);
+    const float* weight = weight_R_.data() + begin;
+    const int64_t d_real = padded_width(set.rank[kDown]);
     if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
+    if (any_factor_ && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
 
     for (int64_t column = 0; column < F; column += kPanel) {
       const int64_t j = column / kPanel;
@@ -378,12 +381,7 @@ class Backward {
       if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.out);
       if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.out);
     }
-    if (any_factor_ && d) {
-      const float* weight = weight_R_.data() + begin;
-      const int64_t real = padded_width(set.rank[kDown]);
-      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
-      outer(rows, b.dt_d, d, weight, real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
-    }
+    if (any_factor_ && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
     if (any_factor_ && gu) {
       const T* t = view_.t_gu + begin * view_.ld_gu;
       const int64_t g = set.columns[kGate], u = padded_width(set.rank[kUp]);

@@ -61,7 +61,7 @@ inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64
   std::fill_n(A + rank * in, (columns - rank) * in, 0.0f);
   for (int64_t r = 0; rank < columns && r < out; ++r) std::fill(B + r * ld + rank, B + r * ld + columns, 0.0f);
   for (const auto& t : set.terms[site]) {
-    const MoeTerm& term = p.terms[site][t.index];
+    const ExpertLowRank& term = p.terms[site][t.index];
     const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
     std::copy_n(a, t.rank * in, A + t.first * in);
     loops<float>().scale_rows(b, t.rank, float(term.scale), B + t.first, ld, out, t.rank);

@@ -22,22 +22,14 @@ at::Tensor rows_contiguous(const at::Tensor& w) { return w.stride(1) == 1 ? w.de
 }  // namespace
 
 template <class T>
-Panels<T> WeightPanels::forward() {
-  std::call_once(forward_once_, [&] {
-    forward_ = at::empty({elements_of<T>(weight_, false)}, at::TensorOptions(kTypeOf<T>));
-    pack_weight(weight_, false, mutable_data<T>(forward_));
+Panels<T> WeightPanels::panels(Layout& layout, bool backward) {
+  std::call_once(layout.once, [&] {
+    layout.blob = at::empty({elements_of<T>(weight_, backward)}, at::TensorOptions(kTypeOf<T>));
+    pack_weight(weight_, backward, mutable_data<T>(layout.blob));
     if (packed_) packed_();
   });
-  return {data<T>(forward_), weight_.size(1), weight_.size(0)};
-}
-template <class T>
-Panels<T> WeightPanels::backward() {
-  std::call_once(backward_once_, [&] {
-    backward_ = at::empty({elements_of<T>(weight_, true)}, at::TensorOptions(kTypeOf<T>));
-    pack_weight(weight_, true, mutable_data<T>(backward_));
-    if (packed_) packed_();
-  });
-  return {data<T>(backward_), weight_.size(0), weight_.size(1)};
+  const int64_t out = weight_.size(0), in = weight_.size(1);
+  return backward ? Panels<T>{data<T>(layout.blob), out, in} : Panels<T>{data<T>(layout.blob), in, out};
 }
 
 ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights, Packed packed, bool stores_backward) : packed_(std::move(packed)), stores_backward_(stores_backward) {
@@ -85,8 +77,7 @@ std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Pa
 }
 
 #define MOEGRAFT_INSTANTIATE(T)                                                             \
-  template Panels<T> WeightPanels::forward<T>();                                            \
-  template Panels<T> WeightPanels::backward<T>();                                           \
+  template Panels<T> WeightPanels::panels<T>(Layout&, bool);                                \
   template void ExpertPanels::prepare_forward<T>();                                         \
   template void ExpertPanels::prepare_backward<T>();                                        \
   template Panels<T> ExpertPanels::panels<T>(const at::Tensor&, int64_t, Matrix, bool) const;

@@ -1,8 +1,7 @@
 #pragma once
 // Frozen weights laid out for block products, made at first use and shared by whoever holds the weight.
 
-#include <functional>
-#include <memory>
+#include <array>
 #include <mutex>
 
 #include "block_product.h"
@@ -15,15 +14,21 @@ class WeightPanels {
  public:
   explicit WeightPanels(at::Tensor weight_NK, Packed packed = nullptr) : weight_(std::move(weight_NK)), packed_(std::move(packed)) {}
   template <class T>
-  Panels<T> forward();
+  Panels<T> forward() { return panels<T>(forward_, false); }
   template <class T>
-  Panels<T> backward();
-  const at::Tensor& weight() const { return weight_; }
+  Panels<T> backward() { return panels<T>(backward_, true); }
 
  private:
-  at::Tensor weight_, forward_, backward_;
+  struct Layout {
+    at::Tensor blob;
+    std::once_flag once;
+  };
+  template <class T>
+  Panels<T> panels(Layout& layout, bool backward);
+
+  at::Tensor weight_;
   Packed packed_;
-  std::once_flag forward_once_, backward_once_;
+  Layout forward_, backward_;
 };
 
 // The three matrices of every expert of a layer.

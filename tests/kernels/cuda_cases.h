@@ -86,7 +86,7 @@ inline MoeInputs make_moe(const MoeCase& c, at::ScalarType dtype, at::ScalarType
     p.weights.down_DF.push_back(place(down));
   }
   const auto term = [&](int site, int64_t width_in, int64_t width_out, int64_t rank, uint64_t seed, bool all) {
-    MoeTerm t{(randn({r.E, rank, width_in}, seed) * 0.5).to(at::kBFloat16).to(masters), (randn({r.E, width_out, rank}, seed + 1) * 0.5).to(at::kBFloat16).to(masters), 1.5, {}};
+    ExpertLowRank t{(randn({r.E, rank, width_in}, seed) * 0.5).to(at::kBFloat16).to(masters), (randn({r.E, width_out, rank}, seed + 1) * 0.5).to(at::kBFloat16).to(masters), 1.5, {}};
     for (int64_t g = 0; g < r.groups; ++g) t.acts.push_back(all || g == r.groups - 1);
     leaf(t.A_EPX);
     leaf(t.B_EXP);
@@ -113,7 +113,7 @@ inline at::Tensor plain_moe(const MoeInputs& in, const std::vector<at::Tensor>& 
         at::Tensor y = at::matmul(x, w.t());
         size_t leaf = 2;
         for (int s = 0; s < kSites; ++s)
-          for (const MoeTerm& t : p.terms[s]) {
+          for (const ExpertLowRank& t : p.terms[s]) {
             if (s == site && t.acts[g]) y = y + t.scale * at::matmul(at::matmul(x, leaves[leaf][e].to(dtype).t()), leaves[leaf + 1][e].to(dtype).t());
             leaf += 2;
           }
@@ -198,7 +198,7 @@ inline Named public_ops(const at::Device& device, at::ScalarType dtype) {
   ExpertFfnAdapters adapters;
   size_t next = 2;
   for (int s = 0; s < kSites; ++s)
-    for (const MoeTerm& t : in.problem.terms[s]) {
+    for (const ExpertLowRank& t : in.problem.terms[s]) {
       (s == kGate ? adapters.gate : s == kUp ? adapters.up : adapters.down).push_back({leaves[next], leaves[next + 1], t.scale, t.acts});
       next += 2;
     }

@@ -136,7 +136,7 @@ MoeInputs on_gpu(MoeInputs in) {
   place(p.weights.up_FD);
   place(p.weights.down_DF);
   for (auto& site : p.terms)
-    for (MoeTerm& term : site) term.A_EPX = gpu(term.A_EPX), term.B_EXP = gpu(term.B_EXP);
+    for (ExpertLowRank& term : site) term.A_EPX = gpu(term.A_EPX), term.B_EXP = gpu(term.B_EXP);
   return in;
 }
 

@@ -18,7 +18,7 @@ inline at::Tensor stacked(const std::vector<at::Tensor>& list) {
 // The low-rank terms of one site side by side: columns [begin, begin + P) of the site's thin products belong to a term; ranks are padded with zero columns
 // to multiples of 8, which the grouped product's alignment asks for.
 struct ThinSite {
-  const std::vector<MoeTerm>* terms = nullptr;
+  const std::vector<ExpertLowRank>* terms = nullptr;
   int64_t columns = 0;       // padded, of all terms
   std::vector<int64_t> begin;
   uint32_t first_bit = 0, acting = 0;  // term i is bit first_bit + i
@@ -45,7 +45,7 @@ class MoeLayer {
       ThinSite& site = sites_[s];
       site.terms = &p_.terms[s];
       site.first_bit = bit;
-      for (const MoeTerm& term : p_.terms[s]) {
+      for (const ExpertLowRank& term : p_.terms[s]) {
         site.acting |= uint32_t{1} << bit++;
         site.begin.push_back(site.columns);
         site.columns += ThinSite::padded(term.A_EPX.size(1));
@@ -204,7 +204,7 @@ class MoeLayer {
   at::Tensor pack_B(const ThinSite& site) const {
     const at::Tensor B = padded({d_.num_experts, site.terms->front().B_EXP.size(1), site.columns}, site);
     for (size_t i = 0; i < site.terms->size(); ++i) {
-      const MoeTerm& term = (*site.terms)[i];
+      const ExpertLowRank& term = (*site.terms)[i];
       at::Tensor to = B.narrow(2, site.begin[i], term.B_EXP.size(2));
       at::mul_out(to, term.B_EXP, at::scalar_tensor(term.scale, at::TensorOptions(at::kDouble)));
     }
@@ -212,7 +212,7 @@ class MoeLayer {
   }
   at::Tensor padded(at::IntArrayRef shape, const ThinSite& site) const {
     int64_t ranks = 0;
-    for (const MoeTerm& term : *site.terms) ranks += term.A_EPX.size(1);
+    for (const ExpertLowRank& term : *site.terms) ranks += term.A_EPX.size(1);
     return ranks == site.columns ? at::empty(shape, p_.x_XD.options()) : at::zeros(shape, p_.x_XD.options());
   }
 
@@ -260,7 +260,7 @@ class MoeLayer {
   void factor_gradients(const ThinSite& site, const std::vector<bool>& needed, const at::Tensor& dA, const at::Tensor& dB, std::vector<std::pair<at::Tensor, at::Tensor>>& to) const {
     for (size_t i = 0; i < site.terms->size(); ++i) {
       if (i >= needed.size() || !needed[i]) continue;
-      const MoeTerm& term = (*site.terms)[i];
+      const ExpertLowRank& term = (*site.terms)[i];
       to[i] = {factor_gradient(dA.narrow(1, site.begin[i], term.A_EPX.size(1)), term.A_EPX, 1.0), factor_gradient(dB.narrow(2, site.begin[i], term.B_EXP.size(2)), term.B_EXP, term.scale)};
     }
   }
