@@ -155,9 +155,12 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int
   const int64_t width = terms->b->width(terms->j);
   if constexpr (sizeof(T) == 2)
     if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, past_cache, next);
-  fetch(next);
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
+    for (int i = 0; i < next.count; ++i) {  // a share for each block
+      const int64_t from = next.of[i].bytes * r / m, to = next.of[i].bytes * std::min(m, r + kBlock) / m;
+      fetch(static_cast<const char*>(next.of[i].at) + from, to - from);
+    }
     for (int64_t i = 0; i < count; ++i) product(rows, terms[i].a + r * terms[i].lda, terms[i].lda, *terms[i].b, terms[i].j, room, width, i > 0);
     loops<T>().round_rows(room, width, out + r * ld_out, ld_out, rows, columns);
   }

@@ -142,8 +142,9 @@ template <class T>
 void copy_rows(const T* in, int64_t ld, int64_t rows, int64_t width, T* out, int64_t ld_out) {
   for (int64_t r = 0; r < rows; ++r) copy_row(in + r * ld, width, out + r * ld_out);
 }
-// Leading dimension of a copied left operand: off the powers of two, which would put its rows into few sets of the cache.
-constexpr int64_t copied_depth(int64_t k) { return round_up(k, 32) + 32; }
+// Leading dimension of a copied left operand. Tiles want it off the powers of two, which would put their rows into few sets of the cache.
+template <class T>
+constexpr int64_t copied_depth(int64_t k) { return sizeof(T) == 2 ? round_up(k, 32) + 32 : round_up(k, kPanel); }
 
 // Memory that a thread keeps from call to call, so that no step faults pages in. take() is valid until the Scratch dies; uninitialised.
 class Scratch {

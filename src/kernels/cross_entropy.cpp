@@ -19,10 +19,10 @@ constexpr int64_t kChunkLogitsCuda = int64_t{1} << 26;  // 128 MiB of bf16 ones:
 template <class T>
 double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets, double scale, const at::Tensor& dh) {
   constexpr int64_t kBytes = int64_t{12} << 20, kDepth = 512;  // logits of a task; depth of a step of the way back
-  const int64_t rows = h.size(0), D = h.size(1), ld = copied_depth(D);
+  const int64_t rows = h.size(0), D = h.size(1), ld = copied_depth<T>(D);
   const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
   // Rows off the powers of two, which would put them into few sets of the caches.
-  const int64_t V = forward.n, ld_logits = round_up(V, kPanel) + 16, ld_d = copied_depth(round_up(V, kDepth)), Dp = round_up(D, kPanel) + 16;
+  const int64_t V = forward.n, ld_logits = round_up(V, kPanel) + 16, ld_d = copied_depth<T>(round_up(V, kDepth)), Dp = round_up(D, kPanel) + 16;
   const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   std::vector<double> loss(rows);

@@ -24,7 +24,7 @@ struct Node : torch::CustomClassHolder {
 template <class T>
 std::pair<const T*, int64_t> left_operand(const T* rows, int64_t K, int64_t count, Scratch& scratch) {
   if (K == padded_depth<T>(K) && count == padded_rows(count)) return {rows, K};
-  const int64_t ld = copied_depth(K);
+  const int64_t ld = copied_depth<T>(K);
   T* copy = scratch.take<T>(padded_rows(count) * ld);
   copy_rows(rows, K, count, K, copy, ld);
   return {copy, ld};
@@ -76,7 +76,7 @@ at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t ro
     for (int64_t j = 0; j * kPanel < K; ++j) {
       for (auto& term : terms) term.j = j;
       sum_of_products(count, terms.data(), int64_t(terms.size()), mutable_data<T>(dx) + begin * K + j * kPanel, K, std::min(kPanel, K - j * kPanel), room,
-                      ahead(panel_range(panels[0], j + 1)));
+                      sizeof(T) == 2 ? ahead(panel_range(panels[0], j + 1)) : Ahead());
     }
   });
   return dx;

@@ -23,11 +23,11 @@ int64_t chunk_rows(const MoeProblem& p) {
   return std::clamp<int64_t>((int64_t{1} << 20) / bytes, std::min<int64_t>(256, kChunk), kChunk) / 32 * 32;
 }
 // Whether what is made for every row is more than second-level caches hold until it is read again.
-bool is_large(const MoeProblem& p) { return p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
-// `count` in parts of at most `most`, all but the last of equal size.
-int64_t even_part(int64_t count, int64_t most) {
+bool is_large(const MoeProblem& p) { return p.x_XD.scalar_type() == at::kBFloat16 && p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
+// `count` in parts of at most `most`, all but the last of equal size, in whole blocks.
+int64_t even_part(const MoeProblem& p, int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
-  return std::min(most, round_up((count + parts - 1) / parts, 32));
+  return std::min(most, round_up((count + parts - 1) / parts, block_rows(p.x_XD.scalar_type())));
 }
 
 struct Strip {
@@ -42,7 +42,7 @@ std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& 
   for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b) {
     const int64_t rows = offsets[b + 1] - offsets[b];
     if (rows == 0) continue;
-    const int64_t part = even_part(rows, most);
+    const int64_t part = even_part(p, rows, most);
     for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
   }
   return strips;
@@ -129,7 +129,7 @@ class Forward {
     for_each_task(int64_t(strips.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips[i];
       Buffers b(p_, scratch);
-      const int64_t part = even_part(s.end - s.begin, chunk_rows(p_));
+      const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), b);
     });
     MoeForward out;
@@ -141,7 +141,7 @@ class Forward {
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_x(copied_depth(p.model_width())), ld_h(copied_depth(p.expert_width())) {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_x(copied_depth<T>(p.model_width())), ld_h(copied_depth<T>(p.expert_width())) {
       x = s.take<T>(kChunk * ld_x);
       h = s.take<T>(kChunk * ld_h);
       t = s.take<T>(kChunk * most_columns(p));
@@ -174,9 +174,9 @@ class Forward {
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
-        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu, gu, &f.B_out[kUp], j}};
+        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (kJointThin<T> ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
         const bool last = j + 1 == gate.count();
-        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
+        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last && sizeof(T) == 2 ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
         sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
         loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
         if (columns < padded_depth<T>(columns))
@@ -268,7 +268,7 @@ class Backward {
     for_each_task(int64_t(strips_.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips_[i];
       Buffers b(p_, scratch);
-      const int64_t part = even_part(s.end - s.begin, chunk_rows(p_));
+      const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), sums_[i], at > s.begin, b);
     });
     MoeGradients g;
@@ -284,7 +284,7 @@ class Backward {
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_d(copied_depth(p.model_width())), ld_f(copied_depth(p.expert_width())) {
+    Buffers(const MoeProblem& p, Scratch& s) : ld_d(copied_depth<T>(p.model_width())), ld_f(copied_depth<T>(p.expert_width())) {
       const int64_t columns = most_columns(p);
       dy = s.take<T>(kChunk * ld_d);
       x = s.take<T>(kChunk * ld_d);

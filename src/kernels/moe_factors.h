@@ -39,11 +39,15 @@ RankSet rank_set(const MoeProblem& p, int64_t group) {
   return set;
 }
 
+// Whether gate's and up's B take both's thin products, with zeros for the other's: a step of the bf16 micro-kernel is 32 deep anyway.
+template <class T>
+constexpr bool kJointThin = sizeof(T) == 2;
+
 // Factors of one (expert, set) as B operands; scale is folded into B.
 template <class T>
 struct FactorPanels {
   Panels<T> A_in[2];   // x -> t: forward. [0]: gate and up together; [1]: down
-  Panels<T> B_out[3];  // t -> y: forward, per site. Gate's and up's take both's thin products, with zeros for the other's
+  Panels<T> B_out[3];  // t -> y: forward, per site
   Panels<T> B_in[3];   // dy -> dt: backward, per site
   Panels<T> A_out[2];  // dt -> dx: backward. [0]: gate and up together; [1]: down
 };
@@ -82,12 +86,12 @@ FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t ex
     return panels;
   };
   if (!backward) {
-    for (int64_t r = 0; r < F; ++r) {
+    for (int64_t r = 0; kJointThin<T> && r < F; ++r) {
       std::fill_n(B_g + r * gu + g, u, 0.0f);
       std::fill_n(B_u + r * gu, g, 0.0f);
     }
-    f.B_out[kGate] = place(pack_transposed_float<T>(B_g, gu, gu, F, out));
-    f.B_out[kUp] = place(pack_transposed_float<T>(B_u, gu, gu, F, out));
+    f.B_out[kGate] = place(pack_transposed_float<T>(B_g, gu, kJointThin<T> ? gu : g, F, out));
+    f.B_out[kUp] = place(pack_transposed_float<T>(B_u + (kJointThin<T> ? 0 : g), gu, kJointThin<T> ? gu : u, F, out));
     f.B_out[kDown] = place(pack_transposed_float<T>(B_d, d, d, D, out));
     f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, D, gu, out));
     f.A_in[1] = place(pack_transposed_float<T>(A_d, F, F, d, out));

@@ -16,7 +16,7 @@ double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDo
 // A left operand as the products want it: rows padded to 16, what is beyond them and beyond the depth NaN.
 template <class T>
 at::Tensor left(const at::Tensor& a) {
-  at::Tensor out = at::full({padded_rows(a.size(0)), copied_depth(a.size(1))}, NAN, a.options());
+  at::Tensor out = at::full({padded_rows(a.size(0)), copied_depth<T>(a.size(1))}, NAN, a.options());
   out.narrow(0, 0, a.size(0)).narrow(1, 0, padded_depth<T>(a.size(1))).zero_();
   out.narrow(0, 0, a.size(0)).narrow(1, 0, a.size(1)).copy_(a);
   return out;
@@ -94,7 +94,7 @@ TEST(BlockProduct, OuterProductMatchesPlain) {
     for (const int64_t width : {2, 34, 64, 100})
       for (const bool scaled : {false, true}) {
         const at::Tensor t = randn({rows, 32}, 1, at::kBFloat16), in = randn({rows, width}, 2, at::kBFloat16), s = randn({rows}, 3, at::kFloat);
-        at::Tensor padded = at::full({padded_rows(rows), copied_depth(width)}, NAN, in.options()), acc = at::zeros({32, padded_width(width)}, at::kFloat);
+        at::Tensor padded = at::full({padded_rows(rows), copied_depth<bf16>(width)}, NAN, in.options()), acc = at::zeros({32, padded_width(width)}, at::kFloat);
         padded.narrow(0, 0, rows).narrow(1, 0, width).copy_(in);
         for (const bool accumulate : {false, true})
           if (!outer_product(rows, data<bf16>(t), 32, scaled ? data<float>(s) : nullptr, 32, mutable_data<bf16>(padded), padded.size(1), width, mutable_data<float>(acc), acc.size(1), accumulate))
