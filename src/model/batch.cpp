@@ -75,7 +75,7 @@ BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_boun
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], end = batch.cu_seqlens[i + 1];
     int64_t t = begin;
-    while (t < end && modality_at(t) == 0) ++t;
+    while (t < end && modality_at(t) == 0) facts.text_prefix_ids.push_back(ids[t++]);
     facts.text_prefix.push_back(t - begin);
     facts.longest = std::max(facts.longest, end - begin);
   }

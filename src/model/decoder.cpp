@@ -138,12 +138,21 @@ ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions
 
   // Text before a sequence's first token of another modality meets nothing that trains: its pass keeps nothing but keys and values.
   const SplitBatch split = split_prefix(batch, id_bounds());
-  auto past = std::make_shared<PastKeys>();
-  past->cu_seqlens = split.prefix.cu_seqlens;
+  const auto run_prefix = [this](const PackedBatch& part, const ForwardOptions& with, std::shared_ptr<PastKeys> keep) { return run(part, with, nullptr, std::move(keep)).hidden_TD; };
+  std::shared_ptr<const PastKeys> past;
   ForwardResult result;
   {
     at::NoGradGuard no_grad;
-    result.prefix_hidden_TD = run(split.prefix, options, nullptr, past).hidden_TD;
+    if (may_cache_prefix(options)) {
+      PrefixPass pass = cached_prefix(*options.prefix_cache, spec(), *base_.weights, split, options, run_prefix);
+      result.prefix_hidden_TD = std::move(pass.hidden_TD);
+      past = std::move(pass.past);
+    } else {
+      auto keep = std::make_shared<PastKeys>();
+      keep->cu_seqlens = split.prefix.cu_seqlens;
+      result.prefix_hidden_TD = run_prefix(split.prefix, options, keep);
+      past = std::move(keep);
+    }
   }
   if (split.rest.num_tokens() == 0) {
     result.hidden_TD = result.prefix_hidden_TD;
@@ -164,12 +173,17 @@ bool Decoder::may_freeze_prefix(const ForwardOptions& options) const {
          !options.aux_loss;
 }
 
+bool Decoder::may_cache_prefix(const ForwardOptions& options) const {
+  return options.prefix_cache && !options.lockstep && !base_.weights->transient() && spec().rope.type != "dynamic";
+}
+
 ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const {
   const DecoderSpec& s = spec();
   const std::shared_ptr<WeightProvider> weights = base_.weights;
   auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_));
   call->past = std::move(past);
   call->keep = std::move(keep);
+  if (options.prefix_cache && call->keep) stand_apart(*call);
   Stream stream{embed(*this, *weights, batch).to(at::kFloat), {}};
   Balance balance;
   const bool recorded = at::GradMode::is_enabled();

@@ -77,6 +77,19 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
   return out;
 }
 
+// In float32, like the residual stream: see Decoder::forward.
+k::Route choose_experts(const Call& call, const at::Tensor& h_TD, const at::Tensor& router_ED) {
+  const auto choose = [&](const at::Tensor& h) { return k::route(at::linear(h, router_ED), call.spec.num_experts_per_tok, call.spec.norm_topk_prob); };
+  if (!call.apart || call.batch.num_sequences() == 1) return choose(h_TD);
+  std::vector<at::Tensor> probs, ids, weights;
+  for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
+    const int64_t begin = call.batch.cu_seqlens[i];
+    k::Route r = choose(h_TD.narrow(0, begin, call.batch.cu_seqlens[i + 1] - begin).clone());  // memory aligned as it is alone
+    probs.push_back(std::move(r.probs_TE)), ids.push_back(std::move(r.topk_ids_TK)), weights.push_back(std::move(r.topk_weights_TK));
+  }
+  return {at::cat(probs), at::cat(ids), at::cat(weights)};
+}
+
 }  // namespace
 
 Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
@@ -98,6 +111,18 @@ Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatc
     }
   call.rope = rotary_tables(spec, batch.positions_T, longest);
   return call;
+}
+
+void stand_apart(Call& call) {
+  call.apart = true;
+  std::vector<at::Tensor> cos, sin;
+  for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
+    const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin;
+    const RotaryTables rope = rotary_tables(call.spec, call.batch.positions_T.narrow(0, begin, count).clone(), count);
+    cos.push_back(rope.cos_TC);
+    sin.push_back(rope.sin_TC);
+  }
+  call.rope = {at::cat(cos), at::cat(sin)};
 }
 
 at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
@@ -147,8 +172,7 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
 
 MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
   const DecoderSpec& spec = call.spec;
-  // In float32, like the residual stream: see Decoder::forward.
-  const k::Route r = k::route(at::linear(h_TD, router_ED.to(at::kFloat)), spec.num_experts_per_tok, spec.norm_topk_prob);
+  const k::Route r = choose_experts(call, h_TD, router_ED.to(at::kFloat));
   if (call.options.routing) {
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);

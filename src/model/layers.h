@@ -28,10 +28,15 @@ struct Call {
   RotaryTables rope;
   std::shared_ptr<const PastKeys> past;          // what the sequences begin with; null: nothing
   std::shared_ptr<PastKeys> keep;                // where to leave this call's keys and values
+  bool apart = false;                            // see stand_apart
 };
 // num_modalities: of the model, text included.
 Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
                std::shared_ptr<const AdapterSites> adapters);
+
+// From here on every library call whose bits depend on the number of rows is made once per sequence: with panels everywhere, a sequence then has the bits it
+// has alone (rows_stand_alone).
+void stand_apart(Call& call);
 
 // x_TD: normed, in the compute dtype.
 at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);

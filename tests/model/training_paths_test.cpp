@@ -162,6 +162,138 @@ TEST(Recompute, GivesTheBitsOfTheStoredPath) {
     }
 }
 
+// Sums of all it is told.
+class Listener : public RoutingObserver {
+ public:
+  void observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, const at::Tensor& modality_T) override {
+    const at::Tensor text = modality_T.defined() ? (modality_T == 0).nonzero().squeeze(1) : at::arange(probs_TE.size(0));
+    tokens += text.size(0);
+    const at::Tensor sums = at::cat({probs_TE.index_select(0, text).to(at::kDouble).sum(0), at::bincount(topk_ids_TK.index_select(0, text).reshape({-1}), {}, probs_TE.size(1)).to(at::kDouble),
+                                     topk_weights_TK.index_select(0, text).to(at::kDouble).sum(0)});
+    if (sums_of.size() <= size_t(layer)) sums_of.resize(size_t(layer) + 1);
+    sums_of[size_t(layer)] = sums_of[size_t(layer)].defined() ? sums_of[size_t(layer)] + sums : sums;
+  }
+  int64_t tokens = 0;
+  std::vector<at::Tensor> sums_of;
+};
+
+void expect_same_bits(const Outcome& a, const Outcome& b) {
+  EXPECT_TRUE(at::equal(a.hidden, b.hidden));
+  EXPECT_EQ(a.loss, b.loss);
+  for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
+}
+
+// Captions of the world, without the empty one and the one that nothing follows.
+constexpr int64_t kCaptionTokens = 9 + 14;
+
+TEST(PrefixCache, FoundOrNewItGivesTheGradientsOfThePlainPath) {
+  for (const char* name : kModels) {
+    SCOPED_TRACE(name);
+    World w(name, {1});  // every token is labelled, captions too
+    PrefixCache cache(1 << 20);
+    ForwardOptions plain, cached;
+    plain.frozen_prefix = false;
+    cached.prefix_cache = &cache;
+    Listener told_plain, told_cold, told_warm;
+    plain.routing = &told_plain;
+    const Outcome whole = step(w, plain);
+    cached.routing = &told_cold;
+    const Outcome cold = step(w, cached);
+    EXPECT_EQ(cache.take_use().found, 0);
+    cached.routing = &told_warm;
+    const Outcome warm = step(w, cached);
+    const PrefixCache::Use use = cache.take_use();
+    EXPECT_EQ(use.tokens, kCaptionTokens);
+    EXPECT_EQ(use.found, kCaptionTokens);
+    EXPECT_EQ(cache.size(), 2);  // text alone is not kept
+    ASSERT_TRUE(cold.split && warm.split);
+    expect_equal(cold, whole, 1e-5);
+    expect_same_bits(warm, cold);
+    EXPECT_EQ(told_warm.tokens, told_plain.tokens);
+    for (size_t l = 0; l < told_plain.sums_of.size(); ++l) {
+      if (!told_plain.sums_of[l].defined()) continue;
+      EXPECT_TRUE(at::equal(told_warm.sums_of[l], told_cold.sums_of[l])) << l;
+      EXPECT_TRUE(at::allclose(told_warm.sums_of[l], told_plain.sums_of[l], 1e-5, 1e-5)) << l;
+    }
+  }
+}
+
+TEST(PrefixCache, KeepsWhatFitsAndTheBitsDoNotShowIt) {
+  World w("olmoe", {1});
+  PrefixCache large(1 << 20), none(0);
+  ForwardOptions options;
+  options.prefix_cache = &large;
+  const Outcome all = step(w, options);
+  const int64_t one = large.bytes() - 1;  // the second does not fit
+  PrefixCache small(one);
+  for (PrefixCache* cache : {&small, &small, &none, &none}) {
+    options.prefix_cache = cache;
+    expect_same_bits(step(w, options), all);
+  }
+  EXPECT_EQ(small.size(), 1);
+  EXPECT_LE(small.bytes(), one);
+  EXPECT_EQ(none.size(), 0);
+  EXPECT_EQ(large.find({1, 2, 3}), nullptr);
+}
+
+// A batch of captions of all sorts of lengths, each before two tokens of the other modality.
+PackedBatch captions_of(const World& w, const std::vector<int64_t>& lengths) {
+  const int64_t V = w.decoder.spec().vocab_size;
+  std::vector<int64_t> ids, modality, positions;
+  PackedBatch batch;
+  batch.cu_seqlens = {0};
+  for (const int64_t length : lengths) {
+    for (int64_t i = 0; i < length + 2; ++i) ids.push_back(i < length ? 3 + (i * 7 + length * length) % (V - 3) : V + i % 6), modality.push_back(i >= length), positions.push_back(i);
+    batch.cu_seqlens.push_back(int64_t(ids.size()));
+  }
+  batch.ids_T = at::tensor(ids), batch.modality_T = at::tensor(modality), batch.positions_T = at::tensor(positions);
+  return batch;
+}
+
+TEST(PrefixCache, ACaptionHasTheBitsThatItHasAlone) {
+  const std::vector<int64_t> lengths{16, 17, 31, 33, 64, 100, 127, 129, 200, 300};
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16})
+    for (const char* name : {"olmoe", "qwen3_mixed", "mixtral_window", "mixtral_llama3"}) {
+      SCOPED_TRACE(std::string(name) + " " + c10::toString(dtype));
+      World w(load_base(kGolden / name, {dtype}), {1});
+      const auto fill = [&](PrefixCache& cache, const std::vector<int64_t>& which) {
+        ForwardOptions options;
+        options.prefix_cache = &cache;
+        w.decoder.forward(captions_of(w, which), options);
+      };
+      PrefixCache together(1 << 28);
+      fill(together, lengths);
+      ASSERT_EQ(together.size(), int64_t(lengths.size()));
+      // One by one where a layer is dense; else as the machine can.
+      EXPECT_EQ(together.may_share_a_pass(w.decoder.spec(), *w.decoder.base().weights), std::string(name) != "qwen3_mixed" && w.decoder.base().weights->head_panels() != nullptr);
+      for (const int64_t length : lengths) {
+        PrefixCache alone(1 << 28);
+        fill(alone, {length});
+        const PackedBatch batch = captions_of(w, {length});
+        const PrefixCache::Ids ids(batch.ids_T.const_data_ptr<int64_t>(), batch.ids_T.const_data_ptr<int64_t>() + length);
+        const auto a = together.find(ids), b = alone.find(ids);
+        ASSERT_TRUE(a && b) << length;
+        EXPECT_TRUE(at::equal(a->keys_LSGC, b->keys_LSGC) && at::equal(a->values_LSGC, b->values_LSGC) && at::equal(a->hidden_SD, b->hidden_SD)) << length;
+        EXPECT_TRUE(at::equal(a->probs_NSE, b->probs_NSE) && at::equal(a->ids_NSK, b->ids_NSK) && at::equal(a->weights_NSK, b->weights_NSK)) << length;
+      }
+    }
+}
+
+TEST(PrefixCache, IsLeftAloneWhereThePrefixIsNotFrozenOrOthersWait) {
+  PrefixCache cache(1 << 20);
+  ForwardOptions options;
+  options.prefix_cache = &cache;
+  World text("olmoe", {0, 1}), image("olmoe", {1});
+  step(text, options);
+  ForwardOptions open = options, lockstep = options;
+  open.gate = Gate::all;
+  step(image, open);
+  lockstep.lockstep = true;
+  step(image, lockstep);
+  EXPECT_EQ(cache.take_use().tokens, 0);
+  EXPECT_EQ(cache.size(), 0);
+}
+
 // Resident experts without panels: what offloaded ones compute with on the CPU.
 class WithoutExpertPanels : public WeightProvider {
  public:

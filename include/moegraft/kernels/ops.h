@@ -27,6 +27,10 @@ struct FrozenLinearWeight {
 };
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights);
 
+// Whether rows of a frozen product on the CPU get the same bits whatever rows are beside them: tried on this machine's own micro-kernels, of every height and
+// width, at each of these depths. False without panels (has none, portable).
+bool rows_stand_alone(at::ScalarType dtype, const std::vector<int64_t>& depths);
+
 // x' = x + delta (delta undefined: x' = x); y = w * x' / sqrt(mean(x'^2) + eps), rounded to `dtype`, and y in float32 when `also_float` is given.
 // The residual stream x is float32, delta in the compute dtype; w frozen or a leaf.
 struct ResidualNorm {

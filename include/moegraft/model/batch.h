@@ -17,6 +17,7 @@ struct BatchFacts {
   int64_t num_labels = 0;      // positions with a label
   int64_t longest = 0;         // tokens of the longest sequence
   std::vector<int64_t> text_prefix;         // [num_sequences]: leading tokens of modality 0
+  std::vector<int64_t> text_prefix_ids;     // their ids, sequence after sequence
   std::vector<at::Tensor> modality_tokens;  // [num_modalities]: the tokens of each modality
   std::vector<at::Tensor> id_tokens;        // [sets]: the tokens whose id is in the set
   std::vector<at::Tensor> label_tokens;     // [sets]: the positions whose label is in the set; empty vector without labels

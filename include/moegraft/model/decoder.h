@@ -9,6 +9,7 @@
 
 #include "moegraft/model/batch.h"
 #include "moegraft/model/dispatcher.h"
+#include "moegraft/model/prefix_cache.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
 #include "moegraft/model/weights.h"
@@ -62,6 +63,9 @@ struct ForwardOptions {
   // Where gradients are recorded: text before a sequence's first token of another modality is run without (it meets nothing trainable). Switched off by
   // itself when the base or an adapter trains on text.
   bool frozen_prefix = true;
+  // Where a frozen prefix is run: what is known of captions, and room for more. Not used in lockstep (what is known must not decide who joins a collective),
+  // with weights that visit, or with rotary tables that depend on the batch's longest sequence. Null: none.
+  PrefixCache* prefix_cache = nullptr;
   int64_t recompute_layers = 0;  // the first n layers keep only their input and run again in the backward pass (not with aux_loss)
   // Several processes make this pass together, for experts or weights are spread over them: whatever its tokens are, each records gradients through every
   // layer and sorts by as many modalities as there are, so that all issue the same collectives, forwards and backwards.
@@ -105,6 +109,7 @@ class Decoder {
 
  private:
   bool may_freeze_prefix(const ForwardOptions& options) const;
+  bool may_cache_prefix(const ForwardOptions& options) const;
   ForwardResult run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const;
 
   bool text_is_frozen_ = true;
