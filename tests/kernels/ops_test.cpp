@@ -70,6 +70,8 @@ at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   return at::cat(out, 0);
 }
 
+bool has_blocks() { return make_weight_panels(at::zeros({16, 16})) != nullptr; }
+
 TEST(Attention, PackedMatchesPlainWithGradients) {
   struct Case {
     std::vector<int64_t> cu;
@@ -88,7 +90,14 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
     const at::Tensor g = randn(y.sizes(), 20);
     y.backward(g);
     z.backward(g.to(at::kDouble));
-    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), 3e-5) << "input " << i << " T " << T;
+    double bound = 3e-5;
+    if (!has_blocks()) {  // then the products are ATen's, which may be no better than the plain path in float32
+      std::vector<at::Tensor> plain;
+      for (const auto& x : f) plain.push_back(x.detach().clone().set_requires_grad(true));
+      plain_attention(plain[0], plain[1], plain[2], c.cu, c.window, 0.3).backward(g);
+      for (int i = 0; i < 3; ++i) bound = std::max(bound, 2 * distance(plain[i].grad(), d[i].grad()));
+    }
+    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), bound) << "input " << i << " T " << T;
   }
 }
 
@@ -351,6 +360,7 @@ TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
 }
 
 TEST(CrossEntropy, FrozenHeadInBlocksMatches) {
+  if (!has_blocks()) GTEST_SKIP() << "no block products on this machine: the other test is of the path it takes";
   for (const auto dtype : {at::kFloat, at::kBFloat16})
     for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 40000}}) {
       at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true);
