@@ -90,14 +90,9 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
     const at::Tensor g = randn(y.sizes(), 20);
     y.backward(g);
     z.backward(g.to(at::kDouble));
-    double bound = 3e-5;
-    if (!has_blocks()) {  // then the products are ATen's, which may be no better than the plain path in float32
-      std::vector<at::Tensor> plain;
-      for (const auto& x : f) plain.push_back(x.detach().clone().set_requires_grad(true));
-      plain_attention(plain[0], plain[1], plain[2], c.cu, c.window, 0.3).backward(g);
-      for (int i = 0; i < 3; ++i) bound = std::max(bound, 2 * distance(plain[i].grad(), d[i].grad()));
-    }
-    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), bound) << "input " << i << " T " << T;
+    // Without block products this is ATen's flash attention, whose exponentials have 20 bits: held by the size of the gradients.
+    const auto bound = [&](const at::Tensor& exact) { return has_blocks() ? 3e-5 : std::max(3e-5, 4e-6 * exact.abs().max().item<double>()); };
+    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), bound(d[i].grad())) << "input " << i << " T " << T;
   }
 }
 
