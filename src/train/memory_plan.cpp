@@ -233,6 +233,9 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.data_size = std::max<int64_t>(processes / r.expert_size, 1);
   r.shard_base = config.parallel.shard_base;
   r.shard_optimizer = config.parallel.shard_optimizer;
+  r.async_saves = config.checkpoint.async;
+  const bool text_trains = std::any_of(config.adapters.begin(), config.adapters.end(), [](const auto& a) { return std::find(a.modality.begin(), a.modality.end(), "text") != a.modality.end(); });
+  if (!r.base_trains && !text_trains && !r.offload_experts && r.expert_size == 1 && !(r.shard_base && r.data_size > 1)) r.prefix_cache = config.train.prefix_cache_mib * kMiB;
   for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
   for (const auto& a : config.adapters) {
     MemoryRequest::Adapter adapter{a.rank, {}, a.layers};
@@ -266,6 +269,9 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   }
   plan.trained = plan.gradients = 4 * trained;
   plan.optimizer = request.moments_8bit ? 2 * trained + 2 * trained * 4 / kernels::kAdamw8Block : 8 * trained;
+  plan.prefix_cache = request.prefix_cache;
+  // A save's tensors are dealt out to the processes that hold them.
+  if (request.async_saves && request.device.is_cpu()) plan.save_copies = (plan.trained + plan.optimizer) / request.data_size;
   if (request.shard_optimizer) plan.optimizer /= request.data_size;  // expert factors are most of it
   for (int64_t l = 0; l < s.num_layers; ++l) {
     plan.layer_stored.push_back(count.layer(l));
@@ -307,7 +313,8 @@ void check_fits(const MemoryPlan& plan) {
 
 std::string summary(const MemoryPlan& plan) {
   std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) + (plan.panels ? ", packed copies " + gib(plan.panels) : "") + ", trained with gradients and optimizer " +
-                     gib(plan.trained + plan.gradients + plan.optimizer) + ", activations " + gib(plan.activations) + ", work space " + gib(std::max(plan.loss, plan.workspace) + plan.heap) + ")";
+                     gib(plan.trained + plan.gradients + plan.optimizer) + ", activations " + gib(plan.activations) + ", work space " + gib(std::max(plan.loss, plan.workspace) + plan.heap) +
+                     (plan.save_copies ? ", copies for checkpoints " + gib(plan.save_copies) : "") + (plan.prefix_cache ? ", captions " + gib(plan.prefix_cache) : "") + ")";
   if (plan.budget > 0) text += " of " + gib(plan.budget);
   text += "; " + std::to_string(plan.recompute_layers) + " of " + std::to_string(plan.layer_stored.size()) + " layers recomputed";
   if (plan.host_experts) text += "; experts in host memory " + gib(plan.host_experts);

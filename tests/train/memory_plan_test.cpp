@@ -146,6 +146,11 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   EXPECT_EQ(count_trained(r).total(), 2 * (6 * 4 * (64 + 48) + 4 * (64 + 64)));
   const MemoryPlan adamw = plan_memory(r);
   EXPECT_EQ(adamw.optimizer, 8 * count_trained(r).total());
+  EXPECT_EQ(adamw.save_copies, 0);
+  r.async_saves = true;
+  EXPECT_EQ(plan_memory(r).save_copies, 12 * count_trained(r).total());
+  EXPECT_EQ(plan_memory(r).total(), adamw.total() + 12 * count_trained(r).total());
+  r.async_saves = false;
   r.moments_8bit = true;
   EXPECT_LT(plan_memory(r).optimizer, adamw.optimizer / 3);
   r.device = at::kCUDA;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "cluster_plan.h"
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
@@ -26,8 +27,8 @@ using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string path, config;
-  std::vector<std::string> set;
+  std::string path, config, plan;
+  std::vector<std::string> set, measured;
   int64_t codebook = 0;
   bool json = false;
 };
@@ -53,6 +54,7 @@ Json describe_plan(const train::MemoryPlan& p) {
            {"loss_bytes", p.loss},
            {"workspace_bytes", p.workspace},
            {"heap_bytes", p.heap},
+           {"save_copy_bytes", p.save_copies},
            {"layer_bytes", largest(p.layer_stored)},
            {"recomputed_layer_bytes", largest(p.layer_recomputed)},
            {"recompute_layers", p.recompute_layers},
@@ -85,6 +87,7 @@ void print(const Json& j, int indent) {
 }
 
 void run(const Options& o) {
+  MOEGRAFT_CHECK_USAGE(o.plan.empty() == o.measured.empty(), "inspect: --plan LAYOUT needs --measured FILE, and the other way round");
   Json out;
   std::optional<run::RunConfig> config;
   fs::path run_dir;
@@ -101,6 +104,7 @@ void run(const Options& o) {
   } else {
     const model::DecoderSpec s = model::read_spec(config ? config->model.path : o.path);
     out["model"] = describe_spec(s);
+    if (!config && !o.plan.empty()) out["cluster"] = plan_cluster(s, {}, {}, at::kCPU, o.plan, o.measured);
     if (config) {
       const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);
       const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, *config, o.codebook);
@@ -111,6 +115,7 @@ void run(const Options& o) {
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
       out["memory"] = describe_plan(train::plan_memory(request));
+      if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)
         out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
     }
@@ -128,8 +133,11 @@ void add_inspect_command(CLI::App& app) {
   cmd->add_option("-c,--config", o->config, "A run's YAML that has not started: a dry run");
   cmd->add_option("--set", o->set, "Override a key of the config")->take_all()->allow_extra_args(false);
   cmd->add_option("--codebook", o->codebook, "Codebook size to assume when the codec is not there yet")->check(CLI::Range(1, 1 << 30));
+  cmd->add_option("--plan", o->plan, "Predict the step time of nodes=N,gpus=M[,expert=E][,shard_base=true][,shard_optimizer=true] (gpus: processes of a node)");
+  cmd->add_option("--measured", o->measured, "What --plan reckons with: outputs of bench collectives --json and of bench step --json by one process (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
-  cmd->footer("Example: moegraft inspect -c configs/qwen3-30b-a3b.yaml --set model.path=/models/Qwen3-30B-A3B --codebook 16384");
+  cmd->footer("Example: moegraft inspect -c configs/qwen3-30b-a3b.yaml --set model.path=/models/Qwen3-30B-A3B --codebook 16384\n"
+              "         moegraft inspect MODEL --plan nodes=4,gpus=8,expert=8 --measured collectives.json --measured step.json");
   cmd->callback([o] { run(*o); });
 }
 

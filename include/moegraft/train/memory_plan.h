@@ -26,6 +26,8 @@ struct MemoryRequest {
   int64_t tokens = 0;                 // of a micro-batch
   int64_t expert_size = 1, data_size = 1;  // processes that experts are spread over, and that repeat them
   bool shard_base = false, shard_optimizer = false;
+  bool async_saves = false;           // checkpoints are written from copies
+  int64_t prefix_cache = 0;           // bytes for captions; 0 where it is not used
   int64_t new_rows = 0;               // of all modalities
   struct Adapter {
     int64_t rank = 0;
@@ -55,12 +57,14 @@ struct MemoryPlan {
   int64_t trained = 0, gradients = 0, optimizer = 0;
   int64_t activations = 0, loss = 0, workspace = 0;
   int64_t heap = 0;           // free memory between live tensors that malloc keeps (host memory only)
+  int64_t save_copies = 0;    // what a checkpoint in the background is written from (host memory only; at most, of this process's share)
+  int64_t prefix_cache = 0;   // full
   int64_t host_experts = 0;   // page-locked host memory; not part of the total of a GPU
   std::vector<int64_t> layer_stored, layer_recomputed;  // what each layer keeps for its backward pass, either way
 
   int64_t recompute_layers = 0;
   int64_t budget = 0, smallest = 0;  // smallest: the total with as many layers recomputed as helps
-  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace) + heap; }
+  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace) + heap + save_copies + prefix_cache; }
   bool fits() const { return budget == 0 || total() <= budget; }
 };
 
