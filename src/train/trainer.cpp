@@ -7,6 +7,7 @@
 #include <cmath>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "journal.h"
 #include "moegraft/base/check.h"
@@ -244,6 +245,7 @@ class Trainer {
     scalars["tokens_per_s"] = double(window_tokens_) / std::max(now - window_start_, 1e-9);
     // Of the time in steps: what passed until their batches were there.
     scalars["data_wait_share"] = window_step_ > 0 ? window_wait_ / window_step_ : 0;
+    if (stall_share_) scalars["checkpoint_stall_share"] = *std::exchange(stall_share_, {});
     if (!team_.alone()) log_team(line, scalars);
     for (const auto& [name, value] : scalars) {
       line[name] = value;
@@ -314,6 +316,10 @@ class Trainer {
     state_.data_cursor = stream_.state();
     journal_.sync();
     writer_.save(state_.step, team_.parts_to_write(checkpoint::parameter_parts(*model_.registry)), team_.parts_to_write(optimizer_.state_parts()), checkpoint::to_json(state_), measure_);
+    // Of the training time since the last save of this session, what this one took from it.
+    const double now = seconds();
+    if (saved_at_) stall_share_ = writer_.last_stall_seconds() / std::max(now - *saved_at_, 1e-9);
+    saved_at_ = now;
   }
 
   void export_base() {
@@ -352,6 +358,7 @@ class Trainer {
   double window_wait_ = 0, window_step_ = 0, window_exchange_ = 0;  // seconds waiting for batches, in steps, waiting for other processes
   int64_t window_bytes_ = 0;                      // handed to collectives
   double window_start_ = 0, earlier_seconds_ = 0;
+  std::optional<double> saved_at_, stall_share_;  // the run's seconds at the last save; not yet logged
   int64_t next_straggler_warning_ = 0;
   Clock::time_point session_start_;
 };
