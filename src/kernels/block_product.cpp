@@ -112,7 +112,7 @@ void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, 
       const amx::Term term{a, lda, b.panel(j), depth};
       return amx::product(m, &term, 1, width, c, ldc, accumulate, next);
     }
-  fetch(next);
+  if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t begin = 0; begin < m;) {
     const int64_t rows = library_rows(m - begin);
     brgemm(rows, width, depth, lda, width, ldc, accumulate, a + begin * lda, b.panel(j), c + begin * ldc);
@@ -147,7 +147,7 @@ template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next) {
   const int64_t width = terms->b->width(terms->j);
   if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product(m, list.data(), count, width, c, ldc, false, next);
-  fetch(next);
+  if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t i = 0; i < count; ++i) product(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j, c, ldc, i > 0);
 }
 template <class T>
@@ -157,7 +157,7 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int
     if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, past_cache, next);
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
-    for (int i = 0; i < next.count; ++i) {  // a share for each block
+    for (int i = 0; sizeof(T) == 2 && i < next.count; ++i) {  // a share for each block
       const int64_t from = next.of[i].bytes * r / m, to = next.of[i].bytes * std::min(m, r + kBlock) / m;
       fetch(static_cast<const char*>(next.of[i].at) + from, to - from);
     }

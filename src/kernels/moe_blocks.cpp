@@ -15,12 +15,13 @@
 namespace moegraft::kernels {
 namespace {
 
-constexpr int64_t kChunk = 384;  // rows at most
+template <class T>
+constexpr int64_t kMostRows = sizeof(T) == 2 ? 384 : 256;  // worked on at a time
 
 // Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
 int64_t chunk_rows(const MoeProblem& p) {
-  const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size());
-  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, std::min<int64_t>(256, kChunk), kChunk) / 32 * 32;
+  const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size()), most = p.x_XD.element_size() == 2 ? kMostRows<bf16> : kMostRows<float>;
+  return std::clamp<int64_t>((int64_t{1} << 20) / bytes, 256, most) / 32 * 32;
 }
 // Whether what is made for every row is more than second-level caches hold until it is read again.
 bool is_large(const MoeProblem& p) { return p.x_XD.scalar_type() == at::kBFloat16 && p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
@@ -142,9 +143,9 @@ class Forward {
  private:
   struct Buffers {
     Buffers(const MoeProblem& p, Scratch& s) : ld_x(copied_depth<T>(p.model_width())), ld_h(copied_depth<T>(p.expert_width())) {
-      x = s.take<T>(kChunk * ld_x);
-      h = s.take<T>(kChunk * ld_h);
-      t = s.take<T>(kChunk * most_columns(p));
+      x = s.take<T>(kMostRows<T> * ld_x);
+      h = s.take<T>(kMostRows<T> * ld_h);
+      t = s.take<T>(kMostRows<T> * most_columns(p));
       g = s.take<float>(kBlock * kPanel);
       u = s.take<float>(kBlock * kPanel);
       g_T = s.take<T>(kBlock * kPanel);
@@ -286,14 +287,14 @@ class Backward {
   struct Buffers {
     Buffers(const MoeProblem& p, Scratch& s) : ld_d(copied_depth<T>(p.model_width())), ld_f(copied_depth<T>(p.expert_width())) {
       const int64_t columns = most_columns(p);
-      dy = s.take<T>(kChunk * ld_d);
-      x = s.take<T>(kChunk * ld_d);
-      h = s.take<T>(kChunk * ld_f);
-      dg = s.take<T>(kChunk * ld_f);
-      du = s.take<T>(kChunk * ld_f);
-      dt_gu = s.take<T>(kChunk * columns);
-      dt_d = s.take<T>(kChunk * columns);
-      rooms = {s.take<T>(kChunk * columns), s.take<T>(kChunk * padded_width(std::max(p.model_width(), p.expert_width()))), s.take<T>(kChunk * columns), s.take<float>(columns)};
+      dy = s.take<T>(kMostRows<T> * ld_d);
+      x = s.take<T>(kMostRows<T> * ld_d);
+      h = s.take<T>(kMostRows<T> * ld_f);
+      dg = s.take<T>(kMostRows<T> * ld_f);
+      du = s.take<T>(kMostRows<T> * ld_f);
+      dt_gu = s.take<T>(kMostRows<T> * columns);
+      dt_d = s.take<T>(kMostRows<T> * columns);
+      rooms = {s.take<T>(kMostRows<T> * columns), s.take<T>(kMostRows<T> * padded_width(std::max(p.model_width(), p.expert_width()))), s.take<T>(kMostRows<T> * columns), s.take<float>(columns)};
       out = s.take<float>(kBlock * kPanel);
       if (!p.weights.panels->stores_backward())
         for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
