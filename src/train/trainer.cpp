@@ -64,6 +64,7 @@ class Trainer {
     balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
     forward_.recompute_layers = recompute_layers_;
     forward_.lockstep = team_.lockstep();
+    if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;
     if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
     if (start.from) restore(*start.from);
   }
@@ -246,6 +247,7 @@ class Trainer {
     // Of the time in steps: what passed until their batches were there.
     scalars["data_wait_share"] = window_step_ > 0 ? window_wait_ / window_step_ : 0;
     if (stall_share_) scalars["checkpoint_stall_share"] = *std::exchange(stall_share_, {});
+    if (const auto use = prefix_cache_.take_use(); use.tokens > 0) scalars["prefix_cache_hit_share"] = double(use.found) / double(use.tokens);
     if (!team_.alone()) log_team(line, scalars);
     for (const auto& [name, value] : scalars) {
       line[name] = value;
@@ -346,6 +348,7 @@ class Trainer {
   Journal journal_;  // holds the run directory's lock: beyond the writer's end
   checkpoint::CheckpointWriter writer_;
   routing::RoutingStats routing_;
+  model::PrefixCache prefix_cache_{config_.train.prefix_cache_mib << 20};
   model::ForwardOptions forward_;
   checkpoint::TrainState state_;
   std::optional<double> measure_;

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 
 #include "libtorch.h"
@@ -250,33 +251,49 @@ PackedBatch captions_of(const World& w, const std::vector<int64_t>& lengths) {
   return batch;
 }
 
-TEST(PrefixCache, ACaptionHasTheBitsThatItHasAlone) {
+void expect_bits_as_alone(BaseModel base) {
   const std::vector<int64_t> lengths{16, 17, 31, 33, 64, 100, 127, 129, 200, 300};
+  World w(std::move(base), {1});
+  const auto fill = [&](PrefixCache& cache, const std::vector<int64_t>& which) {
+    ForwardOptions options;
+    options.prefix_cache = &cache;
+    w.decoder.forward(captions_of(w, which), options);
+  };
+  PrefixCache together(1 << 28);
+  fill(together, lengths);
+  ASSERT_EQ(together.size(), int64_t(lengths.size()));
+  const DecoderSpec& spec = w.decoder.spec();
+  const bool sparse = std::all_of(spec.layers.begin(), spec.layers.end(), [](const auto& l) { return l.sparse; });
+  // One by one where a layer is dense; else as the machine can.
+  EXPECT_EQ(together.may_share_a_pass(spec, *w.decoder.base().weights), sparse && w.decoder.base().weights->head_panels() != nullptr);
+  for (const int64_t length : lengths) {
+    PrefixCache alone(1 << 28);
+    fill(alone, {length});
+    const PackedBatch batch = captions_of(w, {length});
+    const PrefixCache::Ids ids(batch.ids_T.const_data_ptr<int64_t>(), batch.ids_T.const_data_ptr<int64_t>() + length);
+    const auto a = together.find(ids), b = alone.find(ids);
+    ASSERT_TRUE(a && b) << length;
+    EXPECT_TRUE(at::equal(a->keys_LSGC, b->keys_LSGC) && at::equal(a->values_LSGC, b->values_LSGC) && at::equal(a->hidden_SD, b->hidden_SD)) << length;
+    EXPECT_TRUE(at::equal(a->probs_NSE, b->probs_NSE) && at::equal(a->ids_NSK, b->ids_NSK) && at::equal(a->weights_NSK, b->weights_NSK)) << length;
+  }
+}
+
+TEST(PrefixCache, ACaptionHasTheBitsThatItHasAlone) {
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16})
     for (const char* name : {"olmoe", "qwen3_mixed", "mixtral_window", "mixtral_llama3"}) {
       SCOPED_TRACE(std::string(name) + " " + c10::toString(dtype));
-      World w(load_base(kGolden / name, {dtype}), {1});
-      const auto fill = [&](PrefixCache& cache, const std::vector<int64_t>& which) {
-        ForwardOptions options;
-        options.prefix_cache = &cache;
-        w.decoder.forward(captions_of(w, which), options);
-      };
-      PrefixCache together(1 << 28);
-      fill(together, lengths);
-      ASSERT_EQ(together.size(), int64_t(lengths.size()));
-      // One by one where a layer is dense; else as the machine can.
-      EXPECT_EQ(together.may_share_a_pass(w.decoder.spec(), *w.decoder.base().weights), std::string(name) != "qwen3_mixed" && w.decoder.base().weights->head_panels() != nullptr);
-      for (const int64_t length : lengths) {
-        PrefixCache alone(1 << 28);
-        fill(alone, {length});
-        const PackedBatch batch = captions_of(w, {length});
-        const PrefixCache::Ids ids(batch.ids_T.const_data_ptr<int64_t>(), batch.ids_T.const_data_ptr<int64_t>() + length);
-        const auto a = together.find(ids), b = alone.find(ids);
-        ASSERT_TRUE(a && b) << length;
-        EXPECT_TRUE(at::equal(a->keys_LSGC, b->keys_LSGC) && at::equal(a->values_LSGC, b->values_LSGC) && at::equal(a->hidden_SD, b->hidden_SD)) << length;
-        EXPECT_TRUE(at::equal(a->probs_NSE, b->probs_NSE) && at::equal(a->ids_NSK, b->ids_NSK) && at::equal(a->weights_NSK, b->weights_NSK)) << length;
-      }
+      expect_bits_as_alone(load_base(kGolden / name, {dtype}));
     }
+}
+
+// Wide enough that libraries choose their kernels by the number of rows.
+TEST(PrefixCache, ACaptionOfAWideModelHasTheBitsThatItHasAlone) {
+  const auto dir = std::filesystem::temp_directory_path() / ("moegraft_captions_" + std::to_string(::getpid()));
+  DecoderSpec spec = read_spec(kGolden / "mixtral_llama3");
+  spec.hidden_size = 520, spec.num_experts = 24, spec.num_experts_per_tok = 4, spec.moe_intermediate_size = 72;
+  save_base(init_base(spec, {1.0, 3}), dir, at::kFloat);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) expect_bits_as_alone(load_base(dir, {dtype}));
+  std::filesystem::remove_all(dir);
 }
 
 TEST(PrefixCache, IsLeftAloneWhereThePrefixIsNotFrozenOrOthersWait) {

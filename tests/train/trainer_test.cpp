@@ -87,6 +87,29 @@ TEST(Trainer, AResumedRunIsBitIdenticalToAnUninterruptedOne) {
   }
 }
 
+TEST(Trainer, ACacheOfCaptionsChangesNoBitOfAResumedRun) {
+  TemporaryFolder folder;
+  const TinyWorld world = make_tiny_world(folder.path());
+  run::RunConfig whole = config_of(world, "whole", 12), part = config_of(world, "part", 12), small = config_of(world, "small", 12), off = config_of(world, "off", 12);
+  for (auto* c : {&whole, &part}) c->train.prefix_cache_mib = 64;
+  small.train.prefix_cache_mib = 1;
+  train(whole);
+  train(part);
+  for (const int64_t step : {6, 8, 10, 12}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
+  train(part, "auto");  // with an empty cache
+  EXPECT_EQ(adapter_bytes(whole.run.dir), adapter_bytes(part.run.dir));
+  EXPECT_EQ(losses(whole.run.dir), losses(part.run.dir));
+  train(small);
+  EXPECT_EQ(adapter_bytes(whole.run.dir), adapter_bytes(small.run.dir));
+  train(off);
+  const auto with = losses(whole.run.dir), without = losses(off.run.dir);
+  for (const auto& [step, loss] : with) EXPECT_NEAR(loss, without.at(step), 1e-4) << step;
+  double found = 0;
+  std::ifstream in(fs::path(whole.run.dir) / "metrics.jsonl");
+  for (std::string line; std::getline(in, line);) found = std::max(found, io::Json::parse(line).value("prefix_cache_hit_share", 0.0));
+  EXPECT_GT(found, 0.5);  // captions came back
+}
+
 TEST(Trainer, PrefetchingChangesNothingButTheWait) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());
