@@ -151,6 +151,9 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   EXPECT_EQ(plan_memory(r).save_copies, 12 * count_trained(r).total());
   EXPECT_EQ(plan_memory(r).total(), adamw.total() + 12 * count_trained(r).total());
   r.async_saves = false;
+  r.prefix_cache = 5 << 20;
+  EXPECT_EQ(plan_memory(r).total(), adamw.total() + (5 << 20));
+  r.prefix_cache = 0;
   r.moments_8bit = true;
   EXPECT_LT(plan_memory(r).optimizer, adamw.optimizer / 3);
   r.device = at::kCUDA;

@@ -55,6 +55,7 @@ Json describe_plan(const train::MemoryPlan& p) {
            {"workspace_bytes", p.workspace},
            {"heap_bytes", p.heap},
            {"save_copy_bytes", p.save_copies},
+           {"prefix_cache_bytes", p.prefix_cache},
            {"layer_bytes", largest(p.layer_stored)},
            {"recomputed_layer_bytes", largest(p.layer_recomputed)},
            {"recompute_layers", p.recompute_layers},
