@@ -10,6 +10,7 @@
 #include "bench.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
+#include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
 #include "moegraft/parallel/gradients.h"
@@ -22,7 +23,7 @@ namespace {
 
 struct StepOptions {
   ModelOptions model;
-  std::string ids, gate, lengths = "fixed", labels = "all";
+  std::string ids, gate, save, lengths = "fixed", labels = "all";
   int64_t batch = 4, seq = 512, steps = 5, threads = 0, codes = 1024, recompute = 0, matmul = 0;
   double image_share = 0;
   int64_t expert_parallel = 1;
@@ -156,6 +157,10 @@ class Stepper {
     return loss.loss.detach();
   }
 
+  // This process's part of a checkpoint.
+  checkpoint::Parts parameters() const { return checkpoint::parts_to_write(checkpoint::parameter_parts(*m_.registry), checkpoint::place_in(mesh_)); }
+  checkpoint::Parts moments() const { return checkpoint::parts_to_write(optimizer_->state_parts(), checkpoint::place_in(mesh_)); }
+
   // By purpose, since the last call.
   std::map<std::string, distributed::Traffic> take_traffic() {
     std::map<std::string, distributed::Traffic> all;
@@ -228,6 +233,41 @@ Json describe_processes(const distributed::Mesh& mesh, const StepOptions& o, con
   return out;
 }
 
+// What saving takes from training, in the background or not: the stall, how long the writing took, and the steps beside it. Of the slowest process.
+Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::World>& world, Stepper& stepper, const StepBatch& batch, const model::ForwardOptions& forward, double step_s) {
+  constexpr int64_t kEvery = 100;  // checkpoint.every's default
+  Json out;
+  for (const bool async : {false, true}) {
+    checkpoint::CheckpointConfig config;
+    config.async = async, config.keep = 1;
+    const std::string name = async ? "async" : "at-once";
+    checkpoint::Peers peers;  // two writers, one after the other: each with keys of its own
+    if (world->size() > 1) {
+      peers = checkpoint::peers_of(world);
+      peers.post = [world, name](const std::string& key, const std::string& value) { world->post(name + " " + key, value); };
+      peers.look = [world, name](const std::string& key) { return world->look(name + " " + key); };
+    }
+    checkpoint::CheckpointWriter writer(std::filesystem::path(o.save) / name, config, true, peers);
+    std::vector<double> stalls, writes, beside;
+    for (int64_t i = 0; i < 3; ++i) {
+      world->all().barrier("bench");
+      writer.save(i + 1, stepper.parameters(), stepper.moments(), "{}");
+      double stall = writer.last_stall_seconds();
+      const auto start = Clock::now();
+      stepper.run(batch, forward);
+      const double step = since(start);
+      writer.wait();
+      double write = writer.last_write_seconds(), slowest = step;
+      for (const auto& rank : gather(*world, {stall, write, step})) stall = std::max(stall, rank[0]), write = std::max(write, rank[1]), slowest = std::max(slowest, rank[2]);
+      stalls.push_back(stall), writes.push_back(write), beside.push_back(slowest);
+    }
+    const double steady = median({stalls.begin() + 1, stalls.end()});  // the first one makes the buffers
+    out[async ? "async" : "at_once"] = {{"first_stall_s", stalls[0]}, {"stall_s", steady}, {"write_s", median(writes)}, {"step_beside_s", median(beside)}, {"stall_share_every_100", steady / (double(kEvery) * step_s + steady)}};
+    out["bytes_of_rank_0"] = writer.last_bytes();
+  }
+  return out;
+}
+
 // Of all processes at the same time.
 double limit_of_all(distributed::World& world, at::ScalarType dtype, at::Device device, int64_t size) {
   double sum = 0;
@@ -287,6 +327,8 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
     profile = ops.finish();
   }
   limit = std::max(limit, limit_of_all(*world, dtype, device, o.matmul));
+  Json saves;
+  if (!o.save.empty()) saves = measure_saves(o, world, stepper, batch, forward, median(times));
   const auto ranks = gather(*world, {waiting, bytes, peak_mib});
 
   const StepWork mine = count_work(m, batch.mine, gate, o.model);
@@ -334,6 +376,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"device", device.str()}};
   const double counted = o.steps > 1 ? double(o.steps - 1) : 1;
   out.update(describe_processes(mesh, o, {times.begin() + (o.steps > 1), times.end()}, ranks, traffic, counted));
+  if (!saves.is_null()) out["checkpoint"] = std::move(saves);
   if (!profile.is_null()) out["profile"] = std::move(profile);
   if (o.json) std::cout << out.dump() << '\n';
   else print(out);
@@ -345,7 +388,7 @@ void run(const StepOptions& o) {
   set_threads(o.threads);
   with_world(o.model.device,
              moegraft::detail::concat("step ", o.model.model, " ", o.model.dtype, " rank ", o.model.rank, " ", o.ids, " ", o.lengths, " ", int(gate), " ", o.labels, " ", o.batch, "x", o.seq, " ", o.steps, " ", o.codes, " ",
-                                      o.recompute, " ", o.matmul, " ", o.image_share, " ", o.expert_parallel, o.shard_base, o.shard_optimizer, o.whole_backward, o.profile, " ", o.bucket_mib),
+                                      o.recompute, " ", o.matmul, " ", o.image_share, " ", o.expert_parallel, o.shard_base, o.shard_optimizer, o.whole_backward, o.profile, " ", o.bucket_mib, " ", o.save),
              [&](const auto& world) { measure(o, world); });
 }
 
@@ -366,6 +409,7 @@ std::function<void()> add_step_options(CLI::App& cmd) {
   cmd.add_flag("--shard-base", o->shard_base, "As parallel.shard_base");
   cmd.add_flag("--shard-optimizer", o->shard_optimizer, "As parallel.shard_optimizer");
   cmd.add_option("--bucket-mib", o->bucket_mib, "As parallel.bucket_mib")->check(CLI::Range(0.01, 1e5))->capture_default_str();
+  cmd.add_option("--save", o->save, "Folder to write checkpoints to, in the background and at once: the stall of each");
   cmd.add_flag("--whole-backward", o->whole_backward, "Record gradients for the text before the first image token too, which needs none");
   cmd.add_option("--steps", o->steps, "Steps to time; the best counts")->check(CLI::Range(1, 100000))->capture_default_str();
   cmd.add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
