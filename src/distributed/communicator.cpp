@@ -65,7 +65,10 @@ struct Pending::Impl {
         work->wait(kLookPause);
         return;
       } catch (const std::exception&) {
-        if (work->isCompleted()) throw;
+        if (work->isCompleted()) {  // in the moment after this look, perhaps: then all is well
+          work->wait();
+          return;
+        }
         if (group->shared->trouble()) throw std::runtime_error("stopped after another rank's trouble");
       }
     }
