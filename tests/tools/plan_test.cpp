@@ -123,6 +123,17 @@ TEST_F(Plan, EveryLayoutHasTheSameFirstLoss) {
   }
 }
 
+TEST_F(Plan, SavesAreMeasuredInBothWays) {
+  for (const int processes : {1, 2}) {
+    const auto folder = folder_->path() / ("saves-" + std::to_string(processes));
+    const Json j = step(processes, {"--save", folder.string()})["checkpoint"];
+    for (const char* way : {"async", "at_once"})
+      for (const char* key : {"stall_s", "write_s", "stall_share_every_100"}) EXPECT_GT(j[way][key].get<double>(), 0) << way << " " << key;
+    EXPECT_GT(j["bytes_of_rank_0"].get<int64_t>(), 0);
+    EXPECT_TRUE(std::filesystem::exists(folder / "async" / "step-00000003" / "manifest.json"));
+  }
+}
+
 TEST(MeanVisits, CountsWhatChanceWouldChoose) {
   EXPECT_DOUBLE_EQ(train::mean_visits(4, 2, 1), 1);
   EXPECT_DOUBLE_EQ(train::mean_visits(4, 2, 4), 2);
