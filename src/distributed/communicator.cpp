@@ -205,6 +205,16 @@ Pending Communicator::all_to_all(at::Tensor& out, const at::Tensor& in, const st
   return start("all_to_all", what, static_cast<int64_t>(in.nbytes()), {to, from}, [&](c10d::Backend& b) { return b.alltoall_base(to, from, out_bytes, in_bytes); });
 }
 
+std::vector<std::vector<double>> Communicator::all_gather_numbers(const std::vector<double>& mine, const std::string& what) {
+  const at::Tensor in = at::tensor(mine, at::kDouble);
+  at::Tensor out = at::empty({size() * in.numel()}, at::kDouble);
+  all_gather(out, in, what).wait();
+  std::vector<std::vector<double>> all;
+  const double* at = out.const_data_ptr<double>();
+  for (int64_t r = 0; r < size(); ++r, at += mine.size()) all.emplace_back(at, at + mine.size());
+  return all;
+}
+
 std::vector<std::string> Communicator::all_gather_text(const std::string& mine, const std::string& what) {
   if (!has_backend()) return {mine};
   at::Tensor length = at::full({1}, static_cast<int64_t>(mine.size()), at::kLong), lengths = at::empty({size()}, at::kLong);

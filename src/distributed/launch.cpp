@@ -1,7 +1,13 @@
 #include "moegraft/distributed/launch.h"
 
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <charconv>
 #include <cstdlib>
+#include <cstring>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -135,6 +141,19 @@ LaunchEnvironment read_launch_environment(const Getenv& getter) {
     if (tasks && *tasks != "1") return from_slurm(get);
   }
   return {};
+}
+
+int free_port() {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  const bool bound = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 && getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
+  const int reason = errno;
+  if (fd >= 0) close(fd);
+  MOEGRAFT_CHECK(bound, "no free port on the loopback device (", std::strerror(reason), ")");
+  return ntohs(address.sin_port);
 }
 
 }  // namespace moegraft::distributed

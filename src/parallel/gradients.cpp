@@ -145,10 +145,7 @@ void GradientReducer::share_presence() {
 
 distributed::Traffic GradientReducer::take_traffic() {
   distributed::Traffic sum = world_->take_traffic();
-  if (data_ && data_ != world_) {
-    const distributed::Traffic more = data_->take_traffic();
-    sum.calls += more.calls, sum.bytes += more.bytes, sum.wait_seconds += more.wait_seconds;
-  }
+  if (data_ && data_ != world_) sum += data_->take_traffic();
   return sum;
 }
 

@@ -56,13 +56,7 @@ std::vector<double> Team::sum(const std::vector<double>& mine, const char* what)
 
 std::vector<std::vector<double>> Team::gather(const std::vector<double>& mine, const char* what) {
   if (alone()) return {mine};
-  const at::Tensor in = at::tensor(mine, at::kDouble);
-  at::Tensor out = at::empty({size() * int64_t(mine.size())}, at::kDouble);
-  mesh_.world->all().all_gather(out, in, what).wait();
-  std::vector<std::vector<double>> all;
-  const double* at = out.const_data_ptr<double>();
-  for (int64_t r = 0; r < size(); ++r, at += mine.size()) all.emplace_back(at, at + mine.size());
-  return all;
+  return mesh_.world->all().all_gather_numbers(mine, what);
 }
 
 void Team::sum_in_place(at::Tensor& tensor, const char* what) {
@@ -72,12 +66,11 @@ void Team::sum_in_place(at::Tensor& tensor, const char* what) {
 distributed::Traffic Team::take_traffic(model::WeightProvider& weights) {
   distributed::Traffic sum;
   if (alone()) return sum;
-  const auto add = [&](const distributed::Traffic& t) { sum.calls += t.calls, sum.bytes += t.bytes, sum.wait_seconds += t.wait_seconds; };
-  add(mesh_.world->all().take_traffic());
-  add(mesh_.expert->take_traffic());
-  add(mesh_.data->take_traffic());
-  add(reducer_->take_traffic());
-  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) add(sharded->take_traffic());
+  sum += mesh_.world->all().take_traffic();
+  sum += mesh_.expert->take_traffic();
+  sum += mesh_.data->take_traffic();
+  sum += reducer_->take_traffic();
+  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) sum += sharded->take_traffic();
   return sum;
 }
 

@@ -9,6 +9,7 @@
 #include "libtorch.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/distributed/launch.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/train/signals.h"
@@ -291,9 +292,8 @@ TEST_F(Together, ProcessesThatDisagreeAllEndWithALine) {
   const auto rank = [](int r, int port) {
     return Keys{"RANK=" + std::to_string(r), "WORLD_SIZE=2", "LOCAL_RANK=" + std::to_string(r), "LOCAL_WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=" + std::to_string(port), "OMP_NUM_THREADS=1"};
   };
-  int port = 20000 + int(getpid() % 20000);
   const auto both = [&](const Keys& first, const Keys& second) {
-    ++port;
+    const int port = moegraft::distributed::free_port();
     Process a(launched(1, arguments("odd", "none", first)), rank(0, port)), b(launched(1, arguments("odd", "none", second)), rank(1, port));
     return std::pair(a.wait(), b.wait());
   };
@@ -314,8 +314,7 @@ TEST_F(Together, ProcessesThatDisagreeAllEndWithALine) {
   }
   EXPECT_FALSE(fs::exists(run_path("odd"))) << "nothing is made before all agree";
   // One that never comes.
-  ++port;
-  const auto alone = Process(launched(1, arguments("odd", "none", {"parallel.timeout_seconds=2"})), rank(0, port)).wait();
+  const auto alone = Process(launched(1, arguments("odd", "none", {"parallel.timeout_seconds=2"})), rank(0, moegraft::distributed::free_port())).wait();
   EXPECT_EQ(alone.code, 1);
   EXPECT_NE(alone.err.find("1"), std::string::npos) << alone.err;
   EXPECT_NE(alone.err.find("rank"), std::string::npos) << alone.err;
@@ -326,7 +325,7 @@ TEST_F(Together, TorchrunBringsARunBack) {
   if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const Keys keys{"train.steps=40", "checkpoint.every=5"};
   train("calm", 2, keys);
-  argv = argv + Keys{"--no-python", "--nproc-per-node", "2", "--max-restarts", "3", "--master-port", std::to_string(21000 + int(getpid() % 20000)), moegraft::testing::moegraft_binary().string()};
+  argv = argv + Keys{"--no-python", "--nproc-per-node", "2", "--max-restarts", "3", "--master-port", std::to_string(moegraft::distributed::free_port()), moegraft::testing::moegraft_binary().string()};
   argv = argv + arguments("agent", "auto", keys);
   Process p(argv, {"OMP_NUM_THREADS=1"});
   for (int i = 0; i < 6000 && p.running() && training_lines(run_path("agent")).size() < 12; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));

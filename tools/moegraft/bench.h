@@ -49,8 +49,6 @@ graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* m
 // Runs `work` in this process's place among those that a launcher started (alone where none did). They must agree on `options` first; a failure in one
 // ends the others. backend_for_one: one process alone sends its collectives through Gloo or NCCL too.
 void with_world(const std::string& device, const std::string& options, const std::function<void(const std::shared_ptr<distributed::World>&)>& work, bool backend_for_one = false);
-// Everybody's numbers, by rank. Collective.
-std::vector<std::vector<double>> gather(distributed::World& world, const std::vector<double>& mine);
 
 // Uniform ids in [3, vocab), the same in every process.
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);

@@ -166,8 +166,7 @@ class Stepper {
     std::map<std::string, distributed::Traffic> all;
     if (!mesh_.distributed()) return all;
     const auto add = [&](const char* name, const distributed::Traffic& t) {
-      auto& sum = all[name];
-      sum.calls += t.calls, sum.bytes += t.bytes, sum.wait_seconds += t.wait_seconds;
+      all[name] += t;
     };
     add("gradients", reducer_->take_traffic());
     add("experts", mesh_.expert->take_traffic());
@@ -258,7 +257,7 @@ Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::Worl
       const double step = since(start);
       writer.wait();
       double write = writer.last_write_seconds(), slowest = step;
-      for (const auto& rank : gather(*world, {stall, write, step})) stall = std::max(stall, rank[0]), write = std::max(write, rank[1]), slowest = std::max(slowest, rank[2]);
+      for (const auto& rank : world->all().all_gather_numbers({stall, write, step}, "figures")) stall = std::max(stall, rank[0]), write = std::max(write, rank[1]), slowest = std::max(slowest, rank[2]);
       stalls.push_back(stall), writes.push_back(write), beside.push_back(slowest);
     }
     const double steady = median({stalls.begin() + 1, stalls.end()});  // the first one makes the buffers
@@ -272,7 +271,7 @@ Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::Worl
 double limit_of_all(distributed::World& world, at::ScalarType dtype, at::Device device, int64_t size) {
   double sum = 0;
   world.all().barrier("bench");
-  for (const auto& one : gather(world, {matmul_gflops(dtype, device, size)})) sum += one[0];
+  for (const auto& one : world.all().all_gather_numbers({matmul_gflops(dtype, device, size)}, "figures")) sum += one[0];
   return sum;
 }
 
@@ -307,13 +306,12 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
     const double mine = since(start);
     const auto step_traffic = stepper.take_traffic();
     double slowest = 0, sum = 0;
-    for (const auto& rank : gather(*world, {mine, loss.item<double>()})) slowest = std::max(slowest, rank[0]), sum += rank[1];
+    for (const auto& rank : world->all().all_gather_numbers({mine, loss.item<double>()}, "figures")) slowest = std::max(slowest, rank[0]), sum += rank[1];
     times.push_back(slowest);
     losses.push_back(sum);
     if (i == 0 && o.steps > 1) continue;
     for (const auto& [name, t] : step_traffic) {
-      auto& all = traffic[name];
-      all.calls += t.calls, all.bytes += t.bytes, all.wait_seconds += t.wait_seconds;
+      traffic[name] += t;
       waiting += t.wait_seconds, bytes += double(t.bytes);
     }
     waiting += slowest - mine;
@@ -329,11 +327,11 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   limit = std::max(limit, limit_of_all(*world, dtype, device, o.matmul));
   Json saves;
   if (!o.save.empty()) saves = measure_saves(o, world, stepper, batch, forward, median(times));
-  const auto ranks = gather(*world, {waiting, bytes, peak_mib});
+  const auto ranks = world->all().all_gather_numbers({waiting, bytes, peak_mib}, "figures");
 
   const StepWork mine = count_work(m, batch.mine, gate, o.model);
   StepWork work;
-  for (const auto& w : gather(*world, {mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores})) {
+  for (const auto& w : world->all().all_gather_numbers({mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores}, "figures")) {
     work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3];
   }
   if (world->rank() != 0) return;

@@ -167,16 +167,6 @@ void with_world(const std::string& device, const std::string& options, const std
   }
 }
 
-std::vector<std::vector<double>> gather(distributed::World& world, const std::vector<double>& mine) {
-  const at::Tensor in = at::tensor(mine, at::kDouble);
-  at::Tensor out = at::empty({world.size() * int64_t(mine.size())}, at::kDouble);
-  world.all().all_gather(out, in, "figures").wait();
-  std::vector<std::vector<double>> all;
-  const double* at = out.const_data_ptr<double>();
-  for (int64_t r = 0; r < world.size(); ++r, at += mine.size()) all.emplace_back(at, at + mine.size());
-  return all;
-}
-
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   return at::empty(shape, at::kLong).random_(std::min<int64_t>(3, vocab - 1), vocab, generator);

@@ -1,12 +1,10 @@
 // moegraft launch: a run of several processes on this machine, with torchrun's variables.
-#include <arpa/inet.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,6 +17,7 @@
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/distributed/launch.h"
 
 extern char** environ;
 
@@ -42,18 +41,6 @@ struct Child {
   std::string line;
   bool running = true;
 };
-
-int free_port() {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t length = sizeof address;
-  const bool bound = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 && getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
-  if (fd >= 0) close(fd);
-  MOEGRAFT_CHECK(bound, "launch: no free port on the loopback device (", std::strerror(errno), ")");
-  return ntohs(address.sin_port);
-}
 
 int usable_cores() {
   cpu_set_t set;
@@ -86,7 +73,7 @@ std::vector<char*> pointers(const std::vector<std::string>& texts) {
 class Attempt {
  public:
   Attempt(const Options& o, const std::vector<std::string>& arguments, int signals, int restart) : signals_(signals) {
-    const int port = o.port > 0 ? o.port : free_port();
+    const int port = o.port > 0 ? o.port : distributed::free_port();
     for (int r = 0; r < o.processes; ++r) start(r, arguments, environment_of(o, r, port, restart));
   }
   ~Attempt() {

@@ -30,6 +30,11 @@ class Pending {
 struct Traffic {
   int64_t calls = 0, bytes = 0;  // handed to collectives by this process
   double wait_seconds = 0;       // the host's time in wait() (on CUDA: next to nothing)
+
+  Traffic& operator+=(const Traffic& more) {
+    calls += more.calls, bytes += more.bytes, wait_seconds += more.wait_seconds;
+    return *this;
+  }
 };
 
 // Every member calls the same collectives in the same order. `what` says in errors and logs what the tensor is ("gradients, bucket 3"). A group of one
@@ -51,6 +56,7 @@ class Communicator {
   Pending all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows, const std::vector<int64_t>& in_rows, const std::string& what);
   // Host-side, blocking, small: always through Gloo.
   std::vector<std::string> all_gather_text(const std::string& mine, const std::string& what);
+  std::vector<std::vector<double>> all_gather_numbers(const std::vector<double>& mine, const std::string& what);  // as many of each member
   void barrier(const std::string& what);
 
   Traffic take_traffic();  // since the last call

@@ -26,4 +26,7 @@ struct LaunchEnvironment {
 using Getenv = std::function<std::optional<std::string>(const char*)>;
 LaunchEnvironment read_launch_environment(const Getenv& get = {});  // empty: the process's environment
 
+// A port that nobody listens on at the moment, on this machine's loopback device.
+int free_port();
+
 }  // namespace moegraft::distributed

@@ -1,10 +1,8 @@
 #include "support/ranks/ranks.h"
 
-#include <arpa/inet.h>
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -14,6 +12,7 @@
 #include <thread>
 
 #include "moegraft/base/check.h"
+#include "moegraft/distributed/launch.h"
 
 namespace moegraft::testing {
 namespace {
@@ -61,20 +60,8 @@ std::string rank_argument() {
   return text ? text : "";
 }
 
-int free_port() {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t length = sizeof address;
-  const bool bound = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 && getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
-  if (fd >= 0) close(fd);
-  MOEGRAFT_CHECK(bound, "no free port on the loopback device");
-  return ntohs(address.sin_port);
-}
-
 Ranks::Ranks(const std::string& body, int n, const std::string& argument, const std::vector<int>& only) {
-  const std::string size = std::to_string(n), port = std::to_string(free_port());
+  const std::string size = std::to_string(n), port = std::to_string(distributed::free_port());
   const std::string program = std::filesystem::read_symlink("/proc/self/exe").string();
   std::vector<int> ranks = only;
   for (int r = 0; only.empty() && r < n; ++r) ranks.push_back(r);

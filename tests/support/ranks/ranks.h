@@ -24,9 +24,6 @@ std::string rank_argument();
 // `test_x NAME …` runs program instead of the tests.
 int register_program(const char* name, int (*program)(int, char**));
 
-// A port that nobody listens on at the moment.
-int free_port();
-
 class Ranks {
  public:
   // Starts ranks 0 … n-1, or only those listed.
