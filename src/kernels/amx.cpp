@@ -59,26 +59,7 @@ struct Rounding {
   }
 };
 
-// Spreads an Ahead over the steps.
-struct Fetching {
-  const Range *range, *end;
-  const char* at = nullptr;
-  int64_t left = 0, per_step = 0;
-
-  Fetching(const Ahead& ahead, int64_t steps) : range(ahead.of), end(ahead.of + ahead.count) {
-    int64_t lines = 0;
-    for (int i = 0; i < ahead.count; ++i) lines += (ahead.of[i].bytes + 63) / 64;
-    per_step = steps > 0 ? (lines + steps - 1) / steps : 0;
-    if (range < end) at = static_cast<const char*>(range->at), left = (range->bytes + 63) / 64;
-  }
-  inline __attribute__((always_inline)) void some() {
-    for (int64_t i = 0; i < per_step && left > 0; ++i) {
-      _mm_prefetch(at, _MM_HINT_T1);
-      at += 64;
-      if (--left == 0 && ++range < end) at = static_cast<const char*>(range->at), left = (range->bytes + 63) / 64;
-    }
-  }
-};
+#include "fetching.inc"
 
 // Where the accumulators of the block before go: stored between the next block's first products, which hides the stores.
 struct Pending {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "loops.h"
 
 namespace moegraft::kernels::amx {
@@ -16,20 +17,6 @@ struct Term {
   int64_t depth;
 };
 constexpr int64_t kMostTerms = 4;
-
-// Cache lines to ask for, a few beside each step: what is worked on next comes from memory at the pace of the products.
-struct Range {
-  const void* at = nullptr;
-  int64_t bytes = 0;
-};
-struct Ahead {
-  static constexpr int kMost = 3;
-  Range of[kMost];
-  int count = 0;
-  void add(Range r) {
-    if (r.bytes > 0 && count < kMost) of[count++] = r;
-  }
-};
 
 // Whether the build has the kernel; whether the machine has it is asked elsewhere, by code that every machine can run.
 bool built();

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "avx512.h"
 
 namespace moegraft::kernels {
 namespace {
@@ -62,8 +63,8 @@ bool amx_granted() {
 
 template <class T>
 bool own_kernel() {
-  if constexpr (sizeof(T) == 4) return false;
-  static const bool yes = !chosen("portable") && !chosen("library") && amx_granted();
+  static const bool allowed = !chosen("portable") && !chosen("library");
+  static const bool yes = allowed && (sizeof(T) == 2 ? amx_granted() : avx512::built() && &loops<float>() != &v3::kFloatLoops);
   return yes;
 }
 
@@ -82,10 +83,10 @@ Panels<T> pack_panels(int64_t k, int64_t n, T* out, const Pack& pack) {
 }  // namespace
 
 bool has_block_products(at::ScalarType dtype) {
-  static const bool allowed = !chosen("portable"), for_float = allowed && probe<float>(), for_bf16 = allowed && (own_kernel<bf16>() || probe<bf16>());
+  static const bool allowed = !chosen("portable"), for_float = allowed && (own_kernel<float>() || probe<float>()), for_bf16 = allowed && (own_kernel<bf16>() || probe<bf16>());
   return dtype == at::kFloat ? for_float : dtype == at::kBFloat16 ? for_bf16 : false;
 }
-int64_t block_rows(at::ScalarType dtype) { return dtype == at::kBFloat16 && own_kernel<bf16>() ? 64 : kBlock; }
+int64_t block_rows(at::ScalarType dtype) { return (dtype == at::kBFloat16 ? own_kernel<bf16>() : own_kernel<float>()) ? 64 : kBlock; }
 
 template <class T>
 Panels<T> pack_transposed(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {
@@ -112,6 +113,11 @@ void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, 
       const amx::Term term{a, lda, b.panel(j), depth};
       return amx::product(m, &term, 1, width, c, ldc, accumulate, next);
     }
+  if constexpr (sizeof(T) == 4)
+    if (own_kernel<T>()) {
+      const avx512::Term term{a, lda, b.panel(j), depth};
+      return avx512::product(m, &term, 1, width, c, ldc, width, accumulate, next);
+    }
   if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t begin = 0; begin < m;) {
     const int64_t rows = library_rows(m - begin);
@@ -131,30 +137,33 @@ void fetch(const Ahead& ahead) {
 }
 
 namespace {
-// For the own kernel; false: the sum is too long for it.
-template <class T>
-bool as_list(const Term<T>* terms, int64_t count, std::array<amx::Term, amx::kMostTerms>& list) {
-  if constexpr (sizeof(T) == 2) {
-    if (!own_kernel<T>() || count > amx::kMostTerms) return false;
-    for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
-    return true;
-  }
-  return false;
+constexpr int64_t kMostTerms = amx::kMostTerms;
+// As an own kernel takes them.
+template <class Own, class T>
+std::array<Own, kMostTerms> as_list(const Term<T>* terms, int64_t count) {
+  std::array<Own, kMostTerms> list;
+  for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
+  return list;
 }
 }  // namespace
 
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next) {
   const int64_t width = terms->b->width(terms->j);
-  if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product(m, list.data(), count, width, c, ldc, false, next);
+  if (own_kernel<T>() && count <= kMostTerms) {
+    if constexpr (sizeof(T) == 2) return amx::product(m, as_list<amx::Term>(terms, count).data(), count, width, c, ldc, false, next);
+    else return avx512::product(m, as_list<avx512::Term>(terms, count).data(), count, width, c, ldc, width, false, next);
+  }
   if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t i = 0; i < count; ++i) product(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j, c, ldc, i > 0);
 }
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next, bool past_cache) {
   const int64_t width = terms->b->width(terms->j);
-  if constexpr (sizeof(T) == 2)
-    if (std::array<amx::Term, amx::kMostTerms> list; as_list(terms, count, list)) return amx::product_rounded(m, list.data(), count, width, out, ld_out, columns, past_cache, next);
+  if (own_kernel<T>() && count <= kMostTerms) {
+    if constexpr (sizeof(T) == 2) return amx::product_rounded(m, as_list<amx::Term>(terms, count).data(), count, width, out, ld_out, columns, past_cache, next);
+    else return avx512::product(m, as_list<avx512::Term>(terms, count).data(), count, width, out, ld_out, columns, false, next);
+  }
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
     for (int i = 0; sizeof(T) == 2 && i < next.count; ++i) {  // a share for each block
@@ -172,6 +181,11 @@ bool outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_
     if (own_kernel<T>() && width % 2 == 0) {
       for (int64_t r = rows; r < padded_rows(rows); ++r) std::fill_n(in + r * ld, width, T{});
       amx::outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
+      return true;
+    }
+  if constexpr (sizeof(T) == 4)
+    if (own_kernel<T>()) {
+      avx512::outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
       return true;
     }
   return false;

@@ -1,6 +1,6 @@
 #pragma once
 // Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one block of 128 rows and one panel of 64 columns of B at a time, float32 sums.
-// The inner kernel is our own for bf16 on AMX (amx.h), else oneDNN's brgemm micro-kernel, reached through ATen (AVX-512); what surrounds a block
+// The inner kernel is our own for bf16 on AMX (amx.h) and float32 on AVX-512 (avx512.h), else oneDNN's brgemm, reached through ATen; what surrounds a block
 // (gathering rows, SwiGLU, rounding) happens while it is in the first-level cache. Frozen operands are laid out as panels once.
 //
 // Panel: [k/pair][n][pair] with pair = 2 for bf16 (AMX reads pairs along k) and 1 for float32; n is at most 64 and padded to 16, k to the pair.
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <memory>
 
-#include "amx.h"
+#include "ahead.h"
 #include "libtorch.h"
 #include "loops.h"
 
@@ -65,16 +65,15 @@ void fetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-using amx::Ahead;
 // A part of panel j, to come from memory while the panel before it is worked on: with few rows an expert, weights are read at the pace of the products.
 template <class T>
-amx::Range panel_range(const Panels<T>& b, int64_t j, int64_t part = 0, int64_t parts = 1) {
+Range panel_range(const Panels<T>& b, int64_t j, int64_t part = 0, int64_t parts = 1) {
   if (j >= b.count()) return {};
   const int64_t size = b.depth() * b.width(j), share = round_up((size + parts - 1) / parts, 64 / int64_t(sizeof(T))), begin = part * share;
   return {b.panel(j) + begin, std::min(share, size - begin) * int64_t(sizeof(T))};
 }
 template <class T>
-amx::Range range(const T* p, int64_t count) { return {p, count * int64_t(sizeof(T))}; }
+Range range(const T* p, int64_t count) { return {p, count * int64_t(sizeof(T))}; }
 template <class... R>
 Ahead ahead(const R&... ranges) {
   Ahead a;
@@ -127,7 +126,7 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, i
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {}, bool past_cache = false);
 
-// acc [columns, width] (+)= (s t)^T in by the own kernel, which needs no other layout of `in` [rows, width] but clears its padded_rows(rows) beyond `rows`.
+// acc [columns, width] (+)= (s t)^T in by an own kernel, which needs no other layout of `in` [rows, width] but, in bf16, clears its padded_rows(rows) beyond `rows`.
 // columns a multiple of 16; s null: ones. False, and nothing done, where there is no such kernel.
 template <class T>
 bool outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate);

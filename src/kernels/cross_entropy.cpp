@@ -23,7 +23,8 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
   const Panels<T> forward = head.template forward<T>(), backward = dh.defined() ? head.template backward<T>() : Panels<T>{};
   // Rows off the powers of two, which would put them into few sets of the caches.
   const int64_t V = forward.n, ld_logits = round_up(V, kPanel) + 16, ld_d = copied_depth<T>(round_up(V, kDepth)), Dp = round_up(D, kPanel) + 16;
-  const int64_t chunk = std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256);
+  const int64_t share = round_up((rows + at::get_num_threads() - 1) / at::get_num_threads(), 32);  // few rows: something for every thread
+  const int64_t chunk = std::min(share, std::clamp<int64_t>(kBytes / (V * 6) / 32 * 32, 32, 256));
   const int64_t* target = targets.const_data_ptr<int64_t>();
   std::vector<double> loss(rows);
   for_each_task((rows + chunk - 1) / chunk, [&](int64_t task, Scratch& scratch) {

@@ -30,25 +30,45 @@ std::pair<const T*, int64_t> left_operand(const T* rows, int64_t K, int64_t coun
   return {copy, ld};
 }
 
+// Blocks of rows, and of columns where the rows alone would leave threads without work.
+struct Cut {
+  int64_t rows, panels, parts;  // all rows; all panels of 64 columns, and in how many parts
+  Cut(int64_t rows, int64_t panels) : rows(rows), panels(panels), parts(std::clamp<int64_t>(2 * at::get_num_threads() / row_blocks(), 1, panels)) {}
+  int64_t row_blocks() const { return (rows + kRows - 1) / kRows; }
+  int64_t tasks() const { return row_blocks() * parts; }
+  int64_t begin(int64_t task) const { return task / parts * kRows; }
+  int64_t count(int64_t task) const { return std::min(kRows, rows - begin(task)); }
+  std::pair<int64_t, int64_t> range(int64_t task) const { return {task % parts * panels / parts, (task % parts + 1) * panels / parts}; }
+};
+
 // y_i = x W_i^T for frozen W_i with panels; no bias.
 template <class T>
 std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
   const int64_t rows = x.size(0), K = x.size(1);
   std::vector<Panels<T>> panels;
   std::vector<at::Tensor> out;
-  for (const auto& p : node.panels) {
-    panels.push_back(p->template forward<T>());
+  struct Place {
+    size_t weight;
+    int64_t panel;
+  };
+  std::vector<Place> places;
+  for (size_t w = 0; w < node.panels.size(); ++w) {
+    panels.push_back(node.panels[w]->template forward<T>());
     out.push_back(at::empty({rows, panels.back().n}, x.options()));
+    for (int64_t j = 0; j < panels.back().count(); ++j) places.push_back({w, j});
   }
-  for_each_task((rows + kRows - 1) / kRows, [&](int64_t task, Scratch& scratch) {
-    const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+  const Cut cut(rows, int64_t(places.size()));
+  for_each_task(cut.tasks(), [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = cut.begin(task), count = cut.count(task);
     const auto [in, ld_in] = left_operand(data<T>(x) + begin * K, K, count, scratch);
     float* room = scratch.take<float>(kBlock * kPanel);
-    for (size_t w = 0; w < panels.size(); ++w)
-      for (int64_t j = 0; j < panels[w].count(); ++j) {
-        const Term<T> term{in, ld_in, &panels[w], j};
-        sum_of_products(count, &term, 1, mutable_data<T>(out[w]) + begin * panels[w].n + j * kPanel, panels[w].n, panels[w].columns(j), room, ahead(panel_range(panels[w], j + 1)));
-      }
+    const auto [first, last] = cut.range(task);
+    for (int64_t i = first; i < last; ++i) {
+      const auto [w, j] = places[i];
+      const Term<T> term{in, ld_in, &panels[w], j};
+      const Range next = i + 1 < last ? panel_range(panels[places[i + 1].weight], places[i + 1].panel) : Range();
+      sum_of_products(count, &term, 1, mutable_data<T>(out[w]) + begin * panels[w].n + j * kPanel, panels[w].n, panels[w].columns(j), room, ahead(next));
+    }
   });
   return out;
 }
@@ -65,18 +85,20 @@ at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t ro
   }
   if (in.empty()) return {};
   at::Tensor dx = at::empty({rows, K}, options);
-  for_each_task((rows + kRows - 1) / kRows, [&](int64_t task, Scratch& scratch) {
-    const int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+  const Cut cut(rows, (K + kPanel - 1) / kPanel);
+  for_each_task(cut.tasks(), [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = cut.begin(task), count = cut.count(task);
     std::vector<Term<T>> terms;
     for (size_t w = 0; w < in.size(); ++w) {
       const auto [a, lda] = left_operand(data<T>(in[w]) + begin * in[w].size(1), in[w].size(1), count, scratch);
       terms.push_back({a, lda, &panels[w], 0});
     }
     float* room = scratch.take<float>(kBlock * kPanel);
-    for (int64_t j = 0; j * kPanel < K; ++j) {
+    const auto [first, last] = cut.range(task);
+    for (int64_t j = first; j < last; ++j) {
       for (auto& term : terms) term.j = j;
       sum_of_products(count, terms.data(), int64_t(terms.size()), mutable_data<T>(dx) + begin * K + j * kPanel, K, std::min(kPanel, K - j * kPanel), room,
-                      sizeof(T) == 2 ? ahead(panel_range(panels[0], j + 1)) : Ahead());
+                      j + 1 < last ? ahead(panel_range(panels[0], j + 1)) : Ahead());
     }
   });
   return dx;

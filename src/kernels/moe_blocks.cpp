@@ -177,7 +177,7 @@ class Forward {
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
         const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (kJointThin<T> ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
         const bool last = j + 1 == gate.count();
-        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last && sizeof(T) == 2 ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
+        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
         sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
         loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
         if (columns < padded_depth<T>(columns))

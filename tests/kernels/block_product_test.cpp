@@ -73,38 +73,44 @@ TEST(BlockProduct, PastTheCacheTheBitsAreTheSame) {
 }
 
 // A row's bits do not depend on how many rows are beside it.
-TEST(BlockProduct, ARowsBitsAreItsOwn) {
-  const auto dtype = at::kBFloat16;
+template <class T>
+void rows_bits_are_their_own() {
+  const auto dtype = kTypeOf<T>;
   if (!has_block_products(dtype)) GTEST_SKIP() << "no micro-kernel for this type here";
   const int64_t m = 150, k = 272, n = 80;
-  const at::Tensor plain = randn({m, k}, 1, dtype), w = randn({n, k}, 2, dtype), memory = at::empty({Panels<bf16>::elements(k, n)}, plain.options()), a = left<bf16>(plain);
-  const Panels<bf16> b = pack_transposed(data<bf16>(w), k, k, n, mutable_data<bf16>(memory));
+  const at::Tensor plain = randn({m, k}, 1, dtype), w = randn({n, k}, 2, dtype), memory = at::empty({Panels<T>::elements(k, n)}, plain.options()), a = left<T>(plain);
+  const Panels<T> b = pack_transposed(data<T>(w), k, k, n, mutable_data<T>(memory));
   at::Tensor all = at::empty({padded_rows(m), padded_width(n)}, at::kFloat);
-  product(m, data<bf16>(a), a.size(1), b, mutable_data<float>(all), all.size(1), false);
+  product(m, data<T>(a), a.size(1), b, mutable_data<float>(all), all.size(1), false);
   for (const int64_t r : {0, 15, 31, 77, 149}) {
-    const at::Tensor row = left<bf16>(plain.narrow(0, r, 1)), c = at::empty({16, padded_width(n)}, at::kFloat);
-    product(1, data<bf16>(row), row.size(1), b, mutable_data<float>(c), c.size(1), false);
+    const at::Tensor row = left<T>(plain.narrow(0, r, 1)), c = at::empty({16, padded_width(n)}, at::kFloat);
+    product(1, data<T>(row), row.size(1), b, mutable_data<float>(c), c.size(1), false);
     EXPECT_TRUE(at::equal(c[0].narrow(0, 0, n), all[r].narrow(0, 0, n))) << "row " << r;
   }
   release_tiles();
 }
+TEST(BlockProduct, ARowsBitsAreItsOwnInFloat) { rows_bits_are_their_own<float>(); }
+TEST(BlockProduct, ARowsBitsAreItsOwnInBfloat16) { rows_bits_are_their_own<bf16>(); }
 
-TEST(BlockProduct, OuterProductMatchesPlain) {
+template <class T>
+void outer_products_match() {
   for (const int64_t rows : {1, 16, 40, 700})
     for (const int64_t width : {2, 34, 64, 100})
       for (const bool scaled : {false, true}) {
-        const at::Tensor t = randn({rows, 32}, 1, at::kBFloat16), in = randn({rows, width}, 2, at::kBFloat16), s = randn({rows}, 3, at::kFloat);
-        at::Tensor padded = at::full({padded_rows(rows), copied_depth<bf16>(width)}, NAN, in.options()), acc = at::zeros({32, padded_width(width)}, at::kFloat);
+        const at::Tensor t = randn({rows, 32}, 1, kTypeOf<T>), in = randn({rows, width}, 2, kTypeOf<T>), s = randn({rows}, 3, at::kFloat);
+        at::Tensor padded = at::full({padded_rows(rows), copied_depth<T>(width)}, NAN, in.options()), acc = at::zeros({32, padded_width(width)}, at::kFloat);
         padded.narrow(0, 0, rows).narrow(1, 0, width).copy_(in);
         for (const bool accumulate : {false, true})
-          if (!outer_product(rows, data<bf16>(t), 32, scaled ? data<float>(s) : nullptr, 32, mutable_data<bf16>(padded), padded.size(1), width, mutable_data<float>(acc), acc.size(1), accumulate))
+          if (!outer_product(rows, data<T>(t), 32, scaled ? data<float>(s) : nullptr, 32, mutable_data<T>(padded), padded.size(1), width, mutable_data<float>(acc), acc.size(1), accumulate))
             GTEST_SKIP() << "no kernel of our own here";
-        const at::Tensor left = scaled ? (t.to(at::kFloat) * s.unsqueeze(1)).to(at::kBFloat16) : t;
+        const at::Tensor left = scaled ? (t.to(at::kFloat) * s.unsqueeze(1)).to(kTypeOf<T>) : t;
         const at::Tensor exact = at::matmul(left.to(at::kDouble).t(), in.to(at::kDouble)) * 2;
         EXPECT_LT(distance(acc.narrow(1, 0, width), exact), 1e-6 * double(rows) * 16 + 1e-5) << rows << " " << width;
       }
   release_tiles();
 }
+TEST(BlockProduct, OuterProductMatchesPlainInFloat) { outer_products_match<float>(); }
+TEST(BlockProduct, OuterProductMatchesPlainInBfloat16) { outer_products_match<bf16>(); }
 
 }  // namespace
 }  // namespace moegraft::kernels
