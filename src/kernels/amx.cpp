@@ -303,7 +303,7 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
   alignas(64) float even[2][kRows * kRows], odd[2][kRows * kRows];
   for (int64_t first = 0; first < rows; first += kMost) {
     const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows, ld_a = depth + 16;
-    const bool add = accumulate || first > 0, past_cache = !add && rows <= kMost && !(reinterpret_cast<size_t>(acc) % 64) && ld_acc % 16 == 0;  // read much later
+    const bool add = accumulate || first > 0;
     for (int64_t c = 0; c < columns; c += kRows) {
       uint32_t* a = pairs + 16;
       for (int64_t r = 0; r < depth; r += kRows) {
@@ -349,17 +349,14 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
             const int64_t left = width - w - half * 32;
             __m512 x = _mm512_permutex2var_ps(e, low, o), y = _mm512_permutex2var_ps(e, high, o);
             if (add) x = _mm512_add_ps(x, _mm512_loadu_ps(to));
-            if (past_cache) _mm512_stream_ps(to, x);
-            else _mm512_storeu_ps(to, x);
+            _mm512_storeu_ps(to, x);
             if (left <= 16) continue;
             if (add) y = _mm512_add_ps(y, _mm512_loadu_ps(to + 16));
-            if (past_cache) _mm512_stream_ps(to + 16, y);
-            else _mm512_storeu_ps(to + 16, y);
+            _mm512_storeu_ps(to + 16, y);
           }
       }
     }
   }
-  _mm_sfence();
 }
 
 }  // namespace moegraft::kernels::amx

@@ -8,6 +8,7 @@
 
 #include "block_product.h"
 #include "moe.h"
+#include "moe_factor_gradients.h"
 #include "moe_factors.h"
 #include "moegraft/base/check.h"
 #include "panels.h"
@@ -30,10 +31,6 @@ int64_t even_part(const MoeProblem& p, int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
   return std::min(most, round_up((count + parts - 1) / parts, block_rows(p.x_XD.scalar_type())));
 }
-
-struct Strip {
-  int64_t expert, group, begin, end;
-};
 
 // Cut by sizes and thread count alone. Long ranges are split so that threads can share one expert.
 std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& offsets) {
@@ -113,10 +110,10 @@ class Forward {
  public:
   Forward(const MoeProblem& p, bool save, bool keep_hidden) : p_(p), save_(save), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
-    adapters_ = prepare_adapters<T>(p, offsets_, false);
+    sets_ = rank_sets<T>(p);
     const int64_t R = p.dispatch.num_rows(), F = p.expert_width();
     int64_t gu = 0, d = 0;
-    for (const auto& set : adapters_.sets) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
+    for (const auto& set : sets_) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
     const auto options = p.x_XD.options();
     const int64_t kept = save ? R : 0;
     saved_ = {at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, gu}, options), at::empty({kept, d}, options)};
@@ -130,8 +127,9 @@ class Forward {
     for_each_task(int64_t(strips.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips[i];
       Buffers b(p_, scratch);
+      const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
       const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
-      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), b);
+      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), b);
     });
     MoeForward out;
     out.out_XD = sum_rows<T>(p_, y_RD_, true);
@@ -150,19 +148,18 @@ class Forward {
       u = s.take<float>(kBlock * kPanel);
       g_T = s.take<T>(kBlock * kPanel);
       u_T = s.take<T>(kBlock * kPanel);
-          }
+    }
     int64_t ld_x, ld_h;
     T *x, *h, *t, *g_T, *u_T;
     float *g, *u;
   };
 
-  void chunk(const Strip& s, int64_t begin, int64_t rows, Buffers& b) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
+  void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, Buffers& b) const {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
     const ExpertPanels& w = *p_.weights.panels;
     const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
-    const RankSet& set = adapters_.sets[s.group];
-    const FactorPanels<T>& f = adapters_.of[s.expert * M + s.group];
+    const RankSet& set = sets_[s.group];
     gather(data<T>(p_.x_XD), data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows, D, b.ld_x, b.x);
 
     const int64_t gu = set.gate_up();
@@ -176,9 +173,10 @@ class Forward {
         const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
         const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (kJointThin<T> ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
+        // In the order of use: up's panel beside the first product of gate's, then gate's next one.
         const bool last = j + 1 == gate.count();
-        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
-        sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(panel_range(up, j + 1, r / step, blocks)));
+        sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, r == 0 ? ahead(panel_range(up, j)) : Ahead());
+        sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
         loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
@@ -202,7 +200,7 @@ class Forward {
   const MoeProblem& p_;
   bool save_;
   std::vector<int64_t> offsets_;
-  Adapters<T> adapters_;
+  std::vector<RankSet> sets_;
   std::vector<at::Tensor> saved_;
   Saved<T> view_;
   at::Tensor y_RD_, hidden_RF_;
@@ -239,11 +237,6 @@ void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t column
   }
 }
 
-// Where a strip's factor gradients are summed, float32, factors transposed to [columns, width].
-struct FactorSums {
-  std::array<float*, kSites> A{}, B{};
-};
-
 template <class T>
 class Backward {
  public:
@@ -251,7 +244,7 @@ class Backward {
       : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
     if (p.weights.panels->stores_backward()) p.weights.panels->template prepare_backward<T>();
-    adapters_ = prepare_adapters<T>(p, offsets_, true);
+    sets_ = rank_sets<T>(p);
     view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
     const int64_t R = p.dispatch.num_rows();
     if (needs.x) dx_RD_ = at::empty({R, p.model_width()}, p.x_XD.options());
@@ -265,21 +258,24 @@ class Backward {
 
   MoeGradients run() {
     strips_ = make_strips(p_, offsets_);
-    reserve_sums();
+    MoeGradients g;
+    FactorGradients factors(p_, needs_, sets_, strips_, g);
     for_each_task(int64_t(strips_.size()), [&](int64_t i, Scratch& scratch) {
       const Strip& s = strips_[i];
       Buffers b(p_, scratch);
+      const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, true, scratch);
+      const FactorSums sums = factors.sums_of(i, scratch);
       const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
-      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, at, std::min(part, s.end - at), sums_[i], at > s.begin, b);
+      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), sums, at > s.begin, b);
+      factors.finish_strip(i, sums);
     });
-    MoeGradients g;
+    factors.finish();
     if (needs_.x) g.x_XD = sum_rows<T>(p_, dx_RD_, false);
     if (needs_.weights) {
       g.weights_XK = at::empty_like(p_.weights_XK);
       const int32_t* row = data<int32_t>(p_.dispatch.row_of_slot_TK);
       for (int64_t i = 0; i < g.weights_XK.numel(); ++i) mutable_data<float>(g.weights_XK)[i] = row[i] < 0 ? 0.0f : dweight_R_[row[i]];
     }
-    factor_gradients(g);
     return g;
   }
 
@@ -327,33 +323,9 @@ class Backward {
     return {turned, 0};
   }
 
-  void reserve_sums() {
-    const int64_t D = padded_width(p_.model_width()), F = padded_width(p_.expert_width());
-    sums_.resize(strips_.size());
-    if (!any_factor_) return;
-    const auto size = [&](const RankSet& set) { return set.empty() ? 0 : set.gate_up() * (D + F) + set.columns[kDown] * (D + F); };
-    int64_t total = 0;
-    for (const auto& s : strips_) total += size(adapters_.sets[s.group]);
-    memory_ = at::empty({total}, at::kFloat);
-    float* at = mutable_data<float>(memory_);
-    for (size_t i = 0; i < strips_.size(); ++i) {
-      const RankSet& set = adapters_.sets[strips_[i].group];
-      if (set.empty()) continue;
-      for (int site = 0; site < kSites; ++site) {  // gate's and up's A lie together: one product fills both
-        sums_[i].A[site] = at;
-        at += set.columns[site] * (site == kDown ? F : D);
-      }
-      for (int site = 0; site < kSites; ++site) {
-        sums_[i].B[site] = at;
-        at += set.columns[site] * (site == kDown ? D : F);
-      }
-    }
-  }
-
-  void chunk(const Strip& s, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups, step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
-    const RankSet& set = adapters_.sets[s.group];
-    const FactorPanels<T>& f = adapters_.of[s.expert * M + s.group];
+  void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
+    const RankSet& set = sets_[s.group];
     const int64_t gu = set.gate_up(), d = set.columns[kDown];
     const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
     gather(data<T>(dout_), token, rows, D, b.ld_d, b.dy);
@@ -402,59 +374,15 @@ class Backward {
     }
   }
 
-  // The strips' sums in strip order, put into the factors' shapes.
-  void factor_gradients(MoeGradients& g) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), M = p_.dispatch.num_groups;
-    struct Job {
-      int site;
-      int64_t term;
-    };
-    std::vector<Job> jobs;
-    for (int s = 0; s < kSites; ++s)
-      for (size_t i = 0; i < p_.terms[s].size(); ++i) {
-        g.factors[s].emplace_back();
-        if (!needs_.factors[s][i]) continue;
-        g.factors[s].back() = {at::empty_like(p_.terms[s][i].A_EPX), at::empty_like(p_.terms[s][i].B_EXP)};
-        jobs.push_back({s, int64_t(i)});
-      }
-    std::vector<std::vector<size_t>> strips_of(p_.dispatch.num_experts);
-    for (size_t i = 0; i < strips_.size(); ++i)
-      if (sums_[i].A[kGate]) strips_of[strips_[i].expert].push_back(i);
-    const int64_t E = p_.dispatch.num_experts;
-    at::parallel_for(0, int64_t(jobs.size()) * E, 1, [&](int64_t from, int64_t to) {
-      for (int64_t n = from; n < to; ++n) {
-        const Job& job = jobs[n / E];
-        const int64_t e = n % E, in = job.site == kDown ? F : D, out = job.site == kDown ? D : F, rank = p_.terms[job.site][job.term].A_EPX.size(1);
-        const float scale = float(p_.terms[job.site][job.term].scale);
-        float* A = mutable_data<float>(g.factors[job.site][job.term].first) + e * rank * in;
-        float* B = mutable_data<float>(g.factors[job.site][job.term].second) + e * out * rank;
-        bool first = true;
-        for (const size_t i : strips_of[e]) {
-          const auto& terms = adapters_.sets[strips_[i].group].terms[job.site];
-          const auto it = std::find_if(terms.begin(), terms.end(), [&](const RankSet::Term& t) { return t.index == job.term; });
-          if (it == terms.end()) continue;
-          for (int64_t c = 0; c < rank; ++c) {
-            const float *a = sums_[i].A[job.site] + (it->first + c) * padded_width(in), *b = sums_[i].B[job.site] + (it->first + c) * padded_width(out);
-            for (int64_t k = 0; k < in; ++k) A[c * in + k] = first ? a[k] : A[c * in + k] + a[k];
-            for (int64_t k = 0; k < out; ++k) B[k * rank + c] = first ? scale * b[k] : B[k * rank + c] + scale * b[k];
-          }
-          first = false;
-        }
-        if (first) std::fill_n(A, rank * in, 0.0f), std::fill_n(B, out * rank, 0.0f);
-      }
-    });
-  }
-
   const MoeProblem& p_;
   const MoeNeeds& needs_;
   at::Tensor dout_;
   std::vector<int64_t> offsets_;
-  Adapters<T> adapters_;
+  std::vector<RankSet> sets_;
   Saved<T> view_;
-  at::Tensor dx_RD_, memory_;
+  at::Tensor dx_RD_;
   std::vector<float> weight_R_, dweight_R_;
   std::vector<Strip> strips_;
-  std::vector<FactorSums> sums_;
   bool any_factor_ = false, large_;
 };
 

@@ -39,6 +39,14 @@ RankSet rank_set(const MoeProblem& p, int64_t group) {
   return set;
 }
 
+// By group.
+template <class T>
+std::vector<RankSet> rank_sets(const MoeProblem& p) {
+  std::vector<RankSet> sets;
+  for (int64_t m = 0; m < p.dispatch.num_groups; ++m) sets.push_back(rank_set<T>(p, m));
+  return sets;
+}
+
 // Whether gate's and up's B take both's thin products, with zeros for the other's: a step of the bf16 micro-kernel is 32 deep anyway.
 template <class T>
 constexpr bool kJointThin = sizeof(T) == 2;
@@ -72,10 +80,13 @@ inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64
   }
 }
 
+// Made by the task that uses them: they stay in its cache, and nothing of size experts x rank is written to memory.
 template <class T>
-FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, T* out, Scratch& scratch) {
-  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], u = set.columns[kUp], d = set.columns[kDown];
+FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, Scratch& scratch) {
   FactorPanels<T> f;
+  if (set.empty()) return f;
+  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], u = set.columns[kUp], d = set.columns[kDown];
+  T* out = scratch.take<T>(factor_elements<T>(set, D, F, backward));
   float *A_gu = scratch.take<float>(gu * D), *A_d = scratch.take<float>(d * F);
   float *B_g = scratch.take<float>(F * gu), *B_u = scratch.take<float>(F * gu), *B_d = scratch.take<float>(D * d);
   concatenate(p, set, kGate, expert, A_gu, B_g, D, F, gu);
@@ -103,33 +114,6 @@ FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t ex
     f.A_out[1] = place(pack_plain_float<T>(A_d, F, d, F, out));
   }
   return f;
-}
-
-// All sets and their panels for one call.
-template <class T>
-struct Adapters {
-  std::vector<RankSet> sets;        // by group
-  std::vector<FactorPanels<T>> of;  // [expert * groups + group]
-  at::Tensor memory;
-};
-
-template <class T>
-Adapters<T> prepare_adapters(const MoeProblem& p, const std::vector<int64_t>& offsets, bool backward) {
-  const int64_t D = p.model_width(), F = p.expert_width(), E = p.dispatch.num_experts, M = p.dispatch.num_groups;
-  Adapters<T> a;
-  a.of.resize(E * M);
-  std::vector<int64_t> begin(E * M + 1, 0);
-  for (int64_t m = 0; m < M; ++m) a.sets.push_back(rank_set<T>(p, m));
-  for (int64_t b = 0; b < E * M; ++b) {
-    const RankSet& set = a.sets[b % M];
-    begin[b + 1] = begin[b] + (set.empty() || offsets[b] == offsets[b + 1] ? 0 : factor_elements<T>(set, D, F, backward));
-  }
-  if (begin.back() == 0) return a;
-  a.memory = at::empty({begin.back()}, at::TensorOptions(kTypeOf<T>));
-  for_each_task(E * M, [&](int64_t b, Scratch& scratch) {
-    if (begin[b] < begin[b + 1]) a.of[b] = pack_factors<T>(p, a.sets[b % M], b / M, backward, mutable_data<T>(a.memory) + begin[b], scratch);
-  });
-  return a;
 }
 
 }  // namespace moegraft::kernels
