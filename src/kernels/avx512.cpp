@@ -57,6 +57,7 @@ struct Block {
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) acc[i][w] = _mm512_setzero_ps();
+    int64_t asked = 0;  // rows of C whose lines are on their way: stores that miss would hold up the next block
     for (int64_t t = 0; t < count; ++t) {
       const Term& term = terms[t];
       Rows a;
@@ -73,6 +74,11 @@ struct Block {
         for (int u = 0; u < kSteps; ++u) step(acc, a, k + u, b + u * ldb, to.last);
         b += kSteps * ldb;
         fetching.some();
+        if (asked < R) {
+#pragma GCC unroll 4
+          for (int w = 0; w < W; ++w) _mm_prefetch(to.c + asked * to.ldc + w * kVector, _MM_HINT_T0);
+          ++asked;
+        }
       }
       for (; k < term.depth; ++k, b += ldb) step(acc, a, k, b, to.last);
     }
