@@ -6,13 +6,14 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
+#include "moegraft/parallel/part.h"
 #include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
 
 Team::Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry)
-    : mesh_(mesh), registry_(registry), lockstep_(mesh.expert_size() > 1 || (config.shard_base && mesh.data_size() > 1)) {
+    : mesh_(mesh), registry_(registry), lockstep_(parallel::lockstep(mesh, config.shard_base)) {
   if (alone()) return;
   reducer_.emplace(registry, mesh_, int64_t(config.bucket_mib * double(1 << 20)));
   if (config.shard_optimizer) updates_.emplace(registry, mesh_);

@@ -14,6 +14,7 @@
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
 #include "moegraft/parallel/gradients.h"
+#include "moegraft/parallel/part.h"
 #include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/parallel/updates.h"
 #include "moegraft/train/optimizer.h"
@@ -283,7 +284,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   forward.gate = gate;
   forward.recompute_layers = o.recompute;
   forward.frozen_prefix = !o.whole_backward;
-  forward.lockstep = mesh.expert_size() > 1 || (o.shard_base && mesh.data_size() > 1);
+  forward.lockstep = parallel::lockstep(mesh, o.shard_base);
   o.model.codes = o.image_share > 0 || gate == model::Gate::none ? o.codes : 0;
   if (gate == model::Gate::none) o.model.rank = 0;
   graft::GraftedModel m = open_model(o.model, &mesh, o.shard_base);
