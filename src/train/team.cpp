@@ -1,4 +1,4 @@
-#include "team.h"
+#include "moegraft/train/team.h"
 
 #include "libtorch.h"
 
@@ -64,15 +64,15 @@ void Team::sum_in_place(at::Tensor& tensor, const char* what) {
   if (!alone()) mesh_.world->all().all_reduce(tensor, what).wait();
 }
 
-distributed::Traffic Team::take_traffic(model::WeightProvider& weights) {
-  distributed::Traffic sum;
-  if (alone()) return sum;
-  sum += mesh_.world->all().take_traffic();
-  sum += mesh_.expert->take_traffic();
-  sum += mesh_.data->take_traffic();
-  sum += reducer_->take_traffic();
-  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) sum += sharded->take_traffic();
-  return sum;
+std::map<std::string, distributed::Traffic> Team::take_traffic(model::WeightProvider& weights) {
+  std::map<std::string, distributed::Traffic> all;
+  if (alone()) return all;
+  all["gradients"] = reducer_->take_traffic();
+  all["experts"] = mesh_.expert->take_traffic();
+  all["updates"] = mesh_.world->all().take_traffic();
+  all["updates"] += mesh_.data->take_traffic();
+  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) all["base"] = sharded->take_traffic();
+  return all;
 }
 
 void Team::beat(int64_t step) {

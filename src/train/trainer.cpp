@@ -21,9 +21,9 @@
 #include "moegraft/model/device.h"
 #include "moegraft/train/schedule.h"
 #include "moegraft/train/signals.h"
+#include "moegraft/train/team.h"
 #include "samples.h"
 #include "startup.h"
-#include "team.h"
 
 namespace moegraft::train {
 namespace {
@@ -177,9 +177,10 @@ class Trainer {
     state_.tokens_seen += step_batch.num_tokens;
     ++state_.step;
     window_step_ += seconds_since(start);
-    const distributed::Traffic traffic = team_.take_traffic(*model_.decoder->base().weights);
-    window_exchange_ += traffic.wait_seconds;
-    window_bytes_ += traffic.bytes;
+    for (const auto& [purpose, traffic] : team_.take_traffic(*model_.decoder->base().weights)) {
+      window_exchange_ += traffic.wait_seconds;
+      window_bytes_ += traffic.bytes;
+    }
     ++window_steps_;
   }
 
