@@ -150,7 +150,7 @@ class Forward {
       u = s.take<float>(kBlock * kPanel);
       g_T = s.take<T>(kBlock * kPanel);
       u_T = s.take<T>(kBlock * kPanel);
-          }
+    }
     int64_t ld_x, ld_h;
     T *x, *h, *t, *g_T, *u_T;
     float *g, *u;
