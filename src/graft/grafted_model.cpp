@@ -13,8 +13,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
-#include "moegraft/parallel/dispatcher.h"
-#include "moegraft/parallel/sharded_weights.h"
+#include "moegraft/parallel/part.h"
 #include "moegraft/run/run_dir.h"
 
 namespace moegraft::graft {
@@ -170,14 +169,15 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.decoder = std::make_unique<model::Decoder>(std::move(base));
   } else {
     m.base_path = config.model.path;
-    const auto dispatcher = options.mesh ? parallel::make_dispatcher(*options.mesh, config.parallel.shard_base) : std::make_shared<model::LocalDispatcher>();
-    const int64_t total = options.mesh ? model::read_spec(config.model.path).num_experts : 0;
-    if (options.mesh && options.mesh->expert_size() > 1) experts = dispatcher->local_experts(total);
-    model::LoadOptions load{dtype, device, config.model.offload == "experts", experts.first, experts.second, {}};
-    if (options.mesh && options.mesh->data_size() > 1 && config.parallel.shard_base)
-      load.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<parallel::ShardedWeights>(std::move(rest), *options.mesh); };
-    m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, load));
-    m.decoder->set_dispatcher(dispatcher);
+    const model::LoadOptions load{dtype, device, config.model.offload == "experts"};
+    if (options.mesh) {
+      parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
+      experts = part.experts;
+      m.decoder = std::make_unique<model::Decoder>(std::move(part.base));
+      m.decoder->set_dispatcher(std::move(part.dispatcher));
+    } else {
+      m.decoder = std::make_unique<model::Decoder>(model::load_base(config.model.path, load));
+    }
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   }
   add_vocabulary(m, config, options.with_codecs);

@@ -3,12 +3,41 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 
 #include "moegraft/base/check.h"
 
 namespace moegraft::model {
 
-ExpertRing::ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers) : rest_(std::move(rest)), ring_(size_t(buffers)) {
+int64_t RingOrder::find(int64_t layer) const {
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (slots_[i].layer == layer) return int64_t(i);
+  return -1;
+}
+
+// An empty buffer, else the one whose layer was asked for longest ago; one that waits to be asked for only when all do.
+RingOrder::Place RingOrder::prefetch(int64_t layer) {
+  if (const int64_t i = find(layer); i >= 0) {
+    slots_[size_t(i)].awaited = true;
+    return {i};
+  }
+  const auto least = std::min_element(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) {
+    return std::tuple(a.layer >= 0, a.awaited, a.used) < std::tuple(b.layer >= 0, b.awaited, b.used);
+  });
+  least->layer = layer;
+  return {least - slots_.begin(), true, std::exchange(least->awaited, true)};
+}
+
+int64_t RingOrder::use(int64_t layer) {
+  const int64_t i = find(layer);
+  MOEGRAFT_INVARIANT(i >= 0, "RingOrder: layer ", layer, " is in no buffer");
+  slots_[size_t(i)].awaited = false;
+  slots_[size_t(i)].used = ++clock_;
+  return i;
+}
+
+ExpertRing::ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers) : rest_(std::move(rest)), order_(buffers), buffers_(size_t(buffers)) {
   MOEGRAFT_INVARIANT(rest_ && buffers >= 2, "ExpertRing: ", buffers, " buffers; one computes while another is filled");
 }
 
@@ -31,55 +60,37 @@ std::vector<at::Tensor> ExpertRing::declare_layer(const ExpertWeights& experts, 
   return parts;
 }
 
-int64_t ExpertRing::find(int64_t layer) const {
-  for (size_t i = 0; i < ring_.size(); ++i)
-    if (ring_[i].layer == layer) return int64_t(i);
-  return -1;
-}
-
-// An empty buffer, else the one whose layer was asked for longest ago; one that waits to be asked for only when all do.
-int64_t ExpertRing::choose() const {
-  const auto least = std::min_element(ring_.begin(), ring_.end(), [](const Slot& a, const Slot& b) {
-    return std::tuple(a.layer >= 0, a.awaited, a.used) < std::tuple(b.layer >= 0, b.awaited, b.used);
-  });
-  return least - ring_.begin();
-}
-
-void ExpertRing::fill(int64_t index, int64_t layer) {
+void ExpertRing::fill(int64_t slot, int64_t layer) {
   const at::NoGradGuard no_grad;
-  Slot& slot = ring_[size_t(index)];
-  if (slot.awaited) await(index);  // it may still be on its way
-  const bool held = slot.buffer.defined() && slot.buffer.storage().use_count() > 1;
+  at::Tensor& buffer = buffers_[size_t(slot)];
+  const bool held = buffer.defined() && buffer.storage().use_count() > 1;
   if (held) ++traffic_.replaced;
-  if (held || !slot.buffer.defined() || slot.buffer.numel() < largest_) slot.buffer = at::empty({largest_}, at::TensorOptions(dtype()).device(device()));
-  slot.layer = layer;
-  slot.awaited = true;
+  if (held || !buffer.defined() || buffer.numel() < largest_) buffer = at::empty({largest_}, at::TensorOptions(dtype()).device(device()));
   ++traffic_.copies;
-  fetch(layer, index, slot.buffer);
+  fetch(layer, slot, buffer);
 }
 
 void ExpertRing::prefetch(int64_t layer) {
   if (layer < 0 || layer >= int64_t(layers_.size()) || layers_[size_t(layer)].experts == 0) return;
-  if (const int64_t i = find(layer); i >= 0) ring_[size_t(i)].awaited = true;
-  else fill(choose(), layer);
+  const RingOrder::Place place = order_.prefetch(layer);
+  if (place.under_way) await(place.slot);
+  if (place.fetch) fill(place.slot, layer);
 }
 
 ExpertWeights ExpertRing::experts(int64_t index, int64_t first, int64_t count) {
   const Shape& layer = layers_.at(size_t(index));
   MOEGRAFT_INVARIANT(first >= layer.first && count > 0 && first + count <= layer.first + layer.experts, "experts ", first, "+", count, " of ", layer.first, "+", layer.experts);
-  if (find(index) < 0) {
+  if (order_.find(index) < 0) {
     ++traffic_.late;
     prefetch(index);
   }
-  const int64_t at = find(index);
-  Slot& slot = ring_[size_t(at)];
-  slot.awaited = false;
-  slot.used = ++clock_;
-  await(at);
+  const int64_t slot = order_.use(index);
+  await(slot);
+  const at::Tensor& buffer = buffers_[size_t(slot)];
   ExpertWeights out;
   out.first = first;
   const int64_t E = layer.experts, F = layer.width, D = layer.depth;
-  const at::Tensor gate_up = slot.buffer.narrow(0, 0, 2 * E * F * D).view({E, 2, F, D}), down = slot.buffer.narrow(0, 2 * E * F * D, E * F * D).view({E, D, F});
+  const at::Tensor gate_up = buffer.narrow(0, 0, 2 * E * F * D).view({E, 2, F, D}), down = buffer.narrow(0, 2 * E * F * D, E * F * D).view({E, D, F});
   for (int64_t e = first - layer.first; e < first - layer.first + count; ++e) {
     out.gate_FD.push_back(gate_up[e][0]);
     out.up_FD.push_back(gate_up[e][1]);

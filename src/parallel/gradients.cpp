@@ -14,8 +14,6 @@
 namespace moegraft::parallel {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // floats: every gradient begins on a cache line
-
 // Of "adapters.0.layers.7.gate.A" 7; -1 for what is in no layer and therefore used from the first layer on, or after the last.
 int64_t layer_of(const std::string& name) {
   const size_t at = name.find("layers.");
@@ -44,7 +42,7 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
     std::vector<size_t> parameters;
     int64_t numel = 0;
   } open[2];  // replicated, expert
-  const auto room = [&](size_t i) { return (all[i].tensor.numel() + kAlignment - 1) / kAlignment * kAlignment; };
+  const auto room_of = [&](size_t i) { return room(all[i].tensor.numel()); };
   const auto close = [&](int kind) {
     if (open[kind].parameters.empty()) return;
     Bucket bucket;
@@ -54,7 +52,7 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
     int64_t at_element = 0;
     for (const size_t i : bucket.parameters) {
       places_[i] = {true, buckets_.size(), bucket.flat.narrow(0, at_element, all[i].tensor.numel()).view(all[i].tensor.sizes()), false, false};
-      at_element += room(i);
+      at_element += room_of(i);
     }
     buckets_.push_back(std::move(bucket));
     open[kind] = {};
@@ -62,9 +60,9 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
   for (const size_t i : order) {
     if (!all[i].tensor.requires_grad()) continue;
     const int kind = all[i].sharding == "expert" ? 1 : 0;
-    if (open[kind].numel > 0 && (open[kind].numel + room(i)) * 4 > bucket_bytes) close(kind);
+    if (open[kind].numel > 0 && (open[kind].numel + room_of(i)) * 4 > bucket_bytes) close(kind);
     open[kind].parameters.push_back(i);
-    open[kind].numel += room(i);
+    open[kind].numel += room_of(i);
   }
   close(1);
   close(0);

@@ -12,8 +12,7 @@
 namespace moegraft::parallel {
 namespace {
 
-constexpr int64_t kTogether = int64_t{4} << 20;  // elements: what is smaller travels in a common buffer of about this size
-constexpr size_t kUnderWay = 4;                  // buffers at a time
+constexpr size_t kUnderWay = 4;  // buffers at a time
 
 struct Parcel {
   at::Tensor buffer;

@@ -31,7 +31,8 @@ std::string checksum_of_executable() {
 }  // namespace
 
 std::map<std::string, std::string> describe_environment(const std::string& device) {
-  return {{"binary", checksum_of_executable()},       {"libtorch", TORCH_VERSION},
+  static const std::string binary = checksum_of_executable();  // all of a large file: read once
+  return {{"binary", binary},                         {"libtorch", TORCH_VERSION},
           {"processor", processor_name()},            {"instructions", at::get_cpu_capability()},
           {"threads", std::to_string(at::get_num_threads())}, {"device", device}};
 }

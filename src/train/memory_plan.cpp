@@ -11,6 +11,7 @@
 #include "moegraft/data/deal.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/model/expert_ring.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/train/optimizer.h"
 
@@ -263,7 +264,7 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   plan.panels = count.panels();
   if (count.experts_visit() && count.sparse_layers() > 0) {
     const int64_t experts = count.sparse_layers() * count.experts_of_layer() * width;
-    plan.offload_buffers = 2 * count.experts_of_layer() * width;
+    plan.offload_buffers = model::kRingBuffers * count.experts_of_layer() * width;
     if (request.offload_experts) plan.host_experts = experts;
     else plan.base += experts / request.data_size;
   }

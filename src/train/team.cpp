@@ -1,4 +1,4 @@
-#include "team.h"
+#include "moegraft/train/team.h"
 
 #include "libtorch.h"
 
@@ -6,13 +6,14 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
+#include "moegraft/parallel/part.h"
 #include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
 
 Team::Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry)
-    : mesh_(mesh), registry_(registry), lockstep_(mesh.expert_size() > 1 || (config.shard_base && mesh.data_size() > 1)) {
+    : mesh_(mesh), registry_(registry), lockstep_(parallel::lockstep(mesh, config.shard_base)) {
   if (alone()) return;
   reducer_.emplace(registry, mesh_, int64_t(config.bucket_mib * double(1 << 20)));
   if (config.shard_optimizer) updates_.emplace(registry, mesh_);
@@ -63,15 +64,15 @@ void Team::sum_in_place(at::Tensor& tensor, const char* what) {
   if (!alone()) mesh_.world->all().all_reduce(tensor, what).wait();
 }
 
-distributed::Traffic Team::take_traffic(model::WeightProvider& weights) {
-  distributed::Traffic sum;
-  if (alone()) return sum;
-  sum += mesh_.world->all().take_traffic();
-  sum += mesh_.expert->take_traffic();
-  sum += mesh_.data->take_traffic();
-  sum += reducer_->take_traffic();
-  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) sum += sharded->take_traffic();
-  return sum;
+std::map<std::string, distributed::Traffic> Team::take_traffic(model::WeightProvider& weights) {
+  std::map<std::string, distributed::Traffic> all;
+  if (alone()) return all;
+  all["gradients"] = reducer_->take_traffic();
+  all["experts"] = mesh_.expert->take_traffic();
+  all["updates"] = mesh_.world->all().take_traffic();
+  all["updates"] += mesh_.data->take_traffic();
+  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) all["base"] = sharded->take_traffic();
+  return all;
 }
 
 void Team::beat(int64_t step) {

@@ -6,14 +6,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "moegraft/adapters/modality_lora.h"
+#include "moegraft/model/expert_ring.h"
+#include "moegraft/parallel/gradients.h"
+#include "moegraft/parallel/updates.h"
 
 namespace moegraft::train {
 namespace {
-
-constexpr int64_t kAlignment = 16;                    // floats that a gradient in a bucket begins on
-constexpr double kTogether = 4.0 * double(4 << 20);   // bytes of updates in one broadcast
 
 struct TrainedTensor {
   int64_t numel = 0;
@@ -49,7 +50,7 @@ void add_gradients(std::vector<Message>& out, const MemoryRequest& r, const std:
     };
     for (const auto& t : tensors) {
       if (t.expert != expert) continue;
-      const double room = 4.0 * double((t.numel + kAlignment - 1) / kAlignment * kAlignment);
+      const double room = 4.0 * double(parallel::GradientReducer::room(t.numel));
       if (bucket > 0 && bucket + room > bucket_bytes) close();
       bucket += room;
     }
@@ -72,30 +73,17 @@ void add_experts(std::vector<Message>& out, const MemoryRequest& r, int64_t micr
   add(backward, rows * 4 * K);                                         // gradients of the weights
 }
 
-// Layers that are gathered in a step: what the ring of buffers (model/expert_ring.h) still holds is not.
+// Layers that are gathered in a step: what the ring of buffers still holds is not.
 int64_t gathered_layers(const model::DecoderSpec& s, int64_t micro_batches) {
-  struct Slot {
-    int64_t layer = -1, used = 0;
-    bool awaited = false;
-  };
-  std::array<Slot, 2> ring;
-  int64_t clock = 0, fetched = 0;
-  const auto find = [&](int64_t l) { return std::find_if(ring.begin(), ring.end(), [&](const Slot& slot) { return slot.layer == l; }); };
+  model::RingOrder ring;
+  int64_t fetched = 0;
   const auto prefetch = [&](int64_t l) {
-    if (l < 0 || l >= s.num_layers || !s.layers[size_t(l)].sparse) return;
-    auto slot = find(l);
-    if (slot == ring.end()) {
-      slot = std::min_element(ring.begin(), ring.end(), [](const Slot& a, const Slot& b) { return std::tuple(a.layer >= 0, a.awaited, a.used) < std::tuple(b.layer >= 0, b.awaited, b.used); });
-      slot->layer = l;
-      ++fetched;
-    }
-    slot->awaited = true;
+    if (l >= 0 && l < s.num_layers && s.layers[size_t(l)].sparse) fetched += ring.prefetch(l).fetch;
   };
   const auto use = [&](int64_t l) {
     if (!s.layers[size_t(l)].sparse) return;
-    if (find(l) == ring.end()) prefetch(l);
-    find(l)->awaited = false;
-    find(l)->used = ++clock;
+    if (ring.find(l) < 0) prefetch(l);
+    ring.use(l);
   };
   const auto step = [&] {
     for (int64_t i = 0; i < micro_batches; ++i) {
@@ -124,7 +112,7 @@ void add_updates(std::vector<Message>& out, const MemoryRequest& r, const std::v
     for (const auto& t : tensors)
       if (t.expert == expert) bytes += 4.0 * double(t.numel);
     if (members == 1 || bytes == 0) continue;
-    const double calls = std::max(double(members), std::ceil(bytes / kTogether));
+    const double calls = std::max(double(members), std::ceil(bytes / (4.0 * double(parallel::UpdateSharding::kTogether))));
     out.push_back({Purpose::updates, Collective::broadcast, expert ? Group::data : Group::world, calls, bytes / calls});
   }
 }

@@ -21,9 +21,9 @@
 #include "moegraft/model/device.h"
 #include "moegraft/train/schedule.h"
 #include "moegraft/train/signals.h"
+#include "moegraft/train/team.h"
 #include "samples.h"
 #include "startup.h"
-#include "team.h"
 
 namespace moegraft::train {
 namespace {
@@ -45,7 +45,6 @@ class Trainer {
   Trainer(const run::RunConfig& config, Start start, const distributed::Mesh& mesh)
       : config_(config),
         run_path_(config.run.dir),
-        recompute_layers_(start.plan.recompute_layers),
         model_(std::move(start.model)),
         names_(modality_names(model_.vocabulary)),
         team_(config.parallel, mesh, *model_.registry),
@@ -62,7 +61,7 @@ class Trainer {
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();
     balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
-    forward_.recompute_layers = recompute_layers_;
+    forward_.recompute_layers = start.plan.recompute_layers;
     forward_.lockstep = team_.lockstep();
     if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;
     if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
@@ -177,9 +176,10 @@ class Trainer {
     state_.tokens_seen += step_batch.num_tokens;
     ++state_.step;
     window_step_ += seconds_since(start);
-    const distributed::Traffic traffic = team_.take_traffic(*model_.decoder->base().weights);
-    window_exchange_ += traffic.wait_seconds;
-    window_bytes_ += traffic.bytes;
+    for (const auto& [purpose, traffic] : team_.take_traffic(*model_.decoder->base().weights)) {
+      window_exchange_ += traffic.wait_seconds;
+      window_bytes_ += traffic.bytes;
+    }
     ++window_steps_;
   }
 
@@ -337,7 +337,6 @@ class Trainer {
 
   run::RunConfig config_;
   fs::path run_path_;
-  int64_t recompute_layers_;
   graft::GraftedModel model_;
   std::vector<std::string> names_;  // of the modalities, text first
   Team team_;

@@ -11,9 +11,8 @@
 #include "join.h"
 #include "moegraft/base/check.h"
 #include "moegraft/model/decoder.h"
-#include "moegraft/parallel/dispatcher.h"
 #include "moegraft/parallel/gradients.h"
-#include "moegraft/parallel/sharded_weights.h"
+#include "moegraft/parallel/part.h"
 
 namespace moegraft::parallel {
 namespace {
@@ -105,14 +104,10 @@ struct Outcome {
 };
 
 void step(Outcome& out, const std::filesystem::path& dir, const Mesh* mesh, bool shard_base, const std::vector<int64_t>& which, bool frozen_prefix, int64_t recompute, int64_t num_labels) {
-  const bool lockstep = mesh && (mesh->expert_size() > 1 || shard_base);
-  const auto dispatcher = mesh ? make_dispatcher(*mesh, shard_base) : std::make_shared<model::LocalDispatcher>();
-  model::LoadOptions options;
-  std::tie(options.first_expert, options.num_experts) = dispatcher->local_experts(8);
-  if (shard_base) options.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<ShardedWeights>(std::move(rest), *mesh); };
-  model::Decoder decoder(model::load_base(dir, options));
+  const Part part = mesh ? load_part(dir, {}, *mesh, shard_base) : Part{model::load_base(dir), std::make_shared<model::LocalDispatcher>()};
+  model::Decoder decoder(part.base);
   const DecoderSpec& s = decoder.spec();
-  decoder.set_dispatcher(dispatcher);
+  decoder.set_dispatcher(part.dispatcher);
   const auto rows = [&](const char* name, uint64_t seed) {
     const at::Tensor t = (0.3 * at::randn({6, s.hidden_size}, generator(seed), at::kFloat)).requires_grad_(true);
     out.registry.add({name, t, "embeddings"});
@@ -120,12 +115,12 @@ void step(Outcome& out, const std::filesystem::path& dir, const Mesh* mesh, bool
   };
   const at::Tensor embedding = rows("rows.image.embedding", 1), head = rows("rows.image.head", 2);
   decoder.attach_rows({1, s.vocab_size, embedding, head});
-  decoder.attach(std::make_shared<Terms>(s, options.first_expert, options.num_experts, out.registry));
+  decoder.attach(std::make_shared<Terms>(s, part.experts.first, part.experts.second > 0 ? part.experts.second : s.num_experts, out.registry));
   std::optional<GradientReducer> reducer;
   if (mesh) reducer.emplace(out.registry, *mesh, 2000);
   if (reducer) reducer->begin_step(), reducer->last_backward();
   model::ForwardOptions forward;
-  forward.lockstep = lockstep;
+  forward.lockstep = mesh && lockstep(*mesh, shard_base);
   forward.frozen_prefix = frozen_prefix;
   forward.recompute_layers = recompute;
   const model::PackedBatch batch = pack(s.vocab_size, which);

@@ -13,10 +13,9 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
-#include "moegraft/parallel/gradients.h"
-#include "moegraft/parallel/sharded_weights.h"
-#include "moegraft/parallel/updates.h"
+#include "moegraft/parallel/part.h"
 #include "moegraft/train/optimizer.h"
+#include "moegraft/train/team.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -129,59 +128,53 @@ StepBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel
   return out;
 }
 
+parallel::ParallelConfig parallel_config(const StepOptions& o) {
+  parallel::ParallelConfig config;
+  config.expert = o.expert_parallel;
+  config.shard_base = o.shard_base;
+  config.shard_optimizer = o.shard_optimizer;
+  config.bucket_mib = o.bucket_mib;
+  return config;
+}
+
+train::AdamW make_optimizer(model::ParameterRegistry& registry, const std::vector<bool>& owned) {
+  std::map<std::string, train::GroupOptions> groups;
+  for (const auto& p : registry.all()) groups[p.group] = {1e-4, 0.01};
+  return {registry, groups, train::AdamWOptions{0.9, 0.999, 1e-8}, owned};
+}
+
 // One process's part of a step, and what it handed to the others in it.
 class Stepper {
  public:
-  Stepper(graft::GraftedModel& m, const distributed::Mesh& mesh, const StepOptions& o) : m_(m), mesh_(mesh) {
-    if (mesh.distributed()) reducer_.emplace(*m.registry, mesh, int64_t(o.bucket_mib * double(1 << 20)));
-    if (mesh.distributed() && o.shard_optimizer) updates_.emplace(*m.registry, mesh);
-    std::map<std::string, train::GroupOptions> groups;
-    for (const auto& p : m.registry->all()) groups[p.group] = {1e-4, 0.01};
-    optimizer_.emplace(*m.registry, groups, train::AdamWOptions{0.9, 0.999, 1e-8}, updates_ ? updates_->owned() : std::vector<bool>());
-  }
+  Stepper(graft::GraftedModel& m, const distributed::Mesh& mesh, const StepOptions& o)
+      : m_(m), team_(parallel_config(o), mesh, *m.registry), optimizer_(make_optimizer(*m.registry, team_.owned())) {}
 
   at::Tensor run(const StepBatch& batch, const model::ForwardOptions& forward, const std::function<void(const char*)>& phase = [](const char*) {}) {
     phase("forward");
-    if (reducer_) reducer_->begin_step();
-    else m_.registry->zero_grad();
+    team_.begin_step();
     const auto result = m_.decoder->forward(batch.mine, forward);
     phase("loss");
     const auto loss = model::cross_entropy_loss(*m_.decoder, result, batch.mine, double(std::max<int64_t>(batch.labels, 1)));
     phase("backward");
-    if (reducer_) reducer_->last_backward();
+    team_.last_backward();
     if (loss.loss.requires_grad()) loss.loss.backward();
-    if (reducer_) reducer_->finish();
+    team_.finish_backward();
     phase("optimizer");
-    optimizer_->step(1.0);
-    if (updates_) updates_->share();
+    optimizer_.step(1.0);
+    team_.share_updates();
     return loss.loss.detach();
   }
 
   // This process's part of a checkpoint.
-  checkpoint::Parts parameters() const { return checkpoint::parts_to_write(checkpoint::parameter_parts(*m_.registry), checkpoint::place_in(mesh_)); }
-  checkpoint::Parts moments() const { return checkpoint::parts_to_write(optimizer_->state_parts(), checkpoint::place_in(mesh_)); }
+  checkpoint::Parts parameters() const { return team_.parts_to_write(checkpoint::parameter_parts(*m_.registry)); }
+  checkpoint::Parts moments() const { return team_.parts_to_write(optimizer_.state_parts()); }
 
-  // By purpose, since the last call.
-  std::map<std::string, distributed::Traffic> take_traffic() {
-    std::map<std::string, distributed::Traffic> all;
-    if (!mesh_.distributed()) return all;
-    const auto add = [&](const char* name, const distributed::Traffic& t) {
-      all[name] += t;
-    };
-    add("gradients", reducer_->take_traffic());
-    add("experts", mesh_.expert->take_traffic());
-    add("updates", mesh_.world->all().take_traffic());  // and agreements, a few bytes
-    add("updates", mesh_.data->take_traffic());
-    if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(m_.decoder->base().weights.get())) add("base", sharded->take_traffic());
-    return all;
-  }
+  std::map<std::string, distributed::Traffic> take_traffic() { return team_.take_traffic(*m_.decoder->base().weights); }
 
  private:
   graft::GraftedModel& m_;
-  const distributed::Mesh& mesh_;
-  std::optional<parallel::GradientReducer> reducer_;
-  std::optional<parallel::UpdateSharding> updates_;
-  std::optional<train::AdamW> optimizer_;
+  train::Team team_;
+  train::AdamW optimizer_;
 };
 
 int64_t trained_parameters(const model::ParameterRegistry& registry) {
@@ -283,7 +276,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   forward.gate = gate;
   forward.recompute_layers = o.recompute;
   forward.frozen_prefix = !o.whole_backward;
-  forward.lockstep = mesh.expert_size() > 1 || (o.shard_base && mesh.data_size() > 1);
+  forward.lockstep = parallel::lockstep(mesh, o.shard_base);
   o.model.codes = o.image_share > 0 || gate == model::Gate::none ? o.codes : 0;
   if (gate == model::Gate::none) o.model.rank = 0;
   graft::GraftedModel m = open_model(o.model, &mesh, o.shard_base);

@@ -18,8 +18,7 @@
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/graft/initialise_lora.h"
-#include "moegraft/parallel/dispatcher.h"
-#include "moegraft/parallel/sharded_weights.h"
+#include "moegraft/parallel/part.h"
 
 namespace moegraft::tools::bench {
 
@@ -112,16 +111,10 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
   graft::GraftedModel m;
   m.path = m.base_path = o.model;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  const auto dispatcher = parallel::make_dispatcher(mesh, shard_base);
-  if (mesh.expert_size() > 1) experts = dispatcher->local_experts(model::read_spec(o.model).num_experts);
-  model::LoadOptions load;
-  load.dtype = graft::parse_dtype(o.dtype);
-  load.device = graft::parse_device(o.device);
-  std::tie(load.first_expert, load.num_experts) = experts;
-  if (shard_base && mesh.data_size() > 1)
-    load.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<parallel::ShardedWeights>(std::move(rest), mesh); };
-  m.decoder = std::make_unique<model::Decoder>(model::load_base(o.model, load));
-  m.decoder->set_dispatcher(dispatcher);
+  parallel::Part part = parallel::load_part(o.model, {graft::parse_dtype(o.dtype), graft::parse_device(o.device)}, mesh, shard_base);
+  experts = part.experts;
+  m.decoder = std::make_unique<model::Decoder>(std::move(part.base));
+  m.decoder->set_dispatcher(std::move(part.dispatcher));
   const auto& s = m.decoder->spec();
   m.vocabulary = {s.vocab_size, s.bos_id, s.eos_id, {}};
   return m;

@@ -8,9 +8,36 @@
 
 namespace moegraft::model {
 
+constexpr int64_t kRingBuffers = 2;  // one computes while the other is filled
+
+// Which buffer each layer goes to, and which calls make a fetch of it: nothing but the sequence of calls decides.
+class RingOrder {
+ public:
+  explicit RingOrder(int64_t buffers = kRingBuffers) : slots_(static_cast<size_t>(buffers)) {}
+
+  int64_t find(int64_t layer) const;  // its buffer; -1: none holds it
+  // The layer is wanted soon.
+  struct Place {
+    int64_t slot = 0;
+    bool fetch = false;      // it was not there: the buffer is now to be filled with it
+    bool under_way = false;  // what the buffer held until now was fetched and never asked for
+  };
+  Place prefetch(int64_t layer);
+  int64_t use(int64_t layer);  // its buffer; the layer is in one
+
+ private:
+  struct Slot {
+    int64_t layer = -1;
+    int64_t used = 0;      // when it was asked for last
+    bool awaited = false;  // prefetched, not yet asked for
+  };
+  std::vector<Slot> slots_;
+  int64_t clock_ = 0;
+};
+
 // A ring of device buffers, each as large as the largest layer's experts. prefetch(l) starts to fill one; experts(l, ...) lets the current stream (on the CPU,
 // the host) wait for it. A buffer whose weights somebody still holds (autograd, where a layer is not computed again) is left to them and replaced by a new
-// one: slower, never wrong. The sequence of fetches follows from the sequence of calls alone, so processes in step fetch in step.
+// one: slower, never wrong. RingOrder decides what is fetched when, so processes in step fetch in step.
 class ExpertRing : public WeightProvider {
  public:
   // The next layer's experts, in rest's dtype; none for a dense layer.
@@ -43,7 +70,6 @@ class ExpertRing : public WeightProvider {
   // Takes note of a layer whose buffer needs room for `room` elements (0: as many as the layer has). Returns its matrices in the order they have in a buffer:
   // gate and up of each expert, then down of each.
   std::vector<at::Tensor> declare_layer(const ExpertWeights& experts, int64_t room = 0);
-  int64_t num_buffers() const { return static_cast<int64_t>(ring_.size()); }
   // Starts to bring a layer into buffer number `slot`, after everything enqueued on the current stream so far (it may still read the buffer).
   virtual void fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) = 0;
   // What was last fetched into `slot` is needed now. May be called again.
@@ -53,20 +79,13 @@ class ExpertRing : public WeightProvider {
   struct Shape {
     int64_t first = 0, experts = 0, width = 0, depth = 0;  // E, F, D
   };
-  struct Slot {
-    at::Tensor buffer;
-    int64_t layer = -1;
-    int64_t used = 0;      // when it was asked for last
-    bool awaited = false;  // prefetched, not yet asked for
-  };
-  int64_t find(int64_t layer) const;
-  int64_t choose() const;
   void fill(int64_t slot, int64_t layer);
 
   std::shared_ptr<WeightProvider> rest_;
   std::vector<Shape> layers_;
-  std::vector<Slot> ring_;
-  int64_t largest_ = 0, clock_ = 0;
+  RingOrder order_;
+  std::vector<at::Tensor> buffers_;
+  int64_t largest_ = 0;
   Traffic traffic_;
 };
 

@@ -13,7 +13,7 @@ namespace moegraft::model {
 class OffloadedWeights : public ExpertRing {
  public:
   // rest: everything but the experts, on the device that computes. buffers >= 2.
-  explicit OffloadedWeights(std::shared_ptr<WeightProvider> rest, int64_t buffers = 2);
+  explicit OffloadedWeights(std::shared_ptr<WeightProvider> rest, int64_t buffers = kRingBuffers);
   ~OffloadedWeights() override;
 
   // In host memory. With a CUDA device they are copied into page-locked memory; otherwise kept as they are (mapped, say).

@@ -33,10 +33,13 @@ class GradientReducer {
   // stream waits for the sums.
   void finish();
 
+  // Elements that a gradient takes in a bucket: each begins on a cache line.
+  static constexpr int64_t room(int64_t numel) { return (numel + kAlignment - 1) / kAlignment * kAlignment; }
   int64_t num_buckets() const { return static_cast<int64_t>(buckets_.size()); }
   distributed::Traffic take_traffic();  // of both groups, since the last call
 
  private:
+  static constexpr int64_t kAlignment = 16;  // elements
   struct Hook;
   struct Bucket {
     std::shared_ptr<distributed::Communicator> group;  // null: nothing to add, every expert is here once

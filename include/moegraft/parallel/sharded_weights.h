@@ -15,7 +15,7 @@ namespace moegraft::parallel {
 class ShardedWeights : public model::ExpertRing {
  public:
   // rest: everything but the experts. buffers >= 2. Collective: makes a group of its own, for gathers run beside other collectives.
-  ShardedWeights(std::shared_ptr<model::WeightProvider> rest, const distributed::Mesh& mesh, int64_t buffers = 2);
+  ShardedWeights(std::shared_ptr<model::WeightProvider> rest, const distributed::Mesh& mesh, int64_t buffers = model::kRingBuffers);
   ~ShardedWeights() override;
 
   // All experts of the layer that this process computes with (its range, with expert parallelism); copies its part of them.

@@ -13,6 +13,8 @@ namespace moegraft::parallel {
 // alone: the largest first, each to the rank that owns least so far. The owner keeps its optimizer state, updates it and hands the new value round.
 class UpdateSharding {
  public:
+  static constexpr int64_t kTogether = int64_t{4} << 20;  // elements: what is smaller travels in a common buffer of about this size
+
   // The registry is complete, outlives this and is equal on all ranks.
   UpdateSharding(const model::ParameterRegistry& registry, distributed::Mesh mesh);
 
@@ -22,7 +24,7 @@ class UpdateSharding {
   const std::vector<int64_t>& owners() const { return owners_; }
 
   // Collective, after the owners' updates: the new values of all parameters that have a gradient (on every rank alike: GradientReducer sees to it) reach the
-  // other members. Small ones travel together.
+  // other members.
   void share() const;
 
  private:

@@ -1,6 +1,7 @@
 #pragma once
 // A training loop's part in a group of processes. Alone, everything here is a plain zero_grad, norm or nothing.
 
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -46,8 +47,9 @@ class Team {
   void sum_in_place(at::Tensor& tensor, const char* what);
 
   checkpoint::Parts parts_to_write(const checkpoint::Parts& held) const { return checkpoint::parts_to_write(held, checkpoint::place_in(mesh_)); }
-  // What this process handed to collectives and how long its host waited for them, since the last call.
-  distributed::Traffic take_traffic(model::WeightProvider& weights);
+  // What this process handed to collectives and how long its host waited for them, since the last call, by purpose: "gradients", "experts", "updates"
+  // (and agreements and sums, a few bytes), "base" where it is sharded. Nothing when alone.
+  std::map<std::string, distributed::Traffic> take_traffic(model::WeightProvider& weights);
   void beat(int64_t step);
 
  private:
