@@ -1,5 +1,6 @@
 #include "moegraft/distributed/world.h"
 
+#include <csignal>
 #include <thread>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
@@ -78,6 +79,8 @@ World::~World() {
 }
 
 std::shared_ptr<World> World::join(const LaunchEnvironment& environment, const WorldOptions& options) {
+  // A message to a process that is gone must be an error that names it: Gloo's sockets raise this signal, which would end us without a word.
+  if (environment.distributed()) std::signal(SIGPIPE, SIG_IGN);
   auto impl = std::make_unique<Impl>();
   impl->shared = std::make_shared<Shared>();
   impl->shared->environment = environment;

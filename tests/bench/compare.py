@@ -31,20 +31,32 @@ def log(*words):
 
 
 def run(command, outside=None):
-    """A command's JSON; `outside` collects wall seconds and peak resident MiB as the kernel counts them."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    """A command's JSON; `outside` collects what this process sees of it: wall seconds, seconds between the lines that tell of its steps, and peak resident MiB
+    as the kernel counts it."""
+    with tempfile.TemporaryFile() as out:
         start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT)
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
+        errors, steps = [], []
+        for line in child.stderr:
+            if re.match(rb"step \d+ of \d+:", line):
+                steps.append(time.perf_counter())
+            errors.append(line.decode(errors="replace"))
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), err.seek(0)
-        text, errors = out.read().decode(), err.read().decode()
+        out.seek(0)
+        text = out.read().decode()
     if child.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} ended with {child.returncode}: {errors.strip()[-800:]}")
+        raise RuntimeError(f"{shlex.join(command)} ended with {child.returncode}: {''.join(errors).strip()[-800:]}")
     if outside is not None:
-        outside.append({"wall_s": wall, "max_rss_mib": usage.ru_maxrss / 1024, "cpu_s": usage.ru_utime + usage.ru_stime})
+        outside.append({"wall_s": wall, "max_rss_mib": usage.ru_maxrss / 1024, "cpu_s": usage.ru_utime + usage.ru_stime, "step_s": [b - a for a, b in zip(steps, steps[1:])]})
     return json.loads(text.strip().splitlines()[-1])
+
+
+def read_gbytes(python, device):
+    """GB/s at which all cores, or the GPU, read memory."""
+    code = f"import time, torch\nx = torch.ones(1 << 28, device='{device}')\nt = []\nfor _ in range(5):\n    s = time.perf_counter(); x.sum().item(); t.append(time.perf_counter() - s)\nprint(x.nbytes / min(t) / 1e9)"
+    return float(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def hardware():
@@ -89,6 +101,7 @@ class Comparison:
                        "command": args.command, "versions": versions(args.python), "rounds": args.rounds, "steps": args.steps, "rank": args.rank, "load_at_start": os.getloadavg()[0], "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "each side's own"),
                        "steps_table": [], "peer_implementations": [], "generation": [], "failures": []}
         name = "peers-" + slug(self.result["hardware"]["gpu"].split(",")[0] or hw["cpu"])
+        self.read_gbytes = self.result["read_gbytes_per_s"] = read_gbytes(args.python, args.device)
         self.json = Path(args.out) / (name + ".json")
         self.markdown = Path(args.out) / (name + ".md")
 
@@ -136,15 +149,6 @@ class Comparison:
             return statistics.median(r["peak_mib"] for r in inside)
         return statistics.median(r["max_rss_mib"] for r in outside)
 
-    # A step's seconds by the wall clock alone: start-up and loading cancel between a long run and a short one.
-    def outside_step(self, command, outside):
-        if self.args.steps < 3:
-            return None
-        at = command.index("--steps") + 1
-        short = []
-        run(command[:at] + ["1"] + command[at + 1:], short)
-        return (statistics.median(o["wall_s"] for o in outside) - short[0]["wall_s"]) / (self.args.steps - 1)
-
     def step_case(self, shape, dtype, batch, seq):
         model = self.checkpoint(shape, dtype)
         ids = self.ids(model, batch, seq)
@@ -160,7 +164,10 @@ class Comparison:
             tokens = batch * seq
             case[name] = {"best_tokens_per_s": tokens / min(steps), "median_tokens_per_s": tokens / statistics.median(r["median_step_s"] for r in inside), "share_of_limit": flops * tokens / min(steps) / 1e9 / limit,
                           "peak_mib": self.memory(inside, outside), "peak_mib_inside": [r["peak_mib"] for r in inside], "loss": inside[0]["loss"], "step_s": [r["step_s"] for r in inside],
-                          "outside": outside, "outside_step_s": self.outside_step(commands[name], outside)}
+                          "outside": outside, "outside_step_s": min((s for o in outside for s in o["step_s"]), default=None)}
+        # The least time by what must be computed and by what must come from memory: 1 where products alone set the pace.
+        work_s, memory_s = flops * batch * seq / 1e9 / limit, runs["moegraft"][0][0]["memory_bytes"] / 1e9 / self.read_gbytes
+        case["attainable_share"] = work_s / max(work_s, memory_s)
         a, b = case["moegraft"], case["peer"]
         case["ratio"] = {"best": a["best_tokens_per_s"] / b["best_tokens_per_s"], "median": a["median_tokens_per_s"] / b["median_tokens_per_s"], "peak": a["peak_mib"] / b["peak_mib"]}
         if a["outside_step_s"] and b["outside_step_s"]:
@@ -223,14 +230,16 @@ def markdown(r):
             f"torch {v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, Python {v['python']}. Load average before the start: {r['load_at_start']:.2f}; OMP_WAIT_POLICY: {r['omp_wait_policy']}.\n\n```\n{r['command']}\n```\n",
             f"## Training step\n\nLoRA of rank {r['rank']} on all experts, gate open, every token labelled, same checkpoint and ids; forward, loss, backward, AdamW. Both sides by turns, {r['rounds']} rounds of {r['steps']} steps: "
             "tokens/s of the best step (in brackets the median). Peak is the process's resident memory seen from outside (the allocator's on a GPU). The limit is the rate of a large matrix product in the same dtype and runs; the work is "
-            "2 FLOP per active parameter forward, as much for the gradient of the activations, and LoRA's own. \"Outside\" is the ratio of step times from the wall clocks of whole processes, a long run less a short one.\n"]
+            "2 FLOP per active parameter forward, as much for the gradient of the activations, and LoRA's own. \"Outside\" is the same ratio by the clock of the process that started both, between the lines that tell of steps. "
+            f"\"Attainable\" is how much of the limit can be reached at best, where frozen weights (once forward, once backward) and what is trained come from memory at {r['read_gbytes_per_s']:.0f} GB/s.\n"]
     rows = []
     for c in r["steps_table"]:
         a, b, q = c["moegraft"], c["peer"], c["ratio"]
         rate = lambda s: f"{s['best_tokens_per_s']:.0f} ({s['median_tokens_per_s']:.0f})"
         rows.append([f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", rate(a), rate(b), f"**{q['best']:.2f}** ({q['median']:.2f})", f"{q['outside']:.2f}" if "outside" in q else "", f"{a['peak_mib']:.0f}", f"{b['peak_mib']:.0f}",
-                     f"**{q['peak']:.2f}**", f"{c['matmul_gflops']:.0f}", f"{100 * a['share_of_limit']:.0f} %", f"{100 * b['share_of_limit']:.0f} %"])
-    text.append(table(["case", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit"], rows))
+                     f"**{q['peak']:.2f}**", f"{c['matmul_gflops']:.0f}", f"{100 * a['share_of_limit']:.0f} %", f"{100 * b['share_of_limit']:.0f} %",
+                     f"{100 * c['attainable_share']:.0f} %"])
+    text.append(table(["case", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit", "attainable"], rows))
     text.append("Losses of the first round, per step:\n")
     losses = [[f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", *(" ".join(f"{x:.5f}" for x in c[side]["loss"]) for side in ("moegraft", "peer")), f"{c['first_loss_difference']:.1e}"] for c in r["steps_table"]]
     text.append(table(["case", "moegraft", "peer", "first differs by"], losses))

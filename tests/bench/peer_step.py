@@ -9,6 +9,7 @@ Needs torch, transformers, peft.
 import argparse
 import json
 import statistics
+import sys
 
 import peer
 import torch
@@ -29,7 +30,7 @@ def main():
     ids = peer.load_ids(args.ids, (args.batch, args.seq), model.config.vocab_size).to(args.device)
     limit = peer.matmul_gflops(args.dtype, args.device)
     times, losses = [], []
-    for _ in range(args.steps):
+    for i in range(args.steps):
         start = peer.clock(args.device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -37,6 +38,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         times.append(peer.clock(args.device) - start)
         losses.append(loss.item())
+        print(f"step {i + 1} of {args.steps}: {times[-1]:.4f} s, loss {losses[-1]:.6f}", file=sys.stderr, flush=True)
     peak = peer.peak_mib(args.device)
     limit = max(limit, peer.matmul_gflops(args.dtype, args.device))
     best = min(times)

@@ -54,9 +54,10 @@ void with_world(const std::string& device, const std::string& options, const std
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);
 
 // Work that one step cannot do without, in FLOPs; recomputed work never counts. Attention scores stay apart: the usual count of 2 per active parameter
-// leaves them out.
+// leaves them out. memory_bytes: what must come from memory and go there where caches are small beside the model: each frozen weight that is met once
+// forward and once backward; trained ones three times, their moments and gradients, and what is written of them.
 struct StepWork {
-  double forward = 0, activation_gradient = 0, lora = 0, attention_scores = 0;
+  double forward = 0, activation_gradient = 0, lora = 0, attention_scores = 0, memory_bytes = 0;
   double total() const { return forward + activation_gradient + lora; }
 };
 StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o);

@@ -302,6 +302,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
     for (const auto& rank : world->all().all_gather_numbers({mine, loss.item<double>()}, "figures")) slowest = std::max(slowest, rank[0]), sum += rank[1];
     times.push_back(slowest);
     losses.push_back(sum);
+    if (world->rank() == 0) std::fprintf(stderr, "step %lld of %lld: %.4f s, loss %.6f\n", static_cast<long long>(i + 1), static_cast<long long>(o.steps), slowest, sum);
     if (i == 0 && o.steps > 1) continue;
     for (const auto& [name, t] : step_traffic) {
       traffic[name] += t;
@@ -324,8 +325,8 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
 
   const StepWork mine = count_work(m, batch.mine, gate, o.model);
   StepWork work;
-  for (const auto& w : world->all().all_gather_numbers({mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores}, "figures")) {
-    work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3];
+  for (const auto& w : world->all().all_gather_numbers({mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores, mine.memory_bytes}, "figures")) {
+    work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3], work.memory_bytes += w[4];
   }
   if (world->rank() != 0) return;
   const double best = *std::min_element(times.begin(), times.end());
@@ -343,6 +344,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"matmul_gflops", limit},
            {"flops_per_token", work.total() / double(T)},
            {"flops", {{"forward", work.forward}, {"activation_gradient", work.activation_gradient}, {"lora", work.lora}, {"attention_scores_not_counted", work.attention_scores}}},
+           {"memory_bytes", work.memory_bytes},
            {"model_gflops_per_s", work.total() / best / 1e9},
            {"share_of_limit", work.total() / best / 1e9 / limit},
            {"dtype", o.model.dtype},

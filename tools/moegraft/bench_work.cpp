@@ -1,6 +1,8 @@
 // The FLOPs that a training step needs: 2 per active parameter and token forward, the same for the gradient of the activations, and LoRA's own.
 #include "libtorch.h"
 
+#include <algorithm>
+
 #include "bench.h"
 
 namespace moegraft::tools::bench {
@@ -32,6 +34,13 @@ double lora_parameters_per_token(const model::DecoderSpec& s, const ModelOptions
   return total;
 }
 
+// Weights that `tokens` tokens meet between them.
+double weights_met(const model::DecoderSpec& s, int64_t tokens) {
+  model::DecoderSpec met = s;
+  met.num_experts_per_tok = std::min(s.num_experts, tokens * s.num_experts_per_tok);
+  return active_layer_parameters(met) + double(s.hidden_size) * double(s.vocab_size);
+}
+
 }  // namespace
 
 StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o) {
@@ -60,6 +69,8 @@ StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batc
       work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) * double(s.num_layers);
     }
   }
+  work.memory_bytes = 2 * double(m.decoder->base().weights->head_VD().element_size()) * weights_met(s, T);
+  for (const auto& p : m.registry->all()) work.memory_bytes += 10.0 * double(p.tensor.nbytes());
   return work;
 }
 

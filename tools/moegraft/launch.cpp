@@ -176,20 +176,24 @@ class Attempt {
   }
 
   void reap() {
+    const bool known = code_ != 0;
+    bool by_signal = false;
     for (auto& child : children_) {
       int status = 0;
       if (!child.running || waitpid(child.pid, &status, WNOHANG) != child.pid) continue;
       child.running = false;
       const bool signalled = WIFSIGNALED(status);
       const int code = signalled ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-      if (code == 0 || code_ != 0) continue;
+      // Of several that have ended by now, one ended by a signal came first: the others noticed.
+      if (code == 0 || known || (code_ != 0 && (by_signal || !signalled))) continue;
       code_ = code;
+      by_signal = signalled;
       what_ = detail::concat("rank ", child.rank, signalled ? " was ended by signal " : " ended with code ", signalled ? WTERMSIG(status) : code);
-      if (code == kSaved) continue;  // all ranks stop together after saving
-      stopping_ = true;
-      kill_at_ = Clock::now() + kGrace;
-      tell(SIGTERM);
     }
+    if (known || code_ == 0 || code_ == kSaved) return;  // all ranks stop together after saving
+    stopping_ = true;
+    kill_at_ = Clock::now() + kGrace;
+    tell(SIGTERM);
   }
 
   int signals_;
