@@ -19,6 +19,8 @@ namespace {
 template <class T>
 constexpr int64_t kMostRows = sizeof(T) == 2 ? 384 : 256;  // worked on at a time
 
+constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in the forward layout alone
+
 // Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
 int64_t chunk_rows(const MoeProblem& p) {
   const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size()), most = p.x_XD.element_size() == 2 ? kMostRows<bf16> : kMostRows<float>;
@@ -295,7 +297,7 @@ class Backward {
       if (!p.weights.panels->stores_backward())
         for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
     }
-    std::array<T*, 2> turned{};
+    std::array<T*, 2> turned{};  // panels of weights, or rows across (below)
     int64_t ld_d, ld_f;
     T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d;
     OuterRooms<T> rooms;
@@ -323,6 +325,27 @@ class Backward {
     return {turned, 0};
   }
 
+  // out [w.k, width] (+)= W in^T for the forward panels w of W and `rows` <= 64 rows of `in`, width = padded_width(rows): dx = dy W, transposed, from the layout
+  // that the forward pass reads. Turning few rows takes less than turning weights, which are read once, in the order they lie. `in` has zeros up to `width` rows.
+  static void product_across(const Panels<T>& w, const T* in, int64_t ld, int64_t rows, bool accumulate, T* in_across, float* out, const Range& after) {
+    const int64_t width = padded_width(rows);
+    loops<T>().transpose(in, ld, width, w.n, in_across, width);
+    for (int64_t j = 0; j < w.count(); ++j) {
+      const Panels<T> right{in_across + j * kPanel * width, w.columns(j), width};
+      product(w.k, w.panel(j), w.width(j), right, 0, out, width, accumulate || j > 0, ahead(j + 1 < w.count() ? panel_range(w, j + 1) : after));
+    }
+  }
+
+  static void clear_padding(T* in, int64_t ld, int64_t rows) {
+    for (int64_t r = rows; r < padded_width(rows); ++r) std::fill_n(in + r * ld, ld, T{});
+  }
+  // b.out [rows, 64] = columns [64 j, 64 (j + 1)) of what product_across left.
+  static void from_across(Buffers& b, int64_t j, int64_t columns, int64_t rows) {
+    const int64_t width = padded_width(rows);
+    const float* across = reinterpret_cast<const float*>(b.turned[1]);
+    loops<float>().transpose(across + j * kPanel * width, width, std::min(kPanel, columns - j * kPanel), width, b.out, kPanel);
+  }
+
   void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
     const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
     const RankSet& set = sets_[s.group];
@@ -334,19 +357,34 @@ class Backward {
     if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
     if (any_factor_ && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
 
-    for (int64_t column = 0; column < F; column += kPanel) {
+    // b.out holds dh of rows [r, r + m), columns of panel j.
+    const auto finish_hidden = [&](int64_t j, int64_t r, int64_t m, int64_t ld) {
+      const int64_t columns = std::min(kPanel, F - j * kPanel), row = begin + r, to = r * b.ld_f + j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
+      loops<T>().swiglu_backward(b.out, ld, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m, columns);
+      if (columns < padded_depth<T>(columns))
+        for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
+    };
+    const ExpertPanels& w = *p_.weights.panels;
+    const bool across = sizeof(T) == 4 && !w.stores_backward() && has_own_kernel(kTypeOf<T>) && rows <= kRowsAcross;
+    if (across) {
+      const Panels<T> down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix), gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix);
+      clear_padding(b.dy, b.ld_d, rows);
+      product_across(down, b.dy, b.ld_d, rows, false, b.turned[0], reinterpret_cast<float*>(b.turned[1]), panel_range(gate, 0));
+      for (int64_t j = 0; j * kPanel < F; ++j) {
+        from_across(b, j, F, rows);
+        if (d) product(rows, b.dt_d, d, f.A_out[1], j, b.out, kPanel, true);
+        finish_hidden(j, 0, rows, kPanel);
+      }
+    }
+    for (int64_t column = 0; !across && column < F; column += kPanel) {
       const int64_t j = column / kPanel;
       const auto [down, at] = weight_panel(s.expert, ExpertPanels::kDownMatrix, j, b.turned[0]);
-      const int64_t width = down.width(at), columns = down.columns(at);
+      const int64_t width = down.width(at);
       for (int64_t r = 0; r < rows; r += step) {
-        const int64_t m = std::min(step, rows - r), row = begin + r, to = r * b.ld_f + column;
-        const int64_t tile = Saved<T>::tile(begin, rows, F, j, r);
+        const int64_t m = std::min(step, rows - r), tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> terms[]{{b.dy + r * b.ld_d, b.ld_d, &down, at}, {b.dt_d + r * d, d, &f.A_out[1], j}};
         sum_of_products(m, terms, d ? 2 : 1, b.out, width, ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel), panel_range(down, at + 1, r / step, blocks)));
-        loops<T>().swiglu_backward(b.out, width, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m,
-                                   columns);
-        if (columns < padded_depth<T>(columns))
-          for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
+        finish_hidden(j, r, m, width);
       }
     }
     if (gu) {
@@ -365,6 +403,20 @@ class Backward {
     }
     if (!needs_.x) return;
     T* dx = mutable_data<T>(dx_RD_);
+    if (across) {
+      const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix);
+      clear_padding(b.dg, b.ld_f, rows);
+      clear_padding(b.du, b.ld_f, rows);
+      float* out = reinterpret_cast<float*>(b.turned[1]);
+      product_across(gate, b.dg, b.ld_f, rows, false, b.turned[0], out, panel_range(up, 0));
+      product_across(up, b.du, b.ld_f, rows, true, b.turned[0], out, {});
+      for (int64_t j = 0; j * kPanel < D; ++j) {
+        from_across(b, j, D, rows);
+        if (gu) product(rows, b.dt_gu, gu, f.A_out[0], j, b.out, kPanel, true);
+        loops<T>().round_rows(b.out, kPanel, dx + begin * D + j * kPanel, D, rows, std::min(kPanel, D - j * kPanel));
+      }
+      return;
+    }
     for (int64_t column = 0; column < D; column += kPanel) {
       const int64_t j = column / kPanel;
       const auto [gate, at] = weight_panel(s.expert, ExpertPanels::kGateMatrix, j, b.turned[0]);
