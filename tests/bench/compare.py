@@ -55,7 +55,7 @@ def run(command, outside=None):
 
 def read_gbytes(python, device):
     """GB/s at which all cores, or the GPU, read memory."""
-    code = f"import time, torch\nx = torch.ones(1 << 28, device='{device}')\nt = []\nfor _ in range(5):\n    s = time.perf_counter(); x.sum().item(); t.append(time.perf_counter() - s)\nprint(x.nbytes / min(t) / 1e9)"
+    code = f"import time, torch\nx = torch.ones(1 << 14, 1 << 14, device='{device}')\nv = x[0].clone()\nt = []\nfor _ in range(6):\n    s = time.perf_counter(); (x @ v)[0].item(); t.append(time.perf_counter() - s)\nprint(x.nbytes / min(t) / 1e9)"
     return float(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
