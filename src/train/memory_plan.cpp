@@ -93,7 +93,7 @@ class Counter {
       int64_t bytes = T_ * (2 * q_ + 2 * kv_ + 2 * D) * width_ + T_ * D * 4;
       if (s_.layers[size_t(l)].sparse) {
         bytes += R_ * D * width_ + (panels_ ? 0 : R_ * (2 * D + 4 * F) * width_);
-        bytes += expert_columns(l) * E_ * (D + F) * (4 + width_);
+        bytes += expert_columns(l) * E_ * (D + F) * (panels_ ? 4 : 4 + width_);  // gradients' sums where an expert's rows are many; factors, but for panels
         bytes += (travelled() - 1) * T_ * D * width_;  // partial sums on their way back
       } else {
         bytes += 4 * T_ * s_.intermediate_size * width_;
