@@ -255,7 +255,6 @@ class Backward {
     const int32_t* row = data<int32_t>(p.dispatch.row_of_slot_TK);
     for (int64_t i = 0; i < p.weights_XK.numel(); ++i)
       if (row[i] >= 0) weight_R_[row[i]] = data<float>(p.weights_XK)[i];
-    for (const auto& site : needs.factors) any_factor_ |= std::find(site.begin(), site.end(), true) != site.end();
   }
 
   MoeGradients run() {
@@ -355,7 +354,7 @@ class Backward {
     const float* weight = weight_R_.data() + begin;
     const int64_t d_real = padded_width(set.rank[kDown]);
     if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
-    if (any_factor_ && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
+    if (sums.wanted() && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
 
     // b.out holds dh of rows [r, r + m), columns of panel j.
     const auto finish_hidden = [&](int64_t j, int64_t r, int64_t m, int64_t ld) {
@@ -392,8 +391,8 @@ class Backward {
       if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.out);
       if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.out);
     }
-    if (any_factor_ && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
-    if (any_factor_ && gu) {
+    if (sums.wanted() && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
+    if (sums.wanted() && gu) {
       const T* t = view_.t_gu + begin * view_.ld_gu;
       const int64_t g = set.columns[kGate], u = padded_width(set.rank[kUp]);
       if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.rooms);
@@ -435,7 +434,7 @@ class Backward {
   at::Tensor dx_RD_;
   std::vector<float> weight_R_, dweight_R_;
   std::vector<Strip> strips_;
-  bool any_factor_ = false, large_;
+  bool large_;
 };
 
 }  // namespace

@@ -17,6 +17,7 @@ struct Strip {
 // Where a strip's factor gradients are summed, float32, factors transposed to [columns, padded width].
 struct FactorSums {
   std::array<float*, kSites> A{}, B{};
+  bool wanted() const { return A[0]; }
 };
 
 // A strip whose terms act on no other strip of its expert (nearly all, when rows are few) sums in its thread's own memory and writes its gradients while they
