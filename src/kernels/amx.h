@@ -4,18 +4,12 @@
 
 #include <cstdint>
 
-#include "ahead.h"
 #include "loops.h"
+#include "micro_kernel.h"
 
 namespace moegraft::kernels::amx {
 
-// One product of a sum: A [m, depth] times a panel [depth/2][width][2], depth even. A must have round_up(m, 16) readable rows.
-struct Term {
-  const bf16* a;
-  int64_t lda;
-  const bf16* panel;
-  int64_t depth;
-};
+using Term = PanelTerm<bf16>;  // panel [depth/2][width][2], depth even; A must have round_up(m, 16) readable rows
 constexpr int64_t kMostTerms = 4;
 
 // Whether the build has the kernel; whether the machine has it is asked elsewhere, by code that every machine can run.

@@ -5,17 +5,11 @@
 
 #include <cstdint>
 
-#include "ahead.h"
+#include "micro_kernel.h"
 
 namespace moegraft::kernels::avx512 {
 
-// One product of a sum: A [m, depth] times a panel [depth][width].
-struct Term {
-  const float* a;
-  int64_t lda;
-  const float* panel;
-  int64_t depth;
-};
+using Term = PanelTerm<float>;  // panel [depth][width]
 
 // Whether the build has the kernel; whether the machine has AVX-512 is asked elsewhere, by code that every machine can run.
 bool built();

@@ -68,6 +68,28 @@ bool own_kernel() {
   return yes;
 }
 
+// The own kernels, by element type.
+void own_product(int64_t m, const PanelTerm<bf16>* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
+  amx::product(m, terms, count, width, c, ldc, accumulate, next);
+}
+void own_product(int64_t m, const PanelTerm<float>* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
+  avx512::product(m, terms, count, width, c, ldc, width, accumulate, next);
+}
+void own_product_rounded(int64_t m, const PanelTerm<bf16>* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, const Ahead& next, bool past_cache) {
+  amx::product_rounded(m, terms, count, width, out, ld_out, columns, past_cache, next);
+}
+void own_product_rounded(int64_t m, const PanelTerm<float>* terms, int64_t count, int64_t width, float* out, int64_t ld_out, int64_t columns, const Ahead& next, bool) {
+  avx512::product(m, terms, count, width, out, ld_out, columns, false, next);
+}
+
+constexpr int64_t kMostTerms = amx::kMostTerms;
+template <class T>
+std::array<PanelTerm<T>, kMostTerms> as_list(const Term<T>* terms, int64_t count) {
+  std::array<PanelTerm<T>, kMostTerms> list;
+  for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
+  return list;
+}
+
 // Rows of one call of the library: it makes a kernel for every shape that it meets.
 int64_t library_rows(int64_t left) {
   return left >= kBlock ? kBlock : left >= 64 ? 64 : left >= 32 ? 32 : int64_t(std::bit_ceil(uint64_t(left)));
@@ -109,16 +131,10 @@ Panels<T> pack_plain_float(const float* w, int64_t ld, int64_t k, int64_t n, T* 
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
   const int64_t width = b.width(j), depth = b.depth();
-  if constexpr (sizeof(T) == 2)
-    if (own_kernel<T>()) {
-      const amx::Term term{a, lda, b.panel(j), depth};
-      return amx::product(m, &term, 1, width, c, ldc, accumulate, next);
-    }
-  if constexpr (sizeof(T) == 4)
-    if (own_kernel<T>()) {
-      const avx512::Term term{a, lda, b.panel(j), depth};
-      return avx512::product(m, &term, 1, width, c, ldc, width, accumulate, next);
-    }
+  if (own_kernel<T>()) {
+    const PanelTerm<T> term{a, lda, b.panel(j), depth};
+    return own_product(m, &term, 1, width, c, ldc, accumulate, next);
+  }
   if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t begin = 0; begin < m;) {
     const int64_t rows = library_rows(m - begin);
@@ -137,34 +153,17 @@ void fetch(const Ahead& ahead) {
   for (int i = 0; i < ahead.count; ++i) fetch(static_cast<const char*>(ahead.of[i].at), ahead.of[i].bytes);
 }
 
-namespace {
-constexpr int64_t kMostTerms = amx::kMostTerms;
-// As an own kernel takes them.
-template <class Own, class T>
-std::array<Own, kMostTerms> as_list(const Term<T>* terms, int64_t count) {
-  std::array<Own, kMostTerms> list;
-  for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
-  return list;
-}
-}  // namespace
-
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next) {
   const int64_t width = terms->b->width(terms->j);
-  if (own_kernel<T>() && count <= kMostTerms) {
-    if constexpr (sizeof(T) == 2) return amx::product(m, as_list<amx::Term>(terms, count).data(), count, width, c, ldc, false, next);
-    else return avx512::product(m, as_list<avx512::Term>(terms, count).data(), count, width, c, ldc, width, false, next);
-  }
+  if (own_kernel<T>() && count <= kMostTerms) return own_product(m, as_list(terms, count).data(), count, width, c, ldc, false, next);
   if constexpr (sizeof(T) == 2) fetch(next);
   for (int64_t i = 0; i < count; ++i) product(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j, c, ldc, i > 0);
 }
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next, bool past_cache) {
   const int64_t width = terms->b->width(terms->j);
-  if (own_kernel<T>() && count <= kMostTerms) {
-    if constexpr (sizeof(T) == 2) return amx::product_rounded(m, as_list<amx::Term>(terms, count).data(), count, width, out, ld_out, columns, past_cache, next);
-    else return avx512::product(m, as_list<avx512::Term>(terms, count).data(), count, width, out, ld_out, columns, false, next);
-  }
+  if (own_kernel<T>() && count <= kMostTerms) return own_product_rounded(m, as_list(terms, count).data(), count, width, out, ld_out, columns, next, past_cache);
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
     for (int i = 0; sizeof(T) == 2 && i < next.count; ++i) {  // a share for each block

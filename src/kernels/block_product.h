@@ -11,9 +11,9 @@
 #include <cstring>
 #include <memory>
 
-#include "ahead.h"
 #include "libtorch.h"
 #include "loops.h"
+#include "micro_kernel.h"
 
 namespace moegraft::kernels {
 
