@@ -33,20 +33,26 @@ Prefix prefill(const graft::GraftedModel& model, const PromptTokens& tokens) {
   return prefix;
 }
 
-at::Tensor step(const graft::GraftedModel& model, model::KvCache& cache, const std::vector<int64_t>& ids, int64_t modality) {
+Steps::Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how)
+    : model_(model), cache_(cache), modality_(modality), head_(std::move(head)) {
+  if (how != DecodeSteps::plain) fixed_.emplace(*model.decoder, cache, count, modality, head_, how == DecodeSteps::recorded);
+}
+
+at::Tensor Steps::operator()(const std::vector<int64_t>& ids) {
+  if (fixed_) return (*fixed_)(ids);
   const int64_t count = static_cast<int64_t>(ids.size());
   std::vector<int64_t> positions(ids.size());
   model::PackedBatch batch;
   for (int64_t i = 0; i <= count; ++i) {
     batch.cu_seqlens.push_back(i);
-    if (i < count) positions[i] = cache.length(i);
+    if (i < count) positions[i] = cache_.length(i);
   }
-  batch.ids_T = on_device(ids, model.device());
-  batch.positions_T = on_device(positions, model.device());
-  batch.modality_T = at::full({count}, modality, batch.ids_T.options());
+  batch.ids_T = on_device(ids, model_.device());
+  batch.positions_T = on_device(positions, model_.device());
+  batch.modality_T = at::full({count}, modality_, batch.ids_T.options());
   model::ForwardOptions options;
-  options.cache = &cache;
-  return model.decoder->forward(batch, options).hidden_TD;
+  options.cache = &cache_;
+  return head_(model_.decoder->forward(batch, options).hidden_TD);
 }
 
 void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more, const char* what) {

@@ -1,8 +1,11 @@
 #pragma once
 // What drawing pictures and writing text share.
 
+#include <optional>
+
 #include "moegraft/generate/prompt.h"
-#include "moegraft/model/decoder.h"
+#include "moegraft/generate/sampling.h"
+#include "moegraft/model/fixed_step.h"
 
 namespace moegraft::generate {
 
@@ -15,8 +18,22 @@ struct Prefix {
 // Runs a prompt alone, so that its bits depend on no other prompt.
 Prefix prefill(const graft::GraftedModel& model, const PromptTokens& tokens);
 
-// Feeds one token to each of the first ids.size() sequences of the cache. Returns hidden [ids, D].
-at::Tensor step(const graft::GraftedModel& model, model::KvCache& cache, const std::vector<int64_t>& ids, int64_t modality);
+// Feeds one token at a time to each of the first `count` sequences of a cache.
+class Steps {
+ public:
+  using Head = model::FixedStep::Head;
+  Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how);
+
+  // What head made of the hidden states of ids [count]; valid until the next call.
+  at::Tensor operator()(const std::vector<int64_t>& ids);
+
+ private:
+  const graft::GraftedModel& model_;
+  model::KvCache& cache_;
+  const int64_t modality_;
+  const Head head_;
+  std::optional<model::FixedStep> fixed_;
+};
 
 // UserError when `needed` positions are more than the model has.
 void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more, const char* what);

@@ -29,10 +29,9 @@ int64_t find_row_set(const graft::GraftedModel& model, const model::ModalityToke
   fail<InvariantError>("the decoder has no rows for ", tokens.name);
 }
 
-// Logits of the codes alone: begin and end can never be drawn. Float32 on the CPU.
-at::Tensor code_logits(const Drawing& d, const at::Tensor& hidden_XD) {
-  return d.model.decoder->modality_logits(hidden_XD, d.row_set).narrow(1, 2, d.tokens.num_codes).to(at::kCPU, at::kFloat);
-}
+// Logits of the codes alone: begin and end can never be drawn.
+at::Tensor code_logits(const Drawing& d, const at::Tensor& hidden_XD) { return d.model.decoder->modality_logits(hidden_XD, d.row_set).narrow(1, 2, d.tokens.num_codes); }
+at::Tensor on_host(const at::Tensor& logits) { return logits.to(at::kCPU, at::kFloat); }
 
 at::Tensor guide(const at::Tensor& cond, const at::Tensor& uncond, double cfg) { return uncond + cfg * (cond - uncond); }
 
@@ -57,13 +56,13 @@ struct Start {
 
 Start start(const Drawing& d, const PromptTokens& tokens) {
   Prefix prefix = prefill(d.model, tokens);
-  const at::Tensor logits = code_logits(d, prefix.hidden_1D);
+  const at::Tensor logits = on_host(code_logits(d, prefix.hidden_1D));
   return {std::move(prefix), logits};
 }
 
-// Draws the codes of `streams.size()` pictures, whose conditional sequences lie in the cache first, the unconditional ones (guided) behind them.
+// Draws the codes of `streams.size()` pictures, whose conditional sequences lie in the cache of `step` first, the unconditional ones (guided) behind them.
 // logits_BN: of the first code, guidance applied. Returns int64 [B, L].
-at::Tensor draw(const Drawing& d, model::KvCache& cache, at::Tensor logits_BN, std::vector<Rng>& streams, const std::function<void(int64_t)>& on_codes) {
+at::Tensor draw(const Drawing& d, Steps& step, at::Tensor logits_BN, std::vector<Rng>& streams, const std::function<void(int64_t)>& on_codes) {
   const int64_t count = static_cast<int64_t>(streams.size()), length = d.tokens.item_length;
   at::Tensor codes_BL = at::empty({count, length}, at::kLong);
   int64_t* codes = codes_BL.data_ptr<int64_t>();
@@ -79,7 +78,7 @@ at::Tensor draw(const Drawing& d, model::KvCache& cache, at::Tensor logits_BN, s
     std::vector<int64_t> ids;
     for (int pass = 0; pass < (d.guided ? 2 : 1); ++pass)
       for (int64_t i = 0; i < count; ++i) ids.push_back(d.tokens.code_id(codes[i * length + t]));
-    const at::Tensor all = code_logits(d, step(d.model, cache, ids, d.tokens.modality));
+    const at::Tensor all = on_host(step(ids));
     logits_BN = d.guided ? guide(all.narrow(0, 0, count), all.narrow(0, count, count), d.options.cfg) : all;
   }
   return codes_BL;
@@ -125,10 +124,13 @@ std::vector<ImageResult> generate_images(const graft::GraftedModel& model, const
   const int64_t at_once = pictures_at_once(d, total, room);
   model::KvCache cache(model.decoder->spec(), d.guided ? 2 * at_once : at_once, room, model.decoder->dtype(), model.device());
   std::vector<ImageResult> results;
+  std::optional<Steps> step;     // of as many sequences as the last pictures had
   std::optional<Start> current;  // of the prompt whose pictures are being placed
   int64_t current_prompt = -1, done = 0;
   for (int64_t first = 0; first < total; first += at_once) {
     const int64_t count = std::min(at_once, total - first);
+    if (first == 0 || count < at_once)
+      step.emplace(model, cache, d.guided ? 2 * count : count, tokens.modality, [&](const at::Tensor& hidden_XD) { return code_logits(d, hidden_XD); }, options.steps);
     std::vector<Rng> streams;
     std::vector<at::Tensor> logits;
     for (int64_t i = 0; i < count; ++i) {
@@ -143,7 +145,7 @@ std::vector<ImageResult> generate_images(const graft::GraftedModel& model, const
       streams.emplace_back(options.seed, "generate.image", stream_index(prefixes[prompt], index));
       results.push_back({prompt, index, {}, {}});
     }
-    const at::Tensor codes_BL = draw(d, cache, at::cat(logits, 0), streams, [&](int64_t codes) {
+    const at::Tensor codes_BL = draw(d, *step, at::cat(logits, 0), streams, [&](int64_t codes) {
       done += codes;
       if (options.on_progress) options.on_progress(done, total * tokens.item_length);
     });

@@ -70,12 +70,14 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
   // Rows beyond the tokenizer are padding of the embedding.
   const int64_t known = std::min(model.vocabulary.text_size, model.tokenizer->size());
   const auto ends = [&](int64_t id) { return id == model.vocabulary.eos_id || id == model.tokenizer->eos_id(); };
-  const auto logits_of = [&](const at::Tensor& hidden_1D) { return model.decoder->text_logits(hidden_1D).narrow(1, 0, known).to(at::kCPU, at::kFloat).contiguous(); };
+  const auto head = [&](const at::Tensor& hidden_1D) { return model.decoder->text_logits(hidden_1D).narrow(1, 0, known); };
+  const auto on_host = [](const at::Tensor& logits) { return logits.to(at::kCPU, at::kFloat).contiguous(); };
 
   std::vector<TextResult> results;
   for (size_t p = 0; p < prompts.size(); ++p) {
     const Prefix prefix = prefill(model, prefixes[p]);
     model::KvCache cache(model.decoder->spec(), 1, prefixes[p].size() + options.max_tokens, model.decoder->dtype(), model.device());
+    Steps step(model, cache, 1, 0, head, options.steps);
     for (int64_t index = 0; index < options.n; ++index) {
       TextResult result{static_cast<int64_t>(p), index, {}, {}, false};
       const auto give = [&](const std::string& text) {
@@ -85,7 +87,7 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
       Rng stream(options.seed, "generate.text", stream_index(prefixes[p], index));
       TextStream reader(*model.tokenizer, trailing_text(prefixes[p]));
       cache.copy_sequence(0, prefix.cache, 0);
-      at::Tensor logits = logits_of(prefix.hidden_1D);
+      at::Tensor logits = on_host(head(prefix.hidden_1D));
       while (true) {
         const int64_t id = sample({logits.const_data_ptr<float>(), static_cast<size_t>(known)}, options.sampling, stream);
         result.ended = ends(id);
@@ -93,7 +95,7 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
         result.ids.push_back(id);
         give(reader.push(id));
         if (static_cast<int64_t>(result.ids.size()) == options.max_tokens) break;
-        logits = logits_of(step(model, cache, {id}, 0));
+        logits = on_host(step({id}));
       }
       give(reader.flush());
       results.push_back(std::move(result));

@@ -198,4 +198,17 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
   return out;
 }
 
+at::Tensor step_attention(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const at::Tensor& lengths_B, int64_t window, double scale) {
+  RECORD_FUNCTION("moegraft::step_attention", {});
+  const int64_t B = q_BHC.size(0), room = keys_BSGC.size(1), groups = keys_BSGC.size(2), repeat = q_BHC.size(1) / groups;
+  MOEGRAFT_INVARIANT(q_BHC.dim() == 3 && q_BHC.size(1) % groups == 0 && keys_BSGC.size(0) >= B && lengths_B.sizes() == at::IntArrayRef({B}), "step attention: q ", q_BHC.sizes(), ", keys ",
+                     keys_BSGC.sizes(), ", lengths ", lengths_B.sizes());
+  if (attention_cuda_serves(q_BHC)) return attention_step_cuda(q_BHC, keys_BSGC, values_BSGC, lengths_B, window, scale);
+  const at::Tensor cell = at::arange(room, lengths_B.options()).unsqueeze(0), last = lengths_B.unsqueeze(1);
+  at::Tensor seen_BS = cell <= last;
+  if (window > 0) seen_BS = seen_BS & (cell > last - window);
+  const auto heads = [&](const at::Tensor& cache) { return cache.narrow(0, 0, B).transpose(1, 2).repeat_interleave(repeat, 1); };  // [B, H, S, C]
+  return at::scaled_dot_product_attention(q_BHC.unsqueeze(2), heads(keys_BSGC), heads(values_BSGC), seen_BS.view({B, 1, 1, room}), 0.0, false, scale).squeeze(2);
+}
+
 }  // namespace moegraft::kernels

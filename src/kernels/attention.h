@@ -40,5 +40,7 @@ AttentionGradients attention_backward_cuda(const AttentionProblem& problem, cons
 // cached_attention of ops.h.
 at::Tensor attention_cached_cuda(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
                                  const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
+// step_attention of ops.h.
+at::Tensor attention_step_cuda(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const at::Tensor& lengths_B, int64_t window, double scale);
 
 }  // namespace moegraft::kernels

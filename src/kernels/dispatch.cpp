@@ -19,7 +19,7 @@ Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const
   MOEGRAFT_INVARIANT(topk_ids_TK.dim() == 2 && topk_ids_TK.scalar_type() == at::kLong, "make_dispatch: ids ", topk_ids_TK.sizes());
   const int64_t tokens = topk_ids_TK.size(0), top_k = topk_ids_TK.size(1), rows = num_rows < 0 ? tokens * top_k : num_rows, buckets = num_experts * num_groups;
   MOEGRAFT_INVARIANT(tokens * top_k < (int64_t{1} << 31) && rows <= tokens * top_k, "make_dispatch: ", rows, " rows of ", tokens * top_k, " slots");
-  if (topk_ids_TK.is_cuda() && cuda::available()) return cuda::make_dispatch(topk_ids_TK, num_experts, group_T, num_groups, rows);
+  if (cuda::holds(topk_ids_TK)) return cuda::make_dispatch(topk_ids_TK, num_experts, group_T, num_groups, rows);
   Dispatch d;
   d.num_experts = num_experts;
   d.num_groups = num_groups;

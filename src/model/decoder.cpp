@@ -29,8 +29,8 @@ KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_len
     : lengths_(num_sequences, 0), max_length_(max_length) {
   const auto options = at::TensorOptions(dtype).device(device);
   for (int64_t l = 0; l < spec.num_layers; ++l) {
-    keys.push_back(at::empty({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
-    values.push_back(at::empty({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
+    keys.push_back(at::zeros({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
+    values.push_back(at::zeros({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
   }
 }
 
@@ -46,6 +46,7 @@ void KvCache::copy_sequence(int64_t target, const KvCache& other, int64_t source
 
 Decoder::Decoder(BaseModel base) : base_(std::move(base)), dispatcher_(std::make_shared<LocalDispatcher>()) {
   MOEGRAFT_INVARIANT(base_.weights != nullptr, "Decoder needs weights");
+  rotary_ = std::make_shared<Rotary>(base_.spec, device());
 }
 
 void Decoder::attach(std::shared_ptr<const AdapterSites> adapters) {
@@ -180,7 +181,7 @@ bool Decoder::may_cache_prefix(const ForwardOptions& options) const {
 ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const {
   const DecoderSpec& s = spec();
   const std::shared_ptr<WeightProvider> weights = base_.weights;
-  auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_));
+  auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_, rotary_));
   call->past = std::move(past);
   call->keep = std::move(keep);
   if (options.prefix_cache && call->keep) stand_apart(*call);
@@ -206,7 +207,7 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
       stream = run_layer(*call, *weights, l, stream, options.aux_loss ? &balance : nullptr);
     }
   }
-  if (options.cache)
+  if (options.cache && !options.lengths_B.defined())
     for (int64_t i = 0; i < batch.num_sequences(); ++i) options.cache->lengths_[i] = call->kv_lengths[i];
   ForwardResult result;
   result.hidden_TD = k::residual_norm(stream.x_TD, stream.delta_TD, weights->final_norm_D(), s.rms_norm_eps, dtype()).y_XD;

@@ -93,23 +93,28 @@ k::Route choose_experts(const Call& call, const at::Tensor& h_TD, const at::Tens
 }  // namespace
 
 Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
-               std::shared_ptr<const AdapterSites> adapters) {
+               std::shared_ptr<const AdapterSites> adapters, std::shared_ptr<const Rotary> rotary) {
   const int64_t T = batch.num_tokens();
   MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
-  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, nullptr, nullptr};
+  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, std::move(rotary), {}, nullptr, nullptr};
   if (options.gate == Gate::modality && (batch.modality_T.defined() || options.lockstep)) {
     call.num_groups = options.lockstep ? num_modalities : call.facts->num_modalities;
     if (call.num_groups > 1) call.modality_T = batch.modality_T.defined() ? batch.modality_T : at::zeros_like(batch.ids_T);
   }
   int64_t longest = call.facts->longest;
-  if (options.cache)
+  if (options.lengths_B.defined()) {
+    MOEGRAFT_INVARIANT(options.cache && T == batch.num_sequences() && options.lengths_B.size(0) == T && options.cache->num_sequences() >= T, "a step of one token for each of ", T, " sequences");
+    call.cells_T = at::arange(T, options.lengths_B.options()) * options.cache->max_length() + options.lengths_B;
+    longest = options.cache->max_length();
+  } else if (options.cache) {
     for (int64_t i = 0; i < batch.num_sequences(); ++i) {
       const int64_t length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i] + options.cache->length(i);
       MOEGRAFT_CHECK(length <= options.cache->max_length(), "sequence ", i, " needs ", length, " positions, the cache holds ", options.cache->max_length());
       call.kv_lengths.push_back(length);
       longest = std::max(longest, length);
     }
-  call.rope = rotary_tables(spec, batch.positions_T, longest);
+  }
+  call.rope = call.rotary->tables(batch.positions_T, longest);
   return call;
 }
 
@@ -118,7 +123,7 @@ void stand_apart(Call& call) {
   std::vector<at::Tensor> cos, sin;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
     const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin;
-    const RotaryTables rope = rotary_tables(call.spec, call.batch.positions_T.narrow(0, begin, count).clone(), count);
+    const RotaryTables rope = call.rotary->tables(call.batch.positions_T.narrow(0, begin, count).clone(), count);
     cos.push_back(rope.cos_TC);
     sin.push_back(rope.sin_TC);
   }
@@ -148,7 +153,11 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
   const double scale = 1.0 / std::sqrt(double(C));
   const int64_t window = spec.layers[l].sliding_window;
   at::Tensor out;
-  if (KvCache* cache = call.options.cache) {
+  if (KvCache* cache = call.options.cache; cache && call.cells_T.defined()) {
+    cache->keys[l].view({-1, G, C}).index_copy_(0, call.cells_T, key);
+    cache->values[l].view({-1, G, C}).index_copy_(0, call.cells_T, v);
+    out = k::step_attention(q, cache->keys[l], cache->values[l], call.options.lengths_B, window, scale);
+  } else if (cache) {
     for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
       const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin, past = call.kv_lengths[i] - count;
       cache->keys[l][i].narrow(0, past, count).copy_(key.narrow(0, begin, count));

@@ -24,7 +24,9 @@ struct Call {
   std::shared_ptr<const AdapterSites> adapters;  // null: none, or the gate is closed
   int64_t num_groups = 1;                        // modalities that experts' rows are sorted by
   at::Tensor modality_T;                         // defined when num_groups > 1
-  std::vector<int64_t> kv_lengths;               // with a cache: after this call
+  std::vector<int64_t> kv_lengths;               // with a cache: after this call; empty where the lengths are on the device
+  at::Tensor cells_T;                            // where they are: the cache's cell of each token, sequences end to end
+  std::shared_ptr<const Rotary> rotary;
   RotaryTables rope;
   std::shared_ptr<const PastKeys> past;          // what the sequences begin with; null: nothing
   std::shared_ptr<PastKeys> keep;                // where to leave this call's keys and values
@@ -32,7 +34,7 @@ struct Call {
 };
 // num_modalities: of the model, text included.
 Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
-               std::shared_ptr<const AdapterSites> adapters);
+               std::shared_ptr<const AdapterSites> adapters, std::shared_ptr<const Rotary> rotary);
 
 // From here on every library call whose bits depend on the number of rows is made once per sequence: with panels everywhere, a sequence then has the bits it
 // has alone (rows_stand_alone).

@@ -57,9 +57,13 @@ at::Tensor frequencies(const DecoderSpec& s, int64_t longest) {
 
 }  // namespace
 
-RotaryTables rotary_tables(const DecoderSpec& spec, const at::Tensor& positions_T, int64_t longest) {
-  const at::Tensor angles = positions_T.to(at::kFloat).unsqueeze(1) * frequencies(spec, longest).to(positions_T.device()).unsqueeze(0);
-  const double scale = spec.rope.type == "yarn" ? yarn_attention_factor(spec.rope) : 1.0;
+Rotary::Rotary(const DecoderSpec& spec, at::Device device) : spec_(spec), frequencies_C_(frequencies(spec, 0).to(device)) {}
+
+RotaryTables Rotary::tables(const at::Tensor& positions_T, int64_t longest) const {
+  const bool stretched = spec_.rope.type == "dynamic" && longest > spec_.max_positions;
+  const at::Tensor frequencies_C = stretched ? frequencies(spec_, longest).to(positions_T.device()) : frequencies_C_;
+  const at::Tensor angles = positions_T.to(at::kFloat).unsqueeze(1) * frequencies_C.unsqueeze(0);
+  const double scale = spec_.rope.type == "yarn" ? yarn_attention_factor(spec_.rope) : 1.0;
   return {angles.cos() * scale, angles.sin() * scale};
 }
 

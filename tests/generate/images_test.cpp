@@ -30,13 +30,29 @@ TEST(GenerateImages, CachedStepsEqualTheFullForward) {
   model::KvCache cache(m.decoder->spec(), 2, 40, at::kFloat, at::kCPU);
   cache.copy_sequence(0, b.cache, 0);  // two sequences of different length in one step
   cache.copy_sequence(1, a.cache, 0);
+  Steps step(m, cache, 2, 1, [](const at::Tensor& hidden) { return hidden; }, DecodeSteps::plain);
   for (const int64_t code : {3, 15, 0, 7}) {
     for (auto* p : {&short_prompt, &long_prompt}) p->ids.push_back(kText + 2 + code), p->modality.push_back(1);
-    const at::Tensor logits = m.decoder->modality_logits(step(m, cache, {kText + 2 + code, kText + 2 + code}, 1), 0).narrow(1, 2, kCodes);
+    const at::Tensor logits = m.decoder->modality_logits(step({kText + 2 + code, kText + 2 + code}), 0).narrow(1, 2, kCodes);
     EXPECT_LE((logits[0] - full_code_logits(m, long_prompt)[-1]).abs().max().item<float>(), 1e-5);
     EXPECT_LE((logits[1] - full_code_logits(m, short_prompt)[-1]).abs().max().item<float>(), 1e-5);
     EXPECT_GT((logits[1] - logits[0]).abs().max().item<float>(), 1e-3);
   }
+}
+
+TEST(GenerateImages, StepsForRecordingDrawTheSamePictures) {
+  const auto m = tiny_graft();
+  ImageOptions o = greedy(2.0);
+  o.n = 3;
+  o.max_batch = 2;  // the last pictures are fewer: a step of another size
+  const auto expected = generate_images(m, std::vector<std::string>{"red heart", "a much longer prompt", "x"}, o);
+  o.steps = DecodeSteps::fixed;
+  const auto results = generate_images(m, std::vector<std::string>{"red heart", "a much longer prompt", "x"}, o);
+  ASSERT_EQ(results.size(), expected.size());
+  for (size_t i = 0; i < results.size(); ++i) EXPECT_TRUE(at::equal(results[i].ids_L, expected[i].ids_L)) << "picture " << i;
+  o.steps = DecodeSteps::recorded;
+  const std::string error = message_of<UsageError>([&] { generate_images(m, std::vector<std::string>{"x"}, o); });
+  EXPECT_NE(error.find("the model is on cpu; leave --cuda-graphs out"), std::string::npos) << error;
 }
 
 TEST(GenerateImages, GreedyPicksTheBestCodeOfTheFullForward) {

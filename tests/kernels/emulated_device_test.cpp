@@ -1,43 +1,8 @@
-// The public operations' device branches (norm.cpp, route.cpp, cross_entropy.cpp, moe_ffn.cpp) with the device emulated on the host: this file defines what
-// the stubs of a build without CUDA define, so that the linker takes it instead of them, over functors that run lane by lane.
+// The public operations' device branches (norm.cpp, route.cpp, cross_entropy.cpp, moe_ffn.cpp) with the device emulated on the host.
 #ifndef MOEGRAFT_HAVE_CUDA
 
+#include "../support/emulated_device.h"
 #include "cuda_cases.h"
-
-namespace moegraft::kernels {
-namespace {
-
-bool emulated = false;   // while a test says so, CPU tensors count as the device's
-int64_t calls = 0;       // layers of experts that went this way
-
-struct Emulation {
-  Emulation() { emulated = true; }
-  ~Emulation() { emulated = false; }
-};
-
-}  // namespace
-
-bool moe_cuda_serves(const MoeProblem& p) { return emulated && p.x_XD.scalar_type() != at::kDouble && !p.weights.gate_EFD.defined(); }
-MoeForward moe_forward_cuda(const MoeProblem& p, bool save, bool keep_hidden) {
-  ++calls;
-  return cuda::MoeLayer<cuda::OnHost>(p).forward(save, keep_hidden);
-}
-MoeGradients moe_backward_cuda(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout, const MoeNeeds& needs) {
-  ++calls;
-  return cuda::MoeLayer<cuda::OnHost>(p).backward(saved, dout, needs);
-}
-
-namespace cuda {
-
-using Device = Ops<OnHost>;
-
-bool available() { return emulated; }
-bool serves(const at::Tensor& x) { return emulated && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
-
-}  // namespace cuda
-}  // namespace moegraft::kernels
-
-#include "kernels/cuda/ops_exports.h"
 
 namespace moegraft::kernels::cuda {
 namespace {
@@ -45,12 +10,12 @@ namespace {
 TEST(EmulatedDevice, PublicOperationsEqualTheCpus) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     const Named host = public_ops(at::kCPU, dtype);
-    const int64_t before = calls;
+    const int64_t before = emulated_layers;
     const Named device = [&] {
       const Emulation on;
       return public_ops(at::kCPU, dtype);
     }();
-    EXPECT_EQ(calls - before, 2);
+    EXPECT_EQ(emulated_layers - before, 2);
     compare_public_ops(device, host, dtype);
   }
 }

@@ -140,6 +140,19 @@ TEST(Attention, CacheContinuesWhatPackedComputes) {
   }
 }
 
+TEST(Attention, AStepWithItsLengthsOnTheDeviceEqualsOneWithThemOnTheHost) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t window : {0, 1, 4, 64}) {
+      const std::vector<int64_t> before{0, 15, 3, 7};
+      const at::Tensor q = randn({4, 6, 8}, 1).to(dtype), keys = randn({5, 16, 2, 8}, 2).to(dtype), values = randn({5, 16, 2, 8}, 3).to(dtype);
+      std::vector<int64_t> lengths = before;
+      for (int64_t& length : lengths) ++length;
+      const at::Tensor expected = cached_attention(q, keys, values, {0, 1, 2, 3, 4}, lengths, window, 0.5);
+      const at::Tensor y = step_attention(q, keys, values, at::tensor(at::ArrayRef<int64_t>(before), at::kLong), window, 0.5);
+      EXPECT_LT(distance(y, expected), dtype == at::kFloat ? 1e-6 : 2e-2) << "window " << window;
+    }
+}
+
 // Cases of the expert path: sizes and who is routed where.
 struct MoeCase {
   int64_t T, D, F, E, K, groups;

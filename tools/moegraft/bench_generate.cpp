@@ -6,11 +6,13 @@
 #include <cstdio>
 #include <iostream>
 #include <memory>
+#include <optional>
 
 #include "bench.h"
 #include "moegraft/base/check.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/model/fixed_step.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -19,7 +21,7 @@ struct GenerateOptions {
   ModelOptions model;
   std::string ids;
   int64_t batch = 4, prompt = 128, tokens = 32, pictures = 16, codes = 1024, rounds = 3, threads = 0;
-  bool json = false;
+  bool json = false, cuda_graphs = false;
 };
 
 // Stands for a tokenizer: any text reads as the given ids.
@@ -51,7 +53,7 @@ struct TextTimes {
   at::Tensor ids_BN;
 };
 
-TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count) {
+TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count, bool cuda_graphs) {
   const at::Device device = m.device();
   const int64_t B = prompts_BS.size(0), S = prompts_BS.size(1);
   model::KvCache cache(m.decoder->spec(), B, S + count, m.decoder->dtype(), device);
@@ -61,15 +63,23 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
   synchronize(device);
   auto start = Clock::now();
   const at::Tensor hidden_BD = m.decoder->forward(batch, options).hidden_TD.view({B, S, -1}).select(1, S - 1);
-  std::vector<at::Tensor> ids{m.decoder->text_logits(hidden_BD.contiguous()).argmax(-1)};
+  const auto likeliest = [&](const at::Tensor& hidden_BD) { return m.decoder->text_logits(hidden_BD).argmax(-1); };
+  std::vector<at::Tensor> ids{likeliest(hidden_BD.contiguous())};
   synchronize(device);
   TextTimes times{since(start), 0, {}};
+  std::optional<model::FixedStep> recorded;
+  if (cuda_graphs) recorded.emplace(*m.decoder, cache, B, 0, likeliest, true);
   start = Clock::now();
   while (int64_t(ids.size()) < count) {
+    if (recorded) {
+      const at::Tensor last = ids.back().to(at::kCPU);
+      ids.push_back((*recorded)({last.const_data_ptr<int64_t>(), last.const_data_ptr<int64_t>() + B}).clone());
+      continue;
+    }
     batch = model::pack_rows(ids.back().unsqueeze(1));
     batch.positions_T = batch.positions_T + (S + int64_t(ids.size()) - 1);
     batch.facts = nullptr;
-    ids.push_back(m.decoder->text_logits(m.decoder->forward(batch, options).hidden_TD).argmax(-1));
+    ids.push_back(likeliest(m.decoder->forward(batch, options).hidden_TD));
   }
   synchronize(device);
   times.decode_s = since(start);
@@ -78,8 +88,9 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
 }
 
 // Seconds from the first code of every picture to the last: the prompt is read once for all of them before that.
-double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed) {
+double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed, bool cuda_graphs) {
   generate::ImageOptions options;
+  if (cuda_graphs) options.steps = generate::DecodeSteps::recorded;
   options.n = options.max_batch = pictures;
   options.max_cache_bytes = int64_t{1} << 50;
   options.pixels = false;
@@ -109,13 +120,13 @@ void run(const GenerateOptions& given) {
   std::vector<double> prefill, decode, image;
   at::Tensor ids_BN;
   for (int64_t i = 0; i < o.rounds; ++i) {
-    const TextTimes t = write_text(m, prompts.to(m.device()), o.tokens);
+    const TextTimes t = write_text(m, prompts.to(m.device()), o.tokens, o.cuda_graphs);
     prefill.push_back(t.prefill_s);
     decode.push_back(t.decode_s);
     ids_BN = t.ids_BN;
   }
   const PeakMemory peak = peak_memory(m.device());
-  for (int64_t i = 0; i < o.rounds && o.pictures > 0; ++i) image.push_back(draw_pictures(m, o.pictures, uint64_t(i)));
+  for (int64_t i = 0; i < o.rounds && o.pictures > 0; ++i) image.push_back(draw_pictures(m, o.pictures, uint64_t(i), o.cuda_graphs));
   const auto best = [](const std::vector<double>& values) { return *std::min_element(values.begin(), values.end()); };
   std::vector<std::vector<int64_t>> ids;
   for (int64_t b = 0; b < o.batch; ++b) ids.emplace_back(ids_BN[b].const_data_ptr<int64_t>(), ids_BN[b].const_data_ptr<int64_t>() + o.tokens);
@@ -134,6 +145,7 @@ void run(const GenerateOptions& given) {
            {"dtype", o.model.dtype},
            {"rank", o.model.rank},
            {"threads", at::get_num_threads()},
+           {"cuda_graphs", o.cuda_graphs},
            {"device", m.device().str()}};
   if (!image.empty()) {
     out["image_tokens_per_s"] = double(o.pictures * (o.tokens - 1)) / best(image);
@@ -165,6 +177,7 @@ void add_generate_command(CLI::App& bench) {
   cmd->add_option("--rounds", o->rounds, "Times each is run; the best counts")->check(CLI::Range(1, 10000))->capture_default_str();
   cmd->add_option("--ids", o->ids, "safetensors with input_ids int64 [batch, prompt] instead of random prompts");
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
+  cmd->add_flag("--cuda-graphs", o->cuda_graphs, "Replay recorded decode steps (bf16 on a Hopper GPU; not tried on a card yet)");
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
   cmd->footer("Example: moegraft bench generate models/base --batch 4 --prompt 128 --tokens 64 --pictures 16 --dtype bfloat16");
   cmd->callback([o] { run(*o); });

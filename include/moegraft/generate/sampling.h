@@ -17,6 +17,10 @@ struct SamplingOptions {
   void validate() const;     // UsageError names the value that is out of range
 };
 
+// How the tokens after a prompt are computed, one per sequence and step. plain: each step as it comes. recorded: one CUDA graph, replayed
+// (model::FixedStep; UsageError where that cannot be). fixed: what would be recorded, run operation by operation on any device.
+enum class DecodeSteps { plain, fixed, recorded };
+
 // What sample() draws from: sums to 1, exactly 0 where filtered or where the logit is -inf. UserError: NaN, +inf, or nothing left.
 std::vector<double> probabilities(std::span<const float> logits, const SamplingOptions& options);
 

@@ -50,6 +50,10 @@ at::Tensor join_sequences(const at::Tensor& past, const at::Tensor& now, const s
 at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
                             const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
 
+// The same for one query of each of the cache's first B sequences, with the lengths before it read on the device (int64 [B]): one set of launches for all
+// lengths. Cells beyond them must hold finite numbers.
+at::Tensor step_attention(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const at::Tensor& lengths_B, int64_t window, double scale);
+
 // Rows of the experts, sorted by (expert, group), stable in token order. group_T: values in [0, num_groups), undefined for one group.
 // Everything lies on the tokens' device; nothing here waits for it. A slot whose expert is elsewhere (topk id -1: expert parallelism) has no row: it adds
 // nothing to its token, and the gradient of its routing weight is 0.

@@ -47,9 +47,10 @@ class KvCache {
   // Copies sequence `source` of another cache into `target` here (prefix reuse).
   void copy_sequence(int64_t target, const KvCache& other, int64_t source);
 
-  std::vector<at::Tensor> keys, values;  // per layer [B, G, max_length, C]
+  std::vector<at::Tensor> keys, values;  // per layer [B, max_length, G, C]; zeros where nothing was written
  private:
   friend class Decoder;
+  friend class FixedStep;
   std::vector<int64_t> lengths_;
   int64_t max_length_;
 };
@@ -57,6 +58,9 @@ class KvCache {
 struct ForwardOptions {
   Gate gate = Gate::modality;
   KvCache* cache = nullptr;  // batch sequence i appends to cache sequence i; attends to all of it
+  // One token for each of the cache's first sequences, whose lengths before this call are read on the device (int64 [B]) instead of being the host's: what is
+  // launched is then the same for all lengths, and the cache's own are left to the caller (FixedStep).
+  at::Tensor lengths_B;
   RoutingObserver* routing = nullptr;
   SiteObserver* sites = nullptr;
   bool aux_loss = false;     // fill aux_loss (differentiable)
@@ -80,6 +84,7 @@ struct ForwardResult {
   PackedBatch prefix, rest;
 };
 struct PastKeys;
+class Rotary;
 
 class Decoder {
  public:
@@ -89,6 +94,7 @@ class Decoder {
   void attach_rows(ModalityRows rows);                         // appended in order; first_id must continue the vocabulary
   void detach_all();
   void set_dispatcher(std::shared_ptr<TokenDispatcher> dispatcher) { dispatcher_ = std::move(dispatcher); }
+  const TokenDispatcher& dispatcher() const { return *dispatcher_; }
 
   const DecoderSpec& spec() const { return base_.spec; }
   const BaseModel& base() const { return base_; }
@@ -117,6 +123,7 @@ class Decoder {
   std::shared_ptr<const AdapterSites> adapters_;
   std::vector<ModalityRows> rows_;
   std::shared_ptr<TokenDispatcher> dispatcher_;
+  std::shared_ptr<const Rotary> rotary_;
 };
 
 // Summed cross-entropy over labelled positions, divided by `denominator`. Labels are normalised over their own modality's rows (SYSTEMS §1):

@@ -44,6 +44,9 @@ at::Tensor to_device(const std::vector<int64_t>& values, const at::Device& devic
   return host.to(device, /*non_blocking=*/true);
 }
 
+// The first sequences of a cache [B, S, G, C], as one packed tensor with room between them.
+at::Tensor end_to_end(const at::Tensor& cache, int64_t sequences) { return cache.narrow(0, 0, sequences).reshape({sequences * cache.size(1), cache.size(2), cache.size(3)}); }
+
 int64_t longest(const std::vector<int64_t>& cumulative) {
   int64_t length = 0;
   for (size_t i = 0; i + 1 < cumulative.size(); ++i) length = std::max(length, cumulative[i + 1] - cumulative[i]);
@@ -83,10 +86,17 @@ at::Tensor attention_cached_cuda(const at::Tensor& q, const at::Tensor& keys, co
   const int64_t sequences = int64_t(kv_lengths.size()), room = keys.size(1);
   std::vector<int64_t> begins;  // of each sequence's room; how much of it counts: kv_lengths
   for (int64_t i = 0; i <= sequences; ++i) begins.push_back(i * room);
-  const auto flat = [&](const at::Tensor& cache) { return cache.narrow(0, 0, sequences).reshape({sequences * room, cache.size(2), cache.size(3)}); };
-  return std::get<0>(at::_flash_attention_forward(q.contiguous(), flat(keys), flat(values), to_device(cu_seqlens, q.device()), to_device(begins, q.device()), bound(cu_seqlens, true),
+  return std::get<0>(at::_flash_attention_forward(q.contiguous(), end_to_end(keys, sequences), end_to_end(values, sequences), to_device(cu_seqlens, q.device()), to_device(begins, q.device()), bound(cu_seqlens, true),
                                                   *std::max_element(kv_lengths.begin(), kv_lengths.end()), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, scale,
                                                   left(window), right(window), to_device(kv_lengths, q.device())));
+}
+
+at::Tensor attention_step_cuda(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths_B, int64_t window, double scale) {
+  const c10::DeviceGuard guard(q.device());
+  const int64_t B = q.size(0), room = keys.size(1);
+  const at::Tensor sequence = at::arange(B + 1, lengths_B.options().dtype(at::kInt));
+  return std::get<0>(at::_flash_attention_forward(q.contiguous(), end_to_end(keys, B), end_to_end(values, B), sequence, sequence * room, /*max_q=*/1, /*max_k=*/room, /*dropout_p=*/0.0,
+                                                  /*is_causal=*/true, /*return_debug_mask=*/false, scale, left(window), right(window), (lengths_B + 1).to(at::kInt)));
 }
 
 }  // namespace moegraft::kernels

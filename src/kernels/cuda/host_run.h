@@ -1,6 +1,7 @@
 #pragma once
 // Runs the device functors on the host, lane after lane: for tests of their logic without a GPU.
 
+#include <functional>
 #include <vector>
 
 #include "team.h"
@@ -31,13 +32,27 @@ struct HostTeam : TeamBase<HostTeam<N>> {
 };
 
 struct OnHost {
+  // While set, launches are also kept: each with the addresses that it has now, as a device's graph keeps them.
+  static inline std::vector<std::function<void()>>* record = nullptr;
+
   template <class F>
   static void threads(const F& f, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) f(i);
+    launch([f, count] {
+      for (int64_t i = 0; i < count; ++i) f(i);
+    });
   }
   template <class F>
   static void rows(const F& f, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) f(i, HostTeam<F::kLanes>());
+    launch([f, count] {
+      for (int64_t i = 0; i < count; ++i) f(i, HostTeam<F::kLanes>());
+    });
+  }
+
+ private:
+  template <class F>
+  static void launch(const F& f) {
+    f();
+    if (record) record->push_back(f);
   }
 };
 

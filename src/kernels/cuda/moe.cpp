@@ -11,17 +11,19 @@ namespace moegraft::kernels {
 
 // Hopper and Blackwell data-centre parts: there at::_grouped_mm is one kernel per product. Elsewhere (and in float32 anywhere) it copies the offsets to the
 // host and loops over the experts; the ATen path does that more simply.
+bool moe_cuda_runs_on(int generation) { return generation == 9 || generation == 10; }
+
+// 1024: the grouped product's limit. Rows of 16 bytes: its tensor copies.
+bool moe_cuda_fits(int64_t num_experts, int64_t model_width, int64_t expert_width) { return num_experts < 1024 && model_width % 8 == 0 && expert_width % 8 == 0; }
+
 bool moe_cuda_serves(const MoeProblem& problem) {
   const at::Tensor& x = problem.x_XD;
   if (!x.is_cuda() || x.scalar_type() != at::kBFloat16 || problem.weights.gate_EFD.defined()) return false;
-  const int major = cuda::device_generation(x.device().index());
-  if (major != 9 && major != 10) return false;
   const auto& gate = problem.weights.gate_FD;
-  if (gate.empty() || gate.size() >= 1024 || problem.dispatch.num_groups > cuda::kMaxGroups) return false;  // 1024: the grouped product's limit
+  if (!moe_cuda_runs_on(cuda::device_generation(x.device().index())) || gate.empty() || problem.dispatch.num_groups > cuda::kMaxGroups) return false;
   size_t terms = 0;
   for (const auto& site : problem.terms) terms += site.size();
-  // Rows of 16 bytes: the tensor copies of the grouped product.
-  return terms <= size_t(cuda::kMaxTerms) && problem.model_width() % 8 == 0 && problem.expert_width() % 8 == 0 && gate.front().scalar_type() == at::kBFloat16;
+  return terms <= size_t(cuda::kMaxTerms) && moe_cuda_fits(int64_t(gate.size()), problem.model_width(), problem.expert_width()) && gate.front().scalar_type() == at::kBFloat16;
 }
 
 MoeForward moe_forward_cuda(const MoeProblem& problem, bool save, bool keep_hidden) {

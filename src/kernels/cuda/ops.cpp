@@ -9,8 +9,7 @@ namespace moegraft::kernels::cuda {
 
 using Device = Ops<OnDevice>;
 
-bool available() { return true; }
-bool serves(const at::Tensor& x) { return x.is_cuda() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
+bool holds(const at::Tensor& x) { return x.is_cuda(); }
 
 }  // namespace moegraft::kernels::cuda
 

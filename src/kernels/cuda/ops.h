@@ -1,15 +1,15 @@
 #pragma once
 // The device's leaf operations: tensors in, tensors out, no autograd, on the current stream of the tensors' device, never waiting for it. What kernels/*.cpp
 // calls for CUDA tensors when `serves` says so. float32 and bfloat16; statistics and sums in float32, in one order: equal calls give equal bits.
-// Without CUDA in the build `available` and `serves` are false and the rest throws InvariantError.
+// Without CUDA in the build `holds` is false and the rest throws InvariantError.
 
 #include "libtorch.h"
 #include "moegraft/kernels/ops.h"
 
 namespace moegraft::kernels::cuda {
 
-bool available();                   // the kernels are linked; says nothing about the machine
-bool serves(const at::Tensor& x);   // a CUDA tensor of float32 or bfloat16 in a build with the kernels
+bool holds(const at::Tensor& x);  // a CUDA tensor, in a build with the kernels
+inline bool serves(const at::Tensor& x) { return holds(x) && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16); }
 
 // y in `out` dtype (float32 under a float32 x, else x's), rstd float32 [rows]. wide: also y in float32, for a consumer that wants it unrounded.
 // delta (undefined: none, else out's dtype): y = norm(sum), sum = x + delta in x's dtype. Without delta, sum is x.

@@ -10,8 +10,7 @@ namespace {
 
 }  // namespace
 
-bool available() { return false; }
-bool serves(const at::Tensor&) { return false; }
+bool holds(const at::Tensor&) { return false; }
 Norm rms_norm_forward(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, at::ScalarType, bool) { missing(); }
 NormGradients rms_norm_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
 at::Tensor rotary(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { missing(); }
