@@ -119,14 +119,6 @@ template <class T>
 Panels<T> pack_plain(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {
   return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_kn(w + j * kPanel, ld, k, columns, panel, depth, width); });
 }
-template <class T>
-Panels<T> pack_transposed_float(const float* w, int64_t ld, int64_t k, int64_t n, T* out) {
-  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_nk_float(w + j * kPanel * ld, ld, k, columns, panel, depth, width); });
-}
-template <class T>
-Panels<T> pack_plain_float(const float* w, int64_t ld, int64_t k, int64_t n, T* out) {
-  return pack_panels(k, n, out, [&](int64_t j, int64_t columns, T* panel, int64_t depth, int64_t width) { loops<T>().pack_kn_float(w + j * kPanel, ld, k, columns, panel, depth, width); });
-}
 
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
@@ -240,8 +232,6 @@ void* Scratch::take_bytes(int64_t count) {
 #define MOEGRAFT_INSTANTIATE(T)                                                                            \
   template Panels<T> pack_transposed(const T*, int64_t, int64_t, int64_t, T*);                              \
   template Panels<T> pack_plain(const T*, int64_t, int64_t, int64_t, T*);                                   \
-  template Panels<T> pack_transposed_float(const float*, int64_t, int64_t, int64_t, T*);                    \
-  template Panels<T> pack_plain_float(const float*, int64_t, int64_t, int64_t, T*);                         \
   template bool outer_product(int64_t, const T*, int64_t, const float*, int64_t, T*, int64_t, int64_t, float*, int64_t, bool); \
   template void sum_of_products(int64_t, const Term<T>*, int64_t, float*, int64_t, const Ahead&);           \
   template void sum_of_products(int64_t, const Term<T>*, int64_t, T*, int64_t, int64_t, float*, const Ahead&, bool); \

@@ -88,11 +88,6 @@ template <class T>
 Panels<T> pack_transposed(const T* w_nk, int64_t ld, int64_t k, int64_t n, T* out);
 template <class T>
 Panels<T> pack_plain(const T* w_kn, int64_t ld, int64_t k, int64_t n, T* out);
-// The same from float32.
-template <class T>
-Panels<T> pack_transposed_float(const float* w_nk, int64_t ld, int64_t k, int64_t n, T* out);
-template <class T>
-Panels<T> pack_plain_float(const float* w_kn, int64_t ld, int64_t k, int64_t n, T* out);
 // Panel j of `rows` rows [*, b.n], b's depth padded with zeros, and all of them.
 template <class T>
 void pack_panel(const T* in, int64_t ld, int64_t rows, const Panels<T>& b, int64_t j, T* out) {

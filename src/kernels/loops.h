@@ -22,8 +22,9 @@ struct Loops {
   // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
   void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
   void (*pack_nk)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
-  void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
-  void (*pack_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  // From float32, times factor. strip_nk lays out 16 columns, of which n <= 16 are the source's, in rows [first, first + k).
+  void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, T* panel, int64_t panel_k, int64_t panel_n);
+  void (*strip_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, int64_t first, T* strip, int64_t panel_k, int64_t panel_n);
 
   // g, u [rows, n] float32 -> both in T (past the cache on request, if aligned), and h = silu(g) * u.
   void (*swiglu)(const float* g, const float* u, int64_t ld_in, T* g_out, T* u_out, int64_t ld_out, T* h, int64_t ld_h, int64_t rows, int64_t n,
@@ -53,6 +54,8 @@ struct Loops {
   void (*softmax_backward)(const float* s, const float* dp, const float* lse, const float* delta, float scale, int64_t first, int64_t last, int64_t padded, T* p, T* ds);
   // Log-sum-exp of logits [n]; d, when given: T(scale * (softmax - [target])), zero in [n, padded).
   float (*cross_entropy)(const float* logits, int64_t n, int64_t padded, int64_t target, float scale, T* d);
+  // The indices of the k largest of p [n], none negative, in falling order, of equal ones the lower first. Where no comparable value is left (NaN): the place's own number.
+  void (*top_k)(const float* p, int64_t n, int64_t k, int64_t* ids);
 };
 
 // The widest set that this CPU has.

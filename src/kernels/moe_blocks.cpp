@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "block_product.h"
 #include "moe.h"
@@ -46,6 +47,14 @@ std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& 
     for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
   }
   return strips;
+}
+
+// Strips in the order in which threads take them, the longest first: the last ones to end are short. Sums do not follow this order.
+std::vector<size_t> by_length(const std::vector<Strip>& strips) {
+  std::vector<size_t> order(strips.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strips[a].end - strips[a].begin > strips[b].end - strips[b].begin; });
+  return order;
 }
 
 template <class T>
@@ -126,8 +135,9 @@ class Forward {
 
   MoeForward run() {
     const auto strips = make_strips(p_, offsets_);
-    for_each_task(int64_t(strips.size()), [&](int64_t i, Scratch& scratch) {
-      const Strip& s = strips[i];
+    const auto order = by_length(strips);
+    for_each_task(int64_t(strips.size()), [&](int64_t task, Scratch& scratch) {
+      const Strip& s = strips[order[task]];
       Buffers b(p_, scratch);
       const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
       const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
@@ -259,16 +269,18 @@ class Backward {
 
   MoeGradients run() {
     strips_ = make_strips(p_, offsets_);
+    const auto order = by_length(strips_);
     MoeGradients g;
     FactorGradients factors(p_, needs_, sets_, strips_, g);
-    for_each_task(int64_t(strips_.size()), [&](int64_t i, Scratch& scratch) {
+    for_each_task(int64_t(strips_.size()), [&](int64_t task, Scratch& scratch) {
+      const size_t i = order[task];
       const Strip& s = strips_[i];
       Buffers b(p_, scratch);
       const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, true, scratch);
-      const FactorSums sums = factors.sums_of(i, scratch);
+      const FactorSums sums = factors.sums_of(int64_t(i), scratch);
       const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), sums, at > s.begin, b);
-      factors.finish_strip(i, sums);
+      factors.finish_strip(int64_t(i), sums);
     });
     factors.finish();
     if (needs_.x) g.x_XD = sum_rows<T>(p_, dx_RD_, false);

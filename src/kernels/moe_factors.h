@@ -67,17 +67,41 @@ int64_t factor_elements(const RankSet& s, int64_t D, int64_t F, bool backward) {
   return Panels<T>::elements(gu, D) + Panels<T>::elements(F, s.columns[kGate]) + Panels<T>::elements(F, s.columns[kUp]) + Panels<T>::elements(d, F) + Panels<T>::elements(D, d);
 }
 
-// Concatenated factors of one site and expert, float32: A [columns, in] and scale * B [out, ld], of which this writes `columns` columns; padding zero.
-inline void concatenate(const MoeProblem& p, const RankSet& set, int site, int64_t expert, float* A, float* B, int64_t in, int64_t out, int64_t ld) {
-  const int64_t columns = set.columns[site], rank = set.rank[site];
-  std::fill_n(A + rank * in, (columns - rank) * in, 0.0f);
-  for (int64_t r = 0; rank < columns && r < out; ++r) std::fill(B + r * ld + rank, B + r * ld + columns, 0.0f);
-  for (const auto& t : set.terms[site]) {
-    const ExpertLowRank& term = p.terms[site][t.index];
-    const float *a = data<float>(term.A_EPX) + expert * t.rank * in, *b = data<float>(term.B_EXP) + expert * out * t.rank;
-    std::copy_n(a, t.rank * in, A + t.first * in);
-    loops<float>().scale_rows(b, t.rank, float(term.scale), B + t.first, ld, out, t.rank);
+// One site's factors for an expert: A [rank, in], B [out, ld_B], B without its scale. A lone term's are the masters; several lie side by side in scratch.
+struct SiteFactors {
+  const float *A = nullptr, *B = nullptr;
+  int64_t ld_B = 0, rank = 0;
+  float scale = 1;
+};
+inline SiteFactors site_factors(const MoeProblem& p, const RankSet& set, int site, int64_t expert, int64_t in, int64_t out, Scratch& scratch) {
+  const auto A_of = [&](const RankSet::Term& t) { return data<float>(p.terms[site][t.index].A_EPX) + expert * t.rank * in; };
+  const auto B_of = [&](const RankSet::Term& t) { return data<float>(p.terms[site][t.index].B_EXP) + expert * out * t.rank; };
+  const auto scale_of = [&](const RankSet::Term& t) { return float(p.terms[site][t.index].scale); };
+  const auto& terms = set.terms[site];
+  if (terms.empty()) return {};
+  if (terms.size() == 1) return {A_of(terms[0]), B_of(terms[0]), terms[0].rank, terms[0].rank, scale_of(terms[0])};
+  float *A = scratch.take<float>(set.rank[site] * in), *B = scratch.take<float>(set.rank[site] * out);
+  for (const auto& t : terms) {
+    std::copy_n(A_of(t), t.rank * in, A + t.first * in);
+    loops<float>().scale_rows(B_of(t), t.rank, scale_of(t), B + t.first, set.rank[site], out, t.rank);
   }
+  return {A, B, set.rank[site], set.rank[site], 1};
+}
+
+// Columns [column, column + count) of `to` from w [n, k] (n <= count; zeros beyond), its k in rows [first, first + k) of all, times factor. column and count
+// are multiples of 16.
+template <class T>
+void put_columns(const float* w, int64_t ld, int64_t k, int64_t n, float factor, int64_t first, int64_t column, int64_t count, const Panels<T>& to, T* memory) {
+  for (int64_t c = 0; c < count; c += 16) {
+    const int64_t j = (column + c) / kPanel, at = (column + c) % kPanel;
+    loops<T>().strip_nk_float(w + c * ld, ld, k, std::clamp<int64_t>(n - c, 0, 16), factor, first, memory + j * kPanel * to.depth() + at * kPair<T>, to.depth(), to.width(j));
+  }
+}
+// Rows [row, row + count) of `to` from w [k, n] (zeros beyond), times factor. row is a multiple of the pair.
+template <class T>
+void put_rows(const float* w, int64_t ld, int64_t k, int64_t n, float factor, int64_t row, int64_t count, const Panels<T>& to, T* memory) {
+  for (int64_t j = 0; j < to.count(); ++j)
+    loops<T>().pack_kn_float(w + j * kPanel, ld, k, std::clamp<int64_t>(n - j * kPanel, 0, kPanel), factor, memory + j * kPanel * to.depth() + row * to.width(j), count, to.width(j));
 }
 
 // Made by the task that uses them: they stay in its cache, and nothing of size experts x rank is written to memory.
@@ -85,33 +109,38 @@ template <class T>
 FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, Scratch& scratch) {
   FactorPanels<T> f;
   if (set.empty()) return f;
-  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], u = set.columns[kUp], d = set.columns[kDown];
+  const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], d = set.columns[kDown];
   T* out = scratch.take<T>(factor_elements<T>(set, D, F, backward));
-  float *A_gu = scratch.take<float>(gu * D), *A_d = scratch.take<float>(d * F);
-  float *B_g = scratch.take<float>(F * gu), *B_u = scratch.take<float>(F * gu), *B_d = scratch.take<float>(D * d);
-  concatenate(p, set, kGate, expert, A_gu, B_g, D, F, gu);
-  concatenate(p, set, kUp, expert, A_gu + g * D, B_u + g, D, F, gu);
-  concatenate(p, set, kDown, expert, A_d, B_d, F, D, d);
-  const auto place = [&](const Panels<T>& panels) {
-    out += Panels<T>::elements(panels.k, panels.n);
-    return panels;
+  const SiteFactors gate = site_factors(p, set, kGate, expert, D, F, scratch), up = site_factors(p, set, kUp, expert, D, F, scratch), down = site_factors(p, set, kDown, expert, F, D, scratch);
+  const auto make = [&](Panels<T>& panels, int64_t k, int64_t n, const auto& fill) {
+    panels = {out, k, n};
+    fill(panels, out);
+    out += Panels<T>::elements(k, n);
+  };
+  const auto B_out = [](const SiteFactors& s, int64_t first, int64_t n) {  // t -> y
+    return [=](const Panels<T>& to, T* memory) { put_columns(s.B, s.ld_B, s.rank, n, s.scale, first, 0, padded_width(n), to, memory); };
+  };
+  const auto B_in = [](const SiteFactors& s, int64_t k) {  // dy -> dt
+    return [=](const Panels<T>& to, T* memory) { put_rows(s.B, s.ld_B, k, s.rank, s.scale, 0, to.depth(), to, memory); };
   };
   if (!backward) {
-    for (int64_t r = 0; kJointThin<T> && r < F; ++r) {
-      std::fill_n(B_g + r * gu + g, u, 0.0f);
-      std::fill_n(B_u + r * gu, g, 0.0f);
-    }
-    f.B_out[kGate] = place(pack_transposed_float<T>(B_g, gu, kJointThin<T> ? gu : g, F, out));
-    f.B_out[kUp] = place(pack_transposed_float<T>(B_u + (kJointThin<T> ? 0 : g), gu, kJointThin<T> ? gu : u, F, out));
-    f.B_out[kDown] = place(pack_transposed_float<T>(B_d, d, d, D, out));
-    f.A_in[0] = place(pack_transposed_float<T>(A_gu, D, D, gu, out));
-    f.A_in[1] = place(pack_transposed_float<T>(A_d, F, F, d, out));
+    make(f.B_out[kGate], kJointThin<T> ? gu : g, F, B_out(gate, 0, F));
+    make(f.B_out[kUp], kJointThin<T> ? gu : gu - g, F, B_out(up, kJointThin<T> ? g : 0, F));
+    make(f.B_out[kDown], d, D, B_out(down, 0, D));
+    make(f.A_in[0], D, gu, [&](const Panels<T>& to, T* memory) {
+      put_columns(gate.A, D, D, gate.rank, 1.0f, 0, 0, g, to, memory);
+      put_columns(up.A, D, D, up.rank, 1.0f, 0, g, gu - g, to, memory);
+    });
+    make(f.A_in[1], F, d, [&](const Panels<T>& to, T* memory) { put_columns(down.A, F, F, down.rank, 1.0f, 0, 0, d, to, memory); });
   } else {
-    f.B_in[kGate] = place(pack_plain_float<T>(B_g, gu, F, g, out));
-    f.B_in[kUp] = place(pack_plain_float<T>(B_u + g, gu, F, u, out));
-    f.B_in[kDown] = place(pack_plain_float<T>(B_d, d, D, d, out));
-    f.A_out[0] = place(pack_plain_float<T>(A_gu, D, gu, D, out));
-    f.A_out[1] = place(pack_plain_float<T>(A_d, F, d, F, out));
+    make(f.B_in[kGate], F, g, B_in(gate, F));
+    make(f.B_in[kUp], F, gu - g, B_in(up, F));
+    make(f.B_in[kDown], D, d, B_in(down, D));
+    make(f.A_out[0], gu, D, [&](const Panels<T>& to, T* memory) {
+      put_rows(gate.A, D, gate.rank, D, 1.0f, 0, g, to, memory);
+      put_rows(up.A, D, up.rank, D, 1.0f, g, gu - g, to, memory);
+    });
+    make(f.A_out[1], d, F, [&](const Panels<T>& to, T* memory) { put_rows(down.A, F, down.rank, F, 1.0f, 0, d, to, memory); });
   }
   return f;
 }

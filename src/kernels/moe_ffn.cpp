@@ -79,7 +79,8 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
     return input;
   };
   for (auto* list : {&p.weights.gate_FD, &p.weights.up_FD, &p.weights.down_DF})
-    for (auto& t : *list) t = t.detach();
+    for (auto& t : *list)
+      if (t.requires_grad()) t = t.detach();
   std::vector<at::Tensor> inputs{x_XD, routing, stacked(p.weights.gate_EFD), stacked(p.weights.up_EFD), stacked(p.weights.down_EDF)};
   for (int s = 0; s < kSites; ++s)
     for (const auto& term : site_list(adapters, s)) {

@@ -1,9 +1,11 @@
-// Softmax and top k of the router: one kernel each way on a GPU, ATen elsewhere.
+// Softmax and top k of the router in one pass over each token's logits, forwards and backwards: a kernel on a GPU, a loop on the CPU. ATen for float64.
 
 #include "moegraft/kernels/route.h"
 
+#include "cpu.h"
 #include "cuda/ops.h"
 #include "libtorch.h"
+#include "loops.h"
 #include "moegraft/base/check.h"
 
 namespace moegraft::kernels {
@@ -12,12 +14,68 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+constexpr int64_t kTokens = 64;  // of one task
+
+cuda::Routed forward_cpu(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
+  const int64_t T = logits_TE.size(0), E = logits_TE.size(1);
+  const at::Tensor in = logits_TE.contiguous();
+  cuda::Routed r{at::empty_like(in), at::empty({T, top_k}, in.options().dtype(at::kLong)), at::empty({T, top_k}, in.options())};
+  const float* logits = in.const_data_ptr<float>();
+  float *probs = r.probs_TE.mutable_data_ptr<float>(), *weights = r.weights_TK.mutable_data_ptr<float>();
+  int64_t* ids = r.ids_TK.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, T, kTokens, [&](int64_t from, int64_t end) {
+    const Loops<float>& l = loops<float>();
+    for (int64_t t = from; t < end; ++t) {
+      float *p = probs + t * E, *w = weights + t * top_k, largest = -3.0e38f, chosen = 0;
+      int64_t* id = ids + t * top_k;
+      const float total = l.softmax(logits + t * E, 1.0f, 0, E, E, p, &largest);
+      l.from_float(p, 1.0f / total, p, E);
+      l.top_k(p, E, top_k, id);
+      for (int64_t k = 0; k < top_k; ++k) chosen += w[k] = p[id[k]];
+      for (int64_t k = 0; renormalise && k < top_k; ++k) w[k] /= chosen;
+    }
+  });
+  return r;
+}
+
+// Either gradient may be undefined.
+at::Tensor backward_cpu(const cuda::Routed& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise) {
+  const int64_t T = routed.probs_TE.size(0), E = routed.probs_TE.size(1), K = routed.ids_TK.size(1);
+  const at::Tensor dw_TK = dweights_TK.defined() ? dweights_TK.contiguous() : at::Tensor(), dp_TE = dprobs_TE.defined() ? dprobs_TE.contiguous() : at::Tensor();
+  at::Tensor dlogits_TE = at::empty_like(routed.probs_TE);
+  const float *probs = routed.probs_TE.const_data_ptr<float>(), *weights = routed.weights_TK.const_data_ptr<float>();
+  const int64_t* ids = routed.ids_TK.const_data_ptr<int64_t>();
+  float* dlogits = dlogits_TE.mutable_data_ptr<float>();
+  at::parallel_for(0, T, kTokens, [&](int64_t from, int64_t end) {
+    const Loops<float>& l = loops<float>();
+    std::vector<float> dp(static_cast<size_t>(E));
+    for (int64_t t = from; t < end; ++t) {
+      const float *p = probs + t * E, *w = weights + t * K;
+      if (dp_TE.defined()) std::copy_n(dp_TE.const_data_ptr<float>() + t * E, E, dp.begin());
+      else std::fill(dp.begin(), dp.end(), 0.0f);
+      if (dw_TK.defined()) {
+        // w_k = p_k / s: the gradient of p_k is (dw_k - sum_j dw_j w_j) / s.
+        const float* dw = dw_TK.const_data_ptr<float>() + t * K;
+        float chosen = 1, mean = 0;
+        if (renormalise) {
+          chosen = 0;
+          for (int64_t k = 0; k < K; ++k) chosen += p[ids[t * K + k]], mean += dw[k] * w[k];
+        }
+        for (int64_t k = 0; k < K; ++k) dp[size_t(ids[t * K + k])] += (dw[k] - mean) / chosen;
+      }
+      const float dot = l.dot(p, dp.data(), E);
+      for (int64_t e = 0; e < E; ++e) dlogits[t * E + e] = p[e] * (dp[size_t(e)] - dot);
+    }
+  });
+  return dlogits_TE;
+}
+
 class RouteFunction : public torch::autograd::Function<RouteFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, int64_t top_k, bool renormalise) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
-    const cuda::Routed r = cuda::route_forward(logits, top_k, renormalise);
+    const cuda::Routed r = cuda::serves(logits) ? cuda::route_forward(logits, top_k, renormalise) : forward_cpu(logits, top_k, renormalise);
     ctx->save_for_backward({r.probs_TE, r.ids_TK, r.weights_TK});
     ctx->saved_data["renormalise"] = renormalise;
     ctx->mark_non_differentiable({r.ids_TK});
@@ -26,8 +84,9 @@ class RouteFunction : public torch::autograd::Function<RouteFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto saved = ctx->get_saved_variables();
-    const bool used = grads[0].defined() || grads[2].defined();
-    return {used ? cuda::route_backward({saved[0], saved[1], saved[2]}, grads[2], grads[0], ctx->saved_data["renormalise"].toBool()) : at::Tensor(), at::Tensor(), at::Tensor()};
+    if (!grads[0].defined() && !grads[2].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
+    const auto backward = cuda::serves(saved[0]) ? cuda::route_backward : backward_cpu;
+    return {backward({saved[0], saved[1], saved[2]}, grads[2], grads[0], ctx->saved_data["renormalise"].toBool()), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -36,7 +95,7 @@ class RouteFunction : public torch::autograd::Function<RouteFunction> {
 Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
   RECORD_FUNCTION("moegraft::route", {});
   MOEGRAFT_INVARIANT(logits_TE.dim() == 2 && top_k >= 1 && top_k <= logits_TE.size(1), "route: logits ", logits_TE.sizes(), ", top ", top_k);
-  if (cuda::serves(logits_TE) && logits_TE.scalar_type() == at::kFloat) {
+  if (logits_TE.scalar_type() == at::kFloat && (cuda::serves(logits_TE) || logits_TE.is_cpu())) {
     const variable_list r = RouteFunction::apply(logits_TE, top_k, renormalise);
     return {r[0], r[1], r[2]};
   }

@@ -5,6 +5,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/kernels/route.h"
 
 namespace moegraft::kernels {
 namespace {
@@ -151,6 +152,41 @@ TEST(Attention, AStepWithItsLengthsOnTheDeviceEqualsOneWithThemOnTheHost) {
       const at::Tensor y = step_attention(q, keys, values, at::tensor(at::ArrayRef<int64_t>(before), at::kLong), window, 0.5);
       EXPECT_LT(distance(y, expected), dtype == at::kFloat ? 1e-6 : 2e-2) << "window " << window;
     }
+}
+
+TEST(Route, EqualsSoftmaxTopKAndTheirGradients) {
+  for (const auto& [T, E, K] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 4, 2}, {200, 8, 2}, {70, 17, 5}, {65, 64, 8}, {9, 130, 130}, {300, 256, 8}})
+    for (const bool renormalise : {false, true}) {
+      const at::Tensor logits = (3 * randn({T, E}, 7)).set_requires_grad(true), exact = logits.detach().to(at::kDouble).set_requires_grad(true);
+      const Route r = route(logits, K, renormalise);
+      const at::Tensor probs = at::softmax(exact, -1), ids = std::get<1>(at::topk(probs, K, -1));
+      at::Tensor weights = probs.gather(1, ids);
+      if (renormalise) weights = weights / weights.sum(-1, true);
+      EXPECT_TRUE(at::equal(r.topk_ids_TK, ids)) << T << " " << E << " " << K;
+      EXPECT_LT(distance(r.probs_TE, probs), 1e-6);
+      EXPECT_LT(distance(r.topk_weights_TK, weights), 1e-6);
+      const at::Tensor gw = randn({T, K}, 8), gp = randn({T, E}, 9);
+      (r.topk_weights_TK * gw).sum().backward();
+      (weights * gw).sum().backward({}, true);
+      EXPECT_LT(distance(logits.grad(), exact.grad()), 1e-5) << T << " " << E << " " << K;
+      const Route both = route(logits, K, renormalise);
+      ((both.topk_weights_TK * gw).sum() + (both.probs_TE * gp).sum()).backward();
+      ((weights * gw).sum() + (probs * gp).sum()).backward();
+      EXPECT_LT(distance(logits.grad(), exact.grad()), 2e-5) << "with a gradient of the probabilities";
+    }
+}
+
+TEST(Route, TakesTheLowerOfEqualsAndStaysInRangeWithoutNumbers) {
+  at::Tensor logits = at::zeros({3, 40});
+  logits[1][37] = logits[1][21] = logits[1][20] = 1;
+  logits[2][5] = NAN;
+  const Route r = route(logits, 4, true);
+  EXPECT_TRUE(at::equal(r.topk_ids_TK[0], at::arange(4)));
+  EXPECT_TRUE(at::equal(r.topk_ids_TK[1], at::tensor({20, 21, 37, 0}, at::kLong)));
+  EXPECT_TRUE(at::equal(r.topk_ids_TK[2], at::arange(4)));
+  EXPECT_FLOAT_EQ(r.topk_weights_TK[0][3].item<float>(), 0.25f);
+  EXPECT_TRUE(r.topk_weights_TK[2].isnan().all().item<bool>());
+  EXPECT_EQ(route(at::zeros({0, 5}), 2, false).topk_ids_TK.sizes(), (at::IntArrayRef{0, 2}));
 }
 
 // Cases of the expert path: sizes and who is routed where.

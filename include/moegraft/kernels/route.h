@@ -9,7 +9,7 @@ struct Route {
   at::Tensor probs_TE, topk_ids_TK, topk_weights_TK;  // probabilities and weights are differentiable; ids int64, in falling order
 };
 // logits float32 (float64 for tests) [T, E]; top_k in [1, E]. Weights are the probabilities of the chosen, divided by their sum when `renormalise`.
-// Of equal probabilities the GPU takes the lower index; ATen's choice elsewhere is its own.
+// Of equal probabilities the lower index comes first (in float64 ATen chooses).
 Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
 
 }  // namespace moegraft::kernels
