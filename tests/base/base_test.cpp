@@ -1,8 +1,15 @@
 #include <gtest/gtest.h>
 
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/numa.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
@@ -20,6 +27,84 @@ TEST(Check, CarriesTheMessageAndTheKind) {
   }
   EXPECT_THROW(MOEGRAFT_INVARIANT(rank == 1, "rank"), InvariantError);
   EXPECT_NO_THROW(MOEGRAFT_CHECK(rank == 0, "no"));
+}
+
+// A machine's nodes as the kernel shows them.
+class Nodes {
+ public:
+  Nodes(const char* machine, const std::vector<std::pair<std::string, std::string>>& lists) : path(std::filesystem::path(testing::TempDir()) / (std::string(machine) + std::to_string(getpid()))) {
+    for (const auto& [name, cpus] : lists) {
+      std::filesystem::create_directories(path / name);
+      std::ofstream(path / name / "cpulist") << cpus << '\n';
+    }
+  }
+  ~Nodes() { std::filesystem::remove_all(path); }
+  const std::filesystem::path path;
+};
+
+std::vector<int> affinity() {
+  cpu_set_t set;
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  return cpus;
+}
+
+TEST(Numa, KnowsTheNodesThatItMayUse) {
+  const std::vector<int> mine = affinity();
+  const std::string last = std::to_string(mine.back());
+  const Nodes nodes("moegraft-odd-", {{"node10", last + "," + std::to_string(CPU_SETSIZE + 5)}, {"node2", "0-1023"}, {"node3", ""}, {"node4", "7-2"}, {"node5", "x"}, {"nodes", "0"}, {"cpu0", "0"}});
+  const auto found = usable_numa_nodes(nodes.path);
+  ASSERT_EQ(found.size(), 2u);  // in the order of their numbers
+  EXPECT_EQ(found[0].id, 2);
+  EXPECT_EQ(found[0].cpus, mine);
+  EXPECT_EQ(found[1].id, 10);
+  EXPECT_EQ(found[1].cpus, std::vector<int>{mine.back()});
+  EXPECT_TRUE(usable_numa_nodes("/no/such/folder").empty());
+}
+
+TEST(Numa, SharesNodesEvenly) {
+  const auto shares = [](int64_t nodes, int64_t count) {
+    std::vector<std::pair<int64_t, int64_t>> all;
+    for (int64_t i = 0; i < count; ++i) all.push_back(numa_share(nodes, i, count));
+    return all;
+  };
+  using Shares = std::vector<std::pair<int64_t, int64_t>>;
+  EXPECT_EQ(shares(2, 1), (Shares{{0, 2}}));
+  EXPECT_EQ(shares(2, 2), (Shares{{0, 1}, {1, 2}}));
+  EXPECT_EQ(shares(2, 4), (Shares{{0, 1}, {0, 1}, {1, 2}, {1, 2}}));
+  EXPECT_EQ(shares(8, 2), (Shares{{0, 4}, {4, 8}}));
+  EXPECT_EQ(shares(2, 3), (Shares{{0, 1}, {0, 1}, {1, 2}}));
+  EXPECT_EQ(shares(4, 3), (Shares{{0, 1}, {1, 2}, {2, 4}}));
+}
+
+TEST(Numa, RunsAProcessOnItsNodeAndLeavesOthersAlone) {
+  const std::vector<int> mine = affinity();
+  if (mine.size() < 2) GTEST_SKIP() << "one core: nothing to share";
+  const Nodes two("moegraft-two-", {{"node0", std::to_string(mine[0])}, {"node1", std::to_string(mine[1])}});
+  // In a child, whose affinity may change. Its exit code says which check failed.
+  const auto in_child = [](const auto& check) {
+    const pid_t pid = fork();
+    if (pid == 0) _exit(check());
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return WEXITSTATUS(status);
+  };
+  EXPECT_EQ(in_child([&] {
+              const std::string done = arrange_numa(1, 2, two.path);
+              if (done != "on NUMA node 1") return 1;
+              if (affinity() != std::vector<int>{mine[1]}) return 2;
+              return arrange_numa(0, 2, two.path).empty() && affinity() == std::vector<int>{mine[1]} ? 0 : 3;  // bound to one node: that stands
+            }),
+            0);
+  const Nodes one("moegraft-one-", {{"node0", "0-1023"}});
+  EXPECT_EQ(in_child([&] { return arrange_numa(1, 2, one.path).empty() && affinity() == mine ? 0 : 1; }), 0);
+  EXPECT_EQ(in_child([&] {
+              arrange_numa(0, 1, two.path);  // alone: its cores stay, whatever became of its pages
+              return affinity() == mine ? 0 : 1;
+            }),
+            0);
 }
 
 TEST(Rng, PhiloxKnownAnswer) {

@@ -5,6 +5,13 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <string_view>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/numa.h"
+#include "moegraft/distributed/launch.h"
 
 namespace moegraft::tools {
 
@@ -31,6 +38,20 @@ inline void keep_pages() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest that glibc takes
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
   mallopt(M_TOP_PAD, 64 << 20);
+}
+
+// Near memory where a machine has several nodes of it. Off with MOEGRAFT_NUMA=off. Where there are GPUs the launcher knows better which node a process's GPU
+// hangs on, and memory of the host matters little.
+inline std::string choose_memory() {
+  const char* wanted = std::getenv("MOEGRAFT_NUMA");
+  std::error_code error;
+  if ((wanted && std::string_view(wanted) == "off") || std::filesystem::exists("/proc/driver/nvidia/gpus", error)) return {};
+  try {
+    const auto launched = distributed::read_launch_environment();
+    return arrange_numa(launched.local_rank, launched.local_world_size);
+  } catch (const UserError&) {
+    return {};  // said again, and better, by the command that needs it
+  }
 }
 
 }  // namespace moegraft::tools
