@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent.relative_to(ROOT)
 SHAPES = ["fine32", "fine64", "mix8"]
 DTYPES = ["float32", "bfloat16"]
-BATCHES = ["4x512", "1x128"]
+BATCHES = ["4x512", "1x512", "1x128"]
 
 
 def log(*words):
@@ -238,8 +238,8 @@ def markdown(r):
         rate = lambda s: f"{s['best_tokens_per_s']:.0f} ({s['median_tokens_per_s']:.0f})"
         rows.append([f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", rate(a), rate(b), f"**{q['best']:.2f}** ({q['median']:.2f})", f"{q['outside']:.2f}" if "outside" in q else "", f"{a['peak_mib']:.0f}", f"{b['peak_mib']:.0f}",
                      f"**{q['peak']:.2f}**", f"{c['matmul_gflops']:.0f}", f"{100 * a['share_of_limit']:.0f} %", f"{100 * b['share_of_limit']:.0f} %",
-                     f"{100 * c['attainable_share']:.0f} %"])
-    text.append(table(["case", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit", "attainable"], rows))
+                     f"{100 * c['attainable_share']:.0f} %", f"{100 * a['share_of_limit'] / c['attainable_share']:.0f} %"])
+    text.append(table(["case", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit", "attainable", "moegraft of that"], rows))
     text.append("Losses of the first round, per step:\n")
     losses = [[f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", *(" ".join(f"{x:.5f}" for x in c[side]["loss"]) for side in ("moegraft", "peer")), f"{c['first_loss_difference']:.1e}"] for c in r["steps_table"]]
     text.append(table(["case", "moegraft", "peer", "first differs by"], losses))
