@@ -3,8 +3,10 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "moegraft/base/check.h"
+#include "moegraft/model/device.h"
 
 namespace moegraft::model {
 namespace {
@@ -34,25 +36,23 @@ int64_t set_of(const std::vector<int64_t>& bounds, int64_t id) {
   return s;
 }
 
-}  // namespace
+at::Tensor on_host(const at::Tensor& t) { return t.defined() ? t.to(at::kCPU).contiguous() : t; }
+PackedBatch on_host(const PackedBatch& batch) { return {on_host(batch.ids_T), on_host(batch.modality_T), on_host(batch.positions_T), batch.cu_seqlens, on_host(batch.labels_T)}; }
 
-BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_bounds) {
+// Of a batch on the host, but for `split`; index tensors land on `device`.
+BatchFacts describe(const PackedBatch& batch, std::vector<int64_t> id_bounds, at::Device device) {
   const int64_t T = batch.num_tokens();
-  const at::Device device = batch.ids_T.device();
   MOEGRAFT_INVARIANT(id_bounds.size() >= 2 && id_bounds[0] == 0 && std::is_sorted(id_bounds.begin(), id_bounds.end()), "id bounds ", id_bounds);
   MOEGRAFT_INVARIANT(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
-  const auto on_host = [](const at::Tensor& t) { return t.to(at::kCPU).contiguous(); };
   const int64_t sets = int64_t(id_bounds.size()) - 1, vocabulary = id_bounds.back();
   BatchFacts facts;
 
-  const at::Tensor ids_T = on_host(batch.ids_T);
-  const int64_t* ids = ids_T.const_data_ptr<int64_t>();
+  const int64_t* ids = batch.ids_T.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < T; ++t) MOEGRAFT_CHECK(ids[t] >= 0 && ids[t] < vocabulary, "token id ", ids[t], " is outside the vocabulary [0, ", vocabulary, ")");
   facts.id_tokens = group(T, sets, device, [&](int64_t t) { return set_of(id_bounds, ids[t]); });
 
   if (batch.labels_T.defined()) {
-    const at::Tensor labels_T = on_host(batch.labels_T);
-    const int64_t* labels = labels_T.const_data_ptr<int64_t>();
+    const int64_t* labels = batch.labels_T.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < T; ++t) {
       MOEGRAFT_CHECK(labels[t] < vocabulary, "label ", labels[t], " is outside the vocabulary [0, ", vocabulary, ")");
       facts.num_labels += labels[t] >= 0;
@@ -60,8 +60,7 @@ BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_boun
     facts.label_tokens = group(T, sets, device, [&](int64_t t) { return labels[t] < 0 ? -1 : set_of(id_bounds, labels[t]); });
   }
 
-  const at::Tensor modality_T = batch.modality_T.defined() ? on_host(batch.modality_T) : at::Tensor();
-  const int64_t* modality = modality_T.defined() ? modality_T.const_data_ptr<int64_t>() : nullptr;
+  const int64_t* modality = batch.modality_T.defined() ? batch.modality_T.const_data_ptr<int64_t>() : nullptr;
   const auto modality_at = [&](int64_t t) { return modality ? modality[t] : 0; };
   for (int64_t t = 0; t < T; ++t) {
     MOEGRAFT_CHECK(modality_at(t) >= 0, "modality ", modality_at(t), " of token ", t, " is negative");
@@ -81,6 +80,51 @@ BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_boun
   }
   facts.id_bounds = std::move(id_bounds);
   return facts;
+}
+
+// The given tokens of a batch on the host.
+PackedBatch take(const PackedBatch& batch, const BatchFacts& whole, const std::vector<int64_t>& tokens, std::vector<int64_t> cu_seqlens) {
+  const auto taken = [&](const at::Tensor& from) {
+    if (!from.defined()) return from;
+    at::Tensor to = at::empty({int64_t(tokens.size())}, at::kLong);
+    for (size_t i = 0; i < tokens.size(); ++i) to.mutable_data_ptr<int64_t>()[i] = from.const_data_ptr<int64_t>()[tokens[i]];
+    return to;
+  };
+  PackedBatch part{taken(batch.ids_T), taken(batch.modality_T), taken(batch.positions_T), std::move(cu_seqlens), taken(batch.labels_T)};
+  BatchFacts facts = describe(part, whole.id_bounds, at::kCPU);
+  facts.longest = whole.longest;  // of the whole sequence: some rotary scalings ask for it
+  part.facts = std::make_shared<const BatchFacts>(std::move(facts));
+  return part;
+}
+
+SplitBatch split(const PackedBatch& batch, const BatchFacts& facts) {
+  std::vector<int64_t> prefix, rest, cu_prefix{0}, cu_rest{0};
+  for (int64_t i = 0; i < batch.num_sequences(); ++i) {
+    const int64_t begin = batch.cu_seqlens[i], cut = begin + facts.text_prefix[i], end = batch.cu_seqlens[i + 1];
+    for (int64_t t = begin; t < cut; ++t) prefix.push_back(t);
+    for (int64_t t = cut; t < end; ++t) rest.push_back(t);
+    cu_prefix.push_back(int64_t(prefix.size()));
+    cu_rest.push_back(int64_t(rest.size()));
+  }
+  const auto indices = [](const std::vector<int64_t>& tokens) { return at::tensor(at::ArrayRef<int64_t>(tokens), at::kLong); };
+  return {take(batch, facts, prefix, std::move(cu_prefix)), take(batch, facts, rest, std::move(cu_rest)), indices(prefix), indices(rest)};
+}
+
+}  // namespace
+
+BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_bounds) {
+  const PackedBatch host = on_host(batch);
+  const at::Device device = batch.ids_T.device();
+  BatchFacts facts = describe(host, std::move(id_bounds), device);
+  if (host.labels_T.defined() && prefix_is_worth_it(facts, host.num_tokens())) facts.split = std::make_shared<const SplitBatch>(to_device(split(host, facts), device));
+  return facts;
+}
+
+SplitBatch split_prefix(const PackedBatch& batch) { return to_device(split(on_host(batch), *batch.facts), batch.ids_T.device()); }
+
+bool prefix_is_worth_it(const BatchFacts& facts, int64_t num_tokens) {
+  const int64_t tokens = std::accumulate(facts.text_prefix.begin(), facts.text_prefix.end(), int64_t{0});
+  return tokens >= 16 && 16 * tokens >= num_tokens;
 }
 
 }  // namespace moegraft::model

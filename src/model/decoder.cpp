@@ -29,8 +29,8 @@ KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_len
     : lengths_(num_sequences, 0), max_length_(max_length) {
   const auto options = at::TensorOptions(dtype).device(device);
   for (int64_t l = 0; l < spec.num_layers; ++l) {
-    keys.push_back(at::zeros({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
-    values.push_back(at::zeros({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
+    keys.push_back(at::empty({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
+    values.push_back(at::empty({num_sequences, max_length, spec.num_kv_heads, spec.head_dim}, options));
   }
 }
 
@@ -138,7 +138,8 @@ ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions
   if (!in_two_passes) return run(batch, options, nullptr, nullptr);
 
   // Text before a sequence's first token of another modality meets nothing that trains: its pass keeps nothing but keys and values.
-  const SplitBatch split = split_prefix(batch, id_bounds());
+  const std::shared_ptr<const SplitBatch> cut = batch.facts->split ? batch.facts->split : std::make_shared<SplitBatch>(split_prefix(batch));
+  const SplitBatch& split = *cut;
   const auto run_prefix = [this](const PackedBatch& part, const ForwardOptions& with, std::shared_ptr<PastKeys> keep) { return run(part, with, nullptr, std::move(keep)).hidden_TD; };
   std::shared_ptr<const PastKeys> past;
   ForwardResult result;

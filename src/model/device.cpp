@@ -9,6 +9,9 @@
 namespace moegraft::model {
 namespace {
 
+template <class Move>
+SplitBatch moved(const SplitBatch& split, const Move& move);
+
 // Applies `move` to every tensor of a batch.
 template <class Move>
 PackedBatch moved(const PackedBatch& batch, const Move& move_defined) {
@@ -19,17 +22,29 @@ PackedBatch moved(const PackedBatch& batch, const Move& move_defined) {
   for (auto* indices : {&facts.modality_tokens, &facts.id_tokens, &facts.label_tokens})
     for (at::Tensor& t : *indices) t = move(t);
   facts.cu_seqlens = move(facts.cu_seqlens);
+  if (facts.split) facts.split = std::make_shared<const SplitBatch>(moved(*facts.split, move_defined));
   out.facts = std::make_shared<const BatchFacts>(std::move(facts));
   return out;
+}
+template <class Move>
+SplitBatch moved(const SplitBatch& split, const Move& move) {
+  return {moved(split.prefix, move), moved(split.rest, move), move(split.prefix_tokens), move(split.rest_tokens)};
+}
+
+// Only towards the device: the host must not read a copy that is still under way.
+auto mover(const at::Tensor& from, at::Device device) {
+  return [device, non_blocking = from.is_cpu()](const at::Tensor& t) { return t.to(device, non_blocking); };
 }
 
 }  // namespace
 
 PackedBatch to_device(const PackedBatch& batch, at::Device device) {
   if (batch.ids_T.device() == device) return batch;
-  // Only towards the device: the host must not read a copy that is still under way.
-  const bool non_blocking = batch.ids_T.is_cpu();
-  return moved(batch, [&](const at::Tensor& t) { return t.to(device, non_blocking); });
+  return moved(batch, mover(batch.ids_T, device));
+}
+SplitBatch to_device(const SplitBatch& split, at::Device device) {
+  if (split.prefix_tokens.device() == device) return split;
+  return moved(split, mover(split.prefix_tokens, device));
 }
 
 PackedBatch pin(const PackedBatch& batch) {

@@ -1,20 +1,11 @@
 #pragma once
-// Batches cut at each sequence's first token that is not text.
+// The pass over text that stands before other modalities, from what is known of captions.
 
 #include <functional>
 
 #include "layers.h"
 
 namespace moegraft::model {
-
-struct SplitBatch {
-  PackedBatch prefix, rest;              // with facts; as many sequences as the batch, some of them empty
-  at::Tensor prefix_tokens, rest_tokens; // int64: where their tokens lie in the batch
-};
-SplitBatch split_prefix(const PackedBatch& batch, const std::vector<int64_t>& id_bounds);
-
-// A second, small pass through the layers costs reading their weights again: few prefix tokens are not worth it. Depends on the batch alone.
-bool prefix_is_worth_it(const BatchFacts& facts, int64_t num_tokens);
 
 // The same result for a whole prefix pass: of captions (prefixes that something follows) through the cache, of sequences that are text alone in a pass of
 // their own, which gives no keys. `run` is Decoder::run without recorded gradients; with `keep` it leaves keys and values there.

@@ -87,6 +87,37 @@ TEST(BatchFacts, BoundsOfAVocabularyFollowItsModalities) {
   EXPECT_EQ(v.id_bounds().back(), v.size());
 }
 
+// 20 tokens of text, then 3 of a modality; 6 of text alone; 2 of a modality.
+PackedBatch captions() {
+  PackedBatch b{at::arange(31) % 10, at::zeros({31}, at::kLong), at::cat({at::arange(23), at::arange(6), at::arange(2)}), {0, 23, 29, 31}, at::arange(31) % 9};
+  for (const int64_t t : {20, 21, 22, 29, 30}) b.ids_T[t] = b.labels_T[t] = 10 + t % 4, b.modality_T[t] = 1;
+  return b;
+}
+
+TEST(BatchFacts, HoldTheCutWhereTextComesFirst) {
+  PackedBatch b = captions();
+  const BatchFacts f = describe_batch(b, {0, 10, 14});
+  ASSERT_NE(f.split, nullptr);
+  const auto& [prefix, rest, prefix_tokens, rest_tokens] = *f.split;
+  EXPECT_EQ(values(rest_tokens), (Longs{20, 21, 22, 29, 30}));
+  EXPECT_EQ(prefix_tokens.numel(), 26);
+  EXPECT_EQ(prefix.cu_seqlens, (Longs{0, 20, 26, 26}));
+  EXPECT_EQ(rest.cu_seqlens, (Longs{0, 3, 3, 5}));
+  for (const auto& [part, tokens] : {std::pair{&prefix, prefix_tokens}, {&rest, rest_tokens}}) {
+    EXPECT_TRUE(at::equal(part->ids_T, b.ids_T.index_select(0, tokens)));
+    EXPECT_TRUE(at::equal(part->labels_T, b.labels_T.index_select(0, tokens)));
+    EXPECT_TRUE(at::equal(part->modality_T, b.modality_T.index_select(0, tokens)));
+    EXPECT_TRUE(at::equal(part->positions_T, b.positions_T.index_select(0, tokens)));
+    EXPECT_EQ(part->facts->longest, 23);
+    EXPECT_EQ(part->facts->split, nullptr);
+  }
+  EXPECT_EQ(rest.facts->num_modalities, 2);
+  EXPECT_EQ(prefix.facts->text_prefix_ids.size(), 26u);
+  b.labels_T = at::Tensor();  // nothing to train on
+  EXPECT_EQ(describe_batch(b, {0, 10, 14}).split, nullptr);
+  EXPECT_EQ(describe_batch(batch(), {0, 10, 14, 20}).split, nullptr);  // three tokens of text
+}
+
 // The meta device stands in for another one: it shows that every tensor moves.
 TEST(BatchFacts, MoveWithTheBatch) {
   PackedBatch b = batch();
@@ -99,6 +130,11 @@ TEST(BatchFacts, MoveWithTheBatch) {
     for (const at::Tensor& t : *indices) EXPECT_TRUE(t.is_meta());
   EXPECT_TRUE(moved.facts->cu_seqlens.is_meta());
   EXPECT_EQ(moved.facts->text_prefix, b.facts->text_prefix);
+
+  b = captions();
+  b.facts = std::make_shared<const BatchFacts>(describe_batch(b, {0, 10, 14}));
+  const SplitBatch split = *to_device(b, at::Device(at::kMeta)).facts->split;
+  for (const at::Tensor& t : {split.prefix_tokens, split.rest_tokens, split.prefix.ids_T, split.rest.labels_T, split.rest.facts->label_tokens[1], split.prefix.facts->cu_seqlens}) EXPECT_TRUE(t.is_meta());
 }
 
 TEST(BatchFacts, PinnedCopiesHoldTheSame) {

@@ -29,6 +29,8 @@ std::vector<int64_t> to_vector(const at::Tensor& t) {
 // The two golden sequences up to `lengths` tokens, in a cache.
 KvCache filled(const Decoder& decoder, const at::Tensor& ids_BS, const std::vector<int64_t>& lengths) {
   KvCache cache(decoder.spec(), 3, 16, decoder.dtype(), decoder.device());
+  for (auto* layers : {&cache.keys, &cache.values})
+    for (at::Tensor& cells : *layers) cells.fill_(NAN);  // as memory may be that nobody wrote
   for (int64_t b = 0; b < 2; ++b) {
     KvCache one(decoder.spec(), 1, 11, decoder.dtype(), decoder.device());
     ForwardOptions options;

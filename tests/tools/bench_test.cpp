@@ -200,7 +200,7 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
       {"bench"}, {"bench", "step"}, {"bench", "generate"}, {"bench", "growth"}, {"bench", "step", *base_, "--gate", "half"}, {"bench", "step", *base_, "--gate", "modality"},
       {"bench", "step", *base_, "--quantize", "nf4"}, {"bench", "step", *base_, "--dtype", "int8"}, {"bench", "step", *base_, "--sites", "gate,wrong"}, {"bench", "step", *base_, "--labels", "image"},
       {"bench", "--rank", "4", "generate", *base_}, {"bench", "growth", *base_, "--axes", "width"}, {"bench", "growth", *base_, "--experts", "1"}, {"bench", "growth", *base_, "--tokens", "700"},
-      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"}};
+      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "generate", *base_, "--prompt", "4", "--tokens", "4", "--cuda-graphs"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"}};
   for (const auto& args : cases) {
     const auto r = run_moegraft(args);
     std::string text;

@@ -8,6 +8,8 @@
 
 namespace moegraft::model {
 
+struct SplitBatch;
+
 // What the host must know of a batch before it can launch a step. Made beside the batch, on the CPU (in training by the data worker), so that
 // no step has to ask the device. Index tensors are int64, rising, and move with the batch.
 struct BatchFacts {
@@ -22,6 +24,7 @@ struct BatchFacts {
   std::vector<at::Tensor> id_tokens;        // [sets]: the tokens whose id is in the set
   std::vector<at::Tensor> label_tokens;     // [sets]: the positions whose label is in the set; empty vector without labels
   at::Tensor cu_seqlens;                    // int32 [num_sequences + 1]
+  std::shared_ptr<const SplitBatch> split;  // where there are labels and prefix_is_worth_it; else null
   bool placeholder = false;  // one token without a label, in place of the batch that this rank has not got
 };
 
@@ -38,11 +41,22 @@ struct PackedBatch {
   int64_t num_sequences() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
 };
 
+// A batch cut at each sequence's first token that is not text.
+struct SplitBatch {
+  PackedBatch prefix, rest;               // with facts; as many sequences as the batch, some of them empty
+  at::Tensor prefix_tokens, rest_tokens;  // int64: where their tokens lie in the batch
+};
+
 constexpr int64_t kNoLabel = -100;
 
 // Plain loops on the host, in the calling thread; index tensors land on the batch's device (a batch on a GPU is copied to the host: a sync).
 // id_bounds: as in BatchFacts. UserError: an id outside [0, id_bounds.back()), a label beyond it, a negative modality.
 BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_bounds);
+
+// Cuts a batch with facts, on the host likewise.
+SplitBatch split_prefix(const PackedBatch& batch);
+// Whether the text before other modalities is worth a pass of its own: a second, small pass through the layers costs reading their weights again.
+bool prefix_is_worth_it(const BatchFacts& facts, int64_t num_tokens);
 
 // [B,S] -> packed, positions 0..S-1 in each row, all text.
 PackedBatch pack_rows(const at::Tensor& ids_BS);

@@ -47,7 +47,7 @@ class KvCache {
   // Copies sequence `source` of another cache into `target` here (prefix reuse).
   void copy_sequence(int64_t target, const KvCache& other, int64_t source);
 
-  std::vector<at::Tensor> keys, values;  // per layer [B, max_length, G, C]; zeros where nothing was written
+  std::vector<at::Tensor> keys, values;  // per layer [B, max_length, G, C]
  private:
   friend class Decoder;
   friend class FixedStep;
