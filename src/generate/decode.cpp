@@ -34,7 +34,7 @@ Prefix prefill(const graft::GraftedModel& model, const PromptTokens& tokens) {
 }
 
 Steps::Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how)
-    : model_(model), cache_(cache), modality_(modality), head_(std::move(head)) {
+    : model_(model), cache_(cache), modality_(modality), head_(std::move(head)), factors_(model::make_factor_caches(model.decoder->spec())) {
   if (how != DecodeSteps::plain) fixed_.emplace(*model.decoder, cache, count, modality, head_, how == DecodeSteps::recorded);
 }
 
@@ -52,6 +52,7 @@ at::Tensor Steps::operator()(const std::vector<int64_t>& ids) {
   batch.modality_T = at::full({count}, modality_, batch.ids_T.options());
   model::ForwardOptions options;
   options.cache = &cache_;
+  options.factors = &factors_;
   return head_(model_.decoder->forward(batch, options).hidden_TD);
 }
 

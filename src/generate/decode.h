@@ -32,6 +32,7 @@ class Steps {
   model::KvCache& cache_;
   const int64_t modality_;
   const Head head_;
+  const model::FactorCaches factors_;
   std::optional<model::FixedStep> fixed_;
 };
 

@@ -2,6 +2,9 @@
 
 #include "attention.h"
 
+#include <limits>
+
+#include "block_product.h"
 #include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
@@ -138,6 +141,35 @@ class JoinSequences : public torch::autograd::Function<JoinSequences> {
   }
 };
 
+// One query for each of the first sequences of a cache, on the CPU: a library call per sequence costs more than the arithmetic. A task is a sequence's heads
+// of one group; each head's scores, softmax and sum have one order.
+template <class T>
+at::Tensor decode_cpu(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& kv_lengths, int64_t window, double scale) {
+  const at::Tensor in = q_BHC.contiguous();
+  const int64_t B = in.size(0), H = in.size(1), C = in.size(2), room = keys_BSGC.size(1), G = keys_BSGC.size(2), repeat = H / G;
+  at::Tensor out = at::empty(in.sizes(), in.options());
+  at::parallel_for(0, B * G, 1, [&](int64_t from, int64_t end) {
+    std::vector<float> scores, weights;
+    std::vector<const T*> rows;
+    for (int64_t task = from; task < end; ++task) {
+      const int64_t b = task / G, g = task % G, first = window > 0 ? std::max<int64_t>(0, kv_lengths[size_t(b)] - window) : 0, count = kv_lengths[size_t(b)] - first;
+      const int64_t begin = ((b * room + first) * G + g) * C;
+      const T *keys = data<T>(keys_BSGC) + begin, *values = data<T>(values_BSGC) + begin;
+      scores.resize(size_t(count)), weights.resize(size_t(count)), rows.resize(size_t(count));
+      for (int64_t s = 0; s < count; ++s) rows[size_t(s)] = values + s * G * C;
+      for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
+        const T* q = data<T>(in) + (b * H + h) * C;
+        for (int64_t s = 0; s < count; ++s) scores[size_t(s)] = loops<T>().dot(q, keys + s * G * C, C);
+        float largest = -std::numeric_limits<float>::max();
+        const float total = loops<float>().softmax(scores.data(), float(scale), 0, count, count, weights.data(), &largest);
+        loops<float>().from_float(weights.data(), 1.0f / total, weights.data(), count);
+        loops<T>().weighted_sum(rows.data(), weights.data(), count, mutable_data<T>(out) + (b * H + h) * C, C);
+      }
+    }
+  });
+  return out;
+}
+
 void check_shapes(const at::Tensor& q, int64_t groups, const std::vector<int64_t>& cu_seqlens) {
   MOEGRAFT_INVARIANT(q.dim() == 3 && q.size(1) % groups == 0, "attention: q ", q.sizes(), ", ", groups, " key/value heads");
   MOEGRAFT_INVARIANT(!cu_seqlens.empty() && cu_seqlens.front() == 0 && cu_seqlens.back() == q.size(0), "attention: cu_seqlens does not span the ", q.size(0), " tokens");
@@ -183,6 +215,12 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
   const int64_t sequences = int64_t(cu_seqlens.size()) - 1, repeat = q_THC.size(1) / keys_BSGC.size(2);
   MOEGRAFT_INVARIANT(int64_t(kv_lengths.size()) == sequences && keys_BSGC.size(0) >= sequences, "attention: cache does not fit the batch");
   if (attention_cuda_serves(q_THC)) return attention_cached_cuda(q_THC, keys_BSGC, values_BSGC, cu_seqlens, kv_lengths, window, scale);
+  bool one_each = has_cpu_path(q_THC) && q_THC.size(0) == sequences && keys_BSGC.is_contiguous() && values_BSGC.is_contiguous();
+  for (int64_t i = 0; i < sequences; ++i) one_each &= cu_seqlens[size_t(i)] == i;
+  if (one_each) {
+    const auto decode = q_THC.scalar_type() == at::kFloat ? decode_cpu<float> : decode_cpu<bf16>;
+    return decode(q_THC, keys_BSGC, values_BSGC, kv_lengths, window, scale);
+  }
   at::Tensor out = at::empty(q_THC.sizes(), q_THC.options());
   run_tasks(sequences, q_THC.is_cpu(), [&](int64_t i) {
     const int64_t begin = cu_seqlens[i], queries = cu_seqlens[i + 1] - begin;

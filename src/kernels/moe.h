@@ -16,6 +16,7 @@ struct MoeProblem {
   Dispatch dispatch;
   ExpertFfnWeights weights;
   std::array<std::vector<ExpertLowRank>, kSites> terms;
+  std::shared_ptr<FactorCache> cache = nullptr;  // for the forward pass alone
 
   int64_t model_width() const { return x_XD.size(1); }
   int64_t expert_width() const { return weights.gate_FD.front().size(0); }

@@ -136,10 +136,11 @@ class Forward {
   MoeForward run() {
     const auto strips = make_strips(p_, offsets_);
     const auto order = by_length(strips);
+    KeptFactors<T>* kept = p_.cache ? &p_.cache->template content<KeptFactors<T>>(p_, [&] { return std::make_unique<KeptFactors<T>>(p_.dispatch.num_experts, p_.dispatch.num_groups); }) : nullptr;
     for_each_task(int64_t(strips.size()), [&](int64_t task, Scratch& scratch) {
       const Strip& s = strips[order[task]];
       Buffers b(p_, scratch);
-      const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
+      const auto f = kept ? kept->get(p_, sets_[s.group], s.expert, s.group, scratch) : pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
       const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), b);
     });

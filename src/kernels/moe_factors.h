@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <mutex>
+#include <vector>
 
 #include "block_product.h"
+#include "factor_cache.h"
 #include "moe.h"
 
 namespace moegraft::kernels {
@@ -104,13 +107,12 @@ void put_rows(const float* w, int64_t ld, int64_t k, int64_t n, float factor, in
     loops<T>().pack_kn_float(w + j * kPanel, ld, k, std::clamp<int64_t>(n - j * kPanel, 0, kPanel), factor, memory + j * kPanel * to.depth() + row * to.width(j), count, to.width(j));
 }
 
-// Made by the task that uses them: they stay in its cache, and nothing of size experts x rank is written to memory.
+// Made by the task that uses them: they stay in its cache, and nothing of size experts x rank is written to memory. `out`: room for factor_elements.
 template <class T>
-FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, Scratch& scratch) {
+FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, Scratch& scratch, T* out) {
   FactorPanels<T> f;
   if (set.empty()) return f;
   const int64_t D = p.model_width(), F = p.expert_width(), gu = set.gate_up(), g = set.columns[kGate], d = set.columns[kDown];
-  T* out = scratch.take<T>(factor_elements<T>(set, D, F, backward));
   const SiteFactors gate = site_factors(p, set, kGate, expert, D, F, scratch), up = site_factors(p, set, kUp, expert, D, F, scratch), down = site_factors(p, set, kDown, expert, F, D, scratch);
   const auto make = [&](Panels<T>& panels, int64_t k, int64_t n, const auto& fill) {
     panels = {out, k, n};
@@ -144,5 +146,33 @@ FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t ex
   }
   return f;
 }
+template <class T>
+FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t expert, bool backward, Scratch& scratch) {
+  return pack_factors<T>(p, set, expert, backward, scratch, scratch.take<T>(factor_elements<T>(set, p.model_width(), p.expert_width(), backward)));
+}
+
+// Those of the forward pass that a FactorCache keeps: each (expert, group) made when first met, by whichever task that is.
+template <class T>
+class KeptFactors {
+ public:
+  KeptFactors(int64_t num_experts, int64_t num_groups) : groups_(num_groups), slots_(static_cast<size_t>(num_experts * num_groups)) {}
+  const FactorPanels<T>& get(const MoeProblem& p, const RankSet& set, int64_t expert, int64_t group, Scratch& scratch) {
+    Slot& slot = slots_[size_t(expert * groups_ + group)];
+    std::call_once(slot.once, [&] {
+      slot.memory = at::empty({factor_elements<T>(set, p.model_width(), p.expert_width(), false)}, at::TensorOptions(kTypeOf<T>));
+      slot.panels = pack_factors<T>(p, set, expert, false, scratch, mutable_data<T>(slot.memory));
+    });
+    return slot.panels;
+  }
+
+ private:
+  struct Slot {
+    std::once_flag once;
+    at::Tensor memory;
+    FactorPanels<T> panels;
+  };
+  int64_t groups_;
+  std::vector<Slot> slots_;
+};
 
 }  // namespace moegraft::kernels

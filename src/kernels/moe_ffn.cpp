@@ -1,5 +1,6 @@
 // The expert FFN as one autograd function: picks the backend, keeps what its backward wants.
 
+#include "factor_cache.h"
 #include "moe.h"
 #include "moegraft/base/check.h"
 
@@ -60,6 +61,8 @@ const std::vector<ExpertLowRank>& site_list(const ExpertFfnAdapters& adapters, i
 
 }  // namespace
 
+std::shared_ptr<FactorCache> make_factor_cache() { return std::make_shared<FactorCache>(); }
+
 at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
   RECORD_FUNCTION("moegraft::moe_ffn", {});
   MOEGRAFT_INVARIANT(int64_t(weights.gate_FD.size()) == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) && weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
@@ -93,6 +96,7 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
   node->keep_hidden = hidden_RF != nullptr;
   for (const auto& t : inputs) node->save |= t.requires_grad();
   node->save &= at::GradMode::is_enabled();
+  if (!node->save) p.cache = adapters.cache;
   const auto outputs = MoeFfn::apply(at::TensorList(inputs), node);
   if (hidden_RF) *hidden_RF = outputs[1];
   return outputs[0];

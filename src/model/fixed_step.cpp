@@ -9,7 +9,7 @@
 namespace moegraft::model {
 
 FixedStep::FixedStep(const Decoder& decoder, KvCache& cache, int64_t count, int64_t modality, Head head, bool record)
-    : decoder_(decoder), cache_(cache), head_(std::move(head)), record_(record), lengths_(size_t(count), -1) {
+    : decoder_(decoder), cache_(cache), head_(std::move(head)), record_(record), factors_(make_factor_caches(decoder.spec())), lengths_(size_t(count), -1) {
   MOEGRAFT_INVARIANT(count >= 1 && count <= cache.num_sequences(), "a step of ", count, " sequences over a cache of ", cache.num_sequences());
   if (const std::string why = record ? obstacle(decoder) : ""; !why.empty()) fail<UsageError>("decoding cannot be recorded as a CUDA graph here: ", why, "; leave --cuda-graphs out");
   const DecoderSpec& s = decoder.spec();
@@ -49,6 +49,7 @@ void FixedStep::run() {
   ForwardOptions options;
   options.cache = &cache_;
   options.lengths_B = lengths_B_;
+  options.factors = &factors_;
   out_ = head_(decoder_.forward(batch_, options).hidden_TD);
   lengths_B_.add_(1);
 }

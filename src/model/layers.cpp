@@ -188,7 +188,8 @@ MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const Ex
   }
   const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK, spec.num_experts, call.modality_T, call.num_groups);
   const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF, w.panels};
-  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down)};
+  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down),
+                                      call.options.factors ? call.options.factors->at(size_t(l)) : nullptr};
   at::Tensor hidden_RF;
   const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
   if (SiteObserver* sites = call.options.sites) {

@@ -141,6 +141,27 @@ TEST(Attention, CacheContinuesWhatPackedComputes) {
   }
 }
 
+TEST(Attention, OneQueryOfEachSequenceOfACacheEqualsThePlainSum) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t window : {0, 1, 5, 64})
+      for (const int64_t C : {8, 20, 64}) {
+        const std::vector<int64_t> lengths{1, 16, 4, 9};
+        const at::Tensor q = randn({4, 6, C}, 1).to(dtype);
+        at::Tensor keys = at::full({5, 16, 2, C}, NAN, dtype), values = keys.clone();  // what lies beyond the length must never be read
+        for (int64_t b = 0; b < 4; ++b) {
+          keys[b].narrow(0, 0, lengths[size_t(b)]).copy_(randn({lengths[size_t(b)], 2, C}, 10 + uint64_t(b)));
+          values[b].narrow(0, 0, lengths[size_t(b)]).copy_(randn({lengths[size_t(b)], 2, C}, 20 + uint64_t(b)));
+        }
+        const at::Tensor y = cached_attention(q, keys, values, {0, 1, 2, 3, 4}, lengths, window, 0.3);
+        for (int64_t b = 0; b < 4; ++b) {
+          const int64_t n = lengths[size_t(b)], first = window > 0 ? std::max<int64_t>(0, n - window) : 0;
+          const auto seen = [&](const at::Tensor& cache) { return cache[b].narrow(0, first, n - first).repeat_interleave(3, 1).to(at::kDouble); };  // [S, H, C]
+          const at::Tensor weights = at::softmax(0.3 * (seen(keys) * q[b].to(at::kDouble)).sum(-1), 0);                                          // [S, H]
+          EXPECT_LT(distance(y[b], (weights.unsqueeze(-1) * seen(values)).sum(0)), dtype == at::kFloat ? 2e-6 : 2e-2) << "sequence " << b << ", window " << window << ", width " << C;
+        }
+      }
+}
+
 TEST(Attention, AStepWithItsLengthsOnTheDeviceEqualsOneWithThemOnTheHost) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
     for (const int64_t window : {0, 1, 4, 64}) {
@@ -284,6 +305,53 @@ TEST(ExpertFfn, AnAbsentSlotCountsAsWeightZero) {
   EXPECT_EQ(absent.weights.grad().masked_select(here.logical_not()).abs().max().item<float>(), 0.0f);
   for (size_t i = 0; i < absent.leaves.size(); ++i)
     if (i != 1) EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()), 1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>())) << i;
+}
+
+TEST(ExpertFfn, KeptFactorsGiveTheSameBits) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const auto& c : kMoeCases) {
+      MoeInputs in = make_inputs(c, at::kFloat, false);
+      in.x = in.x.detach().to(dtype);
+      for (auto* list : {&in.frozen.gate_FD, &in.frozen.up_FD, &in.frozen.down_DF})
+        for (at::Tensor& w : *list) w = w.to(dtype);
+      const auto run = [&](std::shared_ptr<FactorCache> cache) {
+        const at::NoGradGuard no_grad;
+        in.adapters.cache = std::move(cache);
+        return moe(in, c, true);
+      };
+      const auto cache = make_factor_cache();
+      const auto check = [&](const char* what) {
+        const at::Tensor plain = run(nullptr);
+        EXPECT_TRUE(at::equal(run(cache), plain)) << what << ", T " << c.T;
+        EXPECT_TRUE(at::equal(run(cache), plain)) << what << " again, T " << c.T;
+        return plain;
+      };
+      const at::Tensor first = check("as made");
+      in.adapters.gate[0].acts.flip();
+      check("acting elsewhere");
+      in.adapters.gate[0].acts.flip();
+      in.adapters.down[0].A_EPX = in.adapters.down[0].A_EPX.detach() * 2;
+      check("another factor");
+      in.adapters.down[0].scale *= 3;
+      const at::Tensor last = check("another scale");
+      if (c.T == 600) EXPECT_GT(distance(first, last), 1e-3);
+    }
+}
+
+TEST(ExpertFfn, KeptFactorsAreNotForTraining) {
+  const MoeCase c{50, 16, 24, 8, 3, 2, 2};
+  MoeInputs in = make_inputs(c, at::kFloat, false);
+  in.adapters.cache = make_factor_cache();
+  const at::Tensor before = moe(in, c, true);
+  {
+    const at::NoGradGuard no_grad;
+    moe(in, c, true);  // keeps them
+    in.adapters.down[0].B_EXP.mul_(2);
+  }
+  const at::Tensor after = moe(in, c, true);
+  in.adapters.cache = nullptr;
+  EXPECT_TRUE(at::equal(after, moe(in, c, true)));
+  EXPECT_GT(distance(after, before), 1e-3);
 }
 
 TEST(ExpertFfn, GradientsMatchFiniteDifferences) {

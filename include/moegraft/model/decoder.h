@@ -55,12 +55,16 @@ class KvCache {
   int64_t max_length_;
 };
 
+using FactorCaches = std::vector<std::shared_ptr<kernels::FactorCache>>;
+FactorCaches make_factor_caches(const DecoderSpec& spec);
+
 struct ForwardOptions {
   Gate gate = Gate::modality;
   KvCache* cache = nullptr;  // batch sequence i appends to cache sequence i; attends to all of it
   // One token for each of the cache's first sequences, whose lengths before this call are read on the device (int64 [B]) instead of being the host's: what is
   // launched is then the same for all lengths, and the cache's own are left to the caller (FixedStep).
   at::Tensor lengths_B;
+  const FactorCaches* factors = nullptr;  // [num_layers]: adapters' factors laid out once for calls between which none of them changes
   RoutingObserver* routing = nullptr;
   SiteObserver* sites = nullptr;
   bool aux_loss = false;     // fill aux_loss (differentiable)

@@ -14,7 +14,7 @@ namespace moegraft::model {
 // One token for each of the first `count` sequences of a cache, all of one modality and one set of ids. What changes between steps (ids, lengths, keys,
 // values) lies in device memory of fixed address, so that every step launches the same operations: recorded once, they are replayed as one CUDA graph.
 // Attention is over the cache's whole room, masked: equal to Decoder::forward's with the cache but for rounding. Decoder, cache and what is attached must
-// stay in place; the cache's sequences may be replaced or truncated between steps.
+// stay as they are; the cache's sequences may be replaced or truncated between steps.
 class FixedStep {
  public:
   using Head = std::function<at::Tensor(const at::Tensor& hidden_BD)>;  // runs as a part of the step; wait for nothing
@@ -35,6 +35,7 @@ class FixedStep {
   KvCache& cache_;
   const Head head_;
   const bool record_;
+  const FactorCaches factors_;
   PackedBatch batch_;  // of the memory that every step reads
   at::Tensor lengths_B_, out_;
   std::vector<int64_t> lengths_;  // what lengths_B_ holds

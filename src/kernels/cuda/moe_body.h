@@ -3,6 +3,7 @@
 // at::_grouped_mm with the experts' row ranges as device offsets; the rest is ours. One product covers all rows of an expert, whatever acts on them, so
 // that adapters never change how the base's products are cut; a term that does not act on a row adds nothing there, not even a zero.
 
+#include "../factor_cache.h"
 #include "../moe.h"
 #include "ops_body.h"
 #include "stack.h"
@@ -53,6 +54,7 @@ class MoeLayer {
     }
     MOEGRAFT_INVARIANT(bit <= kMaxTerms && G <= kMaxGroups, "device experts: ", bit, " terms, ", G, " groups");
     if (bit > 0) row_bits_ = make_row_bits();
+    if (bit > 0 && p_.cache) kept_ = &p_.cache->content<Kept>(p_, [] { return std::make_unique<Kept>(); });
   }
 
   MoeForward forward(bool save, bool keep_hidden) const {
@@ -75,11 +77,11 @@ class MoeLayer {
     }
     at::Tensor delta_g, delta_u;
     if (!sg.empty() || !su.empty()) {
-      thin_in = product(x, pack_A_in().transpose(1, 2));
+      thin_in = product(x, kept(kKeptIn, [&] { return pack_A_in(); }).transpose(1, 2));
       gate_thin(sg, thin_in, 0, thin_in, 0, {});
       gate_thin(su, thin_in, sg.columns, thin_in, sg.columns, {});
-      if (!sg.empty()) delta_g = product(thin_in.narrow(1, 0, sg.columns), pack_B(sg).transpose(1, 2));
-      if (!su.empty()) delta_u = product(thin_in.narrow(1, sg.columns, su.columns), pack_B(su).transpose(1, 2));
+      if (!sg.empty()) delta_g = product(thin_in.narrow(1, 0, sg.columns), kept(kKeptGate, [&] { return pack_B(sg); }).transpose(1, 2));
+      if (!su.empty()) delta_u = product(thin_in.narrow(1, sg.columns, su.columns), kept(kKeptUp, [&] { return pack_B(su); }).transpose(1, 2));
     }
     x = at::Tensor();
     const at::Tensor h = at::empty({R, F}, p_.x_XD.options());
@@ -88,9 +90,9 @@ class MoeLayer {
     const at::Tensor y = product(h, down_.transpose(1, 2));
     at::Tensor delta_y;
     if (!sd.empty()) {
-      thin_down = product(h, pack_A(sd).transpose(1, 2));
+      thin_down = product(h, kept(kKeptDownA, [&] { return pack_A(sd); }).transpose(1, 2));
       gate_thin(sd, thin_down, 0, thin_down, 0, {});
-      delta_y = product(thin_down, pack_B(sd).transpose(1, 2));
+      delta_y = product(thin_down, kept(kKeptDownB, [&] { return pack_B(sd); }).transpose(1, 2));
     }
     result.out_XD = Op::combine_sum(y, {}, delta_y, row_bits_, sd.acting, p_.weights_XK, d_.row_of_slot_TK);
     if (keep_hidden) result.hidden_RF = h;
@@ -159,6 +161,19 @@ class MoeLayer {
   }
 
  private:
+  // Factors of the forward pass as a FactorCache keeps them.
+  enum { kKeptIn, kKeptGate, kKeptUp, kKeptDownA, kKeptDownB, kKeptCount };
+  struct Kept {
+    std::array<at::Tensor, kKeptCount> tensors;
+  };
+  template <class Make>
+  at::Tensor kept(int which, const Make& make) const {
+    if (!kept_) return make();
+    at::Tensor& tensor = kept_->tensors[size_t(which)];
+    if (!tensor.defined()) tensor = make();
+    return tensor;
+  }
+
   // [R, a] x [E, a, b] -> [R, b], each expert's rows with its own matrix.
   at::Tensor product(const at::Tensor& rows, const at::Tensor& matrices) const { return at::_grouped_mm(aligned(rows), aligned(matrices), ends_); }
   // [R, a], [R, b] -> [E, a, b], contracted over each expert's rows.
@@ -300,6 +315,7 @@ class MoeLayer {
   at::Tensor ends_;      // int32 [E]: where each expert's rows end
   at::Tensor row_bits_;  // int32 [R]: the terms that act on the row; undefined without terms
   std::array<ThinSite, kSites> sites_;
+  Kept* kept_ = nullptr;
 };
 
 }  // namespace moegraft::kernels::cuda
