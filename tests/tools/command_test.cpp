@@ -1,5 +1,6 @@
 // The command line as a user meets it: shipped configs, dry runs, parity figures, exit codes.
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <fstream>
 
@@ -25,6 +26,32 @@ class Command : public ::testing::Test {
     if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
   }
 };
+
+TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
+  cpu_set_t mine;
+  std::vector<int> cpus;
+  ASSERT_EQ(sched_getaffinity(0, sizeof mine, &mine), 0);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &mine)) cpus.push_back(cpu);
+  if (cpus.size() < 2) GTEST_SKIP() << "one core: nothing to share";
+  testing::TemporaryFolder folder;
+  for (int node : {0, 1}) {
+    fs::create_directories(folder.path() / ("node" + std::to_string(node)));
+    std::ofstream(folder.path() / ("node" + std::to_string(node)) / "cpulist") << cpus[size_t(node)] << '\n';
+  }
+  const std::string model = (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string();
+  const auto launch = [&](const std::string& nodes) {
+    setenv("MOEGRAFT_NUMA", nodes.c_str(), 1);
+    const auto r = run_moegraft({"launch", "--nproc", "2", "--", "-v", "inspect", model});
+    unsetenv("MOEGRAFT_NUMA");
+    EXPECT_EQ(r.code, 0) << r.err;
+    return r.err;
+  };
+  const std::string two = launch(folder.path().string());
+  EXPECT_NE(two.find("on NUMA node 0"), std::string::npos) << two;
+  EXPECT_NE(two.find("on NUMA node 1"), std::string::npos) << two;
+  EXPECT_EQ(launch("off").find("NUMA"), std::string::npos);
+}
 
 TEST(Configs, EveryShippedRunParses) {
   int runs = 0;

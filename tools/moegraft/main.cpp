@@ -8,7 +8,7 @@
 namespace {
 
 // Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 stopped by a signal with everything saved (train).
-int run(int argc, char** argv, const std::string& memory) {
+int run(int argc, char** argv) {
   using namespace moegraft;
   CLI::App app{"moegraft: graft a new modality onto a text-only Mixture-of-Experts LLM", "moegraft"};
   app.require_subcommand(1);
@@ -17,7 +17,8 @@ int run(int argc, char** argv, const std::string& memory) {
   app.add_flag("-v,--verbose", verbose, "Debug messages");
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
-    if (!memory.empty()) log::debug(memory);
+    if (app.got_subcommand("launch")) return;  // what it starts inherits a policy, and makes its own
+    if (const std::string done = tools::choose_memory(); !done.empty()) log::debug(done);
   });
   tools::add_train_command(app);
   tools::add_generate_command(app);
@@ -56,5 +57,5 @@ int run(int argc, char** argv, const std::string& memory) {
 int main(int argc, char** argv) {
   moegraft::tools::choose_policies(argv);
   moegraft::tools::keep_pages();
-  return run(argc, argv, moegraft::tools::choose_memory());
+  return run(argc, argv);
 }

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
-#include <string_view>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/numa.h"
@@ -40,15 +39,16 @@ inline void keep_pages() {
   mallopt(M_TOP_PAD, 64 << 20);
 }
 
-// Near memory where a machine has several nodes of it. Off with MOEGRAFT_NUMA=off. Where there are GPUs the launcher knows better which node a process's GPU
-// hangs on, and memory of the host matters little.
+// Near memory where a machine has several nodes of it. MOEGRAFT_NUMA: off, or a folder to read in place of the kernel's. Where there are GPUs the launcher
+// knows better which node a process's GPU hangs on, and memory of the host matters little. Before threads are made and memory is touched.
 inline std::string choose_memory() {
-  const char* wanted = std::getenv("MOEGRAFT_NUMA");
+  const char* given = std::getenv("MOEGRAFT_NUMA");
+  const std::string nodes = given ? given : "/sys/devices/system/node";
   std::error_code error;
-  if ((wanted && std::string_view(wanted) == "off") || std::filesystem::exists("/proc/driver/nvidia/gpus", error)) return {};
+  if (nodes == "off" || (!given && std::filesystem::exists("/proc/driver/nvidia/gpus", error))) return {};
   try {
     const auto launched = distributed::read_launch_environment();
-    return arrange_numa(launched.local_rank, launched.local_world_size);
+    return arrange_numa(launched.local_rank, launched.local_world_size, nodes);
   } catch (const UserError&) {
     return {};  // said again, and better, by the command that needs it
   }
