@@ -50,7 +50,7 @@ MoeGradients moe_backward_blocks(const MoeProblem& problem, const std::vector<at
 
 // Frozen experts on a GPU (cuda/). Never waits for the device.
 bool moe_cuda_serves(const MoeProblem& problem);
-bool moe_cuda_runs_on(int generation);                                               // compute capability, major
+bool moe_cuda_runs_on(int generation);  // compute capability, major
 bool moe_cuda_fits(int64_t num_experts, int64_t model_width, int64_t expert_width);
 MoeForward moe_forward_cuda(const MoeProblem& problem, bool save, bool keep_hidden);
 MoeGradients moe_backward_cuda(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);

@@ -37,7 +37,8 @@ int64_t set_of(const std::vector<int64_t>& bounds, int64_t id) {
 }
 
 at::Tensor on_host(const at::Tensor& t) { return t.defined() ? t.to(at::kCPU).contiguous() : t; }
-PackedBatch on_host(const PackedBatch& batch) { return {on_host(batch.ids_T), on_host(batch.modality_T), on_host(batch.positions_T), batch.cu_seqlens, on_host(batch.labels_T)}; }
+// Without the positions: only a cut needs them.
+PackedBatch on_host(const PackedBatch& batch) { return {on_host(batch.ids_T), on_host(batch.modality_T), {}, batch.cu_seqlens, on_host(batch.labels_T)}; }
 
 // Of a batch on the host, but for `split`; index tensors land on `device`.
 BatchFacts describe(const PackedBatch& batch, std::vector<int64_t> id_bounds, at::Device device) {
@@ -97,7 +98,9 @@ PackedBatch take(const PackedBatch& batch, const BatchFacts& whole, const std::v
   return part;
 }
 
-SplitBatch split(const PackedBatch& batch, const BatchFacts& facts) {
+// `host`: on_host(batch). Lands on the batch's device.
+SplitBatch split(const PackedBatch& batch, PackedBatch host, const BatchFacts& facts) {
+  host.positions_T = on_host(batch.positions_T);
   std::vector<int64_t> prefix, rest, cu_prefix{0}, cu_rest{0};
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], cut = begin + facts.text_prefix[i], end = batch.cu_seqlens[i + 1];
@@ -107,20 +110,19 @@ SplitBatch split(const PackedBatch& batch, const BatchFacts& facts) {
     cu_rest.push_back(int64_t(rest.size()));
   }
   const auto indices = [](const std::vector<int64_t>& tokens) { return at::tensor(at::ArrayRef<int64_t>(tokens), at::kLong); };
-  return {take(batch, facts, prefix, std::move(cu_prefix)), take(batch, facts, rest, std::move(cu_rest)), indices(prefix), indices(rest)};
+  return to_device({take(host, facts, prefix, std::move(cu_prefix)), take(host, facts, rest, std::move(cu_rest)), indices(prefix), indices(rest)}, batch.ids_T.device());
 }
 
 }  // namespace
 
 BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_bounds) {
   const PackedBatch host = on_host(batch);
-  const at::Device device = batch.ids_T.device();
-  BatchFacts facts = describe(host, std::move(id_bounds), device);
-  if (host.labels_T.defined() && prefix_is_worth_it(facts, host.num_tokens())) facts.split = std::make_shared<const SplitBatch>(to_device(split(host, facts), device));
+  BatchFacts facts = describe(host, std::move(id_bounds), batch.ids_T.device());
+  if (host.labels_T.defined() && prefix_is_worth_it(facts, host.num_tokens())) facts.split = std::make_shared<const SplitBatch>(split(batch, host, facts));
   return facts;
 }
 
-SplitBatch split_prefix(const PackedBatch& batch) { return to_device(split(on_host(batch), *batch.facts), batch.ids_T.device()); }
+SplitBatch split_prefix(const PackedBatch& batch) { return split(batch, on_host(batch), *batch.facts); }
 
 bool prefix_is_worth_it(const BatchFacts& facts, int64_t num_tokens) {
   const int64_t tokens = std::accumulate(facts.text_prefix.begin(), facts.text_prefix.end(), int64_t{0});

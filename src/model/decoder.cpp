@@ -34,12 +34,6 @@ KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_len
   }
 }
 
-FactorCaches make_factor_caches(const DecoderSpec& spec) {
-  FactorCaches caches;
-  for (int64_t l = 0; l < spec.num_layers; ++l) caches.push_back(k::make_factor_cache());
-  return caches;
-}
-
 void KvCache::copy_sequence(int64_t target, const KvCache& other, int64_t source) {
   const int64_t length = other.lengths_.at(source);
   MOEGRAFT_INVARIANT(length <= max_length_, "KvCache::copy_sequence: ", length, " positions into room for ", max_length_);
@@ -48,6 +42,12 @@ void KvCache::copy_sequence(int64_t target, const KvCache& other, int64_t source
     values[l][target].narrow(0, 0, length).copy_(other.values[l][source].narrow(0, 0, length));
   }
   lengths_.at(target) = length;
+}
+
+FactorCaches make_factor_caches(const DecoderSpec& spec) {
+  FactorCaches caches;
+  for (int64_t l = 0; l < spec.num_layers; ++l) caches.push_back(k::make_factor_cache());
+  return caches;
 }
 
 Decoder::Decoder(BaseModel base) : base_(std::move(base)), dispatcher_(std::make_shared<LocalDispatcher>()) {

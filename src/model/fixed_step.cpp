@@ -9,19 +9,18 @@
 namespace moegraft::model {
 
 FixedStep::FixedStep(const Decoder& decoder, KvCache& cache, int64_t count, int64_t modality, Head head, bool record)
-    : decoder_(decoder), cache_(cache), head_(std::move(head)), record_(record), factors_(make_factor_caches(decoder.spec())), lengths_(size_t(count), -1) {
+    : decoder_(decoder), cache_(cache), head_(std::move(head)), record_(record), factors_(make_factor_caches(decoder.spec())) {
   MOEGRAFT_INVARIANT(count >= 1 && count <= cache.num_sequences(), "a step of ", count, " sequences over a cache of ", cache.num_sequences());
   if (const std::string why = record ? obstacle(decoder) : ""; !why.empty()) fail<UsageError>("decoding cannot be recorded as a CUDA graph here: ", why, "; leave --cuda-graphs out");
   const DecoderSpec& s = decoder.spec();
   MOEGRAFT_CHECK(s.rope.type != "dynamic" || cache.max_length() <= s.max_positions, "a fixed step cannot follow rotary frequencies that change with the length: room for ", cache.max_length(),
                  " positions, the model has ", s.max_positions);
-  const bool untouched = std::all_of(cache.lengths_.begin(), cache.lengths_.begin() + count, [](int64_t length) { return length == 0; });
+  lengths_.assign(cache.lengths_.begin(), cache.lengths_.begin() + count);
+  lengths_B_ = at::tensor(at::ArrayRef<int64_t>(lengths_), at::kLong).to(decoder.device());
+  // Attention reads the whole room: what was never written must be finite.
+  const at::Tensor beyond_BS = at::arange(cache.max_length(), lengths_B_.options()).unsqueeze(0) >= lengths_B_.unsqueeze(1);
   for (auto* layers : {&cache.keys, &cache.values})
-    for (const at::Tensor& cells : *layers) {  // attention reads the whole room: what was never written must be finite
-      if (untouched) cells.narrow(0, 0, count).zero_();
-      for (int64_t i = 0; !untouched && i < count; ++i) cells[i].narrow(0, cache.length(i), cache.max_length() - cache.length(i)).zero_();
-    }
-  lengths_B_ = at::zeros({count}, at::TensorOptions(at::kLong).device(decoder.device()));
+    for (const at::Tensor& cells : *layers) cells.narrow(0, 0, count).masked_fill_(beyond_BS.unsqueeze(2).unsqueeze(3), 0);
   batch_.positions_T = lengths_B_;
   batch_.ids_T = at::zeros_like(lengths_B_);
   batch_.modality_T = at::full_like(lengths_B_, modality);

@@ -89,6 +89,7 @@ using Packed = std::function<void()>;
 // Float32 experts may keep the forward layout alone: the other is then turned from it panel by panel when it is needed, 8-12 % of a step for half the memory.
 std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed = nullptr, bool lean = false);
 std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed = nullptr);
+
 // Factors as products want them, kept from call to call by whoever knows that their values do not change meanwhile (decoding lays them out hundreds of times
 // otherwise). Of one layer, for one call at a time; without effect where gradients are recorded.
 class FactorCache;
