@@ -1,7 +1,7 @@
 // Flash attention (arXiv:2307.08691) on the CPU by block products, over packed sequences in their own layout [T, H, C]: nothing is padded, transposed or
 // repeated in memory. ATen's CPU path serves one padded batch, and its bf16 backward runs at a tenth of the machine's product rate.
 //
-// Forward: 128 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 64 queries against 64 keys, scores
+// Forward: 128 queries against up to 512 keys at a time, softmax carried along. Backward, per (sequence, key/value head): 128 queries against 64 keys, scores
 // held with a row per key, so that P^T and dS^T are left operands of dV and dK as they are; dQ is summed transposed.
 
 #include <algorithm>
@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kKeys = 512;  // keys of one forward softmax step
 constexpr int64_t kLdScores = kKeys + 16, kLdP = kKeys + 32;  // rows off the powers of two, which would put them into few sets of the cache
+constexpr int64_t kQueries = 2 * kPanel;  // of one block of the backward pass: few enough for the caches, many enough to be worth a pass over dK and dV
+constexpr int64_t kLdDp = kQueries + 16, kLdDs = kQueries + 32;
 constexpr float kNoMax = -3.0e38f;
 
 // Keys [first, last) that the query at `position` sees.
@@ -34,6 +36,7 @@ class Forward {
   AttentionOutput run() {
     struct Task {
       int64_t sequence, group, begin, end;  // queries
+      int64_t work;
     };
     std::vector<Task> tasks;
     const int64_t wanted = 4 * at::get_num_threads(), pairs = std::max<int64_t>(1, p_.num_sequences() * p_.groups());
@@ -41,9 +44,16 @@ class Forward {
       const int64_t queries = p_.cu_q[s + 1] - p_.cu_q[s];
       if (queries == 0) continue;
       const int64_t parts = std::clamp<int64_t>((wanted + pairs - 1) / pairs, 1, (queries + 127) / 128), step = round_up((queries + parts - 1) / parts, kBlock);
+      const int64_t past = p_.cu_kv[s + 1] - p_.cu_kv[s] - queries;
       for (int64_t g = 0; g < p_.groups(); ++g)
-        for (int64_t at = 0; at < queries; at += step) tasks.push_back({s, g, at, std::min(at + step, queries)});
+        for (int64_t at = 0; at < queries; at += step) {
+          const int64_t end = std::min(at + step, queries);
+          const Seen seen = seen_by(past + (at + end) / 2, p_.window);
+          tasks.push_back({s, g, at, end, (end - at) * (seen.last - seen.first)});
+        }
     }
+    // The longest first: the last ones to end are short.
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
     for_each_task(int64_t(tasks.size()), [&](int64_t i, Scratch& scratch) { work(tasks[i].sequence, tasks[i].group, tasks[i].begin, tasks[i].end, scratch); });
     return out_;
   }
@@ -125,59 +135,65 @@ class Backward {
     std::fill_n(dv, depth * Cp, 0.0f);
     Buffers b(scratch, C);
     for (int64_t h = g * (H / G); h < (g + 1) * (H / G); ++h)
-      for (int64_t at = 0; at < queries; at += kPanel) queries_block(s, h, at, std::min(kPanel, queries - at), past, keys, depth, k, v, k_transposed, dk, dv, b);
+      for (int64_t at = 0; at < queries; at += kQueries) queries_block(s, h, at, std::min(kQueries, queries - at), past, keys, depth, k, v, k_transposed, dk, dv, b);
     loops<T>().round_rows(dk, Cp, mutable_data<T>(grads_.k_SGC) + (p_.cu_kv[s] * G + g) * C, G * C, keys, C);
     loops<T>().round_rows(dv, Cp, mutable_data<T>(grads_.v_SGC) + (p_.cu_kv[s] * G + g) * C, G * C, keys, C);
   }
 
   struct Buffers {
     Buffers(Scratch& scratch, int64_t C) {
-      const int64_t across = Panels<T>::elements(C, kPanel), along = Panels<T>::elements(kPanel, C);
+      const int64_t across = Panels<T>::elements(C, kQueries), along = Panels<T>::elements(kQueries, C);
       q_across = scratch.take<T>(across), dout_across = scratch.take<T>(across);
       q_along = scratch.take<T>(along), dout_along = scratch.take<T>(along);
-      p = scratch.take<T>(kPanel * kPanel), ds = scratch.take<T>(kPanel * kPanel), ds_panel = scratch.take<T>(kPanel * kPanel);
-      scores = scratch.take<float>(kPanel * kPanel), dp = scratch.take<float>(kPanel * kPanel), dq = scratch.take<float>(padded_width(C) * kPanel);
-      lse = scratch.take<float>(kPanel), delta = scratch.take<float>(kPanel), dq_rows = scratch.take<float>(kPanel * C);
+      p = scratch.take<T>(kPanel * kLdDs), ds = scratch.take<T>(kPanel * kLdDs), ds_panels = scratch.take<T>(kPanel * kQueries);
+      scores = scratch.take<float>(kPanel * kLdDp), dp = scratch.take<float>(kPanel * kLdDp), dq = scratch.take<float>(padded_width(C) * kLdDp);
+      lse = scratch.take<float>(kQueries), delta = scratch.take<float>(kQueries), dq_rows = scratch.take<float>(kQueries * C);
     }
-    T *q_across, *dout_across, *q_along, *dout_along, *p, *ds, *ds_panel;
+    T *q_across, *dout_across, *q_along, *dout_along, *p, *ds, *ds_panels;
     float *scores, *dp, *dq, *lse, *delta, *dq_rows;
   };
 
-  // All keys against n <= 64 queries of one head.
+  // All keys against n <= kQueries queries of one head.
   void queries_block(int64_t s, int64_t h, int64_t at, int64_t n, int64_t past, int64_t keys, int64_t depth, const T* k, const T* v, const T* k_transposed, float* dk, float* dv,
                      Buffers& b) {
-    const int64_t C = p_.head_dim(), Cd = padded_depth<T>(C), Cp = padded_width(C), H = p_.heads(), token = p_.cu_q[s] + at;
+    const int64_t C = p_.head_dim(), Cd = padded_depth<T>(C), Cp = padded_width(C), H = p_.heads(), token = p_.cu_q[s] + at, width = round_up(n, kPanel);
     const T *q = data<T>(p_.q_THC) + (token * H + h) * C, *dout = data<T>(dout_) + (token * H + h) * C, *out = data<T>(output_.out_THC) + (token * H + h) * C;
     const Panels<T> q_across = pack_wide(q, H * C, C, n, b.q_across), dout_across = pack_wide(dout, H * C, C, n, b.dout_across);
-    const Panels<T> q_along = pack_rows_deep(q, H * C, n, C, kPanel, b.q_along), dout_along = pack_rows_deep(dout, H * C, n, C, kPanel, b.dout_along);
+    const Panels<T> q_along = pack_rows_deep(q, H * C, n, C, width, b.q_along), dout_along = pack_rows_deep(dout, H * C, n, C, width, b.dout_along);
     for (int64_t i = 0; i < n; ++i) {
       b.lse[i] = data<float>(output_.lse_TH)[(token + i) * H + h];
       b.delta[i] = loops<T>().dot(dout + i * H * C, out + i * H * C, C);
     }
     const int64_t first = seen_by(past + at, p_.window).first / kPanel * kPanel, last = past + at + n;
     for (int64_t j = first; j < last; j += kPanel) {
-      fetch_rows(s, h, at + kPanel, (j - first) / kPanel, (last - first + kPanel - 1) / kPanel);
+      fetch_rows(s, h, at + kQueries, (j - first) / kPanel, (last - first + kPanel - 1) / kPanel);
       const int64_t rows = kPanel;  // k, v, dk and dv are padded to whole panels
-      product(rows, k + j * Cd, Cd, q_across, 0, b.scores, kPanel, false);
-      product(rows, v + j * Cd, Cd, dout_across, 0, b.dp, kPanel, false);
+      const int64_t begin = std::max<int64_t>(0, j - past - at) / kPanel * kPanel;  // queries before it see none of these keys; 0 for the first keys
+      for (int64_t i = begin / kPanel; i < width / kPanel; ++i) {
+        product(rows, k + j * Cd, Cd, q_across, i, b.scores + i * kPanel, kLdDp, false);
+        product(rows, v + j * Cd, Cd, dout_across, i, b.dp + i * kPanel, kLdDp, false);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         // Queries i of this block with key j + r in sight: position - window < key <= position, position = past + at + i.
-        const int64_t key = j + r, lo = std::clamp<int64_t>(key - past - at, 0, n), hi = key >= keys ? lo : p_.window > 0 ? std::clamp<int64_t>(key + p_.window - past - at, lo, n) : n;
-        loops<T>().softmax_backward(b.scores + r * kPanel, b.dp + r * kPanel, b.lse, b.delta, float(p_.scale), lo, hi, kPanel, b.p + r * kPanel, b.ds + r * kPanel);
+        const int64_t key = j + r, lo = std::clamp<int64_t>(key - past - at, begin, n), hi = key >= keys ? lo : p_.window > 0 ? std::clamp<int64_t>(key + p_.window - past - at, lo, n) : n;
+        loops<T>().softmax_backward(b.scores + r * kLdDp + begin, b.dp + r * kLdDp + begin, b.lse + begin, b.delta + begin, float(p_.scale), lo - begin, hi - begin, width - begin,
+                                    b.p + r * kLdDs + begin, b.ds + r * kLdDs + begin);
       }
-      product(rows, b.p, kPanel, dout_along, dv + j * Cp, Cp, true);
-      product(rows, b.ds, kPanel, q_along, dk + j * Cp, Cp, true);
-      const Panels<T> ds = pack_rows_deep(b.ds, kPanel, rows, kPanel, kPanel, b.ds_panel);
-      product(Cp, k_transposed + j, depth, ds, 0, b.dq, kPanel, j > first);
+      product(rows, b.p + begin, kLdDs, dout_along.depth_range(begin, width - begin), dv + j * Cp, Cp, true);
+      product(rows, b.ds + begin, kLdDs, q_along.depth_range(begin, width - begin), dk + j * Cp, Cp, true);
+      for (int64_t i = begin; i < width; i += kPanel) {
+        const Panels<T> ds = pack_rows_deep(b.ds + i, kLdDs, rows, kPanel, kPanel, b.ds_panels + i * kPanel);
+        product(Cp, k_transposed + j, depth, ds, 0, b.dq + i, kLdDp, j > first);
+      }
     }
-    loops<float>().transpose(b.dq, kPanel, C, n, b.dq_rows, C);
+    loops<float>().transpose(b.dq, kLdDp, C, n, b.dq_rows, C);
     loops<T>().round_rows(b.dq_rows, C, mutable_data<T>(grads_.q_THC) + (token * H + h) * C, H * C, n, C);
   }
 
   // A part of the rows that the queries from `at` on will want.
   void fetch_rows(int64_t s, int64_t h, int64_t at, int64_t part, int64_t parts) const {
-    const int64_t C = p_.head_dim(), H = p_.heads(), end = p_.cu_q[s + 1] - p_.cu_q[s], share = (kPanel + parts - 1) / parts;
-    for (int64_t i = at + part * share; i < std::min(at + std::min((part + 1) * share, kPanel), end); ++i) {
+    const int64_t C = p_.head_dim(), H = p_.heads(), end = p_.cu_q[s + 1] - p_.cu_q[s], share = (kQueries + parts - 1) / parts;
+    for (int64_t i = at + part * share; i < std::min(at + std::min((part + 1) * share, kQueries), end); ++i) {
       const int64_t row = ((p_.cu_q[s] + i) * H + h) * C;
       fetch(data<T>(p_.q_THC) + row, C);
       fetch(data<T>(dout_) + row, C);
@@ -185,10 +201,11 @@ class Backward {
     }
   }
 
-  // n <= 64 rows of width C as a right operand [C, 64], zero beyond n: one panel of full width, so that few kernels serve all sizes.
+  // n <= kQueries rows of width C as a right operand [C, n], zero up to whole panels: few kernels serve all sizes.
   static Panels<T> pack_wide(const T* in, int64_t ld, int64_t C, int64_t n, T* out) {
-    loops<T>().pack_nk(in, ld, C, n, out, padded_depth<T>(C), kPanel);
-    return {out, C, kPanel};
+    const Panels<T> panels{out, C, round_up(n, kPanel)};
+    for (int64_t j = 0; j < panels.count(); ++j) loops<T>().pack_nk(in + j * kPanel * ld, ld, C, std::min(kPanel, n - j * kPanel), out + j * kPanel * panels.depth(), panels.depth(), kPanel);
+    return panels;
   }
 
   const AttentionProblem& p_;

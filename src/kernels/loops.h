@@ -47,7 +47,7 @@ struct Loops {
   void (*rotate)(const T* x, const float* cos, const float* sin, float sign, T* y, int64_t half);
   void (*transpose)(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ld_out);
 
-  // *max becomes the larger of itself and every scale * s[j], j in [first, last); p[j] = T(exp(scale * s[j] - *max)) there, zero elsewhere in [0, padded).
+  // scale > 0. *max becomes the larger of itself and every scale * s[j], j in [first, last); p[j] = T(exp(scale * s[j] - *max)) there, zero elsewhere in [0, padded).
   // Returns the sum of p.
   float (*softmax)(const float* s, float scale, int64_t first, int64_t last, int64_t padded, T* p, float* max);
   // p = exp(scale * s - lse), ds = scale * p * (dp - delta) for i in [first, last), zero elsewhere in [0, padded).
