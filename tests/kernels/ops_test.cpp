@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 #include "libtorch.h"
 
+#include <torch/csrc/autograd/autograd.h>
+
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/kernels/ops.h"
@@ -72,6 +74,36 @@ at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 }
 
 bool has_blocks() { return make_weight_panels(at::zeros({16, 16})) != nullptr; }
+
+// One pass over queries and keys has the bits, forward and backward, of the operations one after the other.
+TEST(NormRotary, IsNormThenRotaryToTheBit) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kDouble})
+    for (const int64_t T : {1, 7, 40})
+      for (const int64_t C : {2, 6, 16, 40})
+        for (const int kind : {0, 1, 2}) {  // no norm, of each head, of all heads together
+          const int64_t H = 3, G = 1;
+          const at::Tensor angle = randn({T, C / 2}, 1), cos = angle.cos(), sin = angle.sin();
+          const auto part = [&](int64_t heads, uint64_t seed) {
+            return HeadRows{randn({T, heads * C}, seed).to(dtype).requires_grad_(true), heads, kind == 0 ? at::Tensor() : randn({kind == 1 ? C : heads * C}, seed + 1).to(dtype)};
+          };
+          const HeadRows q = part(H, 2), k = part(G, 4);
+          const auto plain = [&](const HeadRows& r) {
+            at::Tensor x = r.x_TX;
+            if (kind == 1) x = rms_norm(x.view({T, r.num_heads, C}), r.norm, 1e-5);
+            if (kind == 2) x = rms_norm(x, r.norm, 1e-5);
+            return rotary(x.view({T, r.num_heads, C}), cos, sin);
+          };
+          const std::vector<at::Tensor> x{q.x_TX, k.x_TX}, want{plain(q), plain(k)}, got = norm_rotary({q, k}, cos, sin, 1e-5);
+          const std::vector<at::Tensor> d{randn({T, H, C}, 6).to(dtype), randn({T, G, C}, 7).to(dtype)};
+          const auto dwant = torch::autograd::grad(want, x, d), dgot = torch::autograd::grad(got, x, d, /*retain_graph=*/true);
+          for (size_t i = 0; i < 2; ++i) {
+            ASSERT_TRUE(at::equal(got[i], want[i])) << dtype << " T " << T << " C " << C << " kind " << kind;
+            ASSERT_TRUE(at::equal(dgot[i], dwant[i])) << dtype << " T " << T << " C " << C << " kind " << kind;
+          }
+          const auto alone = torch::autograd::grad({got[1]}, x, {d[1]}, /*retain_graph=*/false, /*create_graph=*/false, /*allow_unused=*/true);
+          EXPECT_TRUE(at::equal(alone[1], dwant[1]));
+        }
+}
 
 TEST(Attention, PackedMatchesPlainWithGradients) {
   struct Case {

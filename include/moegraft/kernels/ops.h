@@ -20,6 +20,15 @@ at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double e
 // Rotates the two halves of each head: (a, b) -> (a cos - b sin, b cos + a sin) (the "rotate_half" convention). cos, sin float32 [T, C/2].
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC);
 
+// Queries or keys of a layer before attention.
+struct HeadRows {
+  at::Tensor x_TX;  // [T, H*C]
+  int64_t num_heads;
+  at::Tensor norm;  // undefined: none; [C]: of each head alone; [H*C]: of a token's heads together
+};
+// rms_norm, where there is one, and then rotary: [T, H, C] of each. On the CPU one pass makes all of them.
+std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps);
+
 // y_i = x W_i^T + b_i for weights that share their input. W [N, K] frozen or a leaf; with panels (frozen, CPU) all products run in one pass over x.
 struct FrozenLinearWeight {
   at::Tensor weight_NK, bias_N;          // bias undefined: none
