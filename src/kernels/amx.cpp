@@ -190,6 +190,11 @@ void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, 
     float* c = to.c ? to.c + row * to.ldc + column : rooms.of[turn];
     const int64_t ldc = to.c ? to.ldc : 32;
     rounding = next;
+    if (to.out && !to.past_cache) {  // its lines, while the products run
+      const char* line = reinterpret_cast<const char*>(to.out + row * to.ld_out + column);
+      const int64_t below = rows - row, lines = below < R * kRows ? below : R * kRows;
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * to.ld_out * 2, 1, 2);
+    }
     B::run(segments, count, row, column, width, before, rounding, fetching, c, ldc, to.accumulate);
     rounding.some(32);
     before = {c, ldc};

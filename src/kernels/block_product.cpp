@@ -109,7 +109,7 @@ bool has_block_products(at::ScalarType dtype) {
   return dtype == at::kFloat ? for_float : dtype == at::kBFloat16 ? for_bf16 : false;
 }
 bool has_own_kernel(at::ScalarType dtype) { return dtype == at::kBFloat16 ? own_kernel<bf16>() : dtype == at::kFloat && own_kernel<float>(); }
-int64_t block_rows(at::ScalarType dtype) { return has_own_kernel(dtype) ? 64 : kBlock; }
+int64_t block_rows(at::ScalarType dtype) { return dtype == at::kFloat && has_own_kernel(dtype) ? 64 : kBlock; }
 
 template <class T>
 Panels<T> pack_transposed(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {

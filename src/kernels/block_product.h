@@ -39,7 +39,8 @@ constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 // Whether this machine has a micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches all of them off, =library our own.
 bool has_block_products(at::ScalarType dtype);
 bool has_own_kernel(at::ScalarType dtype);
-// Rows to take at a time where a product's float32 block is worked on in the first-level cache: many amortise the library's call, our own needs no such thing.
+// Rows to take at a time where a product's float32 block is worked on in the caches: many amortise the library's call and, in bf16, reading the panel; our own
+// kernel for float32 needs no such thing.
 int64_t block_rows(at::ScalarType dtype);
 
 // A B operand as panels, lying in memory that somebody else owns.
