@@ -274,28 +274,7 @@ void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width,
 
 namespace {
 
-void transpose(__m512i (&r)[16]) {  // 16 x 16 elements of 32 bits
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; ++j) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
-      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-  }
-}
+#include "turn.inc"
 
 }  // namespace
 
@@ -319,7 +298,7 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
           if (s) v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[row]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
         }
         const __mmask16 real = count - r >= kRows ? 0xffff : __mmask16((1u << (count - r)) - 1);
-        transpose(v);
+        turn(v);
         for (int64_t i = 0; i < kRows; ++i) _mm512_storeu_si512(a + i * ld_a + r, _mm512_maskz_mov_epi32(real, v[i]));
       }
       for (int64_t i = 0; i < kRows; ++i) a[i * ld_a - 1] = 0;
