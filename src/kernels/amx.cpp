@@ -190,19 +190,17 @@ void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, 
     float* c = to.c ? to.c + row * to.ldc + column : rooms.of[turn];
     const int64_t ldc = to.c ? to.ldc : 32;
     rounding = next;
-    if (to.out && !to.past_cache) {  // its lines, while the products run
-      const char* line = reinterpret_cast<const char*>(to.out + row * to.ld_out + column);
-      const int64_t below = rows - row, lines = below < R * kRows ? below : R * kRows;
-      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(line + i * to.ld_out * 2, 1, 2);
-    }
+    const int64_t below = rows - row, block_rows = below < R * kRows ? below : R * kRows;
+    if (to.out && !to.past_cache)  // its lines, while the products run
+      for (int64_t i = 0; i < block_rows; ++i) __builtin_prefetch(to.out + (row + i) * to.ld_out + column, 1, 2);
     B::run(segments, count, row, column, width, before, rounding, fetching, c, ldc, to.accumulate);
     rounding.some(32);
     before = {c, ldc};
     finish = &B::finish;
     if (to.c) return;
     turn ^= 1;
-    const int64_t left = to.columns - column, below = rows - row;
-    next = {c, to.out + row * to.ld_out + column, to.ld_out, below < R * kRows ? below : R * kRows, left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1};
+    const int64_t left = to.columns - column;
+    next = {c, to.out + row * to.ld_out + column, to.ld_out, block_rows, left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1};
     if (C == 1) next.columns &= 0xffff;
     next.past_cache = to.past_cache && next.columns == ~__mmask32(0) && !(reinterpret_cast<size_t>(next.to) % 64) && to.ld_out % 32 == 0;
   };

@@ -100,19 +100,20 @@ class NormRotary : public torch::autograd::Function<NormRotary> {
   }
 };
 
-at::Tensor one_by_one(const HeadRows& r, const at::Tensor& cos, const at::Tensor& sin, double eps) {
+at::Tensor one_by_one(const HeadRows& r, const at::Tensor& cos, const at::Tensor& sin, double eps, double clip) {
   const std::vector<int64_t> shape{r.x_TX.size(0), r.num_heads, 2 * cos.size(1)};
-  if (!r.norm.defined()) return rotary(r.x_TX.view(shape), cos, sin);
-  const bool each = r.norm.size(0) == shape[2];
-  return rotary(rms_norm(each ? r.x_TX.view(shape) : r.x_TX, r.norm, eps).view(shape), cos, sin);
+  at::Tensor x = r.x_TX;
+  if (r.norm.defined()) x = rms_norm(r.norm.size(0) == shape[2] ? x.view(shape) : x, r.norm, eps);
+  if (clip > 0) x = x.clamp(-clip, clip);
+  return rotary(x.view(shape), cos, sin);
 }
 
 }  // namespace
 
-std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps) {
+std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip) {
   RECORD_FUNCTION("moegraft::norm_rotary", {});
   const int64_t T = cos_TC.size(0), C = 2 * cos_TC.size(1);
-  bool together = true;
+  bool together = clip <= 0;
   for (const HeadRows& r : rows) {
     MOEGRAFT_INVARIANT(r.x_TX.dim() == 2 && r.x_TX.size(0) == T && r.x_TX.size(1) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", cos ", cos_TC.sizes(), ", ", r.num_heads, " heads");
     MOEGRAFT_INVARIANT(!r.norm.defined() || r.norm.size(0) == C || r.norm.size(0) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", norm ", r.norm.sizes());
@@ -121,7 +122,7 @@ std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at:
   }
   std::vector<at::Tensor> out;
   if (!together) {
-    for (const HeadRows& r : rows) out.push_back(one_by_one(r, cos_TC, sin_TC, eps));
+    for (const HeadRows& r : rows) out.push_back(one_by_one(r, cos_TC, sin_TC, eps, clip));
     return out;
   }
   auto node = c10::make_intrusive<Node>();

@@ -134,19 +134,8 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
   const DecoderSpec& spec = call.spec;
   const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
   const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias, w.q_panels}, {Site::k, w.k, w.k_bias, w.k_panels}, {Site::v, w.v, w.v_bias, w.v_panels}});
-  k::HeadRows queries{qkv[0], H, w.q_norm}, keys{qkv[1], G, w.k_norm};
-  at::Tensor v = qkv[2];
-  if (spec.clip_qkv > 0) {
-    const auto clip = [&](const at::Tensor& x) { return x.clamp(-spec.clip_qkv, spec.clip_qkv); };
-    for (k::HeadRows* rows : {&queries, &keys}) {  // after the norm
-      if (rows->norm.defined()) rows->x_TX = k::rms_norm(rows->norm.size(0) == C ? rows->x_TX.view({T, -1, C}) : rows->x_TX, rows->norm, spec.rms_norm_eps).view({T, -1});
-      *rows = {clip(rows->x_TX), rows->num_heads, {}};
-    }
-    v = clip(v);
-  }
-  const auto heads = k::norm_rotary({queries, keys}, call.rope.cos_TC, call.rope.sin_TC, spec.rms_norm_eps);
-  const at::Tensor &q = heads[0], &key = heads[1];
-  v = v.view({T, G, C});
+  const auto heads = k::norm_rotary({{qkv[0], H, w.q_norm}, {qkv[1], G, w.k_norm}}, call.rope.cos_TC, call.rope.sin_TC, spec.rms_norm_eps, spec.clip_qkv);
+  const at::Tensor &q = heads[0], &key = heads[1], v = (spec.clip_qkv > 0 ? qkv[2].clamp(-spec.clip_qkv, spec.clip_qkv) : qkv[2]).view({T, G, C});
   const double scale = 1.0 / std::sqrt(double(C));
   const int64_t window = spec.layers[l].sliding_window;
   at::Tensor out;

@@ -26,8 +26,8 @@ struct HeadRows {
   int64_t num_heads;
   at::Tensor norm;  // undefined: none; [C]: of each head alone; [H*C]: of a token's heads together
 };
-// rms_norm, where there is one, and then rotary: [T, H, C] of each. On the CPU one pass makes all of them.
-std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps);
+// rms_norm, where there is one, values cut to [-clip, clip] when clip > 0, and then rotary: [T, H, C] of each. On the CPU one pass makes all of them (not with clip).
+std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip = 0);
 
 // y_i = x W_i^T + b_i for weights that share their input. W [N, K] frozen or a leaf; with panels (frozen, CPU) all products run in one pass over x.
 struct FrozenLinearWeight {
