@@ -1,5 +1,6 @@
-// Compiled for AMX and AVX-512 alone (third_party/cmake/Modules.cmake); includes nothing with inline functions, like loops.inc.
-#include "amx.h"
+// The bf16 micro-kernel on AMX tiles. One tile layout (eight tiles of 16 rows x 64 bytes) serves every shape; depths that are no multiple of 32 are completed with
+// zeros here. Compiled for AMX and AVX-512 alone (third_party/cmake/Modules.cmake); includes nothing with inline functions, like loops.inc.
+#include "micro_kernel.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
@@ -8,6 +9,8 @@
 
 namespace moegraft::kernels::amx {
 namespace {
+
+using Term = PanelTerm<bf16>;
 
 constexpr int64_t kRows = 16, kDepth = 32, kStrip = 256;  // rows and depth of a tile; rows whose depth tails are completed at a time
 
@@ -252,16 +255,6 @@ void run(int64_t m, const Term* terms, int64_t count, int64_t width, Target to, 
   }
 }
 
-}  // namespace
-
-bool built() { return true; }
-
-void release() {
-  if (!configured) return;
-  _tile_release();
-  configured = false;
-}
-
 void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead) {
   run(m, terms, count, width, {c, ldc, accumulate, nullptr, 0, 0, false}, ahead);
 }
@@ -270,15 +263,12 @@ void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width,
   if (past_cache) _mm_sfence();
 }
 
-namespace {
-
 #include "turn.inc"
-
-}  // namespace
 
 // A pair of a tile is usually two rows of the right operand. Here it is two columns of one row, as they lie in memory, against the pairs (t, 0) and (0, t): the
 // two sums are those of the even and of the odd columns. Half of the multiplications are by zero, but `in`, which is wide, needs no other layout.
 void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
+  if (width % 2) return avx512_bf16::kBf16Kernel.outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
   set_up();
   constexpr int64_t kMost = 512;
   alignas(64) uint32_t pairs[16 + kRows * (kMost + 16)];  // [column of t][row] as (t, 0), and room for one element before them: two bytes earlier lie the (0, t)
@@ -341,6 +331,18 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
   }
 }
 
+}  // namespace
+
+bool built() { return true; }
+
+void release() {
+  if (!configured) return;
+  _tile_release();
+  configured = false;
+}
+
+const MicroKernel<bf16> kBf16Kernel{"AMX bf16 tiles", 4, kDepth, false, 128, product, product_rounded, outer};
+
 }  // namespace moegraft::kernels::amx
 
 #else
@@ -348,9 +350,7 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
 namespace moegraft::kernels::amx {
 bool built() { return false; }
 void release() {}
-void product(int64_t, const Term*, int64_t, int64_t, float*, int64_t, bool, const Ahead&) {}
-void product_rounded(int64_t, const Term*, int64_t, int64_t, bf16*, int64_t, int64_t, bool, const Ahead&) {}
-void outer(int64_t, const bf16*, int64_t, const float*, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, bool) {}
+const MicroKernel<bf16> kBf16Kernel{};
 }  // namespace moegraft::kernels::amx
 
 #endif

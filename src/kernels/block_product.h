@@ -1,10 +1,10 @@
 #pragma once
 // Small matrix products of CPU paths: C[m, n] (+)= A[m, k] B[k, n] on one block of 128 rows and one panel of 64 columns of B at a time, float32 sums.
-// The inner kernel is our own for bf16 on AMX (amx.h) and float32 on AVX-512 (avx512.h), else oneDNN's brgemm, reached through ATen; what surrounds a block
-// (gathering rows, SwiGLU, rounding) happens while it is in the first-level cache. Frozen operands are laid out as panels once.
+// The inner kernel is one for the instruction set (micro_kernel.h); what surrounds a block (gathering rows, SwiGLU, rounding) happens while it is in the
+// first-level cache. Frozen operands are laid out as panels once.
 //
-// Panel: [k/pair][n][pair] with pair = 2 for bf16 (AMX reads pairs along k) and 1 for float32; n is at most 64 and padded to 16, k to the pair.
-// The order of sums depends on k and the panels alone, so a row's bits do not depend on the rows beside it in a block of equal size.
+// Panel: [k/pair][n][pair] with pair = 2 for bf16 (whose instructions read pairs along k) and 1 for float32; n is at most 64 and padded to 16, k to the pair.
+// The order of sums depends on k and the panels alone, so a row's bits do not depend on the rows beside it.
 
 #include <algorithm>
 #include <atomic>
@@ -36,12 +36,8 @@ constexpr int64_t padded_width(int64_t n) { return round_up(n, 16); }
 // Rows that a product of `rows` rows may touch.
 constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
-// Whether this machine has a micro-kernel for a dtype. MOEGRAFT_CPU_PATH=portable switches all of them off, =library our own.
+// Whether this process has a micro-kernel for a dtype.
 bool has_block_products(at::ScalarType dtype);
-bool has_own_kernel(at::ScalarType dtype);
-// Rows to take at a time where a product's float32 block is worked on in the caches: many amortise the library's call and, in bf16, reading the panel; our own
-// kernel for float32 needs no such thing.
-int64_t block_rows(at::ScalarType dtype);
 
 // A B operand as panels, lying in memory that somebody else owns.
 template <class T>
@@ -82,7 +78,6 @@ Ahead ahead(const R&... ranges) {
   (a.add(ranges), ...);
   return a;
 }
-void fetch(const Ahead& ahead);  // all at once
 
 // From W [n, k] (y = x W^T) or W [k, n] (dx = dy W), both row-major with leading dimension ld. out: Panels<T>::elements(k, n).
 template <class T>
@@ -101,7 +96,7 @@ Panels<T> pack_rows_deep(const T* in, int64_t ld, int64_t rows, int64_t n, int64
   return b;
 }
 
-// C [m, width(j)] (+)= A [m, depth] panel_j for any m; A and C must have padded_rows(m) rows, A's columns up to depth() must be finite.
+// C [m, width(j)] (+)= A [m, depth] panel_j for any m; A and C must have padded_rows(m) rows, A's columns up to depth() must be finite in the first m.
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next = {});
 // The same over all panels: C [m, padded_width(n)].
@@ -123,10 +118,9 @@ void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, i
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next = {}, bool past_cache = false);
 
-// acc [columns, width] (+)= (s t)^T in by an own kernel, which needs no other layout of `in` [rows, width] but, in bf16, clears its padded_rows(rows) beyond `rows`.
-// columns a multiple of 16; s null: ones. False, and nothing done, where there is no such kernel.
+// acc [columns, width] (+)= (s t)^T in, `in` [rows, width] with padded_rows(rows) rows: in bf16, those beyond `rows` are cleared. columns a multiple of 16; s null: ones.
 template <class T>
-bool outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate);
+void outer_product(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate);
 
 // A row of `width` elements as one of a left operand: zeros up to the pair.
 template <class T>
@@ -155,7 +149,7 @@ class Scratch {
   void* take_bytes(int64_t bytes);
 };
 
-void release_tiles();  // gives AMX's state back; cheap when there is none
+void release_tiles();  // gives AMX's state back, where that was used
 
 // Runs f(task, scratch) for task in [0, count) on all threads, whoever is free taking the next. Results must not depend on who runs what.
 template <class F>

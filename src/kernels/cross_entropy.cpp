@@ -48,6 +48,28 @@ double blocks(const at::Tensor& h, WeightPanels& head, const at::Tensor& targets
   return total;
 }
 
+// h [X, D] W^T in float32 and d [X, V] W, for bf16 on a CPU: logits rounded to bf16 lose 2^-9 of their size, so that a loss of 17 is off by 0.01. The weight is widened a
+// piece at a time.
+constexpr int64_t kPieceElements = int64_t{1} << 23;
+template <class F>
+void in_pieces(const at::Tensor& w, const F& f) {
+  const int64_t step = std::max<int64_t>(1, kPieceElements / std::max<int64_t>(w.size(1), 1));
+  for (int64_t v = 0; v < w.size(0); v += step) {
+    const int64_t n = std::min(step, w.size(0) - v);
+    f(v, n, w.narrow(0, v, n).to(at::kFloat));
+  }
+}
+at::Tensor wide_logits(const at::Tensor& h, const at::Tensor& w) {
+  const at::Tensor h32 = h.to(at::kFloat), logits = at::empty({h.size(0), w.size(0)}, h32.options());
+  in_pieces(w, [&](int64_t v, int64_t n, const at::Tensor& piece) { logits.narrow(1, v, n).copy_(at::mm(h32, piece.t())); });
+  return logits;
+}
+at::Tensor wide_gradient(const at::Tensor& d32, const at::Tensor& w) {
+  at::Tensor dh = at::zeros({d32.size(0), w.size(1)}, d32.options());
+  in_pieces(w, [&](int64_t v, int64_t n, const at::Tensor& piece) { dh.addmm_(d32.narrow(1, v, n), piece); });
+  return dh;
+}
+
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& targets, double scale, bool need_h, bool need_w, WeightPanels* panels) {
@@ -67,18 +89,20 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t count = std::min(chunk, rows - begin);
       const at::Tensor hc = h.narrow(0, begin, count), tc = targets.narrow(0, begin, count).unsqueeze(1);
-      const bool need_d = need_h || need_w;
-      at::Tensor d = at::mm(hc, w.t());
+      const bool need_d = need_h || need_w, widens = h.is_cpu() && h.scalar_type() == at::kBFloat16;
+      at::Tensor d = widens ? wide_logits(hc, w) : at::mm(hc, w.t());
       // Softmax in float32: the reference models upcast logits before the loss.
       if (cuda::serves(d)) {
         total.add_(cuda::cross_entropy_rows(d, tc, scale, need_d ? d : at::Tensor()).sum());  // the logits become their gradient
       } else {
         at::Tensor logp = at::log_softmax(d.to(wide), -1);
         total.sub_(logp.gather(1, tc).sum());
-        if (need_d) d = logp.exp_().scatter_add_(1, tc, at::full({count, 1}, -1.0, logp.options())).mul_(scale).to(h.scalar_type());
+        if (need_d) d = logp.exp_().scatter_add_(1, tc, at::full({count, 1}, -1.0, logp.options())).mul_(scale);
+        if (need_h && widens) dh.narrow(0, begin, count).copy_(wide_gradient(d, w));
       }
       if (!need_d) continue;
-      if (need_h) {
+      d = d.to(h.scalar_type());
+      if (need_h && !widens) {
         at::Tensor out = dh.narrow(0, begin, count);
         at::mm_out(out, d, w);
       }

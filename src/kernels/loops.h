@@ -22,6 +22,8 @@ struct Loops {
   // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
   void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
   void (*pack_nk)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
+  // [k/pair][in_width][pair] -> [n/pair][out_width][pair]: a part of W's panel as one of its transpose.
+  void (*turn_panel)(const T* in, int64_t in_width, int64_t k, int64_t n, T* out, int64_t out_width);
   // From float32, times factor. strip_nk lays out 16 columns, of which n <= 16 are the source's, in rows [first, first + k).
   void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, T* panel, int64_t panel_k, int64_t panel_n);
   void (*strip_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, int64_t first, T* strip, int64_t panel_k, int64_t panel_n);
@@ -58,7 +60,7 @@ struct Loops {
   void (*top_k)(const float* p, int64_t n, int64_t k, int64_t* ids);
 };
 
-// The widest set that this CPU has.
+// Of the widest set that this process may use (cpu_path.h).
 template <class T>
 const Loops<T>& loops();
 

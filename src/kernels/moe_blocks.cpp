@@ -20,6 +20,9 @@ namespace {
 template <class T>
 constexpr int64_t kMostRows = sizeof(T) == 2 ? 384 : 256;  // worked on at a time
 
+template <class T>
+int64_t block_rows() { return micro_kernel<T>()->block_rows; }
+
 constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in the forward layout alone
 
 // Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
@@ -30,12 +33,14 @@ int64_t chunk_rows(const MoeProblem& p) {
 // Whether what is made for every row is more than second-level caches hold until it is read again.
 bool is_large(const MoeProblem& p) { return p.x_XD.scalar_type() == at::kBFloat16 && p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
 // `count` in parts of at most `most`, all but the last of equal size, in whole blocks.
-int64_t even_part(const MoeProblem& p, int64_t count, int64_t most) {
+template <class T>
+int64_t even_part(int64_t count, int64_t most) {
   const int64_t parts = (count + most - 1) / most;
-  return std::min(most, round_up((count + parts - 1) / parts, block_rows(p.x_XD.scalar_type())));
+  return std::min(most, round_up((count + parts - 1) / parts, block_rows<T>()));
 }
 
 // Cut by sizes and thread count alone. Long ranges are split so that threads can share one expert.
+template <class T>
 std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& offsets) {
   const Dispatch& d = p.dispatch;
   const int64_t chunk = chunk_rows(p), most = std::max(chunk, round_up(offsets.back() / (4 * at::get_num_threads()), chunk));
@@ -43,7 +48,7 @@ std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& 
   for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b) {
     const int64_t rows = offsets[b + 1] - offsets[b];
     if (rows == 0) continue;
-    const int64_t part = even_part(p, rows, most);
+    const int64_t part = even_part<T>(rows, most);
     for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
   }
   return strips;
@@ -134,14 +139,14 @@ class Forward {
   }
 
   MoeForward run() {
-    const auto strips = make_strips(p_, offsets_);
+    const auto strips = make_strips<T>(p_, offsets_);
     const auto order = by_length(strips);
     KeptFactors<T>* kept = p_.cache ? &p_.cache->template content<KeptFactors<T>>(p_, [&] { return std::make_unique<KeptFactors<T>>(p_.dispatch.num_experts, p_.dispatch.num_groups); }) : nullptr;
     for_each_task(int64_t(strips.size()), [&](int64_t task, Scratch& scratch) {
       const Strip& s = strips[order[task]];
       Buffers b(p_, scratch);
       const auto f = kept ? kept->get(p_, sets_[s.group], s.expert, s.group, scratch) : pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
-      const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
+      const int64_t part = even_part<T>(s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), b);
     });
     MoeForward out;
@@ -168,7 +173,7 @@ class Forward {
   };
 
   void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, Buffers& b) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(), blocks = (rows + step - 1) / step;
     const ExpertPanels& w = *p_.weights.panels;
     const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
@@ -185,7 +190,7 @@ class Forward {
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
-        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (kJointThin<T> ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
+        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (joint_thin<T>() ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
         // In the order of use: up's panel beside the first product of gate's, then gate's next one.
         const bool last = j + 1 == gate.count();
         sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, r == 0 ? ahead(panel_range(up, j)) : Ahead());
@@ -220,34 +225,10 @@ class Forward {
   bool large_;
 };
 
+// One factor's gradient: acc [columns, padded_width(width)] (+)= (s t)^T in.
 template <class T>
-struct OuterRooms {
-  T *transposed, *panels, *scaled;
-  float* row;
-};
-
-// acc [columns, width] (+)= (s t)^T in over `rows` rows: one factor's gradient. t and in in T; s, a factor for each row, rounded with t to T, or null.
-// `in` must have padded_rows(rows) rows, which are cleared beyond `rows`.
-template <class T>
-void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, bool accumulate, const OuterRooms<T>& rooms) {
-  if (outer_product(rows, t, ldt, s, columns, in, ld, width, acc, padded_width(width), accumulate)) return;
-  T *t_transposed = rooms.transposed, *panels = rooms.panels;
-  if (s) {
-    for (int64_t r = 0; r < rows; ++r) {
-      loops<T>().to_float(t + r * ldt, rooms.row, columns);
-      loops<T>().from_float(rooms.row, s[r], rooms.scaled + r * columns, columns);
-    }
-    t = rooms.scaled;
-    ldt = columns;
-  }
-  const int64_t depth = round_up(rows, 32);  // few distinct kernels
-  loops<T>().transpose(t, ldt, rows, columns, t_transposed, depth);
-  for (int64_t c = 0; c < columns; ++c) std::fill_n(t_transposed + c * depth + rows, depth - rows, T{});
-  const Panels<T> b{panels, depth, width};
-  for (int64_t j = 0; j < b.count(); ++j) {
-    pack_panel(in, ld, rows, b, j, panels);
-    product(columns, t_transposed, depth, b, j, acc + j * kPanel, padded_width(width), accumulate);
-  }
+void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, bool accumulate) {
+  outer_product(rows, t, ldt, s, columns, in, ld, width, acc, padded_width(width), accumulate);
 }
 
 template <class T>
@@ -269,7 +250,7 @@ class Backward {
   }
 
   MoeGradients run() {
-    strips_ = make_strips(p_, offsets_);
+    strips_ = make_strips<T>(p_, offsets_);
     const auto order = by_length(strips_);
     MoeGradients g;
     FactorGradients factors(p_, needs_, sets_, strips_, g);
@@ -279,7 +260,7 @@ class Backward {
       Buffers b(p_, scratch);
       const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, true, scratch);
       const FactorSums sums = factors.sums_of(int64_t(i), scratch);
-      const int64_t part = even_part(p_, s.end - s.begin, chunk_rows(p_));
+      const int64_t part = even_part<T>(s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), sums, at > s.begin, b);
       factors.finish_strip(int64_t(i), sums);
     });
@@ -304,7 +285,6 @@ class Backward {
       du = s.take<T>(kMostRows<T> * ld_f);
       dt_gu = s.take<T>(kMostRows<T> * columns);
       dt_d = s.take<T>(kMostRows<T> * columns);
-      rooms = {s.take<T>(kMostRows<T> * columns), s.take<T>(kMostRows<T> * padded_width(std::max(p.model_width(), p.expert_width()))), s.take<T>(kMostRows<T> * columns), s.take<float>(columns)};
       out = s.take<float>(kBlock * kPanel);
       if (!p.weights.panels->stores_backward())
         for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
@@ -312,7 +292,6 @@ class Backward {
     std::array<T*, 2> turned{};  // panels of weights, or rows across (below)
     int64_t ld_d, ld_f;
     T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d;
-    OuterRooms<T> rooms;
     float* out;
   };
 
@@ -324,14 +303,14 @@ class Backward {
   WeightPanel weight_panel(int64_t expert, ExpertPanels::Matrix matrix, int64_t j, T* room) const {
     const ExpertPanels& w = *p_.weights.panels;
     if (w.stores_backward()) return {w.template backward<T>(expert, matrix), j};
-    // Float32 alone: elements of the two layouts are the same, in another order.
+    // Elements of the two layouts are the same, in another order.
     const Panels<T> forward = w.template forward<T>(expert, matrix);  // [in, out]
     const int64_t columns = std::min(kPanel, forward.k - j * kPanel), next = std::min(kPanel, forward.k - j * kPanel - columns);
     const Panels<T> turned{room, forward.n, columns};
     for (int64_t i = 0; i < forward.count(); ++i) {
       const int64_t width = forward.width(i);
       const T* from = forward.panel(i) + j * kPanel * width;
-      loops<T>().transpose(from, width, columns, forward.columns(i), room + i * kPanel * turned.width(0), turned.width(0));
+      loops<T>().turn_panel(from, width, columns, forward.columns(i), room + i * kPanel * turned.width(0), turned.width(0));
       fetch(from + kPanel * width, next * width);  // of the next panel, while this one's products run
     }
     return {turned, 0};
@@ -359,7 +338,7 @@ class Backward {
   }
 
   void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows(kTypeOf<T>), blocks = (rows + step - 1) / step;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(), blocks = (rows + step - 1) / step;
     const RankSet& set = sets_[s.group];
     const int64_t gu = set.gate_up(), d = set.columns[kDown];
     const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
@@ -367,7 +346,7 @@ class Backward {
     const float* weight = weight_R_.data() + begin;
     const int64_t d_real = padded_width(set.rank[kDown]);
     if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
-    if (sums.wanted() && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate, b.rooms);
+    if (sums.wanted() && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate);
 
     // b.out holds dh of rows [r, r + m), columns of panel j.
     const auto finish_hidden = [&](int64_t j, int64_t r, int64_t m, int64_t ld) {
@@ -377,7 +356,7 @@ class Backward {
         for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
     };
     const ExpertPanels& w = *p_.weights.panels;
-    const bool across = sizeof(T) == 4 && !w.stores_backward() && has_own_kernel(kTypeOf<T>) && rows <= kRowsAcross;
+    const bool across = sizeof(T) == 4 && !w.stores_backward() && rows <= kRowsAcross;
     if (across) {
       const Panels<T> down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix), gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix);
       clear_padding(b.dy, b.ld_d, rows);
@@ -404,14 +383,14 @@ class Backward {
       if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.out);
       if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.out);
     }
-    if (sums.wanted() && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate, b.rooms);
+    if (sums.wanted() && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate);
     if (sums.wanted() && gu) {
       const T* t = view_.t_gu + begin * view_.ld_gu;
       const int64_t g = set.columns[kGate], u = padded_width(set.rank[kUp]);
-      if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate, b.rooms);
-      if (u) outer<T>(rows, t + g, view_.ld_gu, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate, b.rooms);
+      if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate);
+      if (u) outer<T>(rows, t + g, view_.ld_gu, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate);
       gather(data<T>(p_.x_XD), token, rows, D, b.ld_d, b.x);
-      outer<T>(rows, b.dt_gu, gu, nullptr, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate, b.rooms);
+      outer<T>(rows, b.dt_gu, gu, nullptr, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate);
     }
     if (!needs_.x) return;
     T* dx = mutable_data<T>(dx_RD_);

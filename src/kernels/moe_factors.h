@@ -19,14 +19,14 @@ struct RankSet {
   };
   std::array<std::vector<Term>, kSites> terms;
   std::array<int64_t, kSites> rank{};     // real
-  std::array<int64_t, kSites> columns{};  // padded: down's, and gate's and up's together, to whole steps of the micro-kernel
+  std::array<int64_t, kSites> columns{};  // padded: down's, and gate's and up's together, to whole steps of the micro-kernel (depth_step)
   int64_t gate_up() const { return columns[kGate] + columns[kUp]; }
   bool empty() const { return rank[kGate] + rank[kUp] + rank[kDown] == 0; }
 };
 
 template <class T>
 RankSet rank_set(const MoeProblem& p, int64_t group) {
-  constexpr int64_t step = 16 * kPair<T>;
+  const int64_t step = micro_kernel<T>()->depth_step;
   RankSet set;
   for (int s = 0; s < kSites; ++s) {
     for (size_t i = 0; i < p.terms[s].size(); ++i) {
@@ -50,9 +50,9 @@ std::vector<RankSet> rank_sets(const MoeProblem& p) {
   return sets;
 }
 
-// Whether gate's and up's B take both's thin products, with zeros for the other's: a step of the bf16 micro-kernel is 32 deep anyway.
+// Whether gate's and up's B take both's thin products, with zeros for the other's: where a step of the micro-kernel is deeper than ranks are padded to.
 template <class T>
-constexpr bool kJointThin = sizeof(T) == 2;
+bool joint_thin() { return micro_kernel<T>()->depth_step > 16; }
 
 // Factors of one (expert, set) as B operands; scale is folded into B.
 template <class T>
@@ -126,8 +126,8 @@ FactorPanels<T> pack_factors(const MoeProblem& p, const RankSet& set, int64_t ex
     return [=](const Panels<T>& to, T* memory) { put_rows(s.B, s.ld_B, k, s.rank, s.scale, 0, to.depth(), to, memory); };
   };
   if (!backward) {
-    make(f.B_out[kGate], kJointThin<T> ? gu : g, F, B_out(gate, 0, F));
-    make(f.B_out[kUp], kJointThin<T> ? gu : gu - g, F, B_out(up, kJointThin<T> ? g : 0, F));
+    make(f.B_out[kGate], joint_thin<T>() ? gu : g, F, B_out(gate, 0, F));
+    make(f.B_out[kUp], joint_thin<T>() ? gu : gu - g, F, B_out(up, joint_thin<T>() ? g : 0, F));
     make(f.B_out[kDown], d, D, B_out(down, 0, D));
     make(f.A_in[0], D, gu, [&](const Panels<T>& to, T* memory) {
       put_columns(gate.A, D, D, gate.rank, 1.0f, 0, 0, g, to, memory);

@@ -69,8 +69,9 @@ Panels<T> ExpertPanels::panels(const at::Tensor& blob, int64_t expert, Matrix ma
 
 std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed, bool lean) {
   if (weights.gate_FD.empty() || weights.gate_EFD.defined() || !weights.gate_FD.front().is_cpu() || !has_block_products(weights.gate_FD.front().scalar_type())) return nullptr;
-  return std::make_shared<ExpertPanels>(weights, std::move(packed), !(lean && weights.gate_FD.front().scalar_type() == at::kFloat));
+  return std::make_shared<ExpertPanels>(weights, std::move(packed), !(lean && one_layout_serves(weights.gate_FD.front().scalar_type())));
 }
+bool one_layout_serves(at::ScalarType dtype) { return has_block_products(dtype) && (dtype == at::kFloat ? micro_kernel<float>()->turns : micro_kernel<bf16>()->turns); }
 std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed) {
   if (!weight_NK.defined() || weight_NK.requires_grad() || !weight_NK.is_cpu() || !has_block_products(weight_NK.scalar_type())) return nullptr;
   return std::make_shared<WeightPanels>(rows_contiguous(weight_NK), std::move(packed));

@@ -5,11 +5,13 @@
 
 #include "family.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/offload.h"
+#include "moegraft/kernels/cpu.h"
 #include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::model {
@@ -234,7 +236,23 @@ DecoderSpec read_spec(const fs::path& dir) {
   }
 }
 
+namespace {
+
+// Once: users choose bf16 to be faster.
+void say_if_slow(at::ScalarType dtype, at::Device device) {
+  static std::once_flag once;
+  if (dtype != at::kBFloat16 || !device.is_cpu()) return;
+  std::call_once(once, [] {
+    const kernels::CpuKernels k = kernels::cpu_kernels();
+    if (k.bfloat16_speed == 0) log::warning("bfloat16 is slow on this CPU path (", k.path, "): ", k.bfloat16, ", several times slower than float32; dtype float32 is the faster choice here");
+    else if (k.bfloat16_speed < 1) log::info("bfloat16 on this CPU: ", k.bfloat16, "; about as fast as float32, at half of its base memory");
+  });
+}
+
+}  // namespace
+
 BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
+  say_if_slow(options.dtype, options.device);
   BaseModel base;
   base.path = dir;
   base.spec = read_spec(dir);

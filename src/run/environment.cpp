@@ -6,6 +6,7 @@
 
 #include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
+#include "moegraft/kernels/cpu.h"
 #include "moegraft/run/run_dir.h"
 
 namespace moegraft::run {
@@ -34,7 +35,8 @@ std::map<std::string, std::string> describe_environment(const std::string& devic
   static const std::string binary = checksum_of_executable();  // all of a large file: read once
   return {{"binary", binary},                         {"libtorch", TORCH_VERSION},
           {"processor", processor_name()},            {"instructions", at::get_cpu_capability()},
-          {"threads", std::to_string(at::get_num_threads())}, {"device", device}};
+          {"cpu_path", kernels::cpu_kernels().path},  {"threads", std::to_string(at::get_num_threads())},
+          {"device", device}};
 }
 
 }  // namespace moegraft::run

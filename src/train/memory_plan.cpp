@@ -58,9 +58,9 @@ class Counter {
     int64_t elements = 0;
     const auto both = [&](int64_t n, int64_t k) { return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16); };
     for_each_matrix([&](int64_t n, int64_t k) { elements += both(n, k); });
-    // Gate and up are [F, D], down [D, F]. Large experts in float32 keep the forward layout alone.
+    // Gate and up are [F, D], down [D, F]. Large experts keep the forward layout alone where that serves both passes.
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
-    const int64_t expert = pair == 2 || !model::packs_lean(s_) ? 2 * both(F, D) + both(D, F) : 2 * D * round_up(F, 16) + F * round_up(D, 16);
+    const int64_t expert = !model::packs_lean(s_) || !kernels::one_layout_serves(r_.dtype) ? 2 * both(F, D) + both(D, F) : 2 * round_up(D, pair) * round_up(F, 16) + round_up(F, pair) * round_up(D, 16);
     if (!experts_visit()) elements += sparse_layers() * E_ * expert;
     return elements * width_;
   }

@@ -53,6 +53,28 @@ TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
   EXPECT_EQ(launch("off").find("NUMA"), std::string::npos);
 }
 
+TEST_F(Command, TheCpuPathIsShownAndAWrongOneRefused) {
+  const std::string model = (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string();
+  const auto inspect = [&](const char* path) {
+    testing::Process process({testing::moegraft_binary().string(), "inspect", model, "--json"}, {std::string("MOEGRAFT_CPU_PATH=") + path});
+    return process.wait();
+  };
+  const auto best = inspect(""), portable = inspect("portable"), wrong = inspect("avx1024");
+  ASSERT_EQ(best.code, 0) << best.err;
+  ASSERT_EQ(portable.code, 0) << portable.err;
+  const io::Json a = io::Json::parse(best.out).at("cpu"), b = io::Json::parse(portable.out).at("cpu");
+  EXPECT_EQ(a.at("path"), a.at("best_path"));
+  EXPECT_EQ(b.at("path"), "portable");
+  EXPECT_EQ(b.at("best_path"), a.at("best_path"));
+  EXPECT_NE(b.at("bfloat16").get<std::string>().find("ATen"), std::string::npos);
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_NE(wrong.err.find("MOEGRAFT_CPU_PATH must be one of portable, avx2, avx512, avx512_bf16, amx, got \"avx1024\""), std::string::npos) << wrong.err;
+  if (a.at("best_path") == "amx") return;
+  const auto missing = inspect("amx");
+  EXPECT_EQ(missing.code, 2);
+  EXPECT_NE(missing.err.find("MOEGRAFT_CPU_PATH=amx: this CPU (or build) has no such path; its best one is " + a.at("best_path").get<std::string>()), std::string::npos) << missing.err;
+}
+
 TEST(Configs, EveryShippedRunParses) {
   int runs = 0;
   for (const auto& entry : fs::recursive_directory_iterator(kConfigs)) {

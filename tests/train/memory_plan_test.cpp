@@ -13,6 +13,7 @@
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "moegraft/kernels/ops.h"
 #include "moegraft/train/trainer.h"
 #include "support/tiny_world.h"
 
@@ -167,6 +168,22 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   EXPECT_EQ(plan.base, whole.base - 8 * layer);
   EXPECT_EQ(plan.offload_buffers, 2 * layer);
   EXPECT_EQ(plan.recompute_layers, 8);
+}
+
+TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {
+  MemoryRequest r = large();
+  for (const bool many_experts : {false, true}) {
+    if (many_experts) {  // more than 512 MiB: experts lie in one layout, where that serves both passes
+      r.spec.hidden_size = 512, r.spec.moe_intermediate_size = 256, r.spec.num_experts = 64;
+      ASSERT_TRUE(model::packs_lean(r.spec));
+      if (!kernels::one_layout_serves(at::kBFloat16)) continue;
+    }
+    r.dtype = at::kFloat;
+    const MemoryPlan wide = plan_memory(r);
+    r.dtype = at::kBFloat16;
+    const MemoryPlan narrow = plan_memory(r);
+    EXPECT_LE(double(narrow.base + narrow.panels), 0.6 * double(wide.base + wide.panels)) << many_experts;
+  }
 }
 
 std::string adapter_bytes(const fs::path& run) { return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors"); }

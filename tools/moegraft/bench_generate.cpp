@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "bench.h"
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/safetensors.h"
@@ -146,6 +147,7 @@ void run(const GenerateOptions& given) {
            {"rank", o.model.rank},
            {"threads", at::get_num_threads()},
            {"cuda_graphs", o.cuda_graphs},
+           {"cpu", describe_cpu()},
            {"device", m.device().str()}};
   if (!image.empty()) {
     out["image_tokens_per_s"] = double(o.pictures * (o.tokens - 1)) / best(image);

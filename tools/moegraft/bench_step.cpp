@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "bench.h"
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/checkpoint/checkpoint.h"
@@ -198,6 +199,7 @@ void print(const Json& j) {
   std::printf("loss");
   for (const auto& loss : j["loss"]) std::printf(" %.6f", loss.get<double>());
   std::printf("\n");
+  std::printf("CPU path %s: float32 by %s, bfloat16 by %s\n", j["cpu"]["path"].get<std::string>().c_str(), j["cpu"]["float32"].get<std::string>().c_str(), j["cpu"]["bfloat16"].get<std::string>().c_str());
   if (j.contains("profile")) {
     std::printf("\none more step, with every operation on the clock: %.4f s\n", j["profile"]["total_s"].get<double>());
     OpProfile::print(j["profile"], 25);
@@ -366,6 +368,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"active_parameters", m.decoder->spec().num_active_parameters()},
            {"threads", at::get_num_threads()},
            {"cores", usable_cores()},
+           {"cpu", describe_cpu()},
            {"device", device.str()}};
   const double counted = o.steps > 1 ? double(o.steps - 1) : 1;
   out.update(describe_processes(mesh, o, {times.begin() + (o.steps > 1), times.end()}, ranks, traffic, counted));

@@ -9,6 +9,7 @@
 
 #include "cluster_plan.h"
 #include "command.h"
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
@@ -121,6 +122,7 @@ void run(const Options& o) {
         out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
     }
   }
+  out["cpu"] = describe_cpu();
   if (o.json) std::cout << out.dump() << '\n';
   else print(out, 0);
 }

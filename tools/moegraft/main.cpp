@@ -3,6 +3,7 @@
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/kernels/cpu.h"
 #include "startup.h"
 
 namespace {
@@ -17,6 +18,7 @@ int run(int argc, char** argv) {
   app.add_flag("-v,--verbose", verbose, "Debug messages");
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
+    kernels::cpu_kernels();  // a wrong MOEGRAFT_CPU_PATH ends any command at once
     if (app.got_subcommand("launch")) return;  // what it starts inherits a policy, and makes its own
     if (const std::string done = tools::choose_memory(); !done.empty()) log::debug(done);
   });

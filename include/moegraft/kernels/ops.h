@@ -95,7 +95,9 @@ struct ExpertFfnWeights {
 // backward ones when something is differentiated) and take the weights' size each.
 // `packed` is called whenever the weights have been read to the end, for whoever can give their memory back until the next time.
 using Packed = std::function<void()>;
-// Float32 experts may keep the forward layout alone: the other is then turned from it panel by panel when it is needed, 8-12 % of a step for half the memory.
+// lean: experts keep the forward layout alone where one_layout_serves: the other is then turned from it panel by panel when it is needed, 8-12 % of a step in
+// float32 for half the memory. On AMX it does not serve bf16, whose products take little longer than the turning.
+bool one_layout_serves(at::ScalarType dtype);
 std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed = nullptr, bool lean = false);
 std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed = nullptr);
 
