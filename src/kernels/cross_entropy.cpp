@@ -89,7 +89,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t count = std::min(chunk, rows - begin);
       const at::Tensor hc = h.narrow(0, begin, count), tc = targets.narrow(0, begin, count).unsqueeze(1);
-      const bool need_d = need_h || need_w, widens = h.is_cpu() && h.scalar_type() == at::kBFloat16;
+      const bool need_d = need_h || need_w, widens = h.is_cpu() && h.scalar_type() == at::kBFloat16 && !cuda::serves(hc);
       at::Tensor d = widens ? wide_logits(hc, w) : at::mm(hc, w.t());
       // Softmax in float32: the reference models upcast logits before the loss.
       if (cuda::serves(d)) {
