@@ -18,11 +18,17 @@ namespace moegraft::tools {
 // OpenMP threads that spin while they wait take the cores from every other job on the machine (seen: 20 times slower beside one compiler); threads that
 // sleep at once pay a wake-up for each of a step's hundreds of short parallel regions. A spin of some microseconds, then sleep: 3 % faster alone, and beside
 // two busy processes on two cores still half the speed. Large pages for the heap (where the kernel grants them on request) save address translations.
+// MKL's products may depend on where their operands lie in memory (seen on AMD: weights mapped from a file and the same ones copied gave other bits), unless it is told to
+// be reproducible.
 inline void choose_policies(char** argv) {
   bool changed = false;
   if (!std::getenv("OMP_WAIT_POLICY") && !std::getenv("GOMP_SPINCOUNT")) {
     setenv("OMP_WAIT_POLICY", "PASSIVE", 1);
     setenv("GOMP_SPINCOUNT", "5000", 1);
+    changed = true;
+  }
+  if (!std::getenv("MKL_CBWR")) {
+    setenv("MKL_CBWR", "AUTO", 1);
     changed = true;
   }
   if (!std::getenv("GLIBC_TUNABLES")) {
