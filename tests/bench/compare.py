@@ -77,8 +77,9 @@ class Comparison:
 
     # Asked for one instruction set, a figure of another is worse than none.
     def check_path(self, label, ran):
-        if self.args.isa and ran.get("cpu_path") != self.args.isa:
-            self.result["failures"].append(f"{label}: asked for {self.args.isa}, moegraft ran {ran.get('cpu_path', 'a path that it does not name')}")
+        path = ran.get("cpu", {}).get("path", "a path that it does not name")
+        if self.args.isa and path != self.args.isa:
+            self.result["failures"].append(f"{label}: asked for {self.args.isa}, moegraft ran {path}")
 
     def save(self):
         self.json.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ class Comparison:
 
     # What a side says of its instruction set and kernels.
     def path(self, ran):
-        return {key: ran[key] for key in ("cpu_path", "kernels", "cpu_capability", "system") if key in ran}
+        return {key: ran[key] for key in ("cpu", "cpu_capability", "system", "dtype") if key in ran}
 
     def memory(self, inside, outside):
         if self.args.device != "cpu":

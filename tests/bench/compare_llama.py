@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from machine import HERE, ROOT, log, run
+from machine import HERE, ROOT, ask_python, log, run
 
 TYPES = ["bf16", "q8_0"]
 # Relative error of a position's logits. Float32: sums in another order. The others: their own rounding of weights and activations and the experts that it
@@ -30,10 +30,13 @@ def llama(comparison, file, *options):
 
 
 def check(comparison, shape, model):
-    """{type: how far its logits are from ours}; None when they are not the same model."""
-    ids, wanted, errors = comparison.ids(model, *CHECKED), f"{model}-logits.safetensors", {}
+    """{what computed: how far its logits are from ours in float32}; None when they are not the same model."""
+    ids, wanted, rounded, errors = comparison.ids(model, *CHECKED), f"{model}-logits.safetensors", f"{model}-logits-bf16.safetensors", {}
     ours = lambda dtype, out: subprocess.run([comparison.args.binary, "logits", model, "--ids", ids, "--dtype", dtype, "-o", out], check=True, cwd=ROOT, capture_output=True, text=True)
     ours("float32", wanted)
+    ours("bfloat16", rounded)
+    code = "import json; from safetensors.torch import load_file\na, b = (load_file(f)['logits'].double() for f in (%r, %r))\nprint(json.dumps({'relative_error': ((a - b).norm(dim=-1) / a.norm(dim=-1)).median().item(), 'same_likeliest': (a.argmax(-1) == b.argmax(-1)).double().mean().item()}))"
+    errors["ours_bf16"] = json.loads(ask_python(comparison.python, code % (wanted, rounded)))
     for kind in ["f32", *TYPES]:
         file = gguf(comparison, model, kind)
         errors[kind] = run(llama(comparison, file, "--ids", ids, "--check", wanted, *(["--exact"] if kind == "f32" else [])))
@@ -43,13 +46,14 @@ def check(comparison, shape, model):
         if not errors[kind]["relative_error"] <= LARGEST_ERROR[kind]:
             comparison.result["failures"].append(f"{shape}: llama.cpp's {kind} logits differ from ours by {errors[kind]['relative_error']:.2e} of their size (at most {LARGEST_ERROR[kind]:.0e})")
             return None
-    os.unlink(ROOT / wanted)
+    for file in (wanted, rounded):
+        os.unlink(ROOT / file)
     return errors
 
 
 def case(comparison, shape, model, errors, batch, prompt, tokens):
     ids = comparison.ids(model, batch, prompt)
-    common = ["--ids", ids, "--tokens", str(tokens), "--rounds", "3"]
+    common = ["--ids", ids, "--tokens", str(tokens), "--rounds", "2"]
     commands = {dtype: comparison.ours("generate", model, *common, "--pictures", str(batch), "--rank", str(comparison.args.rank), "--dtype", dtype) for dtype in ("float32", "bfloat16")}
     commands |= {kind: llama(comparison, gguf(comparison, model, kind), *common) for kind in TYPES}
     log("llama", shape, f"{batch}×{prompt}+{tokens}")
@@ -81,23 +85,25 @@ def compare(comparison, shapes, quick):
     for shape in shapes:
         model = comparison.checkpoint(shape, "bfloat16")
         if errors := check(comparison, shape, model):
-            for batch, prompt in [(1, 512)] if quick else [(1, 512), (16, 64)]:
-                case(comparison, shape, model, errors, batch, prompt, 16 if quick else 64)
+            for batch, prompt, tokens in [(1, 128, 16)] if quick else [(1, 512, 64), (16, 32, 32)]:
+                case(comparison, shape, model, errors, batch, prompt, tokens)
 
 
 def section(r):
     """Markdown, for docs/performance.md too."""
     from report import table
 
-    text = [f"llama-cpp-python {r['llama_version']} ({r['llama_system'].strip(' |')}). Keys and values in float16, its own choice of attention, as it comes.\n"]
+    ran = {d: c["figures"][d].get("cpu", {}).get(d, "not said") for c in r["llama"] for d in ("float32", "bfloat16")}
+    text = [f"llama-cpp-python {r['llama_version']} ({r['llama_system'].strip(' |')}); keys and values in float16 and attention as it comes. moegraft's kernels: {', '.join(f'{d} {k}' for d, k in ran.items())}. "
+            f"{r['hardware']['usable_cores']} threads; the best of {2 * r['rounds']} times, processes by turns.\n"]
     rows, errors = [], []
     for c in r["llama"]:
         f = c["figures"]
         for what, key, theirs in (("prefill", "prefill", "prefill"), ("decode", "decode", "decode"), ("image codes", "image", "decode")):
             ours, peers = [f[d][key + "_tokens_per_s"] for d in ("float32", "bfloat16")], [f[t][theirs + "_tokens_per_s"] for t in TYPES]
             rows.append([f"{c['label']}, {what}", *(f"{x:.0f}" for x in ours + peers), f"**{ours[1] / peers[0]:.2f}**", f"{ours[1] / peers[1]:.2f}"])
-        errors.append([c["label"], *(f"{c['logits'][t]['relative_error']:.1e}" for t in ("f32", *TYPES)), *(f"{100 * c['same_tokens'][n]:.0f} %" for n in ("bfloat16", *TYPES)), *(f"{f[n]['peak_mib']:.0f}" for n in f)])
+        errors.append([c["label"], *(f"{c['logits'][t]['relative_error']:.1e}" for t in ("f32", "ours_bf16", *TYPES)), *(f"{100 * c['same_tokens'][n]:.0f} %" for n in ("bfloat16", *TYPES)), *(f"{f[n]['peak_mib']:.0f}" for n in f)])
     text.append(table(["tokens/s", "moegraft float32", "moegraft bf16", "llama.cpp bf16", "llama.cpp Q8_0", "our bf16 / its bf16", "our bf16 / its Q8_0"], rows))
     text.append("Logits beside ours in float32 (median over positions of |difference| / |logits|), tokens that greedy text has in common with ours in float32, and peak resident MiB:\n")
-    text.append(table(["case", "llama.cpp f32", "bf16", "Q8_0", "tokens: moegraft bf16", "llama.cpp bf16", "Q8_0", "MiB: moegraft float32", "bf16", "llama.cpp bf16", "Q8_0"], errors))
+    text.append(table(["case", "logits: llama.cpp f32", "moegraft bf16", "llama.cpp bf16", "Q8_0", "tokens: moegraft bf16", "llama.cpp bf16", "Q8_0", "MiB: moegraft float32", "bf16", "llama.cpp bf16", "Q8_0"], errors))
     return "\n".join(text)

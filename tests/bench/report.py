@@ -7,8 +7,8 @@ def table(header, rows):
 
 
 def ran_on(ours, peers):
-    kernels = ours.get("kernels")
-    return f"{ours.get('cpu_path', 'not said')}{f' ({kernels})' if kernels else ''} / {peers.get('cpu_capability', 'not said')}"
+    cpu = ours.get("cpu", {})
+    return f"{cpu.get(ours.get('dtype'), 'not said')} / {peers.get('cpu_capability', 'not said')}"
 
 
 def markdown(r):
