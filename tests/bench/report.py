@@ -35,7 +35,7 @@ def markdown(r):
     if rows:
         text.append(table(["case", "ran on", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit", "attainable", "moegraft of that"], rows))
         text.append("Losses of the first round, per step:\n")
-        losses = [[c["label"], *(" ".join(f"{x:.5f}" for x in c[side]["loss"]) for side in ("moegraft", "peer")), f"{c['first_loss_difference']:.1e}"] for c in r["steps_table"]]
+        losses = [[c["label"], *(" ".join(f"{x:.5f}" for x in c[side]["loss"]) for side in ("moegraft", "peer")), "" if c["gated"] else f"{c['first_loss_difference']:.1e}"] for c in r["steps_table"]]
         text.append(table(["case", "moegraft", "peer", "first differs by"], losses))
     if r["peer_implementations"]:
         text.append("## The peer's ways to run experts\n")
