@@ -18,19 +18,18 @@ struct Drawing {
   const graft::GraftedModel& model;
   const ImageOptions& options;
   const model::ModalityTokens& tokens;
-  int64_t row_set;
   bool guided;
+  at::Tensor head_ND;  // in the dtype that is computed in: every step would convert the rows, which are trained in float32
 };
 
-int64_t find_row_set(const graft::GraftedModel& model, const model::ModalityTokens& tokens) {
-  const auto& rows = model.decoder->rows();
-  for (size_t i = 0; i < rows.size(); ++i)
-    if (rows[i].modality == tokens.modality && rows[i].first_id == tokens.first_id) return static_cast<int64_t>(i);
+const model::ModalityRows& find_rows(const graft::GraftedModel& model, const model::ModalityTokens& tokens) {
+  for (const auto& rows : model.decoder->rows())
+    if (rows.modality == tokens.modality && rows.first_id == tokens.first_id) return rows;
   fail<InvariantError>("the decoder has no rows for ", tokens.name);
 }
 
 // Logits of the codes alone: begin and end can never be drawn.
-at::Tensor code_logits(const Drawing& d, const at::Tensor& hidden_XD) { return d.model.decoder->modality_logits(hidden_XD, d.row_set).narrow(1, 2, d.tokens.num_codes); }
+at::Tensor code_logits(const Drawing& d, const at::Tensor& hidden_XD) { return at::linear(hidden_XD, d.head_ND).narrow(1, 2, d.tokens.num_codes); }
 at::Tensor on_host(const at::Tensor& logits) { return logits.to(at::kCPU, at::kFloat); }
 
 at::Tensor guide(const at::Tensor& cond, const at::Tensor& uncond, double cfg) { return uncond + cfg * (cond - uncond); }
@@ -106,9 +105,9 @@ const codec::ImageCodec* find_codec(const graft::GraftedModel& model, const mode
 std::vector<ImageResult> generate_images(const graft::GraftedModel& model, const std::vector<Prompt>& prompts, const ImageOptions& options) {
   check_options(prompts, options);
   const model::ModalityTokens& tokens = find_modality(model, options.modality);
-  const Drawing d{model, options, tokens, find_row_set(model, tokens), options.cfg != 1.0};
-  const codec::ImageCodec* codec = options.pixels ? find_codec(model, tokens) : nullptr;
   const at::NoGradGuard no_grad;
+  const Drawing d{model, options, tokens, options.cfg != 1.0, find_rows(model, tokens).head_ND.to(model.decoder->dtype())};
+  const codec::ImageCodec* codec = options.pixels ? find_codec(model, tokens) : nullptr;
 
   std::vector<PromptTokens> prefixes;
   int64_t longest = 0;

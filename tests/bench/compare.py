@@ -1,94 +1,49 @@
 #!/usr/bin/env python3
-"""Runs `moegraft bench` and transformers + PEFT by turns on the same checkpoints and ids, and writes a table of ratios. See tools/bench_peers.sh.
+"""Runs `moegraft bench` and its peers by turns on the same checkpoints and ids, and writes a table of ratios. See tools/bench_peers.sh.
 
-Both sides of a case run in processes of their own, one after the other, several times; who begins changes from round to round. Wall time and peak
+All sides of a case run in processes of their own, one after the other, several times; who begins changes from round to round. Wall time and peak
 resident memory are read from outside (wait4). The matmul limit of a case is the largest that any of its runs measured, and both sides are held against
 the same count of FLOPs, which moegraft prints.
 """
 import argparse
+import dataclasses
 import datetime
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent.relative_to(ROOT)
-SHAPES = ["fine32", "fine64", "mix8"]
+import compare_llama
+from machine import HERE, ISAS, ROOT, ask_python, commit, gpu, hardware, isa_environment, log, read_gbytes, run, slug, spell, versions
+from report import markdown
+
 DTYPES = ["float32", "bfloat16"]
-BATCHES = ["4x512", "1x512", "1x128"]
+KINDS = ["steps", "implementations", "generation", "llama"]
 
 
-def log(*words):
-    print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
+@dataclasses.dataclass
+class Shape:
+    batches: tuple = ("4x512", "1x512", "1x128")
+    sites: str = "gate,up,down"
+    gated: tuple = ()  # our options for one more row: the step as a graft takes it, beside the peer's plain one
+    generates: bool = True
 
 
-def run(command, outside=None):
-    """A command's JSON; `outside` collects what this process sees of it: wall seconds, seconds between the lines that tell of its steps, and peak resident MiB
-    as the kernel counts it."""
-    with tempfile.TemporaryFile() as out:
-        start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
-        errors, steps = [], []
-        for line in child.stderr:
-            if re.match(rb"step \d+ of \d+:", line):
-                steps.append(time.perf_counter())
-            errors.append(line.decode(errors="replace"))
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read().decode()
-    if child.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} ended with {child.returncode}: {''.join(errors).strip()[-800:]}")
-    if outside is not None:
-        outside.append({"wall_s": wall, "max_rss_mib": usage.ru_maxrss / 1024, "cpu_s": usage.ru_utime + usage.ru_stime, "step_s": [b - a for a, b in zip(steps, steps[1:])]})
-    return json.loads(text.strip().splitlines()[-1])
-
-
-def read_gbytes(python, device):
-    """GB/s at which all cores, or the GPU, read memory."""
-    code = f"import time, torch\nx = torch.ones(1 << 14, 1 << 14, device='{device}')\nv = x[0].clone()\nt = []\nfor _ in range(6):\n    s = time.perf_counter(); (x @ v)[0].item(); t.append(time.perf_counter() - s)\nprint(x.nbytes / min(t) / 1e9)"
-    return float(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def hardware():
-    def lscpu(key):
-        found = re.search(rf"^{key}:\s*(.+)$", subprocess.run(["lscpu"], capture_output=True, text=True).stdout, re.M)
-        return found.group(1).strip() if found else ""
-
-    flags = set(lscpu("Flags").split())
-    return {"cpu": lscpu("Model name") or platform.machine(), "cores": os.cpu_count(), "usable_cores": len(os.sched_getaffinity(0)),
-            "features": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"}),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), "system": platform.platform()}
-
-
-def gpu():
-    try:
-        return subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def versions(python):
-    code = "import json,torch,transformers,peft,platform;print(json.dumps(dict(python=platform.python_version(),torch=torch.__version__,transformers=transformers.__version__,peft=peft.__version__)))"
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}).stdout)
-
-
-def commit():
-    git = lambda *a: subprocess.run(["git", *a], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def slug(text):
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+SHAPES = {
+    "fine32": Shape(),
+    "fine64": Shape(),
+    "mix8": Shape(),
+    "odd48": Shape(("3x384",), generates=False),
+    "smollm2": Shape(("4x512", "1x128")),
+    # As many captions with 36 codes as fit 1024 tokens. Gated: begin and codes of every sequence.
+    "quickstart": Shape(("24x43",), "gate,up,down,q,v", ("--image-share", "0.86", "--codes", "512", "--gate", "modality", "--labels", "image")),
+    "tiny": Shape(("2x32",)),
+}
+QUICK, LLAMA_SHAPES = ["fine32"], ["fine32", "mha64", "mix8", "smollm2"]
 
 
 class Comparison:
@@ -99,11 +54,32 @@ class Comparison:
         hw = hardware()
         self.result = {"hardware": {**hw, "gpu": gpu() if args.device != "cpu" else ""}, "device": args.device, "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
                        "command": args.command, "versions": versions(args.python), "rounds": args.rounds, "steps": args.steps, "rank": args.rank, "load_at_start": os.getloadavg()[0], "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "each side's own"),
-                       "steps_table": [], "peer_implementations": [], "generation": [], "failures": []}
-        name = "peers-" + slug(self.result["hardware"]["gpu"].split(",")[0] or hw["cpu"])
+                       "isa": args.isa, "steps_table": [], "peer_implementations": [], "generation": [], "llama": [], "failures": []}
+        name = "-".join(["peers", slug(self.result["hardware"]["gpu"].split(",")[0] or hw["cpu"]), *filter(None, [slug(args.isa), "llama" if args.only == ["llama"] else ""])])
+        self.environment = self.result["environment"] = isa_environment(args.isa)
         self.read_gbytes = self.result["read_gbytes_per_s"] = read_gbytes(args.python, args.device)
+        self.peer_gflops = self.result["peer_gflops"] = self.ask_peer_gflops()
         self.json = Path(args.out) / (name + ".json")
         self.markdown = Path(args.out) / (name + ".md")
+
+    # Of a product that stays short where one dtype has no instructions and runs a hundred times slower than the other.
+    def ask_peer_gflops(self):
+        code = f"import json, peer\nprint(json.dumps({{d: peer.matmul_gflops(d, '{self.args.device}', 512) for d in {DTYPES}}}))"
+        return json.loads(ask_python(self.python, code, self.environment))
+
+    # A peer whose products in bf16 are several times slower than in float32 is held against us in float32: what its user would choose.
+    def peer_dtype(self, dtype):
+        return dtype if self.peer_gflops[dtype] > self.peer_gflops["float32"] / 4 else "float32"
+
+    def label(self, shape, dtype, size):
+        peer = self.peer_dtype(dtype)
+        return f"{shape} {dtype} {size}" + (f", {self.args.isa}" if self.args.isa else "") + (f", peer in {peer}" if peer != dtype else "")
+
+    # Asked for one instruction set, a figure of another is worse than none.
+    def check_path(self, label, ran):
+        path = ran.get("cpu", {}).get("path", "a path that it does not name")
+        if self.args.isa and path != self.args.isa:
+            self.result["failures"].append(f"{label}: asked for {self.args.isa}, moegraft ran {path}")
 
     def save(self):
         self.json.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +98,7 @@ class Comparison:
         vocab = json.loads((ROOT / model / "config.json").read_text())["vocab_size"]
         path = self.models / f"ids-{vocab}-{batch}x{seq}.safetensors"
         if not (ROOT / path).exists():
-            code = f"import peer; from safetensors.torch import save_file; save_file({{'input_ids': peer.random_ids(({batch}, {seq}), {vocab})}}, {str(ROOT / path)!r})"
-            subprocess.run([self.python, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(HERE)})
+            ask_python(self.python, f"import peer; from safetensors.torch import save_file; save_file({{'input_ids': peer.random_ids(({batch}, {seq}), {vocab})}}, {str(ROOT / path)!r})")
         return str(path)
 
     def device_options(self):
@@ -141,30 +116,41 @@ class Comparison:
         for i in range(self.args.rounds):
             order = list(sides) if i % 2 == 0 else list(sides)[::-1]
             for name in order:
-                runs[name][0].append(run(sides[name], runs[name][1]))
+                runs[name][0].append(run(sides[name], runs[name][1], self.environment))
         return runs
+
+    def spell(self, commands):
+        return {name: spell(command, self.environment) for name, command in commands.items()}
+
+    # What a side says of its instruction set and kernels.
+    def path(self, ran):
+        return {key: ran[key] for key in ("cpu", "cpu_capability", "system", "dtype") if key in ran}
 
     def memory(self, inside, outside):
         if self.args.device != "cpu":
             return statistics.median(r["peak_mib"] for r in inside)
         return statistics.median(r["max_rss_mib"] for r in outside)
 
-    def step_case(self, shape, dtype, batch, seq):
+    def step_case(self, shape, dtype, batch, seq, gated=False):
         model = self.checkpoint(shape, dtype)
         ids = self.ids(model, batch, seq)
-        options = ["--ids", ids, "--dtype", dtype, "--rank", str(self.args.rank), "--steps", str(self.args.steps)]
-        commands = {"moegraft": self.ours("step", model, *options), "peer": self.peer("peer_step.py", model, *options)}
-        log("step", shape, dtype, f"{batch}x{seq}")
+        label = self.label(shape, dtype, f"{batch}×{seq}" + (" gated" if gated else ""))
+        common = ["--ids", ids, "--rank", str(self.args.rank), "--sites", SHAPES[shape].sites, "--steps", str(self.args.steps)]
+        own = [*(SHAPES[shape].gated if gated else []), *(["--matmul", "256"] if self.peer_dtype(dtype) != dtype else [])]  # a large product would take minutes
+        commands = {"moegraft": self.ours("step", model, *common, *own, "--dtype", dtype), "peer": self.peer("peer_step.py", model, *common, "--dtype", self.peer_dtype(dtype))}
+        log("step", label)
         runs = self.alternate(commands)
         flops = runs["moegraft"][0][0]["flops_per_token"]
         limit = max(r["matmul_gflops"] for inside, _ in runs.values() for r in inside)
-        case = {"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "flops_per_token": flops, "matmul_gflops": limit, "commands": {k: shlex.join(c) for k, c in commands.items()}}
+        case = {"label": label, "shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "sites": SHAPES[shape].sites, "gated": gated, "isa": self.args.isa, "peer_dtype": self.peer_dtype(dtype), "flops_per_token": flops,
+                "matmul_gflops": limit, "commands": self.spell(commands)}
+        self.check_path(label, runs["moegraft"][0][0])
         for name, (inside, outside) in runs.items():
             steps = [s for r in inside for s in r["step_s"]]
             tokens = batch * seq
             case[name] = {"best_tokens_per_s": tokens / min(steps), "median_tokens_per_s": tokens / statistics.median(r["median_step_s"] for r in inside), "share_of_limit": flops * tokens / min(steps) / 1e9 / limit,
                           "peak_mib": self.memory(inside, outside), "peak_mib_inside": [r["peak_mib"] for r in inside], "loss": inside[0]["loss"], "step_s": [r["step_s"] for r in inside],
-                          "outside": outside, "outside_step_s": min((s for o in outside for s in o["step_s"]), default=None)}
+                          **self.path(inside[0]), "outside": outside, "outside_step_s": min((s for o in outside for s in o["step_s"]), default=None)}
         # The least time by what must be computed and by what must come from memory: 1 where products alone set the pace.
         work_s, memory_s = flops * batch * seq / 1e9 / limit, runs["moegraft"][0][0]["memory_bytes"] / 1e9 / self.read_gbytes
         case["attainable_share"] = work_s / max(work_s, memory_s)
@@ -173,8 +159,8 @@ class Comparison:
         if a["outside_step_s"] and b["outside_step_s"]:
             case["ratio"]["outside"] = b["outside_step_s"] / a["outside_step_s"]
         case["first_loss_difference"] = abs(a["loss"][0] - b["loss"][0])
-        if dtype == "float32" and not case["first_loss_difference"] <= 1e-4:
-            self.result["failures"].append(f"{shape} {dtype} {batch}x{seq}: first losses differ by {case['first_loss_difference']:.2e} ({a['loss'][0]:.6f} and {b['loss'][0]:.6f})")
+        if dtype == "float32" and not gated and not case["first_loss_difference"] <= 1e-4:
+            self.result["failures"].append(f"{label}: first losses differ by {case['first_loss_difference']:.2e} ({a['loss'][0]:.6f} and {b['loss'][0]:.6f})")
         self.result["steps_table"].append(case)
         log(f"  {a['best_tokens_per_s']:.0f} / {b['best_tokens_per_s']:.0f} tokens/s = {case['ratio']['best']:.2f}, peak {a['peak_mib']:.0f} / {b['peak_mib']:.0f} MiB, limit share {a['share_of_limit']:.2f} / {b['share_of_limit']:.2f}")
         self.save()
@@ -187,7 +173,7 @@ class Comparison:
             log("peer's experts:", name)
             command, outside = self.peer("peer_step.py", model, "--ids", ids, "--dtype", dtype, "--rank", str(self.args.rank), "--steps", "2", "--experts", name), []
             try:
-                r = run(command, outside)
+                r = run(command, outside, self.environment)
                 self.result["peer_implementations"].append({"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "experts": name, "tokens_per_s": r["tokens_per_s"], "peak_mib": self.memory([r], outside)})
             except RuntimeError as error:
                 self.result["peer_implementations"].append({"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "experts": name, "error": str(error)})
@@ -196,17 +182,20 @@ class Comparison:
     def generation_case(self, shape, dtype, batch, pictures, prompt, tokens):
         model = self.checkpoint(shape, dtype)
         ids, many = self.ids(model, batch, prompt), self.ids(model, pictures, prompt)
-        common = ["--tokens", str(tokens), "--dtype", dtype, "--rounds", "2"]
-        commands = {"moegraft": self.ours("generate", model, "--ids", ids, "--pictures", str(pictures), "--rank", str(self.args.rank), *common),
+        common = ["--tokens", str(tokens), "--rounds", "2", "--dtype", self.peer_dtype(dtype)]
+        label = self.label(shape, dtype, f"{batch}×{prompt}+{tokens}")
+        commands = {"moegraft": self.ours("generate", model, "--ids", ids, "--pictures", str(pictures), "--rank", str(self.args.rank), *common[:-1], dtype),
                     "peer": self.peer("peer_generate.py", model, "--ids", ids, *common),
                     "peer_many": self.peer("peer_generate.py", model, "--ids", many, *common),
                     "peer_many_lora": self.peer("peer_generate.py", model, "--ids", many, "--rank", str(self.args.rank), *common)}
-        log("generate", shape, dtype, f"{batch}x{prompt}+{tokens}")
+        log("generate", label)
         runs = self.alternate(commands)
         best = lambda name, key: max(r[key] for r in runs[name][0])
         ours, theirs = runs["moegraft"][0][0]["ids"], runs["peer"][0][0]["ids"]
         same = sum(x == y for a, b in zip(ours, theirs) for x, y in zip(a, b)) / (batch * tokens)
-        case = {"shape": shape, "dtype": dtype, "batch": batch, "prompt": prompt, "tokens": tokens, "pictures": pictures, "commands": {k: shlex.join(c) for k, c in commands.items()}, "same_tokens": same,
+        self.check_path(label, runs["moegraft"][0][0])
+        case = {"label": label, "shape": shape, "dtype": dtype, "batch": batch, "prompt": prompt, "tokens": tokens, "pictures": pictures, "isa": self.args.isa, "peer_dtype": self.peer_dtype(dtype), "commands": self.spell(commands),
+                "same_tokens": same, "paths": {name: self.path(runs[name][0][0]) for name in ("moegraft", "peer")},
                 "prefill": {"moegraft": best("moegraft", "prefill_tokens_per_s"), "peer": best("peer", "prefill_tokens_per_s")},
                 "decode": {"moegraft": best("moegraft", "decode_tokens_per_s"), "peer": best("peer", "decode_tokens_per_s")},
                 "image": {"moegraft": best("moegraft", "image_tokens_per_s"), "peer": best("peer_many", "decode_tokens_per_s"), "peer_lora": best("peer_many_lora", "decode_tokens_per_s")},
@@ -216,53 +205,6 @@ class Comparison:
         self.result["generation"].append(case)
         log(f"  prefill {case['prefill']['ratio']:.2f}, decode {case['decode']['ratio']:.2f}, image tokens {case['image']['ratio']:.2f} times the peer; {100 * same:.0f} % of tokens the same")
         self.save()
-
-
-def table(header, rows):
-    return "\n".join("| " + " | ".join(str(c) for c in row) + " |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *rows]) + "\n"
-
-
-def markdown(r):
-    hw = r["hardware"]
-    where = f"{hw['gpu']} on {hw['cpu']}" if hw["gpu"] else f"{hw['cpu']}, {hw['usable_cores']} cores ({', '.join(hw['features'])}), {hw['memory_gib']} GiB"
-    v = r["versions"]
-    text = [f"# moegraft beside transformers + PEFT\n\n{where}; {hw['system']}. Commit {r['commit']}, {r['date']}. "
-            f"torch {v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, Python {v['python']}. Load average before the start: {r['load_at_start']:.2f}; OMP_WAIT_POLICY: {r['omp_wait_policy']}.\n\n```\n{r['command']}\n```\n",
-            f"## Training step\n\nLoRA of rank {r['rank']} on all experts, gate open, every token labelled, same checkpoint and ids; forward, loss, backward, AdamW. Both sides by turns, {r['rounds']} rounds of {r['steps']} steps: "
-            "tokens/s of the best step (in brackets the median). Peak is the process's resident memory seen from outside (the allocator's on a GPU). The limit is the rate of a large matrix product in the same dtype and runs; the work is "
-            "2 FLOP per active parameter forward, as much for the gradient of the activations, and LoRA's own. \"Outside\" is the same ratio by the clock of the process that started both, between the lines that tell of steps. "
-            f"\"Attainable\" is how much of the limit can be reached at best, where frozen weights (once forward, once backward) and what is trained come from memory at {r['read_gbytes_per_s']:.0f} GB/s.\n"]
-    rows = []
-    for c in r["steps_table"]:
-        a, b, q = c["moegraft"], c["peer"], c["ratio"]
-        rate = lambda s: f"{s['best_tokens_per_s']:.0f} ({s['median_tokens_per_s']:.0f})"
-        rows.append([f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", rate(a), rate(b), f"**{q['best']:.2f}** ({q['median']:.2f})", f"{q['outside']:.2f}" if "outside" in q else "", f"{a['peak_mib']:.0f}", f"{b['peak_mib']:.0f}",
-                     f"**{q['peak']:.2f}**", f"{c['matmul_gflops']:.0f}", f"{100 * a['share_of_limit']:.0f} %", f"{100 * b['share_of_limit']:.0f} %",
-                     f"{100 * c['attainable_share']:.0f} %", f"{100 * a['share_of_limit'] / c['attainable_share']:.0f} %"])
-    text.append(table(["case", "moegraft tokens/s", "peer tokens/s", "ratio", "outside", "moegraft MiB", "peer MiB", "ratio", "limit GF/s", "moegraft of limit", "peer of limit", "attainable", "moegraft of that"], rows))
-    text.append("Losses of the first round, per step:\n")
-    losses = [[f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']}", *(" ".join(f"{x:.5f}" for x in c[side]["loss"]) for side in ("moegraft", "peer")), f"{c['first_loss_difference']:.1e}"] for c in r["steps_table"]]
-    text.append(table(["case", "moegraft", "peer", "first differs by"], losses))
-    if r["peer_implementations"]:
-        text.append("## The peer's ways to run experts\n")
-        rows = [[f"{c['shape']} {c['dtype']} {c['batch']}×{c['seq']} {c['experts']}"] + ([f"{c['tokens_per_s']:.0f}", f"{c['peak_mib']:.0f}"] if "error" not in c else ["failed", ""]) for c in r["peer_implementations"]]
-        text.append(table(["case", "tokens/s", "peak MiB"], rows))
-    if r["generation"]:
-        text.append("## Generation\n\nGreedy text from the same prompts with cached keys and values; image tokens: one picture's codes per sequence, drawn in one batch with LoRA acting on them, beside the peer's text decode at that batch, "
-                    "plain and with the same LoRA unmerged. Tokens/s; the best of all rounds.\n")
-        rows = []
-        for c in r["generation"]:
-            p, d, i = c["prefill"], c["decode"], c["image"]
-            rows.append([f"{c['shape']} {c['dtype']} {c['batch']}×{c['prompt']}+{c['tokens']}", f"{p['moegraft']:.0f} / {p['peer']:.0f} = **{p['ratio']:.2f}**", f"{d['moegraft']:.0f} / {d['peer']:.0f} = **{d['ratio']:.2f}**",
-                         f"{c['pictures']}: {i['moegraft']:.0f} / {i['peer']:.0f} = **{i['ratio']:.2f}** (LoRA: {i['peer_lora']:.0f})", f"{c['peak_mib']['moegraft']:.0f} / {c['peak_mib']['peer']:.0f}", f"{100 * c['same_tokens']:.0f} %"])
-        text.append(table(["case", "prefill", "decode", "image tokens", "peak MiB", "same tokens"], rows))
-    text.append("## Commands\n\nFrom the project's root:\n\n```")
-    for c in r["steps_table"] + r["generation"]:
-        text += list(c["commands"].values())
-    text.append("```\n")
-    if r["failures"]:
-        text.append("## Failures\n\n" + "\n".join("- " + f for f in r["failures"]) + "\n")
-    return "\n".join(text)
 
 
 def main():
@@ -280,10 +222,12 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--shapes", type=words(SHAPES + ["tiny"]))
+    parser.add_argument("--shapes", type=words([*SHAPES, *LLAMA_SHAPES]))
     parser.add_argument("--dtypes", type=words(DTYPES), default=DTYPES)
     parser.add_argument("--batches", help="such as 4x512,1x128")
-    parser.add_argument("--only", type=words(["steps", "implementations", "generation"]), default=["steps", "implementations", "generation"])
+    parser.add_argument("--only", type=words(KINDS), default=KINDS[:3], help="llama: generation beside llama.cpp")
+    parser.add_argument("--isa", choices=sorted(ISAS), default="", help="hold both sides to this instruction set")
+    parser.add_argument("--llama-python", default=".venv-llama/bin/python", help="a Python with llama-cpp-python, gguf and safetensors")
     parser.add_argument("--models", default="models/bench", help="where checkpoints are made")
     parser.add_argument("--binary", default="build/moegraft")
     parser.add_argument("--python", default=".venv/bin/python")
@@ -292,8 +236,10 @@ def main():
     args.command = re.sub(r" --(binary|python) \S+", "", args.command)  # the script's own
     args.rounds = args.rounds or (2 if args.quick else 3)
     args.steps = args.steps or (2 if args.quick else 5)
-    shapes = args.shapes or (SHAPES[:1] if args.quick else SHAPES)
-    batches = [tuple(int(n) for n in b.split("x")) for b in (args.batches.split(",") if args.batches else BATCHES)]
+    shapes = args.shapes or (QUICK if args.quick else [s for s in SHAPES if s != "tiny"])
+    if unknown := [s for s in shapes if s not in SHAPES and args.only != ["llama"]]:
+        parser.error(f"{', '.join(unknown)}: for --only llama")
+    batches = lambda shape: [tuple(int(n) for n in b.split("x")) for b in (args.batches.split(",") if args.batches else SHAPES[shape].batches)]
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         log(f"warning: the machine is busy (load {os.getloadavg()[0]:.1f}); figures will not mean much")
 
@@ -302,18 +248,22 @@ def main():
     if "steps" in args.only:
         for shape in shapes:
             for dtype in args.dtypes:
-                for batch, seq in batches:
+                for batch, seq in batches(shape):
                     comparison.step_case(shape, dtype, batch, seq)
+                    if SHAPES[shape].gated:
+                        comparison.step_case(shape, dtype, batch, seq, gated=True)
     if "implementations" in args.only and not args.quick:
-        comparison.implementations(shapes[0], "float32", *batches[0])
-        comparison.implementations(shapes[0], "bfloat16", *batches[0])
+        for dtype in DTYPES:
+            comparison.implementations(shapes[0], dtype, *batches(shapes[0])[0])
     if "generation" in args.only:
         for shape in shapes:
-            for dtype in args.dtypes:
+            for dtype in args.dtypes if SHAPES[shape].generates else []:
                 comparison.generation_case(shape, dtype, 4, 16, 128, 16 if args.quick else 64)
+    if "llama" in args.only:
+        compare_llama.compare(comparison, args.shapes or (QUICK if args.quick else LLAMA_SHAPES), args.quick)
     comparison.save()
     print(comparison.markdown.read_text().split("## Commands")[0])
-    slower = [f"{c['shape']} {c['dtype']} {c['batch']}x{c['seq']}" for c in comparison.result["steps_table"] if c["ratio"]["best"] < 1]
+    slower = [c["label"] for c in comparison.result["steps_table"] if c["ratio"]["best"] < 1]
     log(f"written: {comparison.json} and {comparison.markdown}")
     if slower:
         log("slower than the peer:", ", ".join(slower))
@@ -326,5 +276,5 @@ if __name__ == "__main__":
     try:
         main()
     except (RuntimeError, subprocess.CalledProcessError) as error:
-        log("error:", error)
+        log("error:", error, getattr(error, "stderr", None) or "")
         sys.exit(1)

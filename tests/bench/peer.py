@@ -25,14 +25,14 @@ def load(args):
     return model.to(args.device)
 
 
-def add_lora(model, rank):
-    """LoRA on the stacked expert matrices of every layer: gate_up_proj and down_proj."""
+def add_lora(model, rank, sites=("gate", "up", "down")):
+    """LoRA on the stacked expert matrices of every layer, gate_up_proj and down_proj, and on those of q k v o that are asked for."""
     from peft import LoraConfig, get_peft_model
 
     targets = sorted({".".join(name.split(".")[-2:]) for name, weight in model.named_parameters() if ".experts." in name and weight.ndim == 3})
     if not targets:
         raise SystemExit("this model holds no stacked experts")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[s + "_proj" for s in sites if s in "qkvo"], target_parameters=targets))
 
 
 def random_ids(shape, vocab):
@@ -54,14 +54,19 @@ def clock(device):
     return time.perf_counter()
 
 
-def matmul_gflops(dtype, device):
-    n, repeats = (2048 if torch.device(device).type == "cpu" else 8192), 5
+def matmul_gflops(dtype, device, size=0):
+    n, repeats = size or (2048 if torch.device(device).type == "cpu" else 8192), 5
     x, y = (torch.empty(n, n, dtype=getattr(torch, dtype), device=device).normal_() for _ in range(2))
     z = x @ y
     start = clock(device)
     for _ in range(repeats):
         torch.mm(x, y, out=z)
     return repeats * 2 * n**3 / (clock(device) - start) / 1e9
+
+
+def about(args):
+    """What the figures of any script carry of where and how it ran."""
+    return {"dtype": args.dtype, "threads": torch.get_num_threads(), "device": args.device, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def peak_mib(device):

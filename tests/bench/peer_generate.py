@@ -60,7 +60,7 @@ def main():
     print(json.dumps({"tool": "transformers" + ("+peft" if args.rank else ""), "experts": args.experts, "prefill_tokens_per_s": batch * prompt / min(prefill),
                       "decode_tokens_per_s": batch * (args.tokens - 1) / min(decode), "decode_step_ms": 1e3 * min(decode) / (args.tokens - 1), "prefill_s": prefill,
                       "decode_s": decode, "ids": out.tolist(), "peak_mib": peer.peak_mib(args.device), "batch": batch, "prompt": prompt, "new_tokens": args.tokens,
-                      "dtype": args.dtype, "rank": args.rank, "threads": torch.get_num_threads(), "device": args.device}))
+                      "rank": args.rank, **peer.about(args)}))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sites", default="gate,up,down", help="the experts' three always, q k v o as asked for")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ids", help="safetensors with input_ids int64 [batch, seq] instead of random ids")
     args = parser.parse_args()
 
-    model = peer.add_lora(peer.load(args), args.rank).train()
+    model = peer.add_lora(peer.load(args), args.rank, args.sites.split(",")).train()
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4)
     ids = peer.load_ids(args.ids, (args.batch, args.seq), model.config.vocab_size).to(args.device)
     limit = peer.matmul_gflops(args.dtype, args.device)
@@ -43,8 +44,8 @@ def main():
     limit = max(limit, peer.matmul_gflops(args.dtype, args.device))
     best = min(times)
     print(json.dumps({"tool": "transformers+peft", "experts": args.experts, "tokens_per_s": ids.numel() / best, "step_s": times, "best_step_s": best,
-                      "median_step_s": statistics.median(times), "loss": losses, "peak_mib": peak, "matmul_gflops": limit, "dtype": args.dtype,
-                      "batch": ids.shape[0], "seq": ids.shape[1], "rank": args.rank, "threads": torch.get_num_threads(), "device": args.device,
+                      "median_step_s": statistics.median(times), "loss": losses, "peak_mib": peak, "matmul_gflops": limit, **peer.about(args),
+                      "batch": ids.shape[0], "seq": ids.shape[1], "rank": args.rank, "sites": args.sites,
                       "trained_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}))
 
 

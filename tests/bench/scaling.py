@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from compare import ROOT, commit, hardware, log, slug, table
+from machine import ROOT, commit, hardware, log, slug
+from report import table
 
 LAYOUTS = {  # name -> (options of bench step, --plan) for n processes; None where it makes no sense
     "data": lambda n: ([], ""),

@@ -157,9 +157,12 @@ TEST_F(Bench, OperationsAgreeWithPlainLibTorch) {
 }
 
 TEST_F(Bench, GenerationWritesGreedyText) {
-  const std::vector<std::string> args{"generate", *base_, "--dtype", "float32", "--batch", "2", "--prompt", "9", "--tokens", "5", "--pictures", "3", "--codes", "16", "--rank", "4", "--rounds", "1"};
+  const std::vector<std::string> args{"generate", *base_, "--dtype", "float32", "--batch", "2", "--prompt", "9", "--tokens", "5", "--pictures", "3", "--codes", "16", "--rank", "4", "--rounds", "1", "--profile"};
   const Json j = bench(args);
   for (const char* key : {"prefill_tokens_per_s", "decode_tokens_per_s", "decode_step_ms", "image_tokens_per_s", "peak_mib"}) EXPECT_GT(j.value(key, 0.0), 0.0) << key;
+  std::vector<std::string> phases;
+  for (const auto& phase : j["profile"]["phases"]) phases.push_back(phase["name"]);
+  EXPECT_EQ(phases, (std::vector<std::string>{"prefill", "decode", "image prompt", "image codes"}));
   ASSERT_EQ(j["ids"].size(), 2u);
   // The same continuation without a cache: each next id is the plain forward's argmax.
   std::vector<int64_t> ids;
@@ -219,9 +222,9 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
   if (python.empty()) GTEST_SKIP() << "no Python with transformers and PEFT (tools/setup.sh --tests installs one)";
   const std::string ids = (*folder_ / "peer-ids.safetensors").string();
   io::save_safetensors(ids, {{"input_ids", at::arange(3, 63).view({2, 30})}});
-  const auto peer = testing::Process({python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--ids", ids}).wait();
+  const auto peer = testing::Process({python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--ids", ids}).wait();
   ASSERT_EQ(peer.code, 0) << peer.err;
-  const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--matmul", "256", "--ids", ids});
+  const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--matmul", "256", "--ids", ids});
   EXPECT_NEAR(ours["loss"][0].get<double>(), theirs["loss"][0].get<double>(), 1e-4);
   EXPECT_LT(theirs["loss"][1].get<double>(), theirs["loss"][0].get<double>());
   for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(theirs.contains(key)) << key;

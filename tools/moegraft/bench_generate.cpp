@@ -22,7 +22,7 @@ struct GenerateOptions {
   ModelOptions model;
   std::string ids;
   int64_t batch = 4, prompt = 128, tokens = 32, pictures = 16, codes = 1024, rounds = 3, threads = 0;
-  bool json = false, cuda_graphs = false;
+  bool json = false, cuda_graphs = false, profile = false;
 };
 
 // Stands for a tokenizer: any text reads as the given ids.
@@ -54,7 +54,7 @@ struct TextTimes {
   at::Tensor ids_BN;
 };
 
-TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count, bool cuda_graphs) {
+TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count, bool cuda_graphs, OpProfile* ops = nullptr) {
   const at::Device device = m.device();
   const int64_t B = prompts_BS.size(0), S = prompts_BS.size(1);
   model::KvCache cache(m.decoder->spec(), B, S + count, m.decoder->dtype(), device);
@@ -62,6 +62,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
   options.cache = &cache;
   model::PackedBatch batch = model::pack_rows(prompts_BS);
   synchronize(device);
+  if (ops) ops->phase("prefill");
   auto start = Clock::now();
   const at::Tensor hidden_BD = m.decoder->forward(batch, options).hidden_TD.view({B, S, -1}).select(1, S - 1);
   const auto likeliest = [&](const at::Tensor& hidden_BD) { return m.decoder->text_logits(hidden_BD).argmax(-1); };
@@ -70,6 +71,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
   TextTimes times{since(start), 0, {}};
   std::optional<model::FixedStep> recorded;
   if (cuda_graphs) recorded.emplace(*m.decoder, cache, B, 0, likeliest, true);
+  if (ops) ops->phase("decode");
   start = Clock::now();
   while (int64_t(ids.size()) < count) {
     if (recorded) {
@@ -89,7 +91,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
 }
 
 // Seconds from the first code of every picture to the last: the prompt is read once for all of them before that.
-double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed, bool cuda_graphs) {
+double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed, bool cuda_graphs, OpProfile* ops = nullptr) {
   generate::ImageOptions options;
   if (cuda_graphs) options.steps = generate::DecodeSteps::recorded;
   options.n = options.max_batch = pictures;
@@ -98,8 +100,11 @@ double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t se
   options.seed = seed;
   Clock::time_point first;
   options.on_progress = [&](int64_t done, int64_t) {
-    if (done == pictures) first = Clock::now();
+    if (done != pictures) return;
+    if (ops) ops->phase("image codes");
+    first = Clock::now();
   };
+  if (ops) ops->phase("image prompt");
   generate::generate_images(m, std::vector<std::string>{"prompt"}, options);
   return since(first);
 }
@@ -155,6 +160,12 @@ void run(const GenerateOptions& given) {
     out["pictures"] = o.pictures;
     out["codes"] = o.codes;
   }
+  if (o.profile) {
+    OpProfile ops(m.device());
+    write_text(m, prompts.to(m.device()), o.tokens, o.cuda_graphs, &ops);
+    if (o.pictures > 0) draw_pictures(m, o.pictures, 0, o.cuda_graphs, &ops);
+    out["profile"] = ops.finish();
+  }
   if (o.json) {
     std::cout << out.dump() << '\n';
     return;
@@ -163,6 +174,10 @@ void run(const GenerateOptions& given) {
               out["decode_tokens_per_s"].get<double>(), out["decode_step_ms"].get<double>());
   if (!image.empty()) std::printf("image codes, %lld pictures with LoRA of rank %lld: %.0f tokens/s\n", (long long)o.pictures, (long long)o.model.rank, out["image_tokens_per_s"].get<double>());
   std::printf("peak %.0f MiB\n", out["peak_mib"].get<double>());
+  if (out.contains("profile")) {
+    std::printf("\nonce more, with every operation on the clock: %.4f s\n", out["profile"]["total_s"].get<double>());
+    OpProfile::print(out["profile"], 40);
+  }
 }
 
 }  // namespace
@@ -180,6 +195,7 @@ void add_generate_command(CLI::App& bench) {
   cmd->add_option("--ids", o->ids, "safetensors with input_ids int64 [batch, prompt] instead of random prompts");
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
   cmd->add_flag("--cuda-graphs", o->cuda_graphs, "Replay recorded decode steps (bf16 on a Hopper GPU; not tried on a card yet)");
+  cmd->add_flag("--profile", o->profile, "Once more with every operation on the clock");
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
   cmd->footer("Example: moegraft bench generate models/base --batch 4 --prompt 128 --tokens 64 --pictures 16 --dtype bfloat16");
   cmd->callback([o] { run(*o); });
