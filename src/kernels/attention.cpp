@@ -150,20 +150,18 @@ at::Tensor decode_cpu(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, cons
   at::Tensor out = at::empty(in.sizes(), in.options());
   at::parallel_for(0, B * G, 1, [&](int64_t from, int64_t end) {
     std::vector<float> scores, weights;
-    std::vector<const T*> rows;
     for (int64_t task = from; task < end; ++task) {
       const int64_t b = task / G, g = task % G, first = window > 0 ? std::max<int64_t>(0, kv_lengths[size_t(b)] - window) : 0, count = kv_lengths[size_t(b)] - first;
       const int64_t begin = ((b * room + first) * G + g) * C;
       const T *keys = data<T>(keys_BSGC) + begin, *values = data<T>(values_BSGC) + begin;
-      scores.resize(size_t(count)), weights.resize(size_t(count)), rows.resize(size_t(count));
-      for (int64_t s = 0; s < count; ++s) rows[size_t(s)] = values + s * G * C;
+      scores.resize(size_t(count)), weights.resize(size_t(count));
       for (int64_t h = g * repeat; h < (g + 1) * repeat; ++h) {
         const T* q = data<T>(in) + (b * H + h) * C;
-        for (int64_t s = 0; s < count; ++s) scores[size_t(s)] = loops<T>().dot(q, keys + s * G * C, C);
+        loops<T>().dots(q, keys, G * C, count, C, scores.data());
         float largest = -std::numeric_limits<float>::max();
         const float total = loops<float>().softmax(scores.data(), float(scale), 0, count, count, weights.data(), &largest);
         loops<float>().from_float(weights.data(), 1.0f / total, weights.data(), count);
-        loops<T>().weighted_sum(rows.data(), weights.data(), count, mutable_data<T>(out) + (b * H + h) * C, C);
+        loops<T>().weighted_rows(weights.data(), values, G * C, count, mutable_data<T>(out) + (b * H + h) * C, C);
       }
     }
   });

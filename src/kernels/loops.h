@@ -18,6 +18,9 @@ struct Loops {
   void (*round_rows)(const float* in, int64_t ld_in, T* out, int64_t ld_out, int64_t rows, int64_t n);
   void (*to_float)(const T* in, float* out, int64_t n);
   float (*dot)(const T* a, const T* b, int64_t n);
+  // One query against the keys of a cache: out[s] = <q, keys[s]>, keys [count, n]; and its sum over the values: out = T(sum_s w[s] rows[s]), rows [count, n].
+  void (*dots)(const T* q, const T* keys, int64_t ld, int64_t count, int64_t n, float* out);
+  void (*weighted_rows)(const float* w, const T* rows, int64_t ld, int64_t count, T* out, int64_t n);
 
   // A B operand [k, n] as a panel: [k/pair][panel_n][pair], zero beyond the source (block_product.h). The source is [k, n] or, for _nk, [n, k].
   void (*pack_kn)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
