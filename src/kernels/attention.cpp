@@ -220,6 +220,15 @@ at::Tensor cached_attention(const at::Tensor& q_THC, const at::Tensor& keys_BSGC
     return decode(q_THC, keys_BSGC, values_BSGC, kv_lengths, window, scale);
   }
   at::Tensor out = at::empty(q_THC.sizes(), q_THC.options());
+  if (has_cpu_path(q_THC) && has_block_products(q_THC.scalar_type()) && keys_BSGC.is_contiguous() && values_BSGC.is_contiguous()) {
+    for (int64_t i = 0; i < sequences; ++i) {
+      const int64_t begin = cu_seqlens[i], queries = cu_seqlens[i + 1] - begin, keys = kv_lengths[i];
+      if (queries == 0) continue;
+      const AttentionProblem p{q_THC.narrow(0, begin, queries).contiguous(), keys_BSGC[i].narrow(0, 0, keys), values_BSGC[i].narrow(0, 0, keys), {0, queries}, {0, keys}, window, scale};
+      out.narrow(0, begin, queries).copy_(attention_forward_blocks(p).out_THC);
+    }
+    return out;
+  }
   run_tasks(sequences, q_THC.is_cpu(), [&](int64_t i) {
     const int64_t begin = cu_seqlens[i], queries = cu_seqlens[i + 1] - begin;
     if (queries == 0) return;
