@@ -3,6 +3,7 @@
 
 #include "libtorch.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "moegraft/base/check.h"
@@ -16,7 +17,8 @@ namespace {
 
 constexpr int64_t kPointsPerCode = 32;  // encoder outputs that the k-means start looks at, per code
 constexpr int64_t kKmeansRounds = 12;
-constexpr int64_t kShardPictures = 16;    // large enough that products outweigh the calls, small enough for a core's cache and for several cores
+// Pictures of a shard: as many as leave no thread without one, but products too small cost more than threads gain, and too large ones leave the cache.
+constexpr int64_t kSmallestShard = 8, kLargestShard = 32;
 
 // AdamW over float32 leaves, all in one fused call.
 class AdamW {
@@ -202,10 +204,11 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
     for (const auto& [name, p] : *list) masters.push_back(p), leaves.push_back(s.model->working(name));
   }
   const auto picks = s.order.indices(step);
-  const int64_t count = (train.batch_size + kShardPictures - 1) / kShardPictures;
+  const int64_t threads = at::get_num_threads(), size = std::clamp((train.batch_size + threads - 1) / threads, kSmallestShard, kLargestShard);
+  const int64_t count = (train.batch_size + size - 1) / size;
   std::vector<Shard> shards(static_cast<size_t>(count));
   run_shards(count, [&](int64_t i) {
-    const int64_t first = i * kShardPictures, pictures = std::min(kShardPictures, train.batch_size - first);
+    const int64_t first = i * size, pictures = std::min(size, train.batch_size - first);
     shards[size_t(i)] = s.run(picks.narrow(0, first, pictures), leaves, double(pictures) / double(train.batch_size));
   });
 
