@@ -133,19 +133,39 @@ const at::Tensor& VqCodec::parameter(const std::string& name) const {
   return found->second;
 }
 
+const at::Tensor& VqCodec::working(const std::string& name) const {
+  const auto found = working_.find(name);
+  return found != working_.end() ? found->second : parameter(name);
+}
+
+void VqCodec::set_compute(at::ScalarType type) {
+  compute_ = type;
+  working_.clear();
+  if (type == at::kFloat) return;
+  for (const auto& [name, tensor] : parameters_) {
+    const bool product = name != "decoder.position" && tensor.dim() > 1;
+    if (!product) continue;
+    const std::string bias = name.substr(0, name.rfind(".weight")) + ".bias";
+    for (const auto& each : {name, bias}) {
+      const auto& master = parameters_.at(each);
+      working_[each] = master.detach().to(type).set_requires_grad(master.requires_grad());
+    }
+  }
+}
+
 // Channels-last memory makes NCHW convolutions and [B,H,W,C] products two views of one buffer.
 at::Tensor VqCodec::conv(const std::string& name, const at::Tensor& x_BHWC, int64_t stride) const {
-  const auto &weight = parameter(name + ".weight"), &bias = parameter(name + ".bias");
+  const auto &weight = working(name + ".weight"), &bias = working(name + ".bias");
   const auto x = x_BHWC.to(compute_).permute({0, 3, 1, 2});
-  return at::conv2d(x, weight.to(compute_), bias.to(compute_), stride, weight.size(2) / 2).permute({0, 2, 3, 1}).contiguous();
+  return at::conv2d(x, weight, bias, stride, weight.size(2) / 2).permute({0, 2, 3, 1}).contiguous();
 }
 
 at::Tensor VqCodec::linear(const std::string& name, const at::Tensor& x) const {
-  return at::linear(x.to(compute_), parameter(name + ".weight").to(compute_), parameter(name + ".bias").to(compute_));
+  return at::linear(x.to(compute_), working(name + ".weight"), working(name + ".bias"));
 }
 
 at::Tensor VqCodec::mix(const std::string& name, const at::Tensor& x_BLC) const {
-  return at::matmul(parameter(name + ".weight").to(compute_), x_BLC.to(compute_)) + parameter(name + ".bias").to(compute_).unsqueeze(1);
+  return at::matmul(working(name + ".weight"), x_BLC.to(compute_)) + working(name + ".bias").unsqueeze(1);
 }
 
 at::Tensor VqCodec::norm(const std::string& name, const at::Tensor& x) const {

@@ -254,6 +254,56 @@ TEST_F(CodecTest, TrainingLowersTheLossAndRepeats) {
   EXPECT_NE(other.front(), first.front());
 }
 
+// Shards of 14, 14 and 12 pictures on three threads: who computes which changes no bit. One thread has shards of other sizes, and the same training. Both precisions.
+TEST_F(CodecTest, ThreadsShareAStepAndRepeat) {
+  const auto pixels = drawings(48, 12);
+  for (const char* precision : {"float32", "bf16"}) {
+    auto config = quick(12);
+    config.batch_size = 40, config.precision = precision;
+    const auto losses = [&](int threads) {
+      at::set_num_threads(threads);
+      std::vector<double> values;
+      train_vq(tiny(), config, 9, pixels, &values);
+      at::set_num_threads(1);
+      return values;
+    };
+    const auto three = losses(3);
+    EXPECT_EQ(losses(3), three) << precision;
+    EXPECT_NEAR(losses(1).front(), three.front(), 1e-5 * three.front()) << precision;  // sums in another order; the products of a row are the same
+  }
+}
+
+// One step on three shards against plain autograd over the whole batch: AdamW's first update is lr towards the gradient's sign, where there is a gradient.
+TEST_F(CodecTest, AStepFollowsTheGradientOfTheWholeBatch) {
+  const auto pixels = drawings(24, 12);
+  auto config = quick(4);
+  config.warm_share = config.freeze_share = 1;  // no codebook: an autoencoder
+  config.batch_size = 24, config.weight_decay = 0, config.warmup = 0, config.l1 = 0, config.gradient = 0;
+  at::set_num_threads(3);
+  VqTrainer trainer(tiny(), config, 9, pixels);
+  const VqCodec before(tiny(), 9);
+  ParameterList parameters = before.encoder_parameters();
+  for (const auto& p : before.decoder_parameters()) parameters.push_back(p);
+  std::vector<at::Tensor> leaves;
+  for (const auto& [name, p] : parameters) leaves.push_back(p.requires_grad_(true));
+  const auto x = to_float(pixels);
+  const auto mse = (before.render(before.embed(x)) - x).square().mean();
+  const auto gradients = torch::autograd::grad({mse}, leaves);
+
+  EXPECT_NEAR(trainer.step(0, 0).mse, mse.item<double>(), 1e-5);
+  const auto after = trainer.finish();
+  at::set_num_threads(1);
+  ParameterList moved = after->encoder_parameters();
+  for (const auto& p : after->decoder_parameters()) moved.push_back(p);
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const auto expected = parameters[i].second.detach() - config.lr * gradients[i].sign();
+    const auto clear = gradients[i].abs() > 1e-5;  // beyond float32's sums in another order, and far above AdamW's epsilon
+    const auto error = ((moved[i].second - expected).abs() * clear).max().item<double>();
+    EXPECT_LT(error, 0.01 * config.lr) << moved[i].first;
+    EXPECT_GT(clear.sum().item<int64_t>(), 0) << moved[i].first;
+  }
+}
+
 TEST_F(CodecTest, TheLastPhaseMovesTheDecoderOnly) {
   const auto pixels = drawings(16, 12);
   auto config = quick(30);

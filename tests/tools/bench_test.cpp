@@ -230,5 +230,26 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
   for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(theirs.contains(key)) << key;
 }
 
+// Every trainer, alone and beside a busy loop: each of the figures is there, and the ratio is theirs. How large it is depends on the machine.
+TEST_F(Bench, ContentionMeasuresEveryTrainer) {
+  const Json j = bench({"contention", *base_, "--busy", "1", "--steps", "1", "--rounds", "1", "--batch", "2", "--seq", "16", "--rank", "4"});
+  EXPECT_EQ(j["bench"], "contention");
+  EXPECT_EQ(j["busy"], 1);
+  ASSERT_EQ(j["trainers"].size(), 3u);
+  for (const char* name : {"codec", "graft", "base"}) {
+    const Json& trainer = j["trainers"][name];
+    for (const char* side : {"alone", "beside"})
+      for (const char* key : {"cpu_s", "median_cpu_s", "step_s"}) EXPECT_GT(trainer[side].value(key, 0.0), 0.0) << name << " " << side << " " << key;
+    EXPECT_DOUBLE_EQ(trainer["ratio"].get<double>(), trainer["beside"]["cpu_s"].get<double>() / trainer["alone"]["cpu_s"].get<double>()) << name;
+  }
+}
+
+TEST_F(Bench, ContentionMakesItsOwnModelAndRefusesUnknownTrainers) {
+  const Json j = bench({"contention", "--trainers", "graft", "--busy", "1", "--steps", "1", "--rounds", "1", "--batch", "1", "--seq", "8"});
+  EXPECT_EQ(j["trainers"].size(), 1u);
+  EXPECT_GT(j["trainers"]["graft"].value("ratio", 0.0), 0.0);
+  EXPECT_EQ(run_moegraft({"bench", "contention", "--trainers", "all"}).code, 2);
+}
+
 }  // namespace
 }  // namespace moegraft

@@ -7,7 +7,7 @@
 namespace moegraft::tools {
 
 void add_bench_command(CLI::App& app) {
-  CLI::App* cmd = app.add_subcommand("bench", "Time training steps, single operations, collectives, generation, growth and captions; without a kind: step");
+  CLI::App* cmd = app.add_subcommand("bench", "Time training steps, single operations, collectives, generation, growth, captions and contention; without a kind: step");
   cmd->require_subcommand(0, 1);
   const auto run_step = bench::add_step_options(*cmd);
   CLI::App* step = cmd->add_subcommand("step", "A whole training step: forward, loss, backward, optimizer");
@@ -17,6 +17,7 @@ void add_bench_command(CLI::App& app) {
   bench::add_generate_command(*cmd);
   bench::add_growth_command(*cmd);
   bench::add_captions_command(*cmd);
+  bench::add_contention_command(*cmd);
   cmd->callback([cmd, run_step] {
     if (cmd->get_subcommands().empty()) run_step();
   });

@@ -91,5 +91,6 @@ void add_collectives_command(CLI::App& bench);
 void add_generate_command(CLI::App& bench);
 void add_growth_command(CLI::App& bench);
 void add_captions_command(CLI::App& bench);
+void add_contention_command(CLI::App& bench);
 
 }  // namespace moegraft::tools::bench

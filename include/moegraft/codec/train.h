@@ -1,6 +1,7 @@
 #pragma once
 // Training and judging the small VQ codec.
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -107,6 +108,24 @@ class EmaCodebook {
 
 // Lloyd's algorithm from rows drawn by seed, far apart up to 2048 clusters; an empty cluster restarts at the row furthest from its centre. float32 [clusters, d].
 at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed);
+
+// Training step by step: train_vq runs it to the end, benchmarks run some steps of it.
+class VqTrainer {
+ public:
+  VqTrainer(const VqConfig& codec, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_N3HW_u8);
+  ~VqTrainer();
+  struct Report {
+    double loss = 0, mse = 0;
+    bool quantised = false, frozen = false;  // the phase: CodecTrainConfig's warm_share and freeze_share
+  };
+  // done: how much of the training lies behind this step, in [0, 1): it chooses the phase and the learning rate. Throws UserError when the loss is not finite.
+  Report step(int64_t step, double done);
+  std::unique_ptr<VqCodec> finish();  // the codec; the trainer is spent
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 // Trains from scratch; a function of (config, pixels, machine type, thread count) alone unless max_minutes is set. losses: one value a step, when given.
 // Throws UserError when the loss stops being finite.

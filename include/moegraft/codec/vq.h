@@ -68,8 +68,11 @@ class VqCodec final : public ImageCodec {
   ParameterList encoder_parameters() const;
   ParameterList decoder_parameters() const;
   void set_codebook(const at::Tensor& codebook_NZ);
-  // Type of the products: float32 (the default, and what encode and decode should use) or bfloat16 with float32 sums between them.
-  void set_compute(at::ScalarType type) { compute_ = type; }
+  // Type of the products: float32 (the default, and what encode and decode should use) or bfloat16 with float32 sums between them. For bfloat16 this call
+  // makes copies of the weights, once for all that follows: repeat it when the weights have changed.
+  void set_compute(at::ScalarType type);
+  // What the products read in a parameter's place: its copy, where there is one, which is then the leaf that receives the gradient.
+  const at::Tensor& working(const std::string& name) const;
   const VqConfig& config() const { return config_; }
 
  private:
@@ -81,7 +84,7 @@ class VqCodec final : public ImageCodec {
   at::Tensor residual(const std::string& name, const at::Tensor& x_BHWC) const;
   at::Tensor mixer(const std::string& name, const at::Tensor& x_BLC) const;
   VqConfig config_;
-  io::TensorMap parameters_;
+  io::TensorMap parameters_, working_;
   at::Tensor codebook_NZ_;
   at::ScalarType compute_ = at::kFloat;
 };
