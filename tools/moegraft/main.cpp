@@ -1,8 +1,10 @@
 #include <iostream>
+#include <optional>
 
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/wait_policy.h"
 #include "moegraft/kernels/cpu.h"
 #include "startup.h"
 
@@ -15,12 +17,14 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   app.set_version_flag("--version", MOEGRAFT_VERSION);
   bool verbose = false;
+  std::optional<WaitPolicy> waits;
   app.add_flag("-v,--verbose", verbose, "Debug messages");
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
     kernels::cpu_kernels();  // a wrong MOEGRAFT_CPU_PATH ends any command at once
     if (app.got_subcommand("launch")) return;  // what it starts inherits a policy, and makes its own
     if (const std::string done = tools::choose_memory(); !done.empty()) log::debug(done);
+    waits.emplace();
   });
   tools::add_train_command(app);
   tools::add_generate_command(app);

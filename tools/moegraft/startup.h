@@ -15,17 +15,16 @@
 namespace moegraft::tools {
 
 // Settings that the runtime libraries read before main(), so the process starts itself once more with them. Explicit ones are respected.
-// OpenMP threads that spin while they wait take the cores from every other job on the machine (seen: 20 times slower beside one compiler); threads that
-// sleep at once pay a wake-up for each of a step's hundreds of short parallel regions. A turn of the spin is a pause of 40-140 cycles, so 5,000 of them were
-// 0.1-0.3 ms at every meeting: an adapter's step took 2.5 times its CPU time beside five busy loops on two cores, with 100 it takes 1.2 times
-// (`moegraft bench contention`), and no more alone. Large pages for the heap (where the kernel grants them on request) save address translations.
+// OpenMP threads that spin without end while they wait take the cores from every other job on the machine (seen: 20 times slower beside one compiler); threads that
+// sleep at once pay a wake-up for each of a step's hundreds of short parallel regions. So they spin for 0.1-0.3 ms and then sleep; while cores are shared, less
+// (base/wait_policy.h). Large pages for the heap (where the kernel grants them on request) save address translations.
 // MKL's products may depend on where their operands lie in memory (seen on AMD: weights mapped from a file and the same ones copied gave other bits), unless it is told to
 // be reproducible.
 inline void choose_policies(char** argv) {
   bool changed = false;
   if (!std::getenv("OMP_WAIT_POLICY") && !std::getenv("GOMP_SPINCOUNT")) {
     setenv("OMP_WAIT_POLICY", "PASSIVE", 1);
-    setenv("GOMP_SPINCOUNT", "100", 1);
+    setenv("GOMP_SPINCOUNT", "5000", 1);
     changed = true;
   }
   if (!std::getenv("MKL_CBWR")) {
