@@ -20,7 +20,7 @@ constexpr int64_t kVector = 8, kMostVectors = 8;
 // Accumulators of 16 registers: 12 beside two vectors of the panel and one of A (widening also wants a mask: 10). Few rows are taken by more vectors at a time, so
 // that there are as many sums as multiplications take cycles.
 constexpr int64_t most_rows(int64_t vectors, bool widens) { return vectors == 8 ? 1 : vectors == 4 ? 2 : vectors == 2 ? (widens ? 5 : 6) : 10; }
-constexpr int64_t most_vectors(int64_t rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+constexpr int64_t most_vectors(int64_t rows, bool /*widens*/) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 
 #define MOEGRAFT_LANES inline __attribute__((always_inline))
 alignas(64) constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
