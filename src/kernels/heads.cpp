@@ -140,7 +140,11 @@ std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at:
     node->parts.push_back(std::move(p));
     x.push_back(r.x_TX.contiguous());
   }
-  return NormRotary::apply(at::TensorList(x), node, eps);
+  bool any = false;
+  for (const at::Tensor& t : x) any |= recorded(t);
+  if (any) return NormRotary::apply(at::TensorList(x), node, eps);
+  for (size_t i = 0; i < x.size(); ++i) node->parts[i].x = x[i];
+  return x.front().scalar_type() == at::kFloat ? forward_cpu<float>(*node, eps) : forward_cpu<bf16>(*node, eps);
 }
 
 }  // namespace moegraft::kernels

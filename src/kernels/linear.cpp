@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "block_product.h"
+#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 #include "panels.h"
@@ -135,7 +136,9 @@ std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<
   if (blocks) {
     auto node = c10::make_intrusive<Node>();
     for (const auto& w : weights) node->panels.push_back(w.panels);
-    out = FrozenLinear::apply(x_XK.contiguous(), node);
+    const at::Tensor x = x_XK.contiguous();
+    if (recorded(x)) out = FrozenLinear::apply(x, node);
+    else out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
     for (size_t i = 0; i < weights.size(); ++i)
       if (weights[i].bias_N.defined()) out[i] = out[i] + weights[i].bias_N;
     return out;

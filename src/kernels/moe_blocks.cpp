@@ -131,9 +131,10 @@ class Forward {
     int64_t gu = 0, d = 0;
     for (const auto& set : sets_) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
     const auto options = p.x_XD.options();
-    const int64_t kept = save ? R : 0;
-    saved_ = {at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, round_up(F, kPanel)}, options), at::empty({kept, gu}, options), at::empty({kept, d}, options)};
-    view_ = {mutable_data<T>(saved_[0]), mutable_data<T>(saved_[1]), mutable_data<T>(saved_[2]), mutable_data<T>(saved_[3]), gu, d};
+    if (save) {
+      saved_ = {at::empty({R, round_up(F, kPanel)}, options), at::empty({R, round_up(F, kPanel)}, options), at::empty({R, gu}, options), at::empty({R, d}, options)};
+      view_ = {mutable_data<T>(saved_[0]), mutable_data<T>(saved_[1]), mutable_data<T>(saved_[2]), mutable_data<T>(saved_[3]), gu, d};
+    }
     y_RD_ = at::empty({R, p.model_width()}, options);
     if (keep_hidden) hidden_RF_ = at::empty({R, F}, options);
   }

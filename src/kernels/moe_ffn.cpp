@@ -96,7 +96,13 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
   node->keep_hidden = hidden_RF != nullptr;
   for (const auto& t : inputs) node->save |= t.requires_grad();
   node->save &= at::GradMode::is_enabled();
-  if (!node->save) p.cache = adapters.cache;
+  if (!node->save) {
+    p.cache = adapters.cache;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const MoeForward result = node->backend.forward(p, false, node->keep_hidden);
+    if (hidden_RF) *hidden_RF = result.hidden_RF;
+    return result.out_XD;
+  }
   const auto outputs = MoeFfn::apply(at::TensorList(inputs), node);
   if (hidden_RF) *hidden_RF = outputs[1];
   return outputs[0];

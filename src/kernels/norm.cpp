@@ -116,6 +116,17 @@ void residual_backward(const at::Tensor& dx_out, const at::Tensor& dy, const at:
   });
 }
 
+// The sum, its norm in `dtype` and (also_float) in float32; what the backward pass wants beside them: rstd and w.
+variable_list residual_norm_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps, at::ScalarType dtype, bool also_float, at::Tensor& w, at::Tensor& rstd) {
+  if (cuda::serves(x)) {
+    const cuda::Norm n = cuda::rms_norm_forward(x, delta, weight, eps, dtype, also_float);
+    w = weight, rstd = n.rstd;
+    return {n.sum, n.y, n.y_wide};
+  }
+  w = weight.to(at::kFloat).contiguous();
+  return dtype == at::kFloat ? residual_forward<float>(x, delta, w, eps, also_float, rstd) : residual_forward<bf16>(x, delta, w, eps, also_float, rstd);
+}
+
 class ResidualNormFunction : public torch::autograd::Function<ResidualNormFunction> {
  public:
   // delta_or_none: one-dimensional when there is none (autograd takes no undefined inputs).
@@ -123,16 +134,8 @@ class ResidualNormFunction : public torch::autograd::Function<ResidualNormFuncti
     at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor delta = delta_or_none.dim() == 2 ? delta_or_none : at::Tensor();
     ctx->set_materialize_grads(false);
-    at::Tensor rstd, w = weight;
-    variable_list out;
-    if (cuda::serves(x)) {
-      const cuda::Norm n = cuda::rms_norm_forward(x, delta, weight, eps, dtype, also_float);
-      out = {n.sum, n.y, n.y_wide};
-      rstd = n.rstd;
-    } else {
-      w = weight.to(at::kFloat).contiguous();
-      out = dtype == at::kFloat ? residual_forward<float>(x, delta, w, eps, also_float, rstd) : residual_forward<bf16>(x, delta, w, eps, also_float, rstd);
-    }
+    at::Tensor w, rstd;
+    const variable_list out = residual_norm_forward(x, delta, weight, eps, dtype, also_float, w, rstd);
     ctx->save_for_backward({out[0], w, rstd});
     ctx->saved_data["bf16"] = dtype == at::kBFloat16;
     ctx->saved_data["weight"] = int64_t(weight.scalar_type());
@@ -222,6 +225,12 @@ ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, c
   const bool fused = (x_XD.is_cpu() || cuda::serves(x_XD)) && x_XD.scalar_type() == at::kFloat && (dtype == at::kFloat || dtype == at::kBFloat16) && (!delta_XD.defined() || delta_XD.scalar_type() == dtype);
   if (fused) {
     const bool twice = also_float && dtype != at::kFloat;  // in float32 the two are one
+    if (!recorded(x_XD, delta_XD, weight_D)) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      at::Tensor w, rstd;
+      const variable_list result = residual_norm_forward(x_XD.contiguous(), delta_XD.defined() ? delta_XD.contiguous() : delta_XD, weight_D, eps, dtype, twice, w, rstd);
+      return {result[0], result[1], twice ? result[2] : also_float ? result[1] : at::Tensor()};
+    }
     const variable_list result = ResidualNormFunction::apply(x_XD.contiguous(), delta_XD.defined() ? delta_XD.contiguous() : at::empty({0}), weight_D, eps, dtype, twice);
     out.y_XD = result[0];
     out.x_XD = delta_XD.defined() ? result[1] : x_XD;

@@ -96,6 +96,10 @@ Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
   RECORD_FUNCTION("moegraft::route", {});
   MOEGRAFT_INVARIANT(logits_TE.dim() == 2 && top_k >= 1 && top_k <= logits_TE.size(1), "route: logits ", logits_TE.sizes(), ", top ", top_k);
   if (logits_TE.scalar_type() == at::kFloat && (cuda::serves(logits_TE) || logits_TE.is_cpu())) {
+    if (!recorded(logits_TE) && !cuda::serves(logits_TE)) {
+      const cuda::Routed r = forward_cpu(logits_TE, top_k, renormalise);
+      return {r.probs_TE, r.ids_TK, r.weights_TK};
+    }
     const variable_list r = RouteFunction::apply(logits_TE, top_k, renormalise);
     return {r[0], r[1], r[2]};
   }

@@ -4,6 +4,7 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
@@ -77,6 +78,17 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
   return out;
 }
 
+// Rows [begin, begin + count) of x_TGC become positions from `past` on of sequence i.
+void append(at::Tensor& cache_BSGC, int64_t i, int64_t past, const at::Tensor& x_TGC, int64_t begin, int64_t count) {
+  if (!x_TGC.is_cpu() || !x_TGC.is_contiguous() || !cache_BSGC.is_contiguous() || x_TGC.scalar_type() != cache_BSGC.scalar_type()) {
+    cache_BSGC[i].narrow(0, past, count).copy_(x_TGC.narrow(0, begin, count));
+    return;
+  }
+  // A decode step does this for every layer: five tensors to copy one row take longer than its attention.
+  const int64_t row = x_TGC.size(1) * x_TGC.size(2) * x_TGC.element_size();
+  std::memcpy(static_cast<char*>(cache_BSGC.mutable_data_ptr()) + (i * cache_BSGC.size(1) + past) * row, static_cast<const char*>(x_TGC.const_data_ptr()) + begin * row, size_t(count * row));
+}
+
 // In float32, like the residual stream: see Decoder::forward.
 k::Route choose_experts(const Call& call, const at::Tensor& h_TD, const at::Tensor& router_ED) {
   const auto choose = [&](const at::Tensor& h) { return k::route(at::linear(h, router_ED), call.spec.num_experts_per_tok, call.spec.norm_topk_prob); };
@@ -146,8 +158,8 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
   } else if (cache) {
     for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
       const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin, past = call.kv_lengths[i] - count;
-      cache->keys[l][i].narrow(0, past, count).copy_(key.narrow(0, begin, count));
-      cache->values[l][i].narrow(0, past, count).copy_(v.narrow(0, begin, count));
+      append(cache->keys[l], i, past, key, begin, count);
+      append(cache->values[l], i, past, v, begin, count);
     }
     out = k::cached_attention(q, cache->keys[l], cache->values[l], call.batch.cu_seqlens, call.kv_lengths, window, scale);
   } else if (call.past) {

@@ -298,6 +298,12 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
+  if (options.device.is_cpu() && options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step
+    w->final_norm = w->final_norm.to(at::kFloat);
+    for (LayerWeights& layer : w->layers)
+      for (at::Tensor* t : {&layer.input_norm_D, &layer.post_norm_D, &layer.router_ED})
+        if (t->defined()) *t = t->to(at::kFloat);
+  }
   make_panels(*w, shared, packs_lean(base.spec));
   if (ring) base.weights = ring;
   else base.weights = std::move(w);

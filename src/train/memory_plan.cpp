@@ -68,7 +68,7 @@ class Counter {
   // Kept for the backward pass of one layer.
   int64_t layer(int64_t l) const {
     const int64_t D = s_.hidden_size;
-    int64_t bytes = 2 * T_ * (D + 1) * 4 + (width_ == 2 ? 2 * D * 4 : 0);  // the norms' sums and statistics, weights in float32
+    int64_t bytes = 2 * T_ * (D + 1) * 4;  // the norms' sums and statistics
     bytes += attention();
     for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l);
     // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once more.

@@ -38,13 +38,13 @@ struct ExpertWeights {
   int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }
 };
 struct LayerWeights {
-  at::Tensor input_norm_D, post_norm_D;
+  at::Tensor input_norm_D, post_norm_D;  // these and the router are float32 on a CPU
   AttentionWeights attention;
   at::Tensor router_ED;  // sparse layers
   DenseWeights dense;    // dense layers
 };
 
-// Whether a model's frozen float32 experts are large enough that one packed layout must do (kernels::make_expert_panels).
+// Whether a model's frozen experts are large enough that one packed layout must do (kernels::make_expert_panels).
 bool packs_lean(const DecoderSpec& spec);
 
 class WeightProvider {
