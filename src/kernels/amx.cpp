@@ -333,8 +333,6 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
 
 }  // namespace
 
-bool built() { return true; }
-
 void release() {
   if (!configured) return;
   _tile_release();
@@ -348,7 +346,6 @@ const MicroKernel<bf16> kBf16Kernel{"AMX bf16 tiles", 4, kDepth, false, 128, pro
 #else
 
 namespace moegraft::kernels::amx {
-bool built() { return false; }
 void release() {}
 const MicroKernel<bf16> kBf16Kernel{};
 }  // namespace moegraft::kernels::amx

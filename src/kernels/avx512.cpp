@@ -16,8 +16,6 @@ namespace {
 
 }  // namespace
 
-bool built() { return true; }
-
 const MicroKernel<float> kFloatKernel{"AVX-512 FMA", 1, 16, true, 64, product<FloatOp>, product_rounded<FloatOp>, outer<FloatOuter>};
 const MicroKernel<bf16> kBf16Kernel{"AVX-512 FMA on bf16 widened in registers", 0.9, 16, true, 64, product<WidenOp>, product_rounded<WidenOp>, outer<WidenOuter>};
 
@@ -26,7 +24,6 @@ const MicroKernel<bf16> kBf16Kernel{"AVX-512 FMA on bf16 widened in registers", 
 #else
 
 namespace moegraft::kernels::avx512 {
-bool built() { return false; }
 const MicroKernel<float> kFloatKernel{};
 const MicroKernel<bf16> kBf16Kernel{};
 }  // namespace moegraft::kernels::avx512

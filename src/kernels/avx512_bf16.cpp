@@ -52,8 +52,6 @@ struct PairOuter {
 
 }  // namespace
 
-bool built() { return true; }
-
 const MicroKernel<bf16> kBf16Kernel{"AVX-512 BF16 (vdpbf16ps)", 1.8, 16, true, 64, product<PairOp>, product_rounded<PairOp>, outer<PairOuter>};
 
 }  // namespace moegraft::kernels::avx512_bf16
@@ -61,7 +59,6 @@ const MicroKernel<bf16> kBf16Kernel{"AVX-512 BF16 (vdpbf16ps)", 1.8, 16, true, 6
 #else
 
 namespace moegraft::kernels::avx512_bf16 {
-bool built() { return false; }
 const MicroKernel<bf16> kBf16Kernel{};
 }  // namespace moegraft::kernels::avx512_bf16
 

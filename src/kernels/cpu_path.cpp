@@ -19,34 +19,10 @@ namespace {
 
 constexpr std::array<const char*, 5> kNames{"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
-bool has_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
-bool has_avx512() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512cd");
-#else
-  return false;
-#endif
-}
-
-bool has_avx512_bf16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 // Whether the CPU has AMX for bf16, and the kernel lets this process use it: tiles are state that a process must ask for.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
@@ -58,11 +34,17 @@ bool has_amx() {
 }
 
 CpuPath find_best() {
-  if (!has_avx2() || !avx2::built()) return CpuPath::portable;
-  if (!has_avx512() || !avx512::built()) return CpuPath::avx2;
-  if (!has_avx512_bf16() || !avx512_bf16::built()) return CpuPath::avx512;
-  return has_amx() && amx::built() ? CpuPath::amx : CpuPath::avx512_bf16;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512cd");
+  if (!has_avx2 || !avx2::kBf16Kernel.built()) return CpuPath::portable;
+  if (!has_avx512 || !avx512::kBf16Kernel.built()) return CpuPath::avx2;
+  if (!__builtin_cpu_supports("avx512bf16") || !avx512_bf16::kBf16Kernel.built()) return CpuPath::avx512;
+  return amx::kBf16Kernel.built() && has_amx() ? CpuPath::amx : CpuPath::avx512_bf16;
 }
+#else
+CpuPath find_best() { return CpuPath::portable; }
+#endif
 
 CpuPath choose() {
   const char* asked = std::getenv("MOEGRAFT_CPU_PATH");

@@ -5,11 +5,13 @@
 namespace moegraft::kernels {
 template <>
 const Loops<float>& loops<float>() {
-  return cpu_path() >= CpuPath::avx512 ? v4::kFloatLoops : v3::kFloatLoops;
+  static const Loops<float>& chosen = cpu_path() >= CpuPath::avx512 ? v4::kFloatLoops : v3::kFloatLoops;
+  return chosen;
 }
 template <>
 const Loops<bf16>& loops<bf16>() {
-  return cpu_path() >= CpuPath::avx512_bf16 ? v4_bf16::kBf16Loops : cpu_path() >= CpuPath::avx512 ? v4::kBf16Loops : v3::kBf16Loops;
+  static const Loops<bf16>& chosen = cpu_path() >= CpuPath::avx512_bf16 ? v4_bf16::kBf16Loops : cpu_path() >= CpuPath::avx512 ? v4::kBf16Loops : v3::kBf16Loops;
+  return chosen;
 }
 
 }  // namespace moegraft::kernels

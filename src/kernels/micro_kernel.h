@@ -6,6 +6,8 @@
 
 #include "loops.h"
 
+#define MOEGRAFT_INLINE inline __attribute__((always_inline))  // in the micro-kernels' own files
+
 namespace moegraft::kernels {
 
 // One product of a sum: A [m, depth] times a panel (block_product.h).
@@ -35,6 +37,8 @@ constexpr int64_t kMostTerms = 4;
 
 template <class T>
 struct MicroKernel {
+  bool built() const { return product != nullptr; }
+
   const char* name;
   double times_float;  // products a second beside the float32 kernel's on such a machine, roughly
   int64_t depth_step;  // a depth costs as much as the next multiple of this
@@ -56,23 +60,19 @@ struct MicroKernel {
 template <class T>
 const MicroKernel<T>* micro_kernel();
 
-// built(): whether the build has a file's kernels; whether the machine has the instructions is asked elsewhere, by code that every machine can run.
+// Empty where the build has no such instructions; whether the machine has them is asked elsewhere (cpu_path.cpp), by code that every machine can run.
 namespace amx {
-bool built();
 extern const MicroKernel<bf16> kBf16Kernel;
 void release();  // the thread's tiles, which a product sets up where they are not. Nothing else that uses tiles may run between
 }  // namespace amx
 namespace avx512_bf16 {
-bool built();
 extern const MicroKernel<bf16> kBf16Kernel;
 }  // namespace avx512_bf16
 namespace avx512 {
-bool built();
 extern const MicroKernel<float> kFloatKernel;
 extern const MicroKernel<bf16> kBf16Kernel;
 }  // namespace avx512
 namespace avx2 {
-bool built();
 extern const MicroKernel<float> kFloatKernel;
 extern const MicroKernel<bf16> kBf16Kernel;
 }  // namespace avx2

@@ -6,12 +6,14 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <functional>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "moegraft/distributed/world.h"
 #include "moegraft/graft/grafted_model.h"
+#include "moegraft/train/optimizer.h"
 
 namespace moegraft::tools::bench {
 
@@ -52,6 +54,9 @@ void with_world(const std::string& device, const std::string& options, const std
 
 // Uniform ids in [3, vocab), the same in every process.
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);
+
+// The same for all of a model's parameters.
+std::map<std::string, train::GroupOptions> every_group(const model::ParameterRegistry& registry, const train::GroupOptions& options);
 
 // Work that one step cannot do without, in FLOPs; recomputed work never counts. Attention scores stay apart: the usual count of 2 per active parameter
 // leaves them out. memory_bytes: what must come from memory and go there where caches are small beside the model: each frozen weight that is met once

@@ -12,7 +12,6 @@
 #include "moegraft/base/rng.h"
 #include "moegraft/model/device.h"
 #include "moegraft/model/prefix_cache.h"
-#include "moegraft/train/optimizer.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -56,9 +55,7 @@ model::PackedBatch make_batch(const CaptionOptions& o, double share, int64_t fir
 
 Json measure(const CaptionOptions& o, double share, const graft::GraftedModel& m) {
   const model::PackedBatch batch = make_batch(o, share, 0, m);
-  std::map<std::string, train::GroupOptions> groups;
-  for (const auto& p : m.registry->all()) groups[p.group] = {0.0, 0.0};  // the weights stay: every way computes the same
-  train::AdamW optimizer(*m.registry, groups, {0.9, 0.999, 1e-8});
+  train::AdamW optimizer(*m.registry, every_group(*m.registry, {0.0, 0.0}), {0.9, 0.999, 1e-8});  // the weights stay: every way computes the same
   model::PrefixCache warm(int64_t{1} << 40);
   double loss = 0;
   const auto step = [&](bool frozen, model::PrefixCache* cache) {

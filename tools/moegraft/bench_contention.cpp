@@ -18,7 +18,6 @@
 #include "moegraft/base/check.h"
 #include "moegraft/codec/train.h"
 #include "moegraft/model/device.h"
-#include "moegraft/train/optimizer.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -103,31 +102,25 @@ Step codec_step() {
 
 // Rows of equal length; with a modality the second half of each is a picture.
 model::PackedBatch make_batch(const ContentionOptions& o, const graft::GraftedModel& m) {
-  const int64_t T = o.batch * o.seq;
-  model::PackedBatch batch;
-  batch.ids_T = random_ids({o.batch, o.seq}, m.decoder->spec().vocab_size);
-  batch.positions_T = at::arange(o.seq).repeat({o.batch});
-  for (int64_t i = 0; i <= o.batch; ++i) batch.cu_seqlens.push_back(i * o.seq);
-  if (!m.vocabulary.modalities.empty()) {
+  at::Tensor ids_BS = random_ids({o.batch, o.seq}, m.decoder->spec().vocab_size), modality_BS = at::zeros_like(ids_BS);
+  const bool pictures = !m.vocabulary.modalities.empty();
+  if (pictures) {
     const model::ModalityTokens& tokens = m.vocabulary.modalities.front();
     const int64_t text = o.seq / 2, codes = o.seq - text;
-    batch.ids_T.narrow(1, text, codes).copy_(random_ids({o.batch, codes}, tokens.num_codes, 1) + tokens.code_id(0));
-    batch.ids_T.select(1, text).fill_(tokens.begin_id());
-    batch.modality_T = at::zeros({o.batch, o.seq}, at::kLong);
-    batch.modality_T.narrow(1, text, codes).fill_(tokens.modality);
-    batch.modality_T = batch.modality_T.reshape({T});
+    ids_BS.narrow(1, text, codes).copy_(random_ids({o.batch, codes}, tokens.num_codes, 1) + tokens.code_id(0));
+    ids_BS.select(1, text).fill_(tokens.begin_id());
+    modality_BS.narrow(1, text, codes).fill_(tokens.modality);
   }
-  batch.labels_T = at::cat({batch.ids_T.slice(1, 1), at::full({o.batch, 1}, model::kNoLabel, at::kLong)}, 1).reshape({T}).contiguous();
-  batch.ids_T = batch.ids_T.reshape({T}).contiguous();
+  model::PackedBatch batch = model::pack_rows(ids_BS);
+  if (pictures) batch.modality_T = modality_BS.reshape({-1});
+  batch.labels_T = at::cat({ids_BS.slice(1, 1), at::full({o.batch, 1}, model::kNoLabel, at::kLong)}, 1).reshape({-1});
   batch.facts = std::make_shared<model::BatchFacts>(model::describe_batch(batch, m.decoder->id_bounds()));
   return model::to_device(batch, m.device());
 }
 
 // What a training run does in a step, on one batch.
 Step decoder_step(const ContentionOptions& o, const std::shared_ptr<graft::GraftedModel>& m, bool balances) {
-  std::map<std::string, train::GroupOptions> groups;
-  for (const auto& p : m->registry->all()) groups[p.group] = {1e-4, 0.01};
-  const auto optimizer = std::make_shared<train::AdamW>(*m->registry, groups);
+  const auto optimizer = std::make_shared<train::AdamW>(*m->registry, every_group(*m->registry, {1e-4, 0.01}));
   return [m, optimizer, balances, batch = make_batch(o, *m)] {
     m->registry->zero_grad();
     model::ForwardOptions forward;

@@ -15,7 +15,6 @@
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
 #include "moegraft/parallel/part.h"
-#include "moegraft/train/optimizer.h"
 #include "moegraft/train/team.h"
 
 namespace moegraft::tools::bench {
@@ -139,9 +138,7 @@ parallel::ParallelConfig parallel_config(const StepOptions& o) {
 }
 
 train::AdamW make_optimizer(model::ParameterRegistry& registry, const std::vector<bool>& owned) {
-  std::map<std::string, train::GroupOptions> groups;
-  for (const auto& p : registry.all()) groups[p.group] = {1e-4, 0.01};
-  return {registry, groups, train::AdamWOptions{0.9, 0.999, 1e-8}, owned};
+  return {registry, every_group(registry, {1e-4, 0.01}), train::AdamWOptions{0.9, 0.999, 1e-8}, owned};
 }
 
 // One process's part of a step, and what it handed to the others in it.

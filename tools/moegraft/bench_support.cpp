@@ -165,6 +165,12 @@ at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed) {
   return at::empty(shape, at::kLong).random_(std::min<int64_t>(3, vocab - 1), vocab, generator);
 }
 
+std::map<std::string, train::GroupOptions> every_group(const model::ParameterRegistry& registry, const train::GroupOptions& options) {
+  std::map<std::string, train::GroupOptions> groups;
+  for (const auto& p : registry.all()) groups[p.group] = options;
+  return groups;
+}
+
 namespace {
 
 std::string read_all(int fd) {

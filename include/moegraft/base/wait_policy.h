@@ -12,7 +12,7 @@ namespace moegraft {
 
 class WaitPolicy {
  public:
-  // Watches the process's first thread, ten times a second and more. Does nothing where the kernel tells of no waiting (/proc/self/schedstat).
+  // Watches the process's first thread, every 40 ms. Does nothing where the kernel tells of no waiting (/proc/self/schedstat).
   WaitPolicy();
   ~WaitPolicy();
   WaitPolicy(const WaitPolicy&) = delete;
