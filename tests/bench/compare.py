@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs `moegraft bench` and its peers by turns on the same checkpoints and ids, and writes a table of ratios. See tools/bench_peers.sh.
 
-All sides of a case run in processes of their own, one after the other, several times; who begins changes from round to round. Wall time and peak
-resident memory are read from outside (wait4). The matmul limit of a case is the largest that any of its runs measured, and both sides are held against
+All sides of a case run in processes of their own, one after the other, several times; who begins changes from round to round. Wall time is
+read from outside too; peak resident memory is the kernel's count, for a step up to its end, for generation of the whole process. The matmul limit of a case is the largest that any of its runs measured, and both sides are held against
 the same count of FLOPs, which moegraft prints.
 """
 import argparse
@@ -128,8 +128,12 @@ class Comparison:
 
     def memory(self, inside, outside):
         if self.args.device != "cpu":
-            return statistics.median(r["peak_mib"] for r in inside)
+            return self.step_memory(inside)
         return statistics.median(r["max_rss_mib"] for r in outside)
+
+    # As the kernel counts it up to the last step: the matrix product that is timed after it would weigh on the side that takes less.
+    def step_memory(self, inside):
+        return statistics.median(r["peak_mib"] for r in inside)
 
     def step_case(self, shape, dtype, batch, seq, gated=False):
         model = self.checkpoint(shape, dtype)
@@ -149,7 +153,7 @@ class Comparison:
             steps = [s for r in inside for s in r["step_s"]]
             tokens = batch * seq
             case[name] = {"best_tokens_per_s": tokens / min(steps), "median_tokens_per_s": tokens / statistics.median(r["median_step_s"] for r in inside), "share_of_limit": flops * tokens / min(steps) / 1e9 / limit,
-                          "peak_mib": self.memory(inside, outside), "peak_mib_inside": [r["peak_mib"] for r in inside], "loss": inside[0]["loss"], "step_s": [r["step_s"] for r in inside],
+                          "peak_mib": self.step_memory(inside), "loss": inside[0]["loss"], "step_s": [r["step_s"] for r in inside],
                           **self.path(inside[0]), "outside": outside, "outside_step_s": min((s for o in outside for s in o["step_s"]), default=None)}
         # The least time by what must be computed and by what must come from memory: 1 where products alone set the pace.
         work_s, memory_s = flops * batch * seq / 1e9 / limit, runs["moegraft"][0][0]["memory_bytes"] / 1e9 / self.read_gbytes
@@ -174,7 +178,7 @@ class Comparison:
             command, outside = self.peer("peer_step.py", model, "--ids", ids, "--dtype", dtype, "--rank", str(self.args.rank), "--steps", "2", "--experts", name), []
             try:
                 r = run(command, outside, self.environment)
-                self.result["peer_implementations"].append({"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "experts": name, "tokens_per_s": r["tokens_per_s"], "peak_mib": self.memory([r], outside)})
+                self.result["peer_implementations"].append({"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "experts": name, "tokens_per_s": r["tokens_per_s"], "peak_mib": self.step_memory([r])})
             except RuntimeError as error:
                 self.result["peer_implementations"].append({"shape": shape, "dtype": dtype, "batch": batch, "seq": seq, "experts": name, "error": str(error)})
             self.save()
