@@ -63,7 +63,9 @@ std::string tensor_name(const std::string& pattern, int64_t layer, int64_t exper
 const Family& find_family(const std::string& model_type) {
   for (const Family* f : families())
     if (model_type == f->model_type) return *f;
-  fail<UserError>("config.json: model_type '", model_type, "' is not a supported family; supported: ", join(known_families(), ", "));
+  const bool dense = model_type == "llama" || model_type == "mistral" || model_type == "qwen3";
+  fail<UserError>("config.json: model_type '", model_type, "' is not a supported family; supported: ", join(known_families(), ", "),
+                  dense ? "; a dense model becomes a mixture of experts with moegraft upcycle" : "");
 }
 
 std::vector<std::string> known_families() {

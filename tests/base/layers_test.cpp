@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 
 const std::map<std::string, int> kLayerOf = {
     {"base", 0},     {"config", 1},   {"io", 1},    {"kernels", 1},   {"ot", 1},         {"distributed", 1}, {"model", 2}, {"tokenizer", 2},
-    {"codec", 2},    {"adapters", 3}, {"data", 3},  {"routing", 3},   {"checkpoint", 3}, {"parallel", 3},    {"run", 4},   {"graft", 4},
+    {"codec", 2},    {"adapters", 3}, {"data", 3},  {"routing", 3},   {"checkpoint", 3}, {"parallel", 3},    {"convert", 3},  {"run", 4},   {"graft", 4},
     {"generate", 4}, {"evaluate", 4}, {"train", 4}, {"exporting", 4}, {"report", 4},     {"tools", 5},
 };
 

@@ -18,5 +18,7 @@ void add_ot_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
 void add_summary_command(CLI::App& app);
 void add_launch_command(CLI::App& app);
+void add_import_command(CLI::App& app);
+void add_upcycle_command(CLI::App& app);
 
 }  // namespace moegraft::tools

@@ -33,6 +33,8 @@ int run(int argc, char** argv) {
   tools::add_inspect_command(app);
   tools::add_logits_command(app);
   tools::add_tokenize_command(app);
+  tools::add_import_command(app);
+  tools::add_upcycle_command(app);
   tools::add_codec_command(app);
   tools::add_data_command(app);
   tools::add_ot_command(app);
