@@ -3,6 +3,8 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include "moegraft/base/text.h"
+
 namespace moegraft::log {
 namespace {
 
@@ -32,6 +34,6 @@ void set_rank(long rank) {
   if (rank > 0) set_level(Level::error);
   logger().set_pattern("%H:%M:%S %^%l%$ [rank " + std::to_string(rank) + "] %v");
 }
-void write(Level level, const std::string& message) { logger().log(native(level), "{}", message); }
+void write(Level level, const std::string& message) { logger().log(native(level), "{}", printable(message)); }
 
 }  // namespace moegraft::log

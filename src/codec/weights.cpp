@@ -16,6 +16,7 @@ io::TensorMap read_weights(const std::filesystem::path& dir) {
   std::set<std::string> files;
   for (const auto& [name, file] : json["weight_map"].items()) {
     MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map[\"", name, "\"] must be a file name");
+    MOEGRAFT_CHECK(std::filesystem::path(file.get<std::string>()).filename() == file.get<std::string>(), index.string(), ": '", file.get<std::string>(), "' must be a file beside the index");
     files.insert(file.get<std::string>());
   }
   io::TensorMap all;

@@ -18,7 +18,18 @@ std::optional<model::Vocabulary> read_vocabulary(const std::filesystem::path& ru
   const io::Json j = io::read_json(file);
   try {
     model::Vocabulary v{j.at("text_size"), j.at("bos_id"), j.at("eos_id"), {}};
-    for (const auto& m : j.at("modalities")) v.modalities.push_back({m.at("name"), m.at("modality"), m.at("first_id"), m.at("num_codes"), m.at("item_length")});
+    // Sizes of tensors come from here: in range, and each modality's ids behind those before it.
+    constexpr int64_t kMost = int64_t{1} << 30;
+    const auto check = [&](bool holds, const std::string& what) { MOEGRAFT_CHECK(holds, file.string(), ": ", what, ": damaged"); };
+    check(v.text_size > 0 && v.text_size < kMost, detail::concat("text_size ", v.text_size, " is out of range"));
+    int64_t next = v.text_size;
+    for (const auto& m : j.at("modalities")) {
+      model::ModalityTokens tokens{m.at("name"), m.at("modality"), m.at("first_id"), m.at("num_codes"), m.at("item_length")};
+      check(tokens.num_codes > 0 && tokens.num_codes < kMost && tokens.item_length > 0 && tokens.item_length < kMost, tokens.name + ": num_codes or item_length is out of range");
+      check(tokens.first_id == next && tokens.modality == int64_t(v.modalities.size()) + 1, tokens.name + ": its ids do not follow those before it");
+      next += tokens.num_rows();
+      v.modalities.push_back(std::move(tokens));
+    }
     return v;
   } catch (const io::Json::exception& e) {
     fail<UserError>(file.string(), ": ", e.what());

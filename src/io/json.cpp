@@ -3,12 +3,14 @@
 #include <algorithm>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
 
 namespace moegraft::io {
 
 Json read_json(const std::filesystem::path& path) {
   const std::string text = read_file(path);
+  MOEGRAFT_CHECK(json_depth(text) <= kMostJsonDepth, path.string(), ": brackets nest ", json_depth(text), " deep, expected ", kMostJsonDepth, " at most");
   try {
     return Json::parse(text);
   } catch (const Json::parse_error& error) {
@@ -19,7 +21,12 @@ Json read_json(const std::filesystem::path& path) {
     // The library's text is "[json.exception...] parse error at line L, column C: <what>": keep only <what>.
     std::string what = error.what();
     if (const size_t cut = what.find(": "); cut != std::string::npos) what = what.substr(cut + 2);
-    fail(path.string(), ":", line, ":", column, ": not valid JSON: ", text.empty() ? "the file is empty" : what);
+    const bool pointer = text.starts_with("version https://git-lfs");
+    fail(path.string(), ":", line, ":", column, ": not valid JSON: ", text.empty() ? "the file is empty" : pointer ? "it is a git-lfs pointer: fetch the file itself with git lfs pull" : what);
+  } catch (const Json::exception& error) {  // a number out of range
+    std::string what = error.what();
+    if (const size_t cut = what.find("] "); cut != std::string::npos) what = what.substr(cut + 2);
+    fail(path.string(), ": not valid JSON: ", shortened(what));
   }
 }
 

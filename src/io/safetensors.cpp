@@ -11,9 +11,11 @@
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
-#include <set>
+#include <optional>
+#include <unordered_set>
 
 #include "atomic_file.h"
+#include "moegraft/io/mapped_files.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
 
@@ -54,24 +56,53 @@ std::string known_dtypes() {
   return join(names, ", ");
 }
 
-std::string quoted(const std::string& name) { return "tensor '" + name + "'"; }
+std::string quoted(const std::string& name) { return "tensor '" + shortened(name) + "'"; }
 
-// Parses the header; a repeated key would silently hide a tensor, so it is an error here.
-json parse_header(const char* text, size_t bytes, const std::string& file) {
-  std::vector<std::set<std::string>> keys;
-  const auto watch = [&](int depth, json::parse_event_t event, json& value) {
-    if (depth > 4) fail(file, ": header nests too deeply to be a safetensors header");
-    if (event == json::parse_event_t::object_start) keys.emplace_back();
-    if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
-      fail(file, ": the header has the key '", value.get<std::string>(), "' twice");
+// Looks for what the parser would pass over: a key that is there twice hides a tensor; and a depth that no header has. Linear in the header.
+class HeaderCheck : public nlohmann::json_sax<json> {
+ public:
+  explicit HeaderCheck(const std::string& file) : file_(file) {}
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(std::size_t) override { return begin(); }
+  bool start_array(std::size_t) override { return begin(); }
+  bool key(string_t& name) override {
+    if (!keys_.back().insert(name).second) fail(file_, ": the header has the key '", shortened(name), "' twice");
     return true;
-  };
-  try {
-    return json::parse(text, text + bytes, watch);
-  } catch (const json::parse_error& error) {
-    fail(file, ": the header is not valid JSON (byte ", error.byte, " of ", bytes, "): not a safetensors file, or damaged");
   }
+  bool end_object() override { return end(); }
+  bool end_array() override { return end(); }
+  bool parse_error(std::size_t at, const std::string&, const nlohmann::detail::exception&) override {
+    error_ = at;
+    return false;
+  }
+  std::optional<size_t> error() const { return error_; }
+
+ private:
+  bool begin() {
+    if (keys_.size() > 4) fail(file_, ": header nests too deeply to be a safetensors header");
+    keys_.emplace_back();
+    return true;
+  }
+  bool end() {
+    keys_.pop_back();
+    return true;
+  }
+  const std::string& file_;
+  std::vector<std::unordered_set<std::string>> keys_;
+  std::optional<size_t> error_;
+};
+
+json parse_header(const char* text, size_t bytes, const std::string& file) {
+  HeaderCheck check(file);
+  if (!json::sax_parse(text, text + bytes, &check))
+    fail(file, ": the header is not valid JSON (byte ", check.error().value_or(0), " of ", bytes, "): not a safetensors file, or damaged");
+  return json::parse(text, text + bytes);
 }
 
 struct Entry {
@@ -81,7 +112,7 @@ struct Entry {
 };
 
 uint64_t unsigned_field(const json& value, const std::string& where) {
-  MOEGRAFT_CHECK(value.is_number_unsigned(), where, " must be a non-negative integer, got ", value.dump(-1, ' ', true, json::error_handler_t::replace));
+  MOEGRAFT_CHECK(value.is_number_unsigned(), where, " must be a non-negative integer, got ", shortened(value.dump(-1, ' ', true, json::error_handler_t::replace)));
   return value.get<uint64_t>();
 }
 
@@ -92,7 +123,7 @@ Entry parse_entry(const std::string& name, const json& value, uint64_t data_byte
   const json &dtype = value["dtype"], &shape = value["shape"], &offsets = value["data_offsets"];
   MOEGRAFT_CHECK(dtype.is_string(), where, "dtype must be a string");
   const DtypeName* known = find_dtype(dtype.get<std::string>());
-  MOEGRAFT_CHECK(known != nullptr, where, "unknown dtype '", dtype.get<std::string>(), "', expected one of ", known_dtypes());
+  MOEGRAFT_CHECK(known != nullptr, where, "unknown dtype '", shortened(dtype.get<std::string>()), "', expected one of ", known_dtypes());
   MOEGRAFT_CHECK(shape.is_array() && shape.size() <= kMaxRank, where, "shape must be a list of at most ", kMaxRank, " sizes");
   MOEGRAFT_CHECK(offsets.is_array() && offsets.size() == 2, where, "data_offsets must be [begin, end]");
 
@@ -129,13 +160,15 @@ struct SafetensorsFile::Mapping {
 
   explicit Mapping(const std::filesystem::path& file) : path(file) { map(); }
   ~Mapping() {
-    if (base != nullptr) ::munmap(base, bytes);
+    if (base == nullptr) return;
+    forget_mapping(base);
+    ::munmap(base, bytes);
   }
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
 
   void map() {
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block for ever
     if (fd < 0) fail("cannot read ", path.string(), ": ", std::strerror(errno));
     struct stat info {};
     const int status = ::fstat(fd, &info);
@@ -150,12 +183,15 @@ struct SafetensorsFile::Mapping {
     ::close(fd);
     if (error != 0) fail("cannot read ", path.string(), ": ", std::strerror(error));
     MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(), ": not a regular file");
-    if (mapped != MAP_FAILED) base = static_cast<char*>(mapped);
+    if (mapped == MAP_FAILED) return;
+    base = static_cast<char*>(mapped);
+    note_mapping(base, bytes, path.string());
   }
 
   void parse() {
     const std::string file = path.string();
     MOEGRAFT_CHECK(bytes >= 8, file, ": a safetensors file has at least 8 bytes, got ", bytes, ": truncated?");
+    MOEGRAFT_CHECK(!std::string_view(base, bytes).starts_with("version https://git-lfs"), file, " is a git-lfs pointer, not the file itself: fetch it with git lfs pull");
     uint64_t header_bytes;
     std::memcpy(&header_bytes, base, 8);
     MOEGRAFT_CHECK(header_bytes <= kMaxHeaderBytes, file, ": header size ", header_bytes, " exceeds the format's limit of ", kMaxHeaderBytes,

@@ -14,6 +14,9 @@ const std::vector<const Family*>& families() {
   return table;
 }
 
+// A value in an error text.
+std::string show(const io::Json& value) { return shortened(value.dump(-1, ' ', false, io::Json::error_handler_t::replace)); }
+
 int64_t special_id(const ConfigReader& c, const char* key) {
   if (!c.has(key)) return -1;
   const auto& value = c.raw(key);
@@ -64,7 +67,7 @@ const Family& find_family(const std::string& model_type) {
   for (const Family* f : families())
     if (model_type == f->model_type) return *f;
   const bool dense = model_type == "llama" || model_type == "mistral" || model_type == "qwen3";
-  fail<UserError>("config.json: model_type '", model_type, "' is not a supported family; supported: ", join(known_families(), ", "),
+  fail<UserError>("config.json: model_type '", shortened(model_type), "' is not a supported family; supported: ", join(known_families(), ", "),
                   dense ? "; a dense model becomes a mixture of experts with moegraft upcycle" : "");
 }
 
@@ -76,7 +79,7 @@ std::vector<std::string> known_families() {
 
 int64_t ConfigReader::integer(const char* key) const {
   MOEGRAFT_CHECK(has(key), "config.json: ", key, " is missing");
-  MOEGRAFT_CHECK(config_.at(key).is_number_integer(), "config.json: ", key, " must be an integer, got ", config_.at(key).dump());
+  MOEGRAFT_CHECK(config_.at(key).is_number_integer(), "config.json: ", key, " must be an integer, got ", show(config_.at(key)));
   return config_.at(key).get<int64_t>();
 }
 
@@ -88,19 +91,19 @@ int64_t ConfigReader::integer_of(std::initializer_list<const char*> keys) const 
 
 double ConfigReader::number(const char* key, double fallback) const {
   if (!has(key)) return fallback;
-  MOEGRAFT_CHECK(config_.at(key).is_number(), "config.json: ", key, " must be a number, got ", config_.at(key).dump());
+  MOEGRAFT_CHECK(config_.at(key).is_number(), "config.json: ", key, " must be a number, got ", show(config_.at(key)));
   return config_.at(key).get<double>();
 }
 
 bool ConfigReader::boolean(const char* key, bool fallback) const {
   if (!has(key)) return fallback;
-  MOEGRAFT_CHECK(config_.at(key).is_boolean(), "config.json: ", key, " must be true or false, got ", config_.at(key).dump());
+  MOEGRAFT_CHECK(config_.at(key).is_boolean(), "config.json: ", key, " must be true or false, got ", show(config_.at(key)));
   return config_.at(key).get<bool>();
 }
 
 std::string ConfigReader::string(const char* key, const std::string& fallback) const {
   if (!has(key)) return fallback;
-  MOEGRAFT_CHECK(config_.at(key).is_string(), "config.json: ", key, " must be a string, got ", config_.at(key).dump());
+  MOEGRAFT_CHECK(config_.at(key).is_string(), "config.json: ", key, " must be a string, got ", show(config_.at(key)));
   return config_.at(key).get<std::string>();
 }
 
@@ -152,6 +155,10 @@ void check_spec(const DecoderSpec& s) {
     MOEGRAFT_CHECK(s.num_experts_per_tok >= 1 && s.num_experts_per_tok <= s.num_experts, "config.json: num_experts_per_tok must be in [1, ", s.num_experts, "], got ",
                    s.num_experts_per_tok);
   }
+  // Far above any model, far below where counts in 64 bits overflow.
+  const double D = double(s.hidden_size), ffn = s.num_experts > 0 ? double(s.num_experts) * double(s.moe_intermediate_size) : double(s.intermediate_size);
+  const double parameters = 2.0 * double(s.vocab_size) * D + double(s.num_layers) * (4.0 * D * double(s.num_heads) * double(s.head_dim) + 3.0 * D * ffn);
+  MOEGRAFT_CHECK(parameters < 1e15, "config.json: its sizes make ", parameters, " parameters, expected fewer than 1e15");
 }
 
 io::Json write_common(const DecoderSpec& s) {

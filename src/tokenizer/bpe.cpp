@@ -45,7 +45,7 @@ void Bpe::read_vocab(const Field& vocab) {
   vocab_.reserve(vocab.value().size());
   for (const auto& [token, id] : vocab.value().items()) {
     const bool good = id.is_number_integer() && id >= 0 && id < std::numeric_limits<int32_t>::max();
-    MOEGRAFT_CHECK(good, vocab.place(), "['", token, "']: expected an id, an integer ≥ 0, got ", id.dump());
+    MOEGRAFT_CHECK(good, vocab.place(), "['", shortened(token), "']: expected an id, an integer ≥ 0, got ", shortened(id.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)));
     vocab_.emplace(token, id.get<int32_t>());
   }
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 
 namespace moegraft::tokenizer {
 
@@ -53,11 +54,10 @@ class Field {
   void expect(bool holds, std::string_view what) const {
     if (holds) return;
     std::string got = value_->dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-    if (got.size() > 60) got = got.substr(0, 57) + "...";
-    fail<UserError>(place_, ": expected ", what, ", got ", got);
+    fail<UserError>(place_, ": expected ", what, ", got ", shortened(got, 60));
   }
   [[noreturn]] void unsupported(std::string_view kind, std::string_view known) const {
-    fail<UserError>(place_, ": ", kind, " '", type(), "' is not supported; known: ", known);
+    fail<UserError>(place_, ": ", kind, " '", shortened(type()), "' is not supported; known: ", known);
   }
 
  private:

@@ -4,12 +4,18 @@
 #include <vector>
 
 #include "byte_level.h"
+#include "moegraft/base/check.h"
 #include "regex.h"
 #include "unicode.h"
 
 namespace moegraft::tokenizer {
 
 namespace {
+
+// Normal forms make a text eighteen times as long at most, bytes twice: what grows more is no tokenizer, and would take all memory.
+void check_growth(size_t before, size_t after) {
+  MOEGRAFT_CHECK(after <= (size_t{1} << 16) + 64 * before, "the tokenizer's normalizer or decoder makes more than ", after, " bytes of ", before, ": damaged or hostile tokenizer.json");
+}
 
 class Function : public Normalizer {
  public:
@@ -26,7 +32,11 @@ class Sequence : public Normalizer {
     for (const auto& item : field.at("normalizers").items()) steps_.push_back(make_normalizer(item));
   }
   std::string apply(std::string text) const override {
-    for (const auto& step : steps_) text = step->apply(std::move(text));
+    const size_t before = text.size();
+    for (const auto& step : steps_) {
+      text = step->apply(std::move(text));
+      check_growth(before, text.size());
+    }
     return text;
   }
 
@@ -69,6 +79,7 @@ std::string Replacer::apply(std::string_view text) const {
     out += text.substr(last, begin - last);
     out += content_;
     last = end;
+    check_growth(text.size(), out.size());
   };
   if (regex_) {
     regex_->find_all(text, replace);
@@ -96,7 +107,10 @@ std::unique_ptr<Normalizer> make_normalizer(const Field& field) {
     return function([=](std::string text) { return strip(text, left, right); });
   }
   if (type == "Prepend") {
-    return function([prefix = field.at("prepend").string()](std::string text) { return text.empty() ? text : prefix + text; });
+    return function([prefix = field.at("prepend").string()](std::string text) {
+      check_growth(text.size(), text.size() + prefix.size());
+      return text.empty() ? text : prefix + text;
+    });
   }
   if (type == "Replace") {
     auto replacer = std::make_shared<Replacer>(field);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "unicode.h"
 
 namespace moegraft::tokenizer {
@@ -52,7 +53,7 @@ class Translator {
   }
 
  private:
-  [[noreturn]] void reject(const char* what) const { fail<UserError>(place_, ": ", what, " in the regular expression is not supported: ", in_); }
+  [[noreturn]] void reject(const char* what) const { fail<UserError>(place_, ": ", what, " in the regular expression is not supported: ", shortened(in_, 200)); }
   bool next_is(char c, size_t ahead = 1) const { return i_ + ahead < in_.size() && in_[i_ + ahead] == c; }
   void atom() { atom_ = out_.size(); }
 
@@ -75,6 +76,7 @@ class Translator {
   }
 
   void group() {
+    if (next_is('*')) reject("a verb (*...)");
     groups_.push_back(out_.size());
     out_ += in_[i_++];
     if (i_ >= in_.size() || in_[i_] != '?') return;
@@ -194,8 +196,9 @@ struct JitStack {
   JitStack() : stack(pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, nullptr)), context(pcre2_match_context_create(nullptr)) {
     if (stack && context) pcre2_jit_stack_assign(context, nullptr, stack);
     if (context) {
-      pcre2_set_match_limit(context, 2'000'000'000);
-      pcre2_set_heap_limit(context, 4 * 1024 * 1024);  // KiB
+      // A second or so; patterns of real tokenizers take a few steps a character.
+      pcre2_set_match_limit(context, 20'000'000);
+      pcre2_set_heap_limit(context, 256 * 1024);  // KiB
     }
   }
   ~JitStack() {
@@ -236,8 +239,8 @@ Regex::Regex(const std::string& pattern, const std::string& place) : place_(plac
   pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
   int error = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &offset, context.get());
-  MOEGRAFT_CHECK(code != nullptr, place, ": the regular expression does not compile (", message_of(error), " at byte ", offset, " of ", translated, ")");
+  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error, &offset, context.get());
+  MOEGRAFT_CHECK(code != nullptr, place, ": the regular expression does not compile (", message_of(error), " at byte ", offset, " of ", shortened(translated, 200), ")");
   code_ = std::shared_ptr<const void>(code, [](const void* p) { pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p))); });
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // without JIT pcre2_match interprets: slower, same matches
 }
@@ -252,7 +255,7 @@ void Regex::find_all(std::string_view text, const std::function<void(size_t, siz
     int rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data.get(), jit.context);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data.get(), jit.context);
     if (rc == PCRE2_ERROR_NOMATCH) return;
-    MOEGRAFT_CHECK(rc >= 0, place_, ": matching failed: ", message_of(rc));
+    MOEGRAFT_CHECK(rc >= 0, place_, ": the regular expression takes too long or too much memory on a text of ", text.size(), " bytes (", message_of(rc), ")");
     const PCRE2_SIZE* span = pcre2_get_ovector_pointer(data.get());
     const size_t begin = span[0], end = span[1];
     if (end > begin || begin != last_end) found(begin, end);

@@ -85,6 +85,10 @@ int32_t next_code_point(std::string_view text, size_t& offset) {
   const int32_t lead = byte(offset);
   const size_t length = utf8_length(static_cast<unsigned char>(lead));
   int32_t c = length == 1 ? lead : lead & (0x7F >> length);
+  if (length > text.size() - offset) {  // cut inside a character
+    offset = text.size();
+    return 0xFFFD;
+  }
   for (size_t i = 1; i < length; ++i) c = (c << 6) | (byte(offset + i) & 0x3F);
   offset += length;
   return c;

@@ -56,6 +56,7 @@ void run(const Options& o) {
   const io::SafetensorsFile file(o.ids);
   const at::Tensor ids = file.tensor("input_ids");
   MOEGRAFT_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, o.ids, ": input_ids must be int64 [B,S], got ", c10::toString(ids.scalar_type()), " ", ids.sizes().vec());
+  MOEGRAFT_CHECK(ids.numel() > 0, o.ids, ": input_ids is empty: ", ids.sizes().vec());
   at::NoGradGuard no_grad;
   model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
   if (m.is_graft()) batch.modality_T = modality_of_ids(m.vocabulary, batch.ids_T);

@@ -1,14 +1,32 @@
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <exception>
 #include <iostream>
+#include <new>
 #include <optional>
 
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
 #include "moegraft/base/wait_policy.h"
+#include "moegraft/io/mapped_files.h"
 #include "moegraft/kernels/cpu.h"
 #include "startup.h"
 
 namespace {
+
+// One line for whatever ends a command: LibTorch's errors carry their stack.
+std::string describe(const std::exception& e) {
+  if (dynamic_cast<const std::bad_alloc*>(&e)) return "out of memory: use fewer tokens per step, a lower precision, or a machine with more";
+  if (const auto* error = dynamic_cast<const c10::Error*>(&e)) {
+    const std::string text = error->what_without_backtrace();
+    const bool memory = text.find("alloc") != std::string::npos && text.find("memory") != std::string::npos;
+    return (memory ? "out of memory: " : "") + moegraft::shortened(text, 400);
+  }
+  return e.what();
+}
 
 // Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 stopped by a signal with everything saved (train).
 int run(int argc, char** argv) {
@@ -55,14 +73,29 @@ int run(int argc, char** argv) {
     log::error(e.what());
     return 2;
   } catch (const std::exception& e) {
-    log::error(e.what());
+    log::error(describe(e));
     return 1;
   }
+}
+
+// An exception in a thread that nobody waits for: one line as well.
+[[noreturn]] void end_by_exception() {
+  try {
+    if (const auto current = std::current_exception()) std::rethrow_exception(current);
+    moegraft::log::error("ended without an exception: this is a fault of the program");
+  } catch (const std::exception& e) {
+    moegraft::log::error(describe(e));
+  } catch (...) {
+    moegraft::log::error("ended by an unknown exception: this is a fault of the program");
+  }
+  std::_Exit(1);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::set_terminate(end_by_exception);
+  moegraft::io::name_file_on_bus_error();
   moegraft::tools::choose_policies(argv);
   moegraft::tools::keep_pages();
   return run(argc, argv);
