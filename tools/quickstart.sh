@@ -56,7 +56,7 @@ shard_text() {
 }
 train_base() { "$moegraft" train -c "$configs/base.yaml" --set "run.dir=$runs/base" --resume auto; }
 train_codec() {
-  "$moegraft" codec train -c "$configs/codec.yaml"
+  "$moegraft" codec train -c "$configs/codec.yaml" --overwrite
   "$moegraft" codec eval "$models/codec" --images "$data/emoji/heldout.jsonl" --sheet "$runs/codec.png" --json >"$runs/codec.json"
 }
 shard_images() {

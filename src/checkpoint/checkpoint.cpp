@@ -41,11 +41,15 @@ std::string find_damage(const fs::path& dir) {
 
 std::optional<fs::path> find_latest(const fs::path& root) {
   const auto dirs = list_checkpoints(root);
+  std::string newest;
   for (auto dir = dirs.rbegin(); dir != dirs.rend(); ++dir) {
     const auto damage = find_damage(*dir);
     if (damage.empty()) return *dir;
-    log::warning("the checkpoint ", dir->string(), " is damaged (", damage, "); trying the one before it");
+    if (newest.empty()) newest = damage;
+    log::warning("the checkpoint ", dir->string(), " is damaged (", damage, ")", dir + 1 == dirs.rend() ? "" : "; trying the one before it");
   }
+  MOEGRAFT_CHECK(dirs.empty(), "every checkpoint in ", root.string(), " is damaged (", dirs.back().filename().string(), ": ", newest,
+                 "): put one back from a copy, or move the folder away to start again from step 0");
   return {};
 }
 

@@ -42,6 +42,13 @@ void remove_checkpoint(const fs::path& dir) {
   fs::remove_all(hidden);
 }
 
+void set_aside(const fs::path& dir) {
+  fs::path aside = dir.parent_path() / ("damaged-" + dir.filename().string());
+  for (int64_t i = 2; fs::exists(aside); ++i) aside = dir.parent_path() / ("damaged-" + dir.filename().string() + "-" + std::to_string(i));
+  fs::rename(dir, aside);
+  log::warning("moved ", dir.string(), " aside, to ", aside.filename().string());
+}
+
 void move_into_place(const fs::path& fresh, const fs::path& target) {
   if (renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, target.c_str(), RENAME_NOREPLACE) == 0) return;
   if (errno == EEXIST && renameat2(AT_FDCWD, fresh.c_str(), AT_FDCWD, target.c_str(), RENAME_EXCHANGE) == 0) {

@@ -321,11 +321,11 @@ fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Par
 
 void CheckpointWriter::wait() { impl_->join(); }
 
-void CheckpointWriter::discard_after(int64_t step) {
+void CheckpointWriter::set_aside_after(int64_t step) {
   wait();
   if (!impl_->first()) return;
   for (const auto& dir : list_checkpoints(impl_->root))
-    if (*step_of(dir) > step) remove_checkpoint(dir);
+    if (*step_of(dir) > step) set_aside(dir);
   io::sync_directory(impl_->root);
 }
 

@@ -249,7 +249,7 @@ ImportReport import_gguf(const std::filesystem::path& path, const std::filesyste
   Json generation{{"bos_token_id", config["bos_token_id"]}, {"eos_token_id", config["eos_token_id"]}, {"pad_token_id", config["pad_token_id"]}};
   out.write_json("generation_config.json", generation);
   out.write_json("config.json", config);
-  out.commit();
+  out.publish();
   ImportReport report{a.gguf, config["model_type"], 0, s.E, tied};
   for (const auto& t : tensors) {
     int64_t elements = 1;

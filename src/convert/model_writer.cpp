@@ -1,7 +1,5 @@
 #include "model_writer.h"
 
-#include <unistd.h>
-
 #include <cstdio>
 
 #include "libtorch.h"
@@ -14,20 +12,9 @@ namespace moegraft::convert {
 
 namespace fs = std::filesystem;
 
-ModelDirectory::ModelDirectory(fs::path dir) : dir_(std::move(dir)) {
-  if (!dir_.has_filename()) dir_ = dir_.parent_path();  // "models/base/"
-  MOEGRAFT_CHECK_USAGE(!fs::exists(dir_) || (fs::is_directory(dir_) && fs::is_empty(dir_)), dir_.string(), " exists already: name another folder, or remove it first");
-  std::error_code error;
-  if (dir_.has_parent_path()) fs::create_directories(dir_.parent_path(), error);
-  std::string name = dir_.string() + ".partial-XXXXXX";
-  MOEGRAFT_CHECK(!error && ::mkdtemp(name.data()) != nullptr, "cannot make the folder ", name, ": ", error ? error.message() : std::strerror(errno));
-  partial_ = name;
-  fs::permissions(partial_, fs::perms::owner_all | fs::perms::group_read | fs::perms::group_exec | fs::perms::others_read | fs::perms::others_exec);
-}
-
-ModelDirectory::~ModelDirectory() {
-  std::error_code ignored;
-  if (!committed_) fs::remove_all(partial_, ignored);
+ModelDirectory::ModelDirectory(const fs::path& dir) : folder_(dir) {
+  const fs::path& target = folder_.target();
+  MOEGRAFT_CHECK_USAGE(!fs::exists(target) || (fs::is_directory(target) && fs::is_empty(target)), dir.string(), " exists already: name another folder, or remove it first");
 }
 
 void ModelDirectory::write_weights(const std::vector<ModelTensor>& tensors, const WriteOptions& options) {
@@ -55,23 +42,15 @@ void ModelDirectory::write_weights(const std::vector<ModelTensor>& tensors, cons
       map[tensors[i].name] = name;
       progress.update(int64_t(i) + 1);
     }
-    io::save_safetensors(partial_ / name, part, {{"format", "pt"}});
+    io::save_safetensors(path() / name, part, {{"format", "pt"}});
   }
   progress.finish();
-  if (ends.size() > 1) io::write_json(partial_ / "model.safetensors.index.json", {{"metadata", {{"total_size", total}, {"total_parameters", parameters}}}, {"weight_map", map}});
+  if (ends.size() > 1) io::write_json(path() / "model.safetensors.index.json", {{"metadata", {{"total_size", total}, {"total_parameters", parameters}}}, {"weight_map", map}});
 }
 
-void ModelDirectory::write_json(const std::string& name, const io::Json& j) { io::write_json(partial_ / name, j); }
+void ModelDirectory::write_json(const std::string& name, const io::Json& j) { io::write_json(path() / name, j); }
 
-void ModelDirectory::copy(const fs::path& file) { io::write_file_atomic(partial_ / file.filename(), io::read_file(file)); }
-
-void ModelDirectory::commit() {
-  std::error_code error;
-  fs::rename(partial_, dir_, error);  // replaces an empty folder
-  MOEGRAFT_CHECK(!error, "cannot rename ", partial_.string(), " to ", dir_.string(), ": ", error.message());
-  committed_ = true;
-  io::sync_directory(dir_.has_parent_path() ? dir_.parent_path() : fs::path("."));
-}
+void ModelDirectory::copy(const fs::path& file) { io::write_file_atomic(path() / file.filename(), io::read_file(file)); }
 
 const char* dtype_name(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : dtype == at::kHalf ? "float16" : "bfloat16"; }
 

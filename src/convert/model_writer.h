@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "moegraft/io/json.h"
+#include "moegraft/io/staged_folder.h"
 
 namespace moegraft::convert {
 
@@ -27,22 +28,18 @@ struct WriteOptions {
 
 class ModelDirectory {
  public:
-  // UsageError when `dir` exists and is not an empty folder. All is written beside it and appears under its name with commit().
-  explicit ModelDirectory(std::filesystem::path dir);
-  ~ModelDirectory();  // without commit(): removes what was written
-  ModelDirectory(const ModelDirectory&) = delete;
-  ModelDirectory& operator=(const ModelDirectory&) = delete;
+  // UsageError when `dir` exists and is not an empty folder. All is written beside it and appears under its name with publish().
+  explicit ModelDirectory(const std::filesystem::path& dir);
 
   // model.safetensors, or files and an index above max_shard_bytes. Tensors are made in the order given. UserError when one has another shape than it was said to have.
   void write_weights(const std::vector<ModelTensor>& tensors, const WriteOptions& options);
   void write_json(const std::string& name, const io::Json& j);
   void copy(const std::filesystem::path& file);
-  const std::filesystem::path& path() const { return partial_; }  // where it is until commit()
-  void commit();
+  const std::filesystem::path& path() const { return folder_.path(); }  // where it is until publish()
+  void publish() { folder_.publish(); }
 
  private:
-  std::filesystem::path dir_, partial_;
-  bool committed_ = false;
+  io::StagedFolder folder_;
 };
 
 const char* dtype_name(at::ScalarType dtype);  // as config.json spells it

@@ -218,7 +218,7 @@ UpcycleReport upcycle(const fs::path& dense, const fs::path& dir, const UpcycleO
   for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt"})
     if (fs::exists(dense / name)) out.copy(dense / name);
   out.write_json("config.json", target);
-  out.commit();
+  out.publish();
 
   UpcycleReport r{layout.dense, layout.model_type, cut.experts, cut.top_k, cut.width, 0, 0, cut.keeps};
   const auto elements = [](const std::vector<int64_t>& shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); };

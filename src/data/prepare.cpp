@@ -11,6 +11,7 @@
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
 #include "moegraft/codec/codec.h"
+#include "moegraft/data/fingerprints.h"
 #include "moegraft/data/manifest.h"
 #include "moegraft/data/shard.h"
 #include "moegraft/io/image.h"
@@ -134,14 +135,16 @@ ShardSummary prepare_shards(const ShardOptions& options) {
 
   Schema schema{{{"text", tokenizer->size(), 0}}};
   Codes codes;
+  std::map<std::string, std::string> made_with{{"fingerprint.tokenizer", tokenizer_fingerprint(*tokenizer)}};
   if (!files.empty()) {
     MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
     const auto codec = codec::load_codec(options.codec);
     schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
+    made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
     codes = encode_images(files, *codec, options.batch_size, summary);
   }
 
-  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens);
+  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);
   Encoder encoder(options, *tokenizer, codes, writer, summary);
   for (const auto& entry : entries) encoder.add(entry);
   for (const auto& path : options.texts) {
@@ -158,7 +161,7 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     }
     progress.finish();
   }
-  writer.finish();
+  writer.finish({{"counts.skipped_images", std::to_string(summary.skipped_images)}, {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
   summary.documents = writer.num_documents();
   summary.tokens = writer.num_tokens();
   return summary;

@@ -12,7 +12,7 @@ namespace moegraft::data {
 namespace {
 
 constexpr const char* kFormat = "moegraft.shard";
-constexpr const char* kVersion = "1";
+constexpr const char *kVersion = "1", *kPlace = "shard", *kCount = "shards", *kFingerprint = "fingerprint.";
 
 std::string metadata_value(const io::SafetensorsFile& file, const std::string& key) {
   const auto found = file.metadata().find(key);
@@ -20,14 +20,16 @@ std::string metadata_value(const io::SafetensorsFile& file, const std::string& k
   return found->second;
 }
 
-int64_t metadata_count(const io::SafetensorsFile& file, const std::string& key) {
+int64_t metadata_number(const io::SafetensorsFile& file, const std::string& key, int64_t least) {
   const std::string text = metadata_value(file, key);
   int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  MOEGRAFT_CHECK(error == std::errc() && end == text.data() + text.size() && value > 0 && value <= INT32_MAX, file.path().string(), ": metadata \"", key,
-                 "\" must be a positive integer, got \"", text, "\"");
+  MOEGRAFT_CHECK(error == std::errc() && end == text.data() + text.size() && value >= least && value <= INT32_MAX, file.path().string(), ": metadata \"", key,
+                 "\" must be ", least > 0 ? "a positive" : "an", " integer, got \"", text, "\"");
   return value;
 }
+
+int64_t metadata_count(const io::SafetensorsFile& file, const std::string& key) { return metadata_number(file, key, 1); }
 
 Schema read_schema(const io::SafetensorsFile& file) {
   const auto format = file.metadata().find("format");
@@ -58,6 +60,17 @@ at::Tensor checked_tensor(const io::SafetensorsFile& file, const std::string& na
   return tensor;
 }
 
+bool is_shard(const std::filesystem::path& path) {
+  if (path.extension() != ".safetensors") return false;
+  try {
+    const io::SafetensorsFile file(path);
+    const auto format = file.metadata().find("format");
+    return format != file.metadata().end() && format->second == kFormat;
+  } catch (const UserError&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
@@ -72,13 +85,18 @@ ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
     files.push_back(path);
   }
   for (const auto& file : files) open(file);
+  check_whole();
   MOEGRAFT_CHECK(num_documents_ > 0, "data source ", path.string(), " is empty: it has no document");
 }
 
 void ShardSet::open(const std::filesystem::path& path) {
   Shard shard{io::SafetensorsFile(path), {}, {}, {}, num_documents_, 0};
   const Schema schema = read_schema(shard.file);
-  if (shards_.empty()) schema_ = schema;
+  std::map<std::string, std::string> fingerprints;
+  for (const auto& [key, value] : shard.file.metadata())
+    if (key.starts_with(kFingerprint)) fingerprints[key.substr(std::string_view(kFingerprint).size())] = value;
+  if (shards_.empty()) schema_ = schema, fingerprints_ = fingerprints;
+  MOEGRAFT_CHECK(fingerprints == fingerprints_, path.string(), " was made with another tokenizer or codec than ", shards_.front().file.path().string(), " in the same folder");
   MOEGRAFT_CHECK(schema == schema_, path.string(), " has other modalities, vocabulary or codebook than ", shards_.front().file.path().string(), " in the same folder");
   shard.ids_T = checked_tensor(shard.file, "ids", at::kInt);
   shard.modality_T = checked_tensor(shard.file, "modality", at::kByte);
@@ -94,6 +112,22 @@ void ShardSet::open(const std::filesystem::path& path) {
   num_documents_ += n;
   num_tokens_ += T;
   shards_.push_back(std::move(shard));
+}
+
+// Sets that say how many files they have: a copy that was cut short, or files of two sets in one folder, do not pass for a whole one.
+void ShardSet::check_whole() const {
+  std::map<int64_t, int64_t> places;  // of numbered files: how often
+  int64_t expected = 0;
+  for (const auto& shard : shards_) {
+    const auto& metadata = shard.file.metadata();
+    if (!metadata.contains(kPlace)) continue;
+    ++places[metadata_number(shard.file, kPlace, 0)];
+    if (metadata.contains(kCount)) expected = std::max(expected, metadata_number(shard.file, kCount, 1));
+  }
+  if (places.empty() || !std::filesystem::is_directory(path_)) return;
+  const bool whole = expected > 0 && int64_t(places.size()) == expected && int64_t(shards_.size()) == expected && places.begin()->first == 0 && places.rbegin()->first == expected - 1;
+  MOEGRAFT_CHECK(whole, "data source ", path_.string(), " is incomplete: it holds ", shards_.size(), " file(s)",
+                 expected > 0 ? " of a set of " + std::to_string(expected) : ", and the last of its set is missing", "; copy or prepare it again");
 }
 
 const ShardSet::Shard& ShardSet::shard_of(int64_t& index) const {
@@ -148,18 +182,22 @@ void ShardSet::validate() const {
   for (int64_t i = 0; i < num_documents_; ++i) document(i);
 }
 
-ShardWriter::ShardWriter(std::filesystem::path folder, Schema schema, bool overwrite, int64_t max_tokens)
-    : folder_(std::move(folder)), schema_(std::move(schema)), max_tokens_(max_tokens) {
+ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite, int64_t max_tokens, std::map<std::string, std::string> metadata)
+    : folder_(folder), schema_(std::move(schema)), max_tokens_(max_tokens), metadata_(std::move(metadata)) {
   MOEGRAFT_INVARIANT(!schema_.modalities.empty() && schema_.modalities[0].name == "text", "a schema begins with text");
-  std::filesystem::create_directories(folder_);
-  std::vector<std::filesystem::path> old;
-  for (const auto& item : std::filesystem::directory_iterator(folder_))
-    if (item.path().extension() == ".safetensors") old.push_back(item.path());
-  MOEGRAFT_CHECK(old.empty() || overwrite, folder_.string(), " already holds ", old.size(), " shard(s); give --overwrite to replace them, or another folder");
-  for (const auto& path : old) std::filesystem::remove(path);
+  if (!std::filesystem::exists(folder)) return;
+  MOEGRAFT_CHECK(std::filesystem::is_directory(folder), folder.string(), " is a file; shards are written into a folder");
+  // The whole folder is exchanged at the end: nothing but shards may lie in it.
+  int64_t old = 0;
+  for (const auto& item : std::filesystem::directory_iterator(folder)) {
+    MOEGRAFT_CHECK(is_shard(item.path()), folder.string(), " holds ", item.path().filename().string(), ", which is no shard: name a folder of their own for shards");
+    ++old;
+  }
+  MOEGRAFT_CHECK(old == 0 || overwrite, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
 }
 
 void ShardWriter::add(const std::vector<Segment>& document) {
+  if (static_cast<int64_t>(ids_.size()) >= max_tokens_) flush();  // not sooner: the last file, which says how many there are, holds a document
   const size_t before = ids_.size();
   for (const auto& segment : document) {
     MOEGRAFT_INVARIANT(segment.modality >= 0 && segment.modality < static_cast<int64_t>(schema_.modalities.size()), "modality ", segment.modality);
@@ -176,11 +214,12 @@ void ShardWriter::add(const std::vector<Segment>& document) {
   offsets_.push_back(static_cast<int64_t>(ids_.size()));
   num_tokens_ += static_cast<int64_t>(ids_.size() - before);
   ++num_documents_;
-  if (static_cast<int64_t>(ids_.size()) >= max_tokens_) flush();
 }
 
-void ShardWriter::flush() {
-  std::map<std::string, std::string> metadata = {{"format", kFormat}, {"version", kVersion}, {"text_vocab", std::to_string(schema_.modalities[0].num_codes)}};
+void ShardWriter::flush(const std::map<std::string, std::string>& further) {
+  std::map<std::string, std::string> metadata = metadata_;
+  metadata.insert(further.begin(), further.end());
+  metadata["format"] = kFormat, metadata["version"] = kVersion, metadata["text_vocab"] = std::to_string(schema_.modalities[0].num_codes), metadata[kPlace] = std::to_string(num_files_);
   std::vector<std::string> names;
   for (const auto& modality : schema_.modalities) {
     names.push_back(modality.name);
@@ -192,15 +231,18 @@ void ShardWriter::flush() {
   char name[64];
   std::snprintf(name, sizeof name, "shard-%05lld.safetensors", static_cast<long long>(num_files_++));
   const auto view = [](auto& values, at::ScalarType dtype) { return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, dtype); };
-  io::save_safetensors(folder_ / name, {{"ids", view(ids_, at::kInt)}, {"modality", view(modality_, at::kByte)}, {"document_offsets", view(offsets_, at::kLong)}}, metadata);
+  io::save_safetensors(folder_.path() / name, {{"ids", view(ids_, at::kInt)}, {"modality", view(modality_, at::kByte)}, {"document_offsets", view(offsets_, at::kLong)}}, metadata);
   ids_.clear();
   modality_.clear();
   offsets_.assign(1, 0);
 }
 
-void ShardWriter::finish() {
-  MOEGRAFT_CHECK(num_documents_ > 0, "nothing to write to ", folder_.string(), ": the data set is empty");
-  if (!ids_.empty()) flush();
+void ShardWriter::finish(const std::map<std::string, std::string>& last_metadata) {
+  MOEGRAFT_CHECK(num_documents_ > 0, "nothing to write to ", folder_.target().string(), ": the data set is empty");
+  std::map<std::string, std::string> last = last_metadata;
+  last[kCount] = std::to_string(num_files_ + 1);
+  flush(last);
+  folder_.publish();
 }
 
 }  // namespace moegraft::data

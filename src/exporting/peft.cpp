@@ -1,7 +1,6 @@
 #include "moegraft/exporting/peft.h"
 
 #include "libtorch.h"
-#include <unistd.h>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -9,6 +8,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/io/staged_folder.h"
 #include "peft_config.h"
 #include "peft_layout.h"
 #include "peft_rows.h"
@@ -17,41 +17,6 @@ namespace moegraft::exporting {
 namespace {
 
 namespace fs = std::filesystem;
-
-// A folder under a temporary name beside its final one; removed unless published.
-class StagedFolder {
- public:
-  explicit StagedFolder(const fs::path& target) : target_(target), staged_(target.parent_path() / ("." + target.filename().string() + ".part-" + std::to_string(getpid()))) {
-    std::error_code error;
-    fs::remove_all(staged_, error);
-    fs::create_directory(staged_, error);
-    MOEGRAFT_CHECK(!error, "cannot make a folder in ", target.parent_path().string(), ": ", error.message());
-  }
-  ~StagedFolder() {
-    std::error_code ignored;
-    fs::remove_all(staged_, ignored);
-  }
-  StagedFolder(const StagedFolder&) = delete;
-  const fs::path& path() const { return staged_; }
-
-  void publish() {
-    std::error_code error;
-    const fs::path old = staged_.string() + ".old";
-    const bool replace = fs::exists(target_);
-    if (replace) fs::rename(target_, old, error);
-    if (!error) fs::rename(staged_, target_, error);
-    if (error && replace && fs::exists(old)) {
-      std::error_code ignored;
-      fs::rename(old, target_, ignored);
-    }
-    MOEGRAFT_CHECK(!error, "cannot put the export in place at ", target_.string(), ": ", error.message());
-    io::sync_directory(target_.parent_path());
-    fs::remove_all(old, error);
-  }
-
- private:
-  fs::path target_, staged_;
-};
 
 fs::path check_output(const PeftOptions& options) {
   MOEGRAFT_CHECK_USAGE(!options.output.empty(), "the export needs a folder to write: -o DIR");
@@ -100,7 +65,7 @@ PeftReport export_peft(const graft::GraftedModel& m, const PeftOptions& options)
   const std::vector<Target> targets = collect_targets(m.decoder->spec(), m.adapters->adapters());
   const double scale = common_scale(targets);
 
-  StagedFolder folder(output);
+  io::StagedFolder folder(output);
   {
     io::TensorMap tensors;
     for (const Target& t : targets) {

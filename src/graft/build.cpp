@@ -13,6 +13,7 @@
 #include "moegraft/graft/initialise_lora.h"
 #include "moegraft/graft/initialise_rows.h"
 #include "moegraft/io/json.h"
+#include "moegraft/run/run_dir.h"
 #include "moegraft/model/device.h"
 
 namespace moegraft::graft {
@@ -59,8 +60,14 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
 }
 
 // The factors of an earlier run's adapter at the same place: every tensor must be there with its shape.
-void initialise_from(adapters::ModalityLora& lora, size_t index, const std::string& path) {
+void initialise_from(adapters::ModalityLora& lora, size_t index, const std::string& path, const run::RunConfig& config) {
   fs::path dir = path;
+  const fs::path of_run = fs::is_directory(dir / "checkpoints") ? dir : fs::absolute(dir).lexically_normal().parent_path().parent_path();
+  if (run::is_run(of_run)) {  // factors mean something beside their own base only
+    run::Fingerprints was = run::recorded_fingerprints(of_run);
+    std::erase_if(was, [](const auto& entry) { return entry.first != "base"; });
+    run::check_fingerprints(was, run::take_fingerprints(config, run::Parts::model), config, detail::concat("adapters[", index, "].init_from: ", of_run.string(), " was trained on"));
+  }
   if (fs::is_directory(dir / "checkpoints")) {
     const auto latest = checkpoint::find_latest(dir / "checkpoints");
     MOEGRAFT_CHECK(latest.has_value(), "adapters[", index, "].init_from: ", path, " has no checkpoint");
@@ -89,7 +96,7 @@ GraftedModel build_model(const run::RunConfig& config) {
     const auto& a = config.adapters[i];
     auto& lora = *m.adapters->adapters()[i];
     if (!a.init_from.empty()) {
-      initialise_from(lora, i, a.init_from);
+      initialise_from(lora, i, a.init_from, config);
       report["adapters"].push_back({{"init_from", a.init_from}});
       continue;
     }

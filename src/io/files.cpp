@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <bit>
 #include <cerrno>
@@ -13,6 +12,7 @@
 
 #include "atomic_file.h"
 #include "moegraft/base/check.h"
+#include "xxh64.h"
 
 namespace moegraft::io {
 
@@ -36,7 +36,7 @@ struct Descriptor {
 std::string reason(int error) { return std::strerror(error); }
 
 int open_for_reading(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block for ever
   if (fd < 0) fail("cannot read ", path.string(), ": ", reason(errno));
   return fd;
 }
@@ -58,66 +58,6 @@ void fsync_path(const fs::path& path, int flags) {
   const Descriptor file(::open(path.c_str(), flags | O_CLOEXEC));
   if (file.fd < 0 || ::fsync(file.fd) != 0) fail("cannot flush ", path.string(), " to disk: ", reason(errno));
 }
-
-// XXH64 (Collet, "xxHash fast digest algorithm", seed 0): about memory speed, and stable across versions because it is a published format.
-class Xxh64 {
- public:
-  void update(const char* data, size_t bytes) {
-    total_ += bytes;
-    if (used_ > 0) {
-      const size_t take = std::min(bytes, kStripe - used_);
-      std::memcpy(buffer_.data() + used_, data, take);
-      used_ += take, data += take, bytes -= take;
-      if (used_ < kStripe) return;
-      stripe(buffer_.data());
-      used_ = 0;
-    }
-    for (; bytes >= kStripe; data += kStripe, bytes -= kStripe) stripe(data);
-    std::memcpy(buffer_.data(), data, bytes);
-    used_ = bytes;
-  }
-
-  uint64_t digest() const {
-    uint64_t h = kP5;
-    if (total_ >= kStripe) {
-      h = std::rotl(lane_[0], 1) + std::rotl(lane_[1], 7) + std::rotl(lane_[2], 12) + std::rotl(lane_[3], 18);
-      for (const uint64_t lane : lane_) h = (h ^ round(0, lane)) * kP1 + kP4;
-    }
-    h += total_;
-    const char* at = buffer_.data();
-    size_t left = used_;
-    for (; left >= 8; at += 8, left -= 8) h = std::rotl(h ^ round(0, load<uint64_t>(at)), 27) * kP1 + kP4;
-    if (left >= 4) {
-      h = std::rotl(h ^ (load<uint32_t>(at) * kP1), 23) * kP2 + kP3;
-      at += 4, left -= 4;
-    }
-    for (; left > 0; ++at, --left) h = std::rotl(h ^ (load<uint8_t>(at) * kP5), 11) * kP1;
-    h = (h ^ (h >> 33)) * kP2;
-    h = (h ^ (h >> 29)) * kP3;
-    return h ^ (h >> 32);
-  }
-
- private:
-  static constexpr uint64_t kP1 = 0x9E3779B185EBCA87ULL, kP2 = 0xC2B2AE3D27D4EB4FULL, kP3 = 0x165667B19E3779F9ULL, kP4 = 0x85EBCA77C2B2AE63ULL,
-                            kP5 = 0x27D4EB2F165667C5ULL;
-  static constexpr size_t kStripe = 32;
-
-  template <class T>
-  static uint64_t load(const char* at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-  }
-  static uint64_t round(uint64_t lane, uint64_t input) { return std::rotl(lane + input * kP2, 31) * kP1; }
-  void stripe(const char* at) {
-    for (size_t i = 0; i < 4; ++i) lane_[i] = round(lane_[i], load<uint64_t>(at + 8 * i));
-  }
-
-  std::array<uint64_t, 4> lane_{kP1 + kP2, kP2, 0, 0 - kP1};
-  std::array<char, kStripe> buffer_{};
-  size_t used_ = 0;
-  uint64_t total_ = 0;
-};
 
 }  // namespace
 
@@ -167,7 +107,8 @@ std::string read_file(const fs::path& path) {
   struct stat info {};
   if (::fstat(file.fd, &info) != 0) fail("cannot read ", path.string(), ": ", reason(errno));
   MOEGRAFT_CHECK(!S_ISDIR(info.st_mode), "cannot read ", path.string(), ": it is a directory, expected a file");
-  // Pipes and /proc files report size 0: read until the end, and one byte beyond the size to notice it.
+  MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(), ": it is a pipe or a device, expected a regular file");
+  // Files of /proc report size 0: read until the end, and one byte beyond the size to notice it.
   std::string bytes;
   size_t done = 0;
   for (size_t room = static_cast<size_t>(info.st_size) + 1;; room = std::max<size_t>(done, 1 << 16)) {
@@ -204,10 +145,7 @@ uint64_t checksum_file(const fs::path& path) {
 std::string checksum_hex(std::string_view bytes) {
   Xxh64 hash;
   hash.update(bytes.data(), bytes.size());
-  uint64_t value = hash.digest();
-  std::string hex(16, '0');
-  for (size_t i = 16; i-- > 0; value >>= 4) hex[i] = "0123456789abcdef"[value & 15];
-  return hex;
+  return hash.hex();
 }
 
 }  // namespace moegraft::io

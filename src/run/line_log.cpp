@@ -47,10 +47,9 @@ void LineLog::append(const std::string& line) {
   }
 }
 
-void LineLog::cut_back(int64_t step) {
-  if (!std::filesystem::exists(path_)) return;
-  close();
-  const std::string text = io::read_file(path_);
+namespace {
+
+std::string lines_up_to(const std::string& text, int64_t step) {
   std::string kept;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = text.find('\n', begin);
@@ -61,7 +60,22 @@ void LineLog::cut_back(int64_t step) {
     if (whole && !later) kept.append(text, begin, end + 1 - begin);
     begin = end + 1;
   }
+  return kept;
+}
+
+}  // namespace
+
+void LineLog::cut_back(int64_t step) {
+  if (!std::filesystem::exists(path_)) return;
+  close();
+  const std::string text = io::read_file(path_), kept = lines_up_to(text, step);
   if (kept != text) io::write_file_atomic(path_, kept);
+}
+
+void LineLog::copy_from(const std::filesystem::path& other, int64_t step) {
+  if (!std::filesystem::exists(other)) return;
+  close();
+  io::write_file_atomic(path_, lines_up_to(io::read_file(other), step));
 }
 
 void LineLog::sync() {

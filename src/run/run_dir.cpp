@@ -14,8 +14,10 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
+#include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "moegraft/io/staged_folder.h"
 
 #ifndef MOEGRAFT_VERSION
 #define MOEGRAFT_VERSION "unknown"
@@ -114,7 +116,8 @@ RunDir::RunDir(fs::path dir) : metrics(dir / "metrics.jsonl"), routing(dir / "ro
   fs::create_directories(dir_, error);
   MOEGRAFT_CHECK(!error, "cannot make the run directory ", dir_.string(), ": ", error.message());
   const auto path = dir_ / "lock";
-  lock_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  lock_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+  MOEGRAFT_CHECK(lock_ >= 0 || errno != ELOOP, path.string(), " is a symbolic link; remove it");
   MOEGRAFT_CHECK(lock_ >= 0, "cannot open ", path.string(), ": ", std::strerror(errno));
   if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
     const int reason = errno;
@@ -138,38 +141,90 @@ RunDir::~RunDir() {
 RunDir::RunDir(RunDir&& other) noexcept
     : metrics(std::move(other.metrics)), routing(std::move(other.routing)), dir_(std::move(other.dir_)), lock_(std::exchange(other.lock_, -1)) {}
 
-RunDir RunDir::create(const RunConfig& config, const std::string& device) {
+RunDir RunDir::open_new(const RunConfig& config) {
   const fs::path dir = config.run.dir;
   // Before the constructor makes anything, and again under the lock.
   const auto refuse = [&] {
-    MOEGRAFT_CHECK_USAGE(!is_run(dir), "the directory ", dir.string(), " already holds a run: continue it with --resume auto, or name another run.dir");
+    MOEGRAFT_CHECK_USAGE(!is_run(dir) || checkpoint::list_checkpoints(dir / "checkpoints").empty(), "the directory ", dir.string(),
+                         " already holds a run: continue it with --resume auto, or name another run.dir");
   };
   refuse();
   RunDir run(dir);
   refuse();
-  io::write_json(dir / kRun, {{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", MOEGRAFT_GIT_COMMIT}, {"seed", config.run.seed},
-                              {"sessions", io::Json::array({session(0, device, {})})}});
-  io::write_file_atomic(dir / kConfig, config::dump(config));  // last: it makes the directory a run
   return run;
 }
 
-RunDir RunDir::resume(const RunConfig& config, int64_t step, const std::string& device) {
-  const fs::path dir = config.run.dir;
-  MOEGRAFT_CHECK(is_run(dir), dir.string(), " holds no run to resume: it has no ", kConfig);
-  RunDir run(dir);
-  const auto changes = compare_configs(load_run_config(dir), config);
+void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, int64_t step, const std::string& branched_from) {
+  io::Json j{{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", MOEGRAFT_GIT_COMMIT}, {"seed", config.run.seed}, {"fingerprints", fingerprints},
+             {"sessions", io::Json::array({session(step, device, {})})}};
+  if (!branched_from.empty()) j["branched_from"] = branched_from;
+  io::write_json(dir_ / kRun, j);
+  io::write_file_atomic(dir_ / kConfig, config::dump(config));  // last: it makes the directory a run
+}
+
+RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device) {
+  RunDir run = open_new(config);
+  run.metrics.cut_back(-1), run.routing.cut_back(-1);  // of a start that saved nothing
+  run.begin(config, fingerprints, device, 0, {});
+  return run;
+}
+
+namespace {
+
+std::vector<ConfigChange> allowed_changes(const RunConfig& before, const RunConfig& after, const std::string& remedy) {
+  const auto changes = compare_configs(before, after);
   std::vector<std::string> refused;
   for (const auto& change : changes)
     if (!change.allowed) refused.push_back(change.key + " (was " + change.before + ", is " + change.after + ")");
-  MOEGRAFT_CHECK_USAGE(refused.empty(), "a resumed run must keep ", join(refused, ", "), "; only these keys may change: ", join(keys_free_on_resume(), ", "),
-                       ". Start a new run.dir instead (adapters[].init_from takes over what was learned)");
+  MOEGRAFT_CHECK_USAGE(refused.empty(), "a resumed run must keep ", join(refused, ", "), "; only these keys may change: ", join(keys_free_on_resume(), ", "), ". ", remedy);
+  return changes;
+}
+
+void check_identity(const fs::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data) {
+  const auto was = recorded_fingerprints(dir);
+  if (was.empty()) log::warning(dir.string(), " was made before fingerprints of base, codec, tokenizer and data were noted: whether they are the same is not checked");
+  check_fingerprints(was, now, config, "the run " + dir.string() + " was trained on", accept_data);
+}
+
+}  // namespace
+
+RunDir RunDir::resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step, const std::string& device, bool accept_data) {
+  const fs::path dir = config.run.dir;
+  MOEGRAFT_CHECK(is_run(dir), dir.string(), " holds no run to resume: it has no ", kConfig);
+  RunDir run(dir);
+  const auto changes = allowed_changes(load_run_config(dir), config, "Start a new run.dir instead (adapters[].init_from takes over what was learned)");
+  check_identity(dir, fingerprints, config, accept_data);
   auto j = io::read_json(dir / kRun);
   MOEGRAFT_CHECK(j.is_object() && j.contains("sessions") && j["sessions"].is_array(), (dir / kRun).string(), " has no list \"sessions\"");
   j["sessions"].push_back(session(step, device, changes));
+  for (const auto& [name, value] : recorded_fingerprints(dir))
+    if (const auto now = fingerprints.find(name); now != fingerprints.end() && now->second != value) j["sessions"].back()["accepted"].push_back(name + ": " + value + " -> " + now->second);
+  j["fingerprints"] = fingerprints;
   io::write_json(dir / kRun, j);
   if (!changes.empty()) io::write_file_atomic(dir / kConfig, config::dump(config));
-  run.metrics.cut_back(step);
-  run.routing.cut_back(step);
+  const int64_t keep = step > 0 ? step : -1;  // what was evaluated before the first step is evaluated again
+  run.metrics.cut_back(keep);
+  run.routing.cut_back(keep);
+  return run;
+}
+
+RunDir RunDir::branch(const RunConfig& config, const Fingerprints& fingerprints, const fs::path& checkpoint, int64_t step, const std::string& device, bool accept_data) {
+  const fs::path source = fs::absolute(checkpoint).lexically_normal().parent_path().parent_path();
+  MOEGRAFT_CHECK(is_run(source), checkpoint.string(), " is not in the checkpoints folder of a run");
+  allowed_changes(load_run_config(source), config, "A branch goes on from its checkpoint with the config of its run");
+  check_identity(source, fingerprints, config, accept_data);
+  RunDir run = open_new(config);
+  for (const char* name : {"vocabulary.json", "init.json"})
+    if (fs::exists(source / name)) io::write_file_atomic(run.dir_ / name, io::read_file(source / name));
+  run.metrics.cut_back(-1), run.routing.cut_back(-1);
+  run.metrics.copy_from(source / "metrics.jsonl", step), run.routing.copy_from(source / "routing.jsonl", step);
+  io::StagedFolder copy(run.checkpoints() / checkpoint::step_name(step));  // so that a kill before the next one loses nothing
+  for (const auto& file : fs::directory_iterator(checkpoint)) {
+    fs::copy_file(file.path(), copy.path() / file.path().filename());
+    io::sync_file(copy.path() / file.path().filename());
+  }
+  copy.publish();
+  run.begin(config, fingerprints, device, step, fs::absolute(checkpoint).lexically_normal().string());
   return run;
 }
 

@@ -4,12 +4,14 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace moegraft::tokenizer {
 
 std::string read_file(const std::filesystem::path& path);
-void write_file(const std::filesystem::path& path, std::string_view bytes);  // through a temporary name
+// (name, bytes) into `dir`: all under temporary names first, so that a full disk leaves what was there.
+void write_files(const std::filesystem::path& dir, const std::vector<std::pair<std::string, std::string>>& files);
 nlohmann::json read_json(const std::filesystem::path& path);
 
 // tokenizer_config.json beside a tokenizer; an empty object when there is none.

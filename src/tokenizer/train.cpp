@@ -169,9 +169,7 @@ void train_sentencepiece(const std::vector<fs::path>& text_files, const fs::path
   MOEGRAFT_CHECK(!error, dir.string(), ": cannot create the folder: ", error.message());
   const Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}, {"add_bos_token", true}, {"add_eos_token", false}, {"bos_token", "<s>"}, {"eos_token", "</s>"},
                        {"unk_token", "<unk>"}, {"clean_up_tokenization_spaces", false}, {"model_max_length", 1000000000}};
-  write_file(dir / "tokenizer.model", proto);
-  write_file(dir / "tokenizer.json", tokenizer_json(model, options).dump(1));
-  write_file(dir / "tokenizer_config.json", config.dump(2) + "\n");
+  write_files(dir, {{"tokenizer.model", proto}, {"tokenizer.json", tokenizer_json(model, options).dump(1)}, {"tokenizer_config.json", config.dump(2) + "\n"}});
 }
 
 }  // namespace moegraft::tokenizer

@@ -9,8 +9,10 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
+#include "moegraft/base/text.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/checkpoint/state.h"
+#include "moegraft/codec/codec.h"
 #include "moegraft/data/stream.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/io/files.h"
@@ -36,17 +38,48 @@ void write_beside(const fs::path& run, const graft::GraftedModel& model) {
   io::write_file_atomic(run / "init.json", model.init_report_json + "\n");
 }
 
-std::optional<fs::path> checkpoint_to_continue(const run::RunConfig& config, const std::string& resume) {
-  const bool exists = run::is_run(config.run.dir);
+// Where a session begins.
+struct Origin {
+  std::optional<fs::path> checkpoint;
+  bool branches = false;  // from another run's checkpoint
+};
+
+// Nothing that could be gone on from is removed: an older checkpoint of the run continues in a run of its own.
+Origin find_origin(const run::RunConfig& config, const std::string& resume) {
+  const fs::path dir = config.run.dir, own = dir / "checkpoints";
   if (resume == "none") return {};
-  if (resume == "auto") return exists ? checkpoint::find_latest(fs::path(config.run.dir) / "checkpoints") : std::nullopt;
-  MOEGRAFT_CHECK_USAGE(exists, "--resume ", resume, ": ", config.run.dir, " is no run yet");
-  return fs::path(resume);
+  if (resume == "auto" || resume == "latest") return {run::is_run(dir) ? checkpoint::find_latest(own) : std::nullopt};
+  fs::path asked = fs::absolute(resume).lexically_normal();
+  if (!asked.has_filename()) asked = asked.parent_path();
+  if (run::is_run(asked)) {  // a run stands for its newest checkpoint
+    const auto latest = checkpoint::find_latest(asked / "checkpoints");
+    MOEGRAFT_CHECK(latest.has_value(), "--resume ", resume, ": the run has saved no checkpoint yet");
+    asked = *latest;
+  }
+  MOEGRAFT_CHECK_USAGE(fs::is_directory(asked) && fs::exists(asked / "manifest.json"), "--resume ", resume, " is no checkpoint: expected none, auto, a run or one of its checkpoints/step-… folders");
+  std::error_code error;
+  if (!fs::equivalent(asked.parent_path(), own, error)) return {asked, true};
+  std::vector<std::string> newer;
+  for (const auto& other : checkpoint::list_checkpoints(own))
+    if (other.filename() > asked.filename() && checkpoint::find_damage(other).empty()) newer.push_back(other.filename().string());
+  MOEGRAFT_CHECK_USAGE(newer.empty(), "--resume ", resume, ": the run has newer checkpoints (", join(newer, ", "), "), which going on from here would overwrite: --resume auto goes on from the newest, "
+                       "or name a new run.dir, and the run branches there from this one");
+  return {asked};
 }
 
-run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, const std::optional<checkpoint::Checkpoint>& from, const std::string& device) {
-  const bool again = run::is_run(config.run.dir) && resume != "none";
-  return again ? run::RunDir::resume(config, from ? from->step : 0, device) : run::RunDir::create(config, device);
+run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, const Origin& origin, const std::optional<checkpoint::Checkpoint>& from, const run::Fingerprints& fingerprints,
+                     const std::string& device, bool accept_data) {
+  if (origin.branches) return run::RunDir::branch(config, fingerprints, *origin.checkpoint, from->step, device, accept_data);
+  // A run without a checkpoint has nothing to keep to: a corrected config may take it over.
+  if (resume != "none" && from) return run::RunDir::resume(config, fingerprints, from->step, device, accept_data);
+  return run::RunDir::create(config, fingerprints, device);
+}
+
+// What is wrong with paths and sizes shows before the run's directory is made.
+void check_inputs(const run::RunConfig& config) {
+  MOEGRAFT_CHECK_USAGE(!config.run.dir.empty(), "run.dir is required: the directory of the run");
+  if (!config.model.init) model::read_spec(config.model.path);
+  for (const auto& [name, modality] : config.modalities) codec::load_codec(modality.codec);
 }
 
 // Rank 0 by itself: builds a new run's model and saves it as step 0.
@@ -108,29 +141,30 @@ std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, con
   for (const char* name : {"binary", "libtorch"}) facts.push_back({name, environment.at(name)});
   facts.push_back({"--resume", resume});
   for (const auto& [key, value] : run::flat_config(config)) facts.push_back({key, value});
-  if (!config.model.path.empty())
-    for (const auto& entry : fs::directory_iterator(config.model.path)) {
-      const std::string name = entry.path().filename().string();
-      // Weights by their size: reading them all would take minutes.
-      if (name.ends_with(".safetensors")) facts.push_back({"size of " + entry.path().string(), std::to_string(entry.file_size())});
-      if (name == "config.json") facts.push_back({"checksum of " + entry.path().string(), std::to_string(io::checksum_file(entry.path()))});
-    }
+  // What each process reads, by content.
+  for (const auto& [name, fingerprint] : run::take_fingerprints(config, run::Parts::all)) facts.push_back({"the fingerprint of " + name, fingerprint});
   return facts;
 }
 
-Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh) {
+Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh, bool accept_data) {
   Start start;
   const bool first = mesh.world->rank() == 0;
+  const auto open = [&] {
+    check_inputs(config);
+    const Origin origin = find_origin(config, resume);
+    const run::Fingerprints fingerprints = run::take_fingerprints(config, run::Parts::all);
+    run::check_shards(config, fingerprints);
+    if (origin.checkpoint) start.from = checkpoint::load(*origin.checkpoint);
+    start.dir.emplace(open_dir(config, resume, origin, start.from, fingerprints, graft::parse_device(config.model.device).str(), accept_data));
+  };
   if (!mesh.distributed()) {
-    if (const auto path = checkpoint_to_continue(config, resume)) start.from = checkpoint::load(*path);
-    start.dir.emplace(open_dir(config, resume, start.from, graft::parse_device(config.model.device).str()));
+    open();
     start.model = start.from ? graft::assemble_model(config) : graft::build_model(config);
     if (!start.from) write_beside(start.dir->path(), start.model);
   } else {
     if (first) {
       try {
-        if (const auto path = checkpoint_to_continue(config, resume)) start.from = checkpoint::load(*path);
-        start.dir.emplace(open_dir(config, resume, start.from, graft::parse_device(config.model.device).str()));
+        open();
         if (!start.from) start.from = checkpoint::load(save_new_run(config, *start.dir));
         mesh.world->post(kStart, io::Json{{"checkpoint", start.from->dir.string()}}.dump());
       } catch (const std::exception& e) {

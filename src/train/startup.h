@@ -30,6 +30,6 @@ struct Start {
 };
 // config with absolute paths; resume: as in train(). With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it
 // as step 0; then all load that, as they load any other checkpoint: whatever the layout.
-Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh);
+Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh, bool accept_data = false);
 
 }  // namespace moegraft::train

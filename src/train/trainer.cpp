@@ -128,7 +128,7 @@ class Trainer {
         log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
     state_.environment = environment;
     stream_.restore(state_.data_cursor);
-    writer_.discard_after(from.step);
+    writer_.set_aside_after(from.step);
   }
 
   double seconds() const { return earlier_seconds_ + seconds_since(session_start_); }
@@ -380,21 +380,22 @@ void resolve_paths(run::RunConfig& config) {
     for (auto& source : *sources) absolute(source.path);
 }
 
-TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world) {
+TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world, bool accept_data) {
   run::RunConfig config = config_in;
   resolve_paths(config);
   if (!world) world = distributed::World::join({});
   check_layout(config, world->size());
   const distributed::Mesh mesh = distributed::make_mesh(world, config.parallel.expert);
   try {
-    return Trainer(config, start_run(config, resume, mesh), mesh).run();
+    return Trainer(config, start_run(config, resume, mesh, accept_data), mesh).run();
   } catch (const std::exception& e) {
     world->announce_failure(e.what());
     throw;
   }
 }
 
-TrainOutcome train_together(const distributed::LaunchEnvironment& environment, const std::function<run::RunConfig()>& read_config, const std::string& resume) {
+TrainOutcome train_together(const distributed::LaunchEnvironment& environment, const std::function<run::RunConfig()>& read_config, const std::string& resume,
+                            bool accept_data) {
   std::optional<run::RunConfig> config;
   std::vector<distributed::World::Fact> facts;
   std::optional<std::string> error;
@@ -418,7 +419,7 @@ TrainOutcome train_together(const distributed::LaunchEnvironment& environment, c
     if (failure) std::rethrow_exception(failure);
     throw;
   }
-  return train(*config, resume, world);
+  return train(*config, resume, world, accept_data);
 }
 
 }  // namespace moegraft::train

@@ -164,11 +164,19 @@ TEST_F(CheckpointTest, EveryKindOfDamageFallsBack) {
   }
 }
 
-TEST_F(CheckpointTest, AllDamagedMeansNone) {
+// Else a run would begin again at its first step, over what may still be saved by hand.
+TEST_F(CheckpointTest, AllDamagedIsAnError) {
+  EXPECT_EQ(find_latest(root_), std::nullopt);
   CheckpointWriter writer(root_, {});
   fs::remove(save(writer, 1) / "manifest.json");
+  fs::remove(save(writer, 2) / "state.json");
   testing::internal::CaptureStderr();
-  EXPECT_EQ(find_latest(root_), std::nullopt);
+  try {
+    find_latest(root_);
+    ADD_FAILURE();
+  } catch (const UserError& e) {
+    EXPECT_NE(std::string(e.what()).find("every checkpoint in " + root_.string() + " is damaged (step-00000002: state.json is missing)"), std::string::npos) << e.what();
+  }
   testing::internal::GetCapturedStderr();
 }
 
@@ -181,11 +189,13 @@ TEST_F(CheckpointTest, LeftOversAreRemovedAndForeignFilesStay) {
   EXPECT_TRUE(list_checkpoints(root_).empty());
 }
 
-TEST_F(CheckpointTest, DiscardAfter) {
-  CheckpointWriter writer(root_, {.every = 1, .keep = 5, .keep_best = false});
-  for (int64_t step = 1; step <= 4; ++step) save(writer, step);
-  writer.discard_after(2);
-  EXPECT_EQ(names(), (std::vector<std::string>{"step-00000001", "step-00000002"}));
+TEST_F(CheckpointTest, WhatIsSetAsideIsNeitherCountedNorRemoved) {
+  CheckpointWriter writer(root_, {.every = 1, .keep = 2, .keep_best = false});
+  for (int64_t step = 3; step <= 4; ++step) save(writer, step);
+  writer.set_aside_after(2);
+  for (int64_t step = 3; step <= 5; ++step) save(writer, step);
+  writer.set_aside_after(4);
+  EXPECT_EQ(names(), (std::vector<std::string>{"damaged-step-00000003", "damaged-step-00000004", "damaged-step-00000005", "step-00000004"}));
 }
 
 TEST_F(CheckpointTest, MappedTensorsOutliveTheirDirectory) {

@@ -34,7 +34,7 @@ at::Tensor experts(int64_t step) { return at::arange(64, at::kFloat).reshape({4,
 [[noreturn]] void keep_saving(const fs::path& root, const fs::path& board, int64_t rank, int64_t attempt, int64_t step, int report) {
   try {
     CheckpointWriter writer(root, {.every = 1, .keep = 2, .keep_best = true}, true, peers_on_disk(board, rank, attempt));
-    writer.discard_after(step);
+    writer.set_aside_after(step);
     for (int64_t s = step + 1;; ++s) {
       writer.save(s, {{"experts", experts(s).narrow(0, 2 * rank, 2), 2 * rank, 4}}, {{"moments." + std::to_string(rank), at::full({3}, double(s))}}, std::to_string(s),
                   double((s * 7919) % 101));

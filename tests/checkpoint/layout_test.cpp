@@ -363,7 +363,7 @@ TEST_F(LayoutTest, OnlyRankZeroRemoves) {
     CheckpointWriter writer(root_, {.every = 1, .keep = 2, .keep_best = true}, true, board.peers(rank, 2));
     const double measures[] = {5, 3, 4, 6, 7};
     for (int64_t step = 1; step <= 5; ++step) save(writer, layout, rank, step, measures[step - 1]);
-    writer.discard_after(4);
+    writer.set_aside_after(4);
   }));
   EXPECT_EQ(names(), (std::vector<std::string>{"step-00000002", "step-00000004"}));
   expect_contents(root_ / "step-00000002", 2);

@@ -46,7 +46,7 @@ data: { train: [ { path: d.safetensors } ] }
 
 TEST_F(RunDirTest, CreateWritesTheTruth) {
   EXPECT_FALSE(is_run(dir_));
-  const auto run = RunDir::create(config());
+  const auto run = RunDir::create(config(), {});
   EXPECT_TRUE(is_run(dir_));
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(config()));
   const auto j = io::read_json(dir_ / "run.json");
@@ -57,16 +57,60 @@ TEST_F(RunDirTest, CreateWritesTheTruth) {
 }
 
 TEST_F(RunDirTest, ASecondRunIsRefused) {
-  { const auto run = RunDir::create(config()); }
-  EXPECT_NE(message_of<UsageError>([&] { RunDir::create(config()); }).find("--resume auto"), std::string::npos);
+  { const auto run = RunDir::create(config(), {}); }
+  fs::create_directories(dir_ / "checkpoints/step-00000000");
+  EXPECT_NE(message_of<UsageError>([&] { RunDir::create(config(), {}); }).find("--resume auto"), std::string::npos);
+}
+
+TEST_F(RunDirTest, AStartThatSavedNothingIsTakenOver) {
+  {
+    auto run = RunDir::create(config(), {});
+    run.metrics.append(R"({"step":0,"eval":true})");
+  }
+  const auto corrected = config({"adapters[0].rank=8"});
+  { const auto run = RunDir::create(corrected, {}); }
+  EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(corrected));
+  EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"), "");
+}
+
+TEST_F(RunDirTest, ALockThatIsALinkIsRefused) {
+  fs::create_directories(dir_);
+  const fs::path target = dir_.string() + ".precious";
+  io::write_file_atomic(target, "precious");
+  fs::create_symlink(target, dir_ / "lock");
+  EXPECT_NE(message_of<UserError>([&] { RunDir::create(config(), {}); }).find("symbolic link"), std::string::npos);
+  EXPECT_EQ(io::read_file(target), "precious");
+  fs::remove(target);
+}
+
+TEST_F(RunDirTest, FingerprintsAreRecordedAndCompared) {
+  { const auto run = RunDir::create(config(), {{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "3"}}); }
+  struct Case {
+    Fingerprints now;
+    bool accept_data;
+    const char* message;  // empty: goes on
+  };
+  const Case cases[] = {
+      {{{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "3"}}, false, ""},
+      {{{"base", "9"}, {"codec.image", "2"}, {"data.train[0]", "3"}}, true, "base "},
+      {{{"base", "1"}, {"codec.image", "9"}, {"data.train[0]", "3"}}, true, "codec.image "},
+      {{{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "9"}}, false, "--accept-changed data"},
+      {{{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "9"}}, true, ""},
+      {{{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "9"}}, false, ""},  // noted by the one before
+  };
+  for (const auto& c : cases) {
+    if (*c.message) EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), c.now, 1, "cpu", c.accept_data); }).find(c.message), std::string::npos) << c.message;
+    else EXPECT_NO_THROW(RunDir::resume(config(), c.now, 1, "cpu", c.accept_data));
+  }
+  EXPECT_NE(io::read_file(dir_ / "run.json").find("data.train[0]: 3 -> 9"), std::string::npos);
 }
 
 TEST_F(RunDirTest, TwoProcessesCannotShareIt) {
-  const auto run = RunDir::create(config());
-  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), 0); }).find(std::to_string(getpid())), std::string::npos) << "same process";
+  const auto run = RunDir::create(config(), {});
+  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), {}, 0); }).find(std::to_string(getpid())), std::string::npos) << "same process";
   const pid_t child = fork();
   if (child == 0) {
-    const auto message = message_of<UserError>([&] { RunDir::resume(config(), 0); });
+    const auto message = message_of<UserError>([&] { RunDir::resume(config(), {}, 0); });
     _exit(message.find("process " + std::to_string(getppid())) != std::string::npos ? 0 : 1);
   }
   int status = 0;
@@ -79,23 +123,23 @@ TEST_F(RunDirTest, AKilledOwnerLeavesNoLock) {
   ASSERT_EQ(pipe(ready), 0);
   const pid_t child = fork();
   if (child == 0) {
-    const auto run = RunDir::create(config());
+    const auto run = RunDir::create(config(), {});
     char c = 1;
     if (write(ready[1], &c, 1) != 1) _exit(1);
     pause();
   }
   char c;
   ASSERT_EQ(read(ready[0], &c, 1), 1);
-  EXPECT_THROW(RunDir::resume(config(), 0), UserError);
+  EXPECT_THROW(RunDir::resume(config(), {}, 0), UserError);
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
-  EXPECT_NO_THROW(RunDir::resume(config(), 0));
+  EXPECT_NO_THROW(RunDir::resume(config(), {}, 0));
 }
 
 TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
-  { const auto run = RunDir::create(config()); }
+  { const auto run = RunDir::create(config(), {}); }
   const auto longer = config({"train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"});
-  { const auto run = RunDir::resume(longer, 10); }
+  { const auto run = RunDir::resume(longer, {}, 10); }
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer));
   const auto j = io::read_json(dir_ / "run.json");
   ASSERT_EQ(j.at("sessions").size(), 2u);
@@ -110,7 +154,7 @@ TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
     // modalities.sound needs its own token names to be valid at all.
     std::vector<std::string> overrides = {override, "train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"};
     if (override.starts_with("modalities")) overrides.insert(overrides.end(), {"modalities.sound.begin=<s>", "modalities.sound.end=</s>"});
-    const auto message = message_of<UsageError>([&] { RunDir::resume(config(overrides), 10); });
+    const auto message = message_of<UsageError>([&] { RunDir::resume(config(overrides), {}, 10); });
     EXPECT_NE(message.find(expected), std::string::npos) << message;
     EXPECT_EQ(message.find("train.steps (was"), std::string::npos) << message;
   }
@@ -119,20 +163,20 @@ TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
 }
 
 TEST_F(RunDirTest, ResumeWithoutARunSaysSo) {
-  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), 0); }).find("holds no run"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), {}, 0); }).find("holds no run"), std::string::npos);
   EXPECT_NE(message_of<UserError>([&] { load_run_config(dir_); }).find("not a run directory"), std::string::npos);
 }
 
 TEST_F(RunDirTest, MetricsAreCutBackToTheStep) {
   {
-    auto run = RunDir::create(config());
+    auto run = RunDir::create(config(), {});
     for (int step = 1; step <= 4; ++step) run.metrics.append(R"({"step":)" + std::to_string(step) + R"(,"loss":1.5})");
     run.metrics.append(R"({"note":"no step"})");
     run.routing.append(R"({"step":3})");
     EXPECT_THROW(run.metrics.append("a\nb"), InvariantError);
   }
   std::ofstream(dir_ / "metrics.jsonl", std::ios::app) << R"({"step":2,"lo)";  // killed in mid-line
-  auto run = RunDir::resume(config(), 2);
+  auto run = RunDir::resume(config(), {}, 2);
   EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"), "{\"step\":1,\"loss\":1.5}\n{\"step\":2,\"loss\":1.5}\n{\"note\":\"no step\"}\n");
   EXPECT_EQ(io::read_file(dir_ / "routing.jsonl"), "");
   run.metrics.append(R"({"step":3})");
@@ -140,7 +184,7 @@ TEST_F(RunDirTest, MetricsAreCutBackToTheStep) {
 }
 
 TEST_F(RunDirTest, AFullDiskLeavesNoHalfLine) {
-  auto run = RunDir::create(config());
+  auto run = RunDir::create(config(), {});
   run.metrics.append(R"({"step":1})");
   const auto before = io::read_file(dir_ / "metrics.jsonl");
   const auto previous = signal(SIGXFSZ, SIG_IGN);

@@ -166,7 +166,7 @@ TinyWorld make_tiny_world(const fs::path& dir, const TinyOptions& options) {
 
 fs::path write_run(const TinyWorld& world, double large, uint64_t seed) {
   const graft::GraftedModel model = graft::build_model(world.config);
-  const run::RunDir dir = run::RunDir::create(world.config);
+  const run::RunDir dir = run::RunDir::create(world.config, run::take_fingerprints(world.config, run::Parts::model_and_codecs));
   graft::write_vocabulary(dir.path(), model.vocabulary);
   io::TensorMap parameters = checkpoint::parameter_tensors(*model.registry);
   if (large > 0) randomise(parameters, large, seed);

@@ -16,6 +16,7 @@
 #include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/io/staged_folder.h"
 
 namespace moegraft::tools {
 namespace {
@@ -48,12 +49,21 @@ struct Options {
   std::string config, codec_dir, output, ids, images, sheet;
   std::vector<std::string> overrides, pictures;
   int64_t columns = 0, threads = 0;
-  bool json = false;
+  bool json = false, overwrite = false;
 };
+
+// Before an hour's training: what may be replaced at its end.
+void check_target(const std::filesystem::path& dir, bool overwrite) {
+  MOEGRAFT_CHECK_USAGE(!dir.empty(), "dir is required: the folder that the codec is written to");
+  if (!std::filesystem::exists(dir) || (std::filesystem::is_directory(dir) && std::filesystem::is_empty(dir))) return;
+  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(dir / "config.json") && std::filesystem::exists(dir / "codec.yaml"), dir.string(), " exists and is no codec trained here; name another dir");
+  MOEGRAFT_CHECK_USAGE(overwrite, dir.string(), " holds a codec, and runs and shards made with it need it as it is: name another dir, or replace it with --overwrite");
+}
 
 void train(const Options& o) {
   if (o.threads > 0) at::set_num_threads(int(o.threads));
   auto config = config::parse<codec::CodecRunConfig>(config::Document::from_file(o.config, o.overrides));
+  check_target(config.dir, o.overwrite);
   std::vector<at::Tensor> epoch, sources;
   int64_t skipped = 0;
   for (const auto& source : config.data.train) {
@@ -70,8 +80,9 @@ void train(const Options& o) {
   const auto start = std::chrono::steady_clock::now();
   const auto model = codec::train_vq(config.codec, config.train, uint64_t(config.seed), pixels);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  model->save(config.dir);
-  const std::filesystem::path dir = config.dir;
+  io::StagedFolder folder(config.dir);
+  const std::filesystem::path& dir = folder.path();
+  model->save(dir);
   io::write_file_atomic(dir / "codec.yaml", config::dump(config));
   io::Json report = {{"codec", config.dir}, {"seconds", seconds}, {"steps", config.train.steps}, {"skipped", skipped + held_out.skipped}, {"train", io::Json::array()}};
   log::info("codec: trained in ", format_seconds(seconds));
@@ -88,6 +99,7 @@ void train(const Options& o) {
   }
   write_sheet(*model, sources.back(), (dir / "sheet.png").string());
   io::write_json(dir / "report.json", report);
+  folder.publish();
   if (o.json) std::cout << report.dump() << "\n";
 }
 
@@ -140,6 +152,7 @@ void add_codec_command(CLI::App& app) {
   t->add_option("-c,--config", o->config, "YAML file")->required();
   t->add_option("--set", o->overrides, "Override a key: --set train.steps=200")->allow_extra_args(false);
   t->add_option("--threads", o->threads, "CPU threads")->check(CLI::Range(1, 4096));
+  t->add_flag("--overwrite", o->overwrite, "Replace the codec in dir, when the new one is whole");
   t->add_flag("--json", o->json, "Print the report as JSON");
   t->footer("Example: moegraft codec train -c configs/quickstart/codec.yaml --set train.steps=500\n"
             "Writes config.json, model.safetensors, codec.yaml, report.json and sheet.png (original | reconstruction pairs) when it is done; an interrupted training starts anew.");

@@ -13,7 +13,7 @@ namespace {
 
 struct Options {
   std::string config, resume = "none";
-  std::vector<std::string> set;
+  std::vector<std::string> set, accept_changed;
 };
 
 }  // namespace
@@ -23,14 +23,16 @@ void add_train_command(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("train", "Train: a base from scratch, or a new modality grafted onto a base");
   cmd->add_option("-c,--config", o->config, "YAML file of the run")->required();
   cmd->add_option("--set", o->set, "Override a key: train.steps=200 (repeatable)")->take_all()->allow_extra_args(false);
-  cmd->add_option("--resume", o->resume, "none: a new run; auto: continue when there is one; or a checkpoint directory")->capture_default_str();
+  cmd->add_option("--resume", o->resume, "none: a new run; auto: continue when there is one; or a checkpoint directory: of another run, a new run.dir branches from it")->capture_default_str();
+  cmd->add_option("--accept-changed", o->accept_changed, "data: go on although a data set is not the one that the run was trained on")->check(CLI::IsMember({"data"}));
   cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   cmd->callback([o] {
     const auto read = [&] { return config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set)); };
+    const bool accept_data = !o->accept_changed.empty();
     const auto environment = distributed::read_launch_environment();
     if (environment.distributed()) log::set_rank(environment.rank);
-    const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume) : train::train(read(), o->resume);
+    const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume, accept_data) : train::train(read(), o->resume, nullptr, accept_data);
     if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
     log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
   });

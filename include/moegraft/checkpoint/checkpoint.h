@@ -42,14 +42,14 @@ class CheckpointWriter {
 
   // Saves this rank's parts (of each tensor every row by exactly one rank: parts_to_write) and returns the new directory. With config.async it copies the
   // tensors to host memory (on CUDA: queues the copies on the current stream and waits for nothing), returns, and the directory appears when it is whole;
-  // at most one save is under way: the next one, wait() or discard_after() first ends it and throws its error. Without, all is done on return.
+  // at most one save is under way: the next one, wait() or set_aside_after() first ends it and throws its error. Without, all is done on return.
   // A checkpoint of the same step is replaced. Afterwards only the newest `keep` stay, and the best measured one with keep_best. UserError on every rank
   // when it cannot be written (a full disk, a rank that died): the earlier ones are untouched and nothing half-written stays.
   std::filesystem::path save(int64_t step, const Parts& parameters, const Parts& optimizer, const std::string& state, std::optional<double> measure = {});
   void wait();  // ends the save under way and throws its error
 
-  // Removes checkpoints newer than `step`: what an abandoned or damaged continuation left.
-  void discard_after(int64_t step);
+  // Renames checkpoints newer than `step` to damaged-step-…: they are no longer listed, counted or removed.
+  void set_aside_after(int64_t step);
 
   double last_stall_seconds() const;  // how long the last save() kept its caller
   double last_write_seconds() const;  // of the last finished save, from its start to the published directory
@@ -69,7 +69,7 @@ std::vector<std::filesystem::path> list_checkpoints(const std::filesystem::path&
 // Why the directory is not a whole checkpoint ("adapter.safetensors: checksum differs"), or empty when it is.
 std::string find_damage(const std::filesystem::path& dir);
 
-// The newest undamaged checkpoint; damaged ones are named in a warning and passed over.
+// The newest undamaged checkpoint; damaged ones are named in a warning and passed over. None when there is no checkpoint. UserError when all are damaged.
 std::optional<std::filesystem::path> find_latest(const std::filesystem::path& root);
 
 // The undamaged checkpoint with the best measure (the earliest of equals); none when nothing was measured.

@@ -8,6 +8,8 @@
 //
 //   metadata (all strings): format = "moegraft.shard", version = "1", modalities = "text,image", text_vocab = "2048",
 //   and for each other modality codes_<name> = "512" (codebook size) and item_length_<name> = "36" (codes of one item).
+//   Optional: fingerprint.tokenizer, fingerprint.codec.<name> (data/fingerprints.h: what made it), shard = "0" (its place in its set, counted from 0) and, in the
+//   last file of a set, shards = "1": a set that says so is read whole or not at all. counts.<what> = "3": documents or images that were skipped.
 //
 // Neither BOS, EOS nor the begin and end tokens of a span are stored: the stream adds them. A run of codes holds a whole number of items.
 // A data set is one such file or a folder of them, read in the order of their names.
@@ -23,6 +25,7 @@
 #include <vector>
 
 #include "moegraft/io/safetensors.h"
+#include "moegraft/io/staged_folder.h"
 
 namespace moegraft::data {
 
@@ -59,6 +62,9 @@ class ShardSet {
   // The same segments with their ids unread: reads the modalities alone. UserError: a modality out of range, a broken item.
   std::vector<Segment> runs(int64_t index) const;
   void validate() const;  // reads every document
+  // What made the shards, by name ("tokenizer", "codec.image"), where they say so.
+  const std::map<std::string, std::string>& fingerprints() const { return fingerprints_; }
+  const std::filesystem::path& path() const { return path_; }
 
  private:
   struct Shard {
@@ -70,26 +76,31 @@ class ShardSet {
   void open(const std::filesystem::path& file);
   std::filesystem::path path_;
   Schema schema_;
+  void check_whole() const;
   std::vector<Shard> shards_;
+  std::map<std::string, std::string> fingerprints_;
   int64_t num_documents_ = 0, num_tokens_ = 0;
 };
 
-// Writes shard-00000.safetensors, shard-00001.safetensors, … into a folder.
+// Writes shard-00000.safetensors, shard-00001.safetensors, … into a folder, which appears whole when it is finished.
 class ShardWriter {
  public:
-  // UserError when the folder already holds shards and overwrite is false. max_tokens: a file is closed once it holds so many.
-  ShardWriter(std::filesystem::path folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26);
+  // UserError when the folder already holds shards and overwrite is false, or holds anything else. max_tokens: a file is closed once it holds so many.
+  // metadata: further entries for every file.
+  ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26, std::map<std::string, std::string> metadata = {});
   // UserError on an id out of range; empty documents are refused.
   void add(const std::vector<Segment>& document);
-  void finish();  // writes the last file; UserError when no document was added
+  // Writes the last file, and puts the folder in the place of what was there. last_metadata: further entries for it. UserError when no document was added.
+  void finish(const std::map<std::string, std::string>& last_metadata = {});
   int64_t num_documents() const { return num_documents_; }
   int64_t num_tokens() const { return num_tokens_; }
 
  private:
-  void flush();
-  std::filesystem::path folder_;
+  void flush(const std::map<std::string, std::string>& further = {});
+  io::StagedFolder folder_;
   Schema schema_;
   int64_t max_tokens_, num_files_ = 0, num_documents_ = 0, num_tokens_ = 0;
+  std::map<std::string, std::string> metadata_;
   std::vector<int32_t> ids_;
   std::vector<uint8_t> modality_;
   std::vector<int64_t> offsets_{0};

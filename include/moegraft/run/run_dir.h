@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/run/identity.h"
 #include "moegraft/run/run_config.h"
 
 namespace moegraft::run {
@@ -47,6 +48,8 @@ class LineLog {
   void append(const std::string& line);
   // Drops lines with a step beyond `step`, and a last line cut short by a kill.
   void cut_back(int64_t step);
+  // Copies the lines up to `step` of another log, where it exists.
+  void copy_from(const std::filesystem::path& other, int64_t step);
   void sync();
 
  private:
@@ -58,12 +61,16 @@ class LineLog {
 // Owns the directory until destroyed: one process at a time, held by a file lock that the system releases when the process ends.
 class RunDir {
  public:
-  // A new run in config.run.dir. UsageError when a run is there already (the remedy, --resume auto, is named); UserError when another process has it.
-  static RunDir create(const RunConfig& config, const std::string& device = "cpu");
+  // A new run in config.run.dir. What an earlier start left there without a checkpoint is taken over. UsageError when a run is there already (the remedy,
+  // --resume auto, is named); UserError when another process has it.
+  static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu");
 
   // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the others), stores the new config,
-  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back.
-  static RunDir resume(const RunConfig& config, int64_t step, const std::string& device = "cpu");
+  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back. Fingerprints that changed are refused (identity.h), data's unless accept_data.
+  static RunDir resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step, const std::string& device = "cpu", bool accept_data = false);
+
+  // A new run in config.run.dir that goes on from another run's checkpoint: as resume() of that run, with its records up to `step` copied, and the checkpoint.
+  static RunDir branch(const RunConfig& config, const Fingerprints& fingerprints, const std::filesystem::path& checkpoint, int64_t step, const std::string& device = "cpu", bool accept_data = false);
 
   ~RunDir();
   RunDir(RunDir&& other) noexcept;
@@ -79,6 +86,8 @@ class RunDir {
 
  private:
   explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
+  static RunDir open_new(const RunConfig& config);
+  void begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, int64_t step, const std::string& branched_from);
   std::filesystem::path dir_;
   int lock_ = -1;
 };
