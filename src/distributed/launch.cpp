@@ -67,6 +67,13 @@ void read_master(const Variables& get, const char* launcher, bool required, Laun
   e.master_port = get.number("MASTER_PORT", 1, kMaxPort, e.master_port, launcher);
 }
 
+// A token of its own where one was given; a job's id at least keeps the jobs of one machine apart.
+std::string read_token(const Variables& get) {
+  for (const char* name : {"MOEGRAFT_TOKEN", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "OMPI_MCA_ess_base_jobid"})
+    if (const auto value = get.find(name)) return *value;
+  return {};
+}
+
 LaunchEnvironment from_torchrun(const Variables& get) {
   const char* launcher = "torchrun";
   LaunchEnvironment e;
@@ -130,8 +137,9 @@ LaunchEnvironment from_slurm(const Variables& get) {
 
 }  // namespace
 
-LaunchEnvironment read_launch_environment(const Getenv& getter) {
-  const Variables get(getter);
+namespace {
+
+LaunchEnvironment find_launcher(const Variables& get) {
   // torchrun's variables first: it may itself have been started by srun or mpirun.
   if (get.find("RANK") || get.find("WORLD_SIZE")) return from_torchrun(get);
   if (get.find("OMPI_COMM_WORLD_SIZE") || get.find("OMPI_COMM_WORLD_RANK")) return from_openmpi(get);
@@ -141,6 +149,15 @@ LaunchEnvironment read_launch_environment(const Getenv& getter) {
     if (tasks && *tasks != "1") return from_slurm(get);
   }
   return {};
+}
+
+}  // namespace
+
+LaunchEnvironment read_launch_environment(const Getenv& getter) {
+  const Variables get(getter);
+  LaunchEnvironment e = find_launcher(get);
+  if (e.distributed()) e.token = read_token(get);
+  return e;
 }
 
 int free_port() {

@@ -1,10 +1,13 @@
 #include "rendezvous.h"
 
+#include <arpa/inet.h>
 #include <netdb.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <random>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
@@ -13,6 +16,8 @@
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
+#include "store_guard.h"
 
 namespace moegraft::distributed {
 namespace {
@@ -51,6 +56,26 @@ bool accepts(const std::string& host, int64_t port) {
   return open;
 }
 
+bool is_loopback(const std::string& host) { return host.starts_with("127.") || host == "::1" || host == "localhost"; }
+
+// A socket that listens on the loopback device alone; -1: let the store listen as it likes.
+int loopback_socket(int64_t port) {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  const int on = 1;
+  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  if (bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 && listen(fd, SOMAXCONN) == 0) return fd;
+  const int reason = errno;
+  close(fd);
+  fail<UserError>("rank 0: cannot listen at 127.0.0.1:", port, " (", std::strerror(reason), "): set another MASTER_PORT");
+}
+
+constexpr auto kSayEvery = 10s;  // who is waited for
+
 c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::chrono::milliseconds timeout, Clock::time_point deadline) {
   const std::string place = detail::concat(e.master_address, ':', e.master_port);
   c10d::TCPStoreOptions options;
@@ -58,6 +83,8 @@ c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::c
   options.isServer = e.rank == 0 && !e.agent_store;
   options.waitWorkers = false;
   options.timeout = timeout;
+  // Where nobody else has to reach it, nobody else can.
+  if (options.isServer && e.local_world_size == e.world_size && is_loopback(e.master_address)) options.masterListenFd = loopback_socket(e.master_port);
   // The store's own client would log a stack for every failed attempt.
   for (auto pause = 10ms; !options.isServer && !accepts(e.master_address, e.master_port); pause = std::min(pause * 2, 500ms)) {
     MOEGRAFT_CHECK(Clock::now() < deadline, "rank ", e.rank, ": nobody answers at ", place, " after ", seconds(timeout), " s: ",
@@ -65,7 +92,7 @@ c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::c
     std::this_thread::sleep_for(pause);
   }
   try {
-    return c10::make_intrusive<c10d::TCPStore>(e.master_address, options);
+    return c10::make_intrusive<c10d::TCPStore>(options.masterListenFd ? "127.0.0.1" : e.master_address, options);
   } catch (const std::exception& error) {
     const std::string what = error.what();
     if (options.isServer) fail<UserError>("rank 0: cannot serve the store at ", place, " (", what.substr(0, what.find('\n')), "): set another MASTER_PORT");
@@ -103,6 +130,8 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
     std::vector<std::string> greeted(static_cast<size_t>(size));
     std::vector<bool> ready(static_cast<size_t>(size));
     int64_t count = 1;
+    const auto begin = Clock::now();
+    auto say_at = begin + kSayEvery;
     const bool all = poll_until(deadline, [&] {
       for (int64_t r = 1; r < size; ++r) {
         const auto i = static_cast<size_t>(r);
@@ -114,6 +143,13 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
           greeted[i] = *hello;
         }
         if (store.check({session + "/ready/" + id})) ready[i] = true, ++count;
+      }
+      if (count < size && Clock::now() > say_at) {
+        std::vector<int64_t> missing;
+        for (int64_t r = 1; r < size; ++r)
+          if (!ready[static_cast<size_t>(r)]) missing.push_back(r);
+        log::info("waiting for ", name_ranks(missing), " of ", size, ", ", std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin).count(), " s of ", seconds(shared.timeout));
+        say_at = Clock::now() + kSayEvery;
       }
       return count == size;
     });
@@ -148,7 +184,11 @@ void meet(Shared& shared) {
     return;
   }
   const auto deadline = Clock::now() + shared.timeout;
-  const auto server = connect_store(shared.environment, shared.timeout, deadline);
+  std::optional<StoreGuard::Call> call;
+  if (shared.guard) call.emplace(*shared.guard, shared.timeout + shared.patience());
+  auto server = connect_store(shared.environment, shared.timeout, deadline);
+  // Without the token nobody finds the keys of this run: see docs/cluster.md for what that does and does not protect.
+  if (!shared.environment.token.empty()) server = c10::make_intrusive<c10d::PrefixStore>(shared.environment.token, server);
   std::string session;
   try {
     session = agree_on_session(shared, *server, deadline);

@@ -1,9 +1,11 @@
 #include "shared.h"
 
+#include <algorithm>
 #include <sstream>
 #include <thread>
 
 #include "moegraft/base/check.h"
+#include "store_guard.h"
 #include "watch.h"
 
 namespace moegraft::distributed {
@@ -29,7 +31,19 @@ std::string last_seen(const Shared& shared, int64_t rank) {
 Shared::Shared() = default;
 Shared::~Shared() = default;
 
+// A server may be busy for seconds; longer than the timeout of collectives nobody waits.
+std::chrono::milliseconds Shared::patience() const { return std::clamp(timeout, std::chrono::milliseconds(2'000), std::chrono::milliseconds(120'000)); }
+
+namespace {
+
+std::unique_ptr<StoreGuard::Call> guarded(const Shared& shared) {
+  return shared.guard ? std::make_unique<StoreGuard::Call>(*shared.guard, shared.patience()) : nullptr;
+}
+
+}  // namespace
+
 void Shared::post(const std::string& key, const std::string& value) const {
+  const auto call = guarded(*this);
   try {
     store->set(key, value);
   } catch (const c10::Error&) {
@@ -38,6 +52,7 @@ void Shared::post(const std::string& key, const std::string& value) const {
 }
 
 std::optional<std::string> Shared::look(const std::string& key) const {
+  const auto call = guarded(*this);
   try {
     if (!store->check({key})) return {};  // get() alone would wait for the key, and hold every other thread's request
     return store->get_to_str(key);
@@ -47,6 +62,7 @@ std::optional<std::string> Shared::look(const std::string& key) const {
 }
 
 bool Shared::trouble() const noexcept {
+  const auto call = guarded(*this);
   try {
     return environment.distributed() && store->check({"trouble"});
   } catch (const std::exception&) {

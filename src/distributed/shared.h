@@ -15,6 +15,7 @@ namespace moegraft::distributed {
 
 using Clock = std::chrono::steady_clock;
 
+class StoreGuard;
 class Watch;
 
 struct Shared {
@@ -24,6 +25,8 @@ struct Shared {
   c10::intrusive_ptr<c10d::Store> store;          // short round trips only
   c10::intrusive_ptr<c10d::Store> backend_store;  // a connection of its own: backends wait on it for minutes
   std::unique_ptr<Watch> watch;                   // where the device is a GPU
+  std::unique_ptr<StoreGuard> guard;              // null: alone
+  std::chrono::milliseconds patience() const;     // with a round trip to the store
 
   Shared();
   ~Shared();

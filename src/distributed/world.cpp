@@ -11,6 +11,7 @@
 #include "nccl.h"
 #include "rendezvous.h"
 #include "shared.h"
+#include "store_guard.h"
 #include "watch.h"
 
 namespace moegraft::distributed {
@@ -30,8 +31,11 @@ struct World::Impl {
     const auto& e = shared->environment;
     if (ranks.size() > 1 || backend_for_one) {
       const auto size = static_cast<int>(ranks.size());
-      const auto store = [&](const char* kind) { return c10::make_intrusive<c10d::PrefixStore>(prefix + '/' + kind, shared->backend_store); };
+      const auto store = [&](const char* kind) { return c10::make_intrusive<c10d::PrefixStore>(prefix + '/' + kind, stop_at_trouble(shared->backend_store, [s = shared.get()] { return s->trouble(); })); };
       const auto begin = Clock::now();
+      // Backends wait in the store for the others' addresses.
+      std::optional<StoreGuard::Call> call;
+      if (shared->guard) call.emplace(*shared->guard, shared->timeout + shared->patience());
       try {
         group->gloo = make_gloo(store("gloo"), static_cast<int>(rank), size, shared->timeout, {e.master_address, e.master_port, e.local_world_size == e.world_size});
         if (shared->device.is_cuda()) group->nccl = make_nccl(store("nccl"), static_cast<int>(rank), size, shared->timeout, name, shared->device);
@@ -75,6 +79,7 @@ World::~World() {
     impl_->leave();
   } catch (const std::exception&) {  // the store went first
   }
+  impl_->shared->guard.reset();
   impl_->shared->watch.reset();  // here, so that its own thread is never the one that ends it
 }
 
@@ -87,6 +92,9 @@ std::shared_ptr<World> World::join(const LaunchEnvironment& environment, const W
   impl->shared->device = options.device;
   impl->shared->timeout = options.timeout;
   impl->backend_for_one = options.backend_for_one;
+  if (environment.distributed())
+    impl->shared->guard = std::make_unique<StoreGuard>(detail::concat("rank ", environment.rank, ": ", environment.agent_store ? "the launcher's agent" : "rank 0", " (its store at ", environment.master_address,
+                                                                      ':', environment.master_port, ")"));
   meet(*impl->shared);
   if (options.device.is_cuda()) impl->shared->watch = std::make_unique<Watch>(options.timeout, [shared = impl->shared.get()] { return shared->trouble(); });
   auto world = std::shared_ptr<World>(new World(std::move(impl)));

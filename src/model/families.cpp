@@ -17,17 +17,25 @@ const std::vector<const Family*>& families() {
 // A value in an error text.
 std::string show(const io::Json& value) { return shortened(value.dump(-1, ' ', false, io::Json::error_handler_t::replace)); }
 
-int64_t special_id(const ConfigReader& c, const char* key) {
-  if (!c.has(key)) return -1;
-  const auto& value = c.raw(key);
-  if (value.is_array()) return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first one
-  return c.integer(key);
+// One id or several; absent: the family's. null: none.
+std::vector<int64_t> special_ids(const io::Json& config, const char* key, int64_t otherwise) {
+  const auto found = config.find(key);
+  if (found == config.end()) return otherwise < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{otherwise};
+  if (found->is_null()) return {};
+  const bool list = found->is_array() && std::all_of(found->begin(), found->end(), [](const io::Json& id) { return id.is_number_integer(); });
+  MOEGRAFT_CHECK(list || found->is_number_integer(), "config.json: ", key, " must be an id or a list of ids, got ", show(*found));
+  return list ? found->get<std::vector<int64_t>>() : std::vector<int64_t>{found->get<int64_t>()};
+}
+
+int64_t special_id(const io::Json& config, const char* key, int64_t otherwise) {
+  const auto ids = special_ids(config, key, otherwise);
+  return ids.empty() ? -1 : ids.front();
 }
 
 // transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling (with "type" or "rope_type").
-RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
+RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions, double theta) {
   RopeSpec r;
-  r.theta = c.number("rope_theta", 10000.0);
+  r.theta = c.number("rope_theta", theta);
   const char* key = c.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
   if (!c.has(key)) return r;
   const io::Json& j = c.raw(key);
@@ -107,7 +115,7 @@ std::string ConfigReader::string(const char* key, const std::string& fallback) c
   return config_.at(key).get<std::string>();
 }
 
-DecoderSpec parse_common(const io::Json& config) {
+DecoderSpec parse_common(const io::Json& config, const ConfigDefaults& defaults) {
   const ConfigReader c(config);
   DecoderSpec s;
   s.family = c.string("model_type", "");
@@ -119,15 +127,16 @@ DecoderSpec parse_common(const io::Json& config) {
   MOEGRAFT_CHECK(s.num_heads > 0, "config.json: num_attention_heads must be positive, got ", s.num_heads);
   s.head_dim = c.integer("head_dim", s.hidden_size / s.num_heads);
   s.intermediate_size = c.integer("intermediate_size", 0);
-  s.rms_norm_eps = c.number("rms_norm_eps", 1e-6);
+  s.rms_norm_eps = c.number("rms_norm_eps", defaults.rms_norm_eps);
   s.tie_word_embeddings = c.boolean("tie_word_embeddings", false);
   s.max_positions = c.integer("max_position_embeddings", 0);
-  s.bos_id = special_id(c, "bos_token_id");
-  s.eos_id = special_id(c, "eos_token_id");
-  s.pad_id = special_id(c, "pad_token_id");
-  s.router_aux_loss_coef = c.number("router_aux_loss_coef", 0.0);
+  s.bos_id = special_id(config, "bos_token_id", defaults.bos_id);
+  s.eos_ids = special_ids(config, "eos_token_id", defaults.eos_id);
+  s.eos_id = s.eos_ids.empty() ? -1 : s.eos_ids.front();
+  s.pad_id = special_id(config, "pad_token_id", defaults.pad_id);
+  s.router_aux_loss_coef = c.number("router_aux_loss_coef", defaults.router_aux_loss_coef);
   s.initializer_range = c.number("initializer_range", 0.02);
-  s.rope = parse_rope(c, s.max_positions);
+  s.rope = parse_rope(c, s.max_positions, defaults.rope_theta);
   const std::string activation = c.string("hidden_act", "silu");
   MOEGRAFT_CHECK(activation == "silu" || activation == "swish", "config.json: hidden_act '", activation, "' is not supported; expected silu");
   MOEGRAFT_CHECK(s.num_layers > 0 && s.num_layers <= 100000, "config.json: num_hidden_layers must be positive, got ", s.num_layers);
@@ -193,7 +202,7 @@ io::Json write_common(const DecoderSpec& s) {
           {"attention_dropout", 0.0},
           {"use_cache", true},
           {"bos_token_id", id(s.bos_id)},
-          {"eos_token_id", id(s.eos_id)},
+          {"eos_token_id", s.eos_ids.size() > 1 ? io::Json(s.eos_ids) : id(s.eos_id)},
           {"pad_token_id", id(s.pad_id)}};
 }
 

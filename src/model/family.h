@@ -53,8 +53,13 @@ class ConfigReader {
   const io::Json& config_;
 };
 
+// What transformers' config class takes for fields that are absent, where families differ.
+struct ConfigDefaults {
+  double rms_norm_eps = 1e-6, rope_theta = 10000.0, router_aux_loss_coef = 0.001;
+  int64_t bos_id = -1, eos_id = -1, pad_id = -1;
+};
 // Fields that every family spells alike: sizes, ids, rope in both spellings, tying.
-DecoderSpec parse_common(const io::Json& config);
+DecoderSpec parse_common(const io::Json& config, const ConfigDefaults& defaults = {});
 io::Json write_common(const DecoderSpec& spec);
 void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes
 

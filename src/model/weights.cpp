@@ -3,6 +3,9 @@
 
 #include "libtorch.h"
 
+#include <charconv>
+#include <set>
+
 #include "family.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -54,32 +57,28 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-// The tensors of a directory: one file, or shards with an index.
+// The tensors of a directory: one file, or shards with an index. Where both are there the file counts, as in transformers.
 class TensorSource {
  public:
   explicit TensorSource(const fs::path& dir) {
     const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
-    if (fs::exists(index)) {
-      const io::Json j = io::read_json(index);
-      MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
-      std::map<std::string, size_t> opened;
-      for (const auto& [name, file] : j.at("weight_map").items()) {
-        MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
-        const std::string shard = file.get<std::string>();
-        MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
-        auto [it, fresh] = opened.try_emplace(shard, files_.size());
-        if (fresh) files_.emplace_back(dir / shard);
-        MOEGRAFT_CHECK(files_[it->second].contains(name), (dir / shard).string(), " does not hold ", name, ", which the index places there");
-        where_[name] = it->second;
-      }
-    } else {
-      MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
+    if (fs::exists(single)) {
       files_.emplace_back(single);
-      for (const auto& name : files_[0].names()) where_[name] = 0;
+      for (const auto& name : files_[0].names()) where_[name] = {0, name};
+      if (fs::exists(index)) log::info(dir.string(), " holds model.safetensors and an index of other files: the former is read");
+    } else if (fs::exists(index)) {
+      read_index(dir, index);
+    } else {
+      const bool pickled = fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json");
+      fail<UserError>(dir.string(), " holds neither model.safetensors nor model.safetensors.index.json",
+                      pickled ? "; pytorch_model.bin can hold programs and is not read: convert it with python -c \"from transformers import AutoModelForCausalLM as M; "
+                                "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" where you trust it"
+                              : "");
     }
+    add_prefix();
   }
   bool contains(const std::string& name) const { return where_.count(name) > 0; }
-  at::Tensor tensor(const std::string& name) const { return files_[where_.at(name)].tensor(name); }
+  at::Tensor tensor(const std::string& name) const { return files_[where_.at(name).file].tensor(where_.at(name).name); }
   bool holds(const at::Tensor& t) const {
     return std::any_of(files_.begin(), files_.end(), [&](const auto& file) { return file.holds(t); });
   }
@@ -94,9 +93,74 @@ class TensorSource {
   }
 
  private:
+  struct Place {
+    size_t file;
+    std::string name;  // there
+  };
+  void read_index(const fs::path& dir, const fs::path& index) {
+    const io::Json j = io::read_json(index);
+    MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
+    std::map<std::string, size_t> opened;
+    for (const auto& [name, file] : j.at("weight_map").items()) {
+      MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
+      const std::string shard = file.get<std::string>();
+      MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
+      auto [it, fresh] = opened.try_emplace(shard, files_.size());
+      if (fresh) files_.emplace_back(dir / shard);
+      MOEGRAFT_CHECK(files_[it->second].contains(name), (dir / shard).string(), " does not hold ", name, ", which the index places there");
+      where_[name] = {it->second, name};
+    }
+  }
+  // Saved from the model without its head: names lack "model.".
+  void add_prefix() {
+    if (contains("model.embed_tokens.weight") || !contains("embed_tokens.weight")) return;
+    std::map<std::string, Place> named;
+    for (auto& [name, place] : where_) named[name.starts_with("lm_head.") ? name : "model." + name] = place;
+    where_ = std::move(named);
+  }
   std::vector<io::SafetensorsFile> files_;
-  std::map<std::string, size_t> where_;
+  std::map<std::string, Place> where_;
 };
+
+// Every name that a checkpoint of this shape may hold.
+std::set<std::string> expected_names(const DecoderSpec& s, const TensorNames& names) {
+  std::set<std::string> out{names.embedding, names.head, names.final_norm};
+  for (int64_t l = 0; l < s.num_layers; ++l) {
+    out.insert({tensor_name(names.input_norm, l), tensor_name(names.post_norm, l)});
+    const std::string a = tensor_name(names.attention, l), d = tensor_name(names.dense, l);
+    for (const char* site : {"q_proj", "k_proj", "v_proj", "o_proj"}) {
+      out.insert(a + site + ".weight");
+      if (s.attention_bias) out.insert(a + site + ".bias");
+    }
+    if (s.qk_norm != QkNorm::none) out.insert({a + "q_norm.weight", a + "k_norm.weight"});
+    if (!s.layers[l].sparse) {
+      out.insert({d + "gate_proj.weight", d + "up_proj.weight", d + "down_proj.weight"});
+      continue;
+    }
+    out.insert({tensor_name(names.router, l), tensor_name(names.fused_gate_up, l), tensor_name(names.fused_down, l)});
+    for (int64_t e = 0; e < s.num_experts; ++e) out.insert({tensor_name(names.expert_gate, l, e), tensor_name(names.expert_up, l, e), tensor_name(names.expert_down, l, e)});
+  }
+  return out;
+}
+
+// Tensors that the config knows nothing of: transformers reports them as UNEXPECTED and leaves them out, and so does this. A deeper model than its config is an error.
+void report_unexpected(const TensorSource& source, const DecoderSpec& s, const TensorNames& names, const std::string& where) {
+  const auto expected = expected_names(s, names);
+  std::vector<std::string> unexpected;
+  for (const auto& name : source.names()) {
+    if (expected.contains(name) || name.ends_with("rotary_emb.inv_freq")) continue;  // computed anew everywhere
+    constexpr std::string_view kLayers = "model.layers.";
+    int64_t layer = -1;
+    if (name.starts_with(kLayers)) std::from_chars(name.data() + kLayers.size(), name.data() + name.size(), layer);
+    MOEGRAFT_CHECK(layer < s.num_layers, where, ": ", name, " belongs to layer ", layer, ", but num_hidden_layers in config.json is ", s.num_layers);
+    unexpected.push_back(name);
+  }
+  if (unexpected.empty()) return;
+  constexpr size_t kShown = 5;
+  const size_t count = unexpected.size();
+  if (count > kShown) unexpected.resize(kShown);
+  log::warning(where, ": ", count, count == 1 ? " tensor is" : " tensors are", " in the files, not in the model that config.json describes, and left out: ", join(unexpected, ", "), count > kShown ? ", …" : "");
+}
 
 // Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
 void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
@@ -221,6 +285,23 @@ bool packs_lean(const DecoderSpec& s) {
   return sparse * s.num_experts * 3 * s.moe_intermediate_size * s.hidden_size * 4 > kBothLayouts;
 }
 
+namespace {
+
+// What ends a text is generation's to say, where it does.
+void read_generation_config(const fs::path& dir, DecoderSpec& spec) {
+  const fs::path file = dir / "generation_config.json";
+  if (!fs::exists(file)) return;
+  const io::Json j = io::read_json(file);
+  MOEGRAFT_CHECK(j.is_object(), "generation_config.json: expected an object");
+  const auto eos = j.find("eos_token_id");
+  if (eos == j.end() || eos->is_null()) return;
+  const bool list = eos->is_array() && std::all_of(eos->begin(), eos->end(), [](const io::Json& id) { return id.is_number_integer(); });
+  MOEGRAFT_CHECK(list || eos->is_number_integer(), "generation_config.json: eos_token_id must be an id or a list of ids");
+  spec.eos_ids = list ? eos->get<std::vector<int64_t>>() : std::vector<int64_t>{eos->get<int64_t>()};
+}
+
+}  // namespace
+
 DecoderSpec read_spec(const fs::path& dir) {
   MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory");
   const io::Json config = io::read_json(dir / "config.json");
@@ -228,6 +309,7 @@ DecoderSpec read_spec(const fs::path& dir) {
   try {
     DecoderSpec spec = find_family(config.at("model_type").get<std::string>()).parse(config);
     check_spec(spec);
+    read_generation_config(dir, spec);
     return spec;
   } catch (const UserError& e) {
     fail<UserError>(dir.string(), "/", e.what());
@@ -267,8 +349,18 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   w->type = options.dtype;
   w->where = options.device;
   const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
-  w->embedding = load.take(names.embedding, {s.vocab_size, s.hidden_size});
-  w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, {s.vocab_size, s.hidden_size});
+  const std::vector<int64_t> rows{s.vocab_size, s.hidden_size};
+  if (s.tie_word_embeddings && source.contains(names.head) && source.contains(names.embedding) && !at::equal(source.tensor(names.head), source.tensor(names.embedding))) {
+    // What the files hold counts, as in transformers.
+    log::warning(dir.string(), ": tie_word_embeddings is true in config.json, but ", names.head, " differs from the embedding: they are not tied (set it to false)");
+    base.spec.tie_word_embeddings = false;
+  }
+  const bool head_alone = s.tie_word_embeddings && !source.contains(names.embedding) && source.contains(names.head);
+  if (!source.contains(names.embedding) && !head_alone)
+    for (const auto& name : source.names())
+      if (name.ends_with("embed_tokens.weight")) load.problem(name + " stands for " + names.embedding + ": the model is part of another one; save it by itself");
+  w->embedding = load.take(head_alone ? names.head : names.embedding, rows);
+  w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, rows);
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
     LayerWeights layer;
@@ -298,6 +390,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     w->layer_experts.push_back(std::move(experts));
   }
   load.finish();
+  report_unexpected(source, s, names, dir.string());
   if (options.device.is_cpu() && options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step
     w->final_norm = w->final_norm.to(at::kFloat);
     for (LayerWeights& layer : w->layers)
@@ -449,7 +542,8 @@ void save_base(const BaseModel& base, const fs::path& dir, at::ScalarType dtype,
   }
   io::Json generation = {{"do_sample", true}};
   if (base.spec.bos_id >= 0) generation["bos_token_id"] = base.spec.bos_id;
-  if (base.spec.eos_id >= 0) generation["eos_token_id"] = base.spec.eos_id;
+  if (!base.spec.eos_ids.empty()) generation["eos_token_id"] = base.spec.eos_ids.size() == 1 ? io::Json(base.spec.eos_ids.front()) : io::Json(base.spec.eos_ids);
+  else if (base.spec.eos_id >= 0) generation["eos_token_id"] = base.spec.eos_id;
   io::write_json(dir / "generation_config.json", generation);
   io::write_json(dir / "config.json", config);  // last: a directory without it is no model
 }

@@ -1,6 +1,8 @@
 #include "hf_tokenizer.h"
 
 #include <algorithm>
+#include <charconv>
+#include <map>
 #include <unordered_set>
 
 #include "added_tokens.h"
@@ -74,7 +76,7 @@ class HfTokenizer : public Tokenizer {
     for (const char* key : {"truncation", "padding"}) {
       if (root.has(key)) log::debug(root.place(), ": '", key, "' is ignored: texts keep their length");
     }
-    read_tokens(root);
+    read_tokens(root, dir);
     find_ends(dir);
     for (const auto* side : {&template_.before, &template_.after}) {
       for (const int64_t id : *side) root.expect(id < size(), "post_processor ids below " + std::to_string(size()) + ", got " + std::to_string(id));
@@ -140,7 +142,54 @@ class HfTokenizer : public Tokenizer {
 
   void check_id(int64_t id) const { MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id); }
 
-  void read_tokens(const Field& root) {
+  // Tokens that other files of the folder name are added as transformers adds them: those of added_tokens_decoder in the order of their ids (or of added_tokens.json, by older
+  // versions), then the special ones; a new token's id is the next free one, whatever the file says.
+  void read_other_tokens(const std::filesystem::path& dir, std::vector<AddedToken>& added, int64_t limit) {
+    const nlohmann::json config = read_tokenizer_config(dir);
+    const Field field(config, (dir / "tokenizer_config.json").string());
+    const auto add = [&](AddedToken token) {
+      if (token.content.empty()) return;
+      const auto known = std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == token.content; });
+      if (known != added.end()) {
+        token.id = known->id;
+        *known = std::move(token);  // its flags count
+        return;
+      }
+      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) {
+        token.id = it->second;
+      } else {
+        token.id = int64_t(bpe_.vocab().size());
+        for (const auto& t : added) token.id = std::max(token.id, t.id + 1);
+      }
+      MOEGRAFT_CHECK(token.id < limit, field.place(), ": too many added tokens");
+      added_ids_[token.content] = token.id;
+      added.push_back(std::move(token));
+    };
+    std::map<int64_t, AddedToken> by_id;
+    if (field.has("added_tokens_decoder")) {
+      const Field decoder = field.at("added_tokens_decoder");
+      decoder.expect(decoder.value().is_object(), "an object of ids and tokens");
+      for (const auto& [id, token] : decoder.value().items()) {
+        int64_t number = -1;
+        const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), number);
+        decoder.expect(error == std::errc() && end == id.data() + id.size() && number >= 0 && number < limit, "ids below " + std::to_string(limit));
+        by_id[number] = read_added_token({token, decoder.place() + "." + id}, number);
+      }
+    } else if (const auto file = dir / "added_tokens.json"; std::filesystem::exists(file)) {
+      const nlohmann::json tokens = read_json(file);
+      const Field list(tokens, file.string());
+      list.expect(tokens.is_object(), "an object of tokens and ids");
+      for (const auto& [content, id] : tokens.items()) by_id[Field(id, list.place() + "." + content).integer(0, limit)] = {.id = 0, .content = content, .special = false, .normalized = true};
+    }
+    for (auto& [id, token] : by_id) add(std::move(token));
+    for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
+      const std::string content = token_content(config, key);
+      const bool known = added_ids_.contains(content) || std::any_of(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; });
+      if (!content.empty() && !known) add({.id = 0, .content = content, .special = true, .normalized = false});
+    }
+  }
+
+  void read_tokens(const Field& root, const std::filesystem::path& dir) {
     std::vector<AddedToken> added;
     int64_t largest = 0;
     for (const auto& [token, id] : bpe_.vocab()) largest = std::max<int64_t>(largest, id);
@@ -157,6 +206,8 @@ class HfTokenizer : public Tokenizer {
         added.push_back(std::move(token));
       }
     }
+    read_other_tokens(dir, added, limit);
+    for (const auto& token : added) largest = std::max(largest, token.id);
     entries_.resize(static_cast<size_t>(largest) + 1);
     for (const auto& [token, id] : bpe_.vocab()) entries_[static_cast<size_t>(id)] = {token, true, false};
     for (const auto& token : added) {

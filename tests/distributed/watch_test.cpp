@@ -1,6 +1,12 @@
 // The watch over collectives on a GPU, with works that a test completes. What NCCL itself does needs a GPU: cuda_test.cpp.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <future>
+#include <thread>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+
+#include "distributed/store_guard.h"
 #include "distributed/watch.h"
 #include "libtorch.h"
 
@@ -71,6 +77,34 @@ TEST(Watch, EndsWhileCollectivesAreUnderWay) {
     watch.add(c10::make_intrusive<FakeWork>(), named("open"));
   }
   EXPECT_TRUE(reports.lines.empty());
+}
+
+TEST(StoreGuard, ACallThatOutlivesItsLimitIsNamed) {
+  std::promise<std::string> said;
+  StoreGuard guard("rank 1: rank 0 (its store at 127.0.0.1:1)", [&](const std::string& line) { said.set_value(line); });
+  { const StoreGuard::Call quick(guard, std::chrono::milliseconds(50)); }
+  auto line = said.get_future();
+  EXPECT_EQ(line.wait_for(std::chrono::milliseconds(600)), std::future_status::timeout) << "a call that ended in time";
+  const StoreGuard::Call frozen(guard, std::chrono::milliseconds(50));
+  ASSERT_EQ(line.wait_for(std::chrono::seconds(10)), std::future_status::ready);
+  EXPECT_NE(line.get().find("rank 1: rank 0 (its store at 127.0.0.1:1) has not answered for 0.05 s"), std::string::npos);
+}
+
+TEST(StoppingStore, WaitingForAKeyEndsWithAnotherRanksTrouble) {
+  const auto inner = c10::make_intrusive<c10d::HashStore>();
+  std::atomic<bool> trouble{false};
+  const auto store = stop_at_trouble(inner, [&] { return trouble.load(); });
+  inner->set("there", std::vector<uint8_t>{1, 2});
+  EXPECT_EQ(store->get("there"), (std::vector<uint8_t>{1, 2}));
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    trouble = true;
+  });
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_THROW(store->wait({"never"}, std::chrono::minutes(10)), std::runtime_error);
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
+  later.join();
+  EXPECT_THROW(store->wait({"never"}, std::chrono::milliseconds(20)), std::runtime_error) << "its own timeout";
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ Json describe_spec(const model::DecoderSpec& s) {
   for (const auto& layer : s.layers) sparse += layer.sparse, window = std::max(window, layer.sliding_window);
   return {{"family", s.family}, {"layers", s.num_layers}, {"sparse_layers", sparse}, {"hidden_size", s.hidden_size}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},
           {"head_dim", s.head_dim}, {"experts", s.num_experts}, {"experts_per_token", s.num_experts_per_tok}, {"expert_width", s.moe_intermediate_size}, {"vocab_size", s.vocab_size},
-          {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_id},
+          {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_ids.size() > 1 ? Json(s.eos_ids) : Json(s.eos_id)},
           {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
 }
 

@@ -11,6 +11,8 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -47,9 +49,16 @@ int usable_cores() {
   return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-std::vector<std::string> environment_of(const Options& o, int rank, int port, int restart) {
+std::string random_token() {
+  std::random_device device;
+  std::ostringstream out;
+  for (int i = 0; i < 4; ++i) out << std::hex << device();
+  return out.str();
+}
+
+std::vector<std::string> environment_of(const Options& o, int rank, int port, int restart, const std::string& token) {
   std::vector<std::string> all;
-  const auto own = {"RANK=", "LOCAL_RANK=", "WORLD_SIZE=", "LOCAL_WORLD_SIZE=", "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_"};
+  const auto own = {"RANK=", "LOCAL_RANK=", "WORLD_SIZE=", "LOCAL_WORLD_SIZE=", "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_", "MOEGRAFT_TOKEN="};
   for (char** entry = environ; *entry; ++entry) {
     bool ours = false;
     for (const char* name : own) ours = ours || std::strncmp(*entry, name, std::strlen(name)) == 0;
@@ -58,6 +67,7 @@ std::vector<std::string> environment_of(const Options& o, int rank, int port, in
   const auto set = [&](const char* name, const auto& value) { all.push_back(detail::concat(name, '=', value)); };
   set("RANK", rank), set("LOCAL_RANK", rank), set("WORLD_SIZE", o.processes), set("LOCAL_WORLD_SIZE", o.processes);
   set("MASTER_ADDR", "127.0.0.1"), set("MASTER_PORT", port), set("TORCHELASTIC_RESTART_COUNT", restart);
+  set("MOEGRAFT_TOKEN", token);
   if (!std::getenv("OMP_NUM_THREADS")) set("OMP_NUM_THREADS", std::max(1, usable_cores() / o.processes));
   return all;
 }
@@ -74,7 +84,8 @@ class Attempt {
  public:
   Attempt(const Options& o, const std::vector<std::string>& arguments, int signals, int restart) : signals_(signals) {
     const int port = o.port > 0 ? o.port : distributed::free_port();
-    for (int r = 0; r < o.processes; ++r) start(r, arguments, environment_of(o, r, port, restart));
+    const std::string token = random_token();
+    for (int r = 0; r < o.processes; ++r) start(r, arguments, environment_of(o, r, port, restart, token));
   }
   ~Attempt() {
     for (auto& child : children_) {
@@ -207,7 +218,7 @@ class Attempt {
 int launch(const Options& o, const std::vector<std::string>& arguments) {
   sigset_t set;
   sigemptyset(&set);
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGCHLD}) sigaddset(&set, signal);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGCHLD}) sigaddset(&set, signal);
   sigprocmask(SIG_BLOCK, &set, nullptr);
   const int signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
   MOEGRAFT_CHECK(signals >= 0, "launch: cannot wait for signals (", std::strerror(errno), ")");

@@ -1,4 +1,5 @@
 #include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
 
 #include <cstdlib>
 #include <exception>
@@ -97,6 +98,7 @@ int main(int argc, char** argv) {
   std::set_terminate(end_by_exception);
   moegraft::io::name_file_on_bus_error();
   moegraft::tools::choose_policies(argv);
+  c10::initLogging();  // TORCH_CPP_LOG_LEVEL
   moegraft::tools::keep_pages();
   return run(argc, argv);
 }

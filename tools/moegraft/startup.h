@@ -35,6 +35,11 @@ inline void choose_policies(char** argv) {
     setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", 1);
     changed = true;
   }
+  // LibTorch's store logs a stack for every connection that ends; what it means is said in a line of our own.
+  if (!std::getenv("TORCH_CPP_LOG_LEVEL")) {
+    setenv("TORCH_CPP_LOG_LEVEL", "FATAL", 1);
+    changed = true;
+  }
   if (changed) execv("/proc/self/exe", argv);  // returns only when it fails: then go on as we are
 }
 

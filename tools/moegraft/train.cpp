@@ -29,6 +29,7 @@ void add_train_command(CLI::App& app) {
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   cmd->callback([o] {
     const auto read = [&] { return config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set)); };
+    const train::StartSignals signals;
     const bool accept_data = !o->accept_changed.empty();
     const auto environment = distributed::read_launch_environment();
     if (environment.distributed()) log::set_rank(environment.rank);

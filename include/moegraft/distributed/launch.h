@@ -15,6 +15,7 @@ struct LaunchEnvironment {
   std::string master_address = "127.0.0.1";      // where the store is
   int64_t master_port = 29500;
   int64_t restart = 0;       // how often the launcher has brought the run back
+  std::string token;         // what all ranks of one run share and others do not know: MOEGRAFT_TOKEN (set by `moegraft launch`), or the job's id
   bool agent_store = false;  // torchrun's agent is the store's server: every rank is a client
 
   bool distributed() const { return world_size > 1; }

@@ -1,5 +1,6 @@
 #pragma once
-// A polite stop: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) ask the loop to save and leave.
+// A polite stop: SIGINT, SIGTERM, SIGHUP (a closed terminal; unless nohup ignores it) and SIGUSR1 (Slurm's warning before the time limit) ask the loop to save and
+// leave.
 
 namespace moegraft::train {
 
@@ -19,6 +20,15 @@ class StopSignals {
   // The first signal received, 0 when none. Look between optimizer steps. A second SIGINT (Ctrl-C twice) kills at once.
   int received() const;
   bool requested() const { return received() != 0; }
+};
+
+// Before there is a loop: the same signals end the process at once with a line and kExitStopped. StopSignals take over from it.
+class StartSignals {
+ public:
+  StartSignals();
+  ~StartSignals();
+  StartSignals(const StartSignals&) = delete;
+  StartSignals& operator=(const StartSignals&) = delete;
 };
 
 const char* signal_name(int signal);  // "SIGTERM"

@@ -6,7 +6,7 @@ namespace {
 
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
-  DecoderSpec s = parse_common(config);
+  DecoderSpec s = parse_common(config, {.rms_norm_eps = 1e-5, .rope_theta = 1e6, .bos_id = 1, .eos_id = 2});
   s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = s.intermediate_size;
