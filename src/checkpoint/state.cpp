@@ -11,6 +11,8 @@ std::string to_json(const TrainState& state) {
                 {"tokens_seen", state.tokens_seen},
                 {"data_cursor", state.data_cursor},
                 {"seconds", state.seconds},
+                {"lr_factor", state.lr_factor},
+                {"last_loss", state.last_loss},
                 {"best_measure", nullptr},
                 {"best_step", state.best_step},
                 {"environment", state.environment}};
@@ -27,6 +29,8 @@ TrainState state_from_json(const std::string& text) {
     j.at("tokens_seen").get_to(state.tokens_seen);
     j.at("data_cursor").get_to(state.data_cursor);
     j.at("seconds").get_to(state.seconds);
+    state.lr_factor = j.value("lr_factor", -1.0);
+    state.last_loss = j.value("last_loss", 0.0);
     if (!j.at("best_measure").is_null()) state.best_measure = j.at("best_measure").get<double>();
     j.at("best_step").get_to(state.best_step);
     j.at("environment").get_to(state.environment);

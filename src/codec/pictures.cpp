@@ -3,7 +3,9 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstring>
+#include <set>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -28,33 +30,33 @@ std::vector<fs::path> manifest_images(const fs::path& manifest) {
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     const auto json = io::Json::parse(line, nullptr, /*allow_exceptions=*/false);
     MOEGRAFT_CHECK(json.is_object(), manifest.string(), ":", number, ": expected a JSON object such as {\"image\": \"a.png\", \"text\": \"…\"}");
-    if (!json.contains("image")) continue;
-    MOEGRAFT_CHECK(json["image"].is_string(), manifest.string(), ":", number, ": \"image\" must be a path");
-    images.push_back(manifest.parent_path() / json["image"].get<std::string>());  // an absolute path replaces the folder
+    const char* key = json.contains("image") ? "image" : json.contains("file_name") ? "file_name" : nullptr;
+    if (!key) continue;
+    MOEGRAFT_CHECK(json[key].is_string(), manifest.string(), ":", number, ": \"", key, "\" must be a path");
+    images.push_back(manifest.parent_path() / json[key].get<std::string>());  // an absolute path replaces the folder
   }
-  return images;
-}
-
-std::vector<fs::path> folder_images(const fs::path& folder) {
-  std::vector<fs::path> images;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    std::string extension = entry.path().extension().string();
-    std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return std::tolower(c); });
-    if (extension == ".png" || extension == ".jpg" || extension == ".jpeg") images.push_back(entry.path());
-  }
-  std::sort(images.begin(), images.end());
   return images;
 }
 
 bool is_picture(const fs::path& path) {
-  const std::string e = path.extension().string();
-  return e == ".png" || e == ".jpg" || e == ".jpeg" || e == ".PNG" || e == ".JPG" || e == ".JPEG";
+  std::string extension = path.extension().string();
+  std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  static const std::set<std::string> known{".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"};
+  return known.contains(extension);
+}
+
+std::vector<fs::path> folder_images(const fs::path& folder) {
+  std::vector<fs::path> images;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (is_picture(entry.path())) images.push_back(entry.path());
+  std::sort(images.begin(), images.end());
+  return images;
 }
 
 }  // namespace
 
 Pictures load_pictures(const fs::path& source, int64_t size, const std::string& fit, int64_t max_bytes) {
-  MOEGRAFT_CHECK(fs::exists(source), "pictures ", source.string(), " do not exist; expected a JSONL manifest or a folder of PNG/JPEG files");
+  MOEGRAFT_CHECK(fs::exists(source), "pictures ", source.string(), " do not exist; expected a JSONL manifest or a folder of pictures");
   const auto files = fs::is_directory(source) ? folder_images(source) : is_picture(source) ? std::vector<fs::path>{source} : manifest_images(source);
   MOEGRAFT_CHECK(!files.empty(), source.string(), " names no picture");
   const int64_t bytes = 3 * size * size;

@@ -196,6 +196,7 @@ void check_keys(const Cursor& at, const std::vector<std::string>& known) {
   if (at.tree->kind != Tree::Kind::map) at.fail("must be a mapping with the keys " + join(known, ", ") + ", got " + shown(at));
   for (const auto& entry : at.tree->entries) {
     if (std::find(known.begin(), known.end(), entry.key) != known.end()) continue;
+    if (entry.key == "<<") at.child(entry.key).fail("is YAML's merge, which is not read here: write its keys out");
     const std::string near = nearest_word(entry.key, known);
     at.child(entry.key).fail("is not a known key; " + (near.empty() ? "expected one of " + join(known, ", ") : "did you mean " + join_path(at.path, near) + "?"));
   }

@@ -1,7 +1,7 @@
 #include "moegraft/data/manifest.h"
 
 #include <algorithm>
-#include <sstream>
+#include <cctype>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -28,7 +28,82 @@ void add_text(ManifestEntry& entry, const std::string& text) {
 
 void add_image(ManifestEntry& entry, const std::filesystem::path& folder, const std::string& name, const std::string& where) {
   MOEGRAFT_CHECK(!name.empty(), where, ": an image path is empty");
-  entry.segments.push_back({{}, folder / name});
+  MOEGRAFT_CHECK(!name.starts_with("data:"), where, ": the picture is in the manifest itself (", shortened(name, 40), "); write it to a file and name that");
+  MOEGRAFT_CHECK(!name.starts_with("http://") && !name.starts_with("https://"), where, ": ", shortened(name), " is an address; load the picture and name the file");
+  const std::filesystem::path file = folder / name;
+  std::error_code error;
+  MOEGRAFT_CHECK(std::filesystem::is_regular_file(file, error), where, ": image not found: ", file.string());
+  entry.segments.push_back({{}, file});
+}
+
+// Keys that mean something, and what stands for them elsewhere.
+const std::vector<std::string>& known_keys() {
+  static const std::vector<std::string> keys{"image", "images", "file_name", "text", "caption", "captions", "segments", "conversations", "messages"};
+  return keys;
+}
+
+bool is_picture_name(const io::Json& value) {
+  if (!value.is_string()) return false;
+  std::string name = value.get<std::string>();
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  for (const char* end : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+    if (name.ends_with(end)) return true;
+  return name.starts_with("data:image/");
+}
+
+// Where a key stands for another: {"file_name": …} reads as {"image": …}. A key that is nearly one of ours, or that holds the picture a document lacks, is not passed over.
+io::Json with_our_keys(io::Json json, const std::string& where) {
+  for (const auto& [theirs, ours] : {std::pair("file_name", "image"), std::pair("caption", "text")})
+    if (json.contains(theirs) && !json.contains(ours)) json[ours] = json[theirs];
+  const auto& known = known_keys();
+  const bool pictures = json.contains("image") || json.contains("images") || json.contains("segments") || json.contains("messages");
+  for (const auto& [key, value] : json.items()) {
+    if (std::find(known.begin(), known.end(), key) != known.end()) continue;
+    std::vector<std::string> alike;
+    for (const auto& k : known)
+      if (key.size() > 3 && key[0] == k[0] && key.size() + 1 >= k.size() && key.size() <= k.size() + 1) alike.push_back(k);
+    const std::string near = nearest_word(key, alike);
+    MOEGRAFT_CHECK(near.empty(), where, ": unknown key \"", shortened(key), "\"; did you mean \"", near, "\"?");
+    MOEGRAFT_CHECK(pictures || !is_picture_name(value), where, ": \"", shortened(key), "\" holds a picture, which is read from \"image\" or \"file_name\" only: rename it");
+  }
+  return json;
+}
+
+// Chat messages: the pictures among their parts, in order; the turns' texts joined by line ends, without roles.
+void read_messages(ManifestEntry& entry, const io::Json& json, const std::filesystem::path& folder, const std::string& where) {
+  std::vector<std::string> listed;  // parts may point into a list beside them
+  if (json.contains("images")) {
+    MOEGRAFT_CHECK(json["images"].is_array(), where, ": \"images\" must be a list");
+    for (const auto& image : json["images"]) {
+      MOEGRAFT_CHECK(image.is_string(), where, ": \"images\" must hold strings, got ", image.type_name());
+      listed.push_back(image.get<std::string>());
+    }
+  }
+  size_t next = 0;
+  MOEGRAFT_CHECK(json["messages"].is_array(), where, ": \"messages\" must be a list");
+  for (const auto& turn : json["messages"]) {
+    MOEGRAFT_CHECK(turn.is_object() && turn.contains("content"), where, ": a message must be {\"role\": …, \"content\": …}");
+    if (!entry.segments.empty()) add_text(entry, "\n");
+    if (turn["content"].is_string()) {
+      add_text(entry, turn["content"].get<std::string>());
+      continue;
+    }
+    MOEGRAFT_CHECK(turn["content"].is_array(), where, ": a message's content must be a string or a list of parts");
+    for (const auto& part : turn["content"]) {
+      MOEGRAFT_CHECK(part.is_object() && part.contains("type") && part["type"].is_string(), where, ": a part of a message must have a type, text or image");
+      const auto type = part["type"].get<std::string>();
+      if (type == "text") {
+        MOEGRAFT_CHECK(part.contains("text"), where, ": a part of type text must have a text");
+        add_text(entry, string_at(part, "text", where));
+        continue;
+      }
+      MOEGRAFT_CHECK(type == "image", where, ": a part of a message must be of type text or image, got ", shortened(type));
+      const char* key = part.contains("image") ? "image" : part.contains("path") ? "path" : nullptr;
+      MOEGRAFT_CHECK(key || next < listed.size(), where, ": a part of type image names no picture, and \"images\" holds ", listed.size());
+      add_image(entry, folder, key ? string_at(part, key, where) : listed[next++], where);
+    }
+  }
+  MOEGRAFT_CHECK(next == 0 || next == listed.size(), where, ": ", next, " image parts for ", listed.size(), " images");
 }
 
 // The turns are joined by line ends; each placeholder takes the next image, images without one come first.
@@ -63,10 +138,13 @@ void read_conversation(ManifestEntry& entry, const io::Json& json, const std::fi
   }
 }
 
-ManifestEntry read_entry(const io::Json& json, const std::filesystem::path& folder, const std::string& where) {
-  MOEGRAFT_CHECK(json.is_object(), where, ": a line must be a JSON object, got ", json.type_name());
+ManifestEntry read_entry(const io::Json& line, const std::filesystem::path& folder, const std::string& where) {
+  MOEGRAFT_CHECK(line.is_object(), where, ": a line must be a JSON object, got ", line.type_name());
+  const io::Json json = with_our_keys(line, where);
   ManifestEntry entry;
-  if (json.contains("conversations")) {
+  if (json.contains("messages")) {
+    read_messages(entry, json, folder, where);
+  } else if (json.contains("conversations")) {
     read_conversation(entry, json, folder, where);
   } else if (json.contains("segments")) {
     MOEGRAFT_CHECK(json["segments"].is_array(), where, ": \"segments\" must be a list");
@@ -79,7 +157,7 @@ ManifestEntry read_entry(const io::Json& json, const std::filesystem::path& fold
         add_image(entry, folder, string_at(segment, "image", where), where);
     }
   } else {
-    MOEGRAFT_CHECK(json.contains("text") || json.contains("image"), where, ": expected \"image\" and \"text\", \"segments\" or \"conversations\", got none of them");
+    MOEGRAFT_CHECK(json.contains("text") || json.contains("image"), where, ": expected \"image\" and \"text\", \"segments\", \"messages\" or \"conversations\", got none of them");
     const std::string text = json.contains("text") ? string_at(json, "text", where) : "";
     add_text(entry, text);
     if (json.contains("image")) {
@@ -94,6 +172,7 @@ ManifestEntry read_entry(const io::Json& json, const std::filesystem::path& fold
         }
         if (text.empty() && !entry.captions.empty()) entry.segments.insert(entry.segments.begin(), {entry.captions.front(), {}});
       }
+      MOEGRAFT_CHECK(!entry.captions.empty(), where, ": the picture has no text");
     }
   }
   MOEGRAFT_CHECK(!entry.segments.empty(), where, ": the document is empty");
@@ -102,20 +181,128 @@ ManifestEntry read_entry(const io::Json& json, const std::filesystem::path& fold
 
 }  // namespace
 
-std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path) {
-  std::istringstream lines(io::read_file(path));
-  std::vector<ManifestEntry> entries;
-  int64_t number = 0;
-  for (std::string line; std::getline(lines, line);) {
-    ++number;
-    if (trim(line).empty()) continue;
-    const std::string where = path.string() + ":" + std::to_string(number);
-    const auto json = io::Json::parse(line, nullptr, false);
-    MOEGRAFT_CHECK(!json.is_discarded(), where, ": not valid JSON: ", line.substr(0, 80));
-    entries.push_back(read_entry(json, path.parent_path(), where));
-    entries.back().line = number;
+namespace {
+
+class Rows {
+ public:
+  Rows(std::vector<ManifestEntry>& entries, const BadRow& bad) : entries_(entries), bad_(bad) {}
+  void add(const std::filesystem::path& file, int64_t number, const std::function<io::Json()>& read) {
+    const std::string where = file.string() + ":" + std::to_string(number);
+    try {
+      entries_.push_back(read_entry(read(), file.parent_path(), where));
+      entries_.back().line = number;
+    } catch (const io::Json::exception& e) {
+      std::string what = e.what();
+      if (const size_t cut = what.find("] "); cut != std::string::npos) what = what.substr(cut + 2);
+      refuse(where + ": not valid JSON: " + shortened(what, 160));
+    } catch (const UserError& e) {
+      refuse(e.what());
+    }
   }
-  MOEGRAFT_CHECK(!entries.empty(), "manifest ", path.string(), " is empty: one JSON object a line is expected");
+
+ private:
+  void refuse(const std::string& why) const {
+    if (!bad_) fail<UserError>(why);
+    bad_(why);
+  }
+  std::vector<ManifestEntry>& entries_;
+  const BadRow& bad_;
+};
+
+std::string_view without_byte_order_mark(std::string_view text) { return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text; }
+
+void read_lines(const std::filesystem::path& path, Rows& rows) {
+  const std::string text = io::read_file(path);
+  std::string_view rest = without_byte_order_mark(text);
+  const size_t first = rest.find_first_not_of(" \t\r\n");
+  MOEGRAFT_CHECK(first == std::string_view::npos || rest[first] != '[', path.string(), " is one JSON list; one object a line is expected (JSONL): jq -c '.[]' ", path.string(), " > NEW.jsonl");
+  MOEGRAFT_CHECK(!rest.starts_with("PAR1") && !rest.starts_with("ARROW1"), path.string(), " is a Parquet or Arrow file; write JSONL with python -c \"import datasets; datasets.Dataset.from_parquet('",
+                 path.string(), "').to_json('NEW.jsonl')\" and the pictures as files");
+  for (int64_t number = 1; !rest.empty(); ++number) {
+    const size_t end = std::min(rest.find('\n'), rest.size());
+    const std::string line = trim(rest.substr(0, end));
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+    if (line.empty()) continue;
+    rows.add(path, number, [&] {
+      MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, path.string(), ":", number, ": brackets nest too deep");
+      return io::Json::parse(line);
+    });
+  }
+}
+
+// Fields of a row of comma-separated values: quotes may hold commas, line ends and doubled quotes (RFC 4180).
+std::vector<std::string> read_csv_row(std::string_view& rest) {
+  std::vector<std::string> fields(1);
+  bool quoted = false;
+  for (; !rest.empty(); rest.remove_prefix(1)) {
+    const char c = rest[0];
+    if (quoted) {
+      if (c != '"') fields.back() += c;
+      else if (rest.size() > 1 && rest[1] == '"') fields.back() += '"', rest.remove_prefix(1);
+      else quoted = false;
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == ',') {
+      fields.emplace_back();
+    } else if (c == '\n') {
+      rest.remove_prefix(1);
+      break;
+    } else if (c != '\r') {
+      fields.back() += c;
+    }
+  }
+  return fields;
+}
+
+void read_csv(const std::filesystem::path& path, Rows& rows) {
+  const std::string text = io::read_file(path);
+  std::string_view rest = without_byte_order_mark(text);
+  const auto keys = read_csv_row(rest);
+  for (int64_t number = 2; !rest.empty(); ++number) {
+    const auto fields = read_csv_row(rest);
+    if (fields.size() == 1 && trim(fields[0]).empty()) continue;
+    rows.add(path, number, [&] {
+      MOEGRAFT_CHECK(fields.size() == keys.size(), path.string(), ":", number, ": ", fields.size(), " fields, the first row names ", keys.size());
+      io::Json row = io::Json::object();
+      for (size_t i = 0; i < keys.size(); ++i) row[keys[i]] = fields[i];
+      return row;
+    });
+  }
+}
+
+// A folder for each label, which is the text of its pictures.
+void read_labels(const std::filesystem::path& folder, Rows& rows) {
+  std::vector<std::filesystem::path> pictures;
+  for (const auto& label : std::filesystem::directory_iterator(folder))
+    if (label.is_directory())
+      for (const auto& file : std::filesystem::directory_iterator(label))
+        if (is_picture_name(file.path().filename().string())) pictures.push_back(file.path());
+  std::sort(pictures.begin(), pictures.end());
+  int64_t number = 0;
+  for (const auto& picture : pictures) {
+    const std::string label = picture.parent_path().filename().string();
+    rows.add(folder / "(pictures)", ++number, [&] { return io::Json{{"image", label + "/" + picture.filename().string()}, {"text", label}}; });
+  }
+}
+
+}  // namespace
+
+std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path, const BadRow& bad) {
+  std::vector<ManifestEntry> entries;
+  Rows rows(entries, bad);
+  const std::string extension = path.extension().string();
+  MOEGRAFT_CHECK(extension != ".tar" && !path.string().ends_with(".tar.gz") && extension != ".tgz", path.string(), " is an archive (WebDataset?); unpack it and name its files in a JSONL manifest");
+  if (!std::filesystem::is_directory(path)) {
+    if (extension == ".csv") read_csv(path, rows);
+    else read_lines(path, rows);
+  } else if (std::filesystem::exists(path / "metadata.jsonl")) {
+    read_lines(path / "metadata.jsonl", rows);
+  } else if (std::filesystem::exists(path / "metadata.csv")) {
+    read_csv(path / "metadata.csv", rows);
+  } else {
+    read_labels(path, rows);
+  }
+  MOEGRAFT_CHECK(!entries.empty(), "manifest ", path.string(), " has no document that can be read: one JSON object a line is expected, or an ImageFolder");
   return entries;
 }
 

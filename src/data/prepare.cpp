@@ -20,6 +20,7 @@
 namespace moegraft::data {
 namespace {
 
+constexpr int64_t kNamed = 5;  // of things that are skipped, each kind
 using Codes = std::map<std::filesystem::path, std::vector<int32_t>>;  // absent: the file did not decode
 
 std::vector<std::filesystem::path> image_files(const std::vector<ManifestEntry>& entries) {
@@ -27,13 +28,12 @@ std::vector<std::filesystem::path> image_files(const std::vector<ManifestEntry>&
   for (const auto& entry : entries)
     for (const auto& segment : entry.segments)
       if (segment.is_image() && !files.contains(segment.image)) {
-        MOEGRAFT_CHECK(std::filesystem::is_regular_file(segment.image), "image not found: ", segment.image.string(), " (line ", entry.line, " of the manifest; paths are relative to its folder)");
         files.insert(segment.image);
       }
   return {files.begin(), files.end()};
 }
 
-Codes encode_images(const std::vector<std::filesystem::path>& files, const codec::ImageCodec& codec, int64_t batch_size, ShardSummary& summary) {
+Codes encode_images(const std::vector<std::filesystem::path>& files, const codec::ImageCodec& codec, int64_t batch_size, bool strict, ShardSummary& summary) {
   at::NoGradGuard no_grad;
   Codes codes;
   std::vector<std::filesystem::path> names;
@@ -54,7 +54,8 @@ Codes encode_images(const std::vector<std::filesystem::path>& files, const codec
     try {
       pixels = codec.prepare(io::load_image(files[i]));
     } catch (const UserError& e) {
-      log::warning("skipped: ", e.what());
+      if (strict) throw;
+      if (summary.skipped_images < kNamed) log::warning("skipped: ", e.what());
       ++summary.skipped_images;
     }
     if (pixels) {
@@ -128,7 +129,9 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   ShardSummary summary;
   std::vector<ManifestEntry> entries;
   for (const auto& path : options.manifests) {
-    auto read = read_manifest(path);
+    auto read = read_manifest(path, options.strict ? BadRow() : [&](const std::string& why) {
+      if (summary.bad_rows++ < kNamed) log::warning("skipped: ", why);
+    });
     std::move(read.begin(), read.end(), std::back_inserter(entries));
   }
   const auto files = image_files(entries);
@@ -141,7 +144,7 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     const auto codec = codec::load_codec(options.codec);
     schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
     made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
-    codes = encode_images(files, *codec, options.batch_size, summary);
+    codes = encode_images(files, *codec, options.batch_size, options.strict, summary);
   }
 
   ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);
@@ -161,7 +164,11 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     }
     progress.finish();
   }
-  writer.finish({{"counts.skipped_images", std::to_string(summary.skipped_images)}, {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
+  const int64_t lost = summary.bad_rows + summary.skipped_documents;
+  if (lost > 0)
+    log::warning(lost, " documents are skipped: ", summary.bad_rows, " rows that cannot be read, ", summary.skipped_documents, " with pictures that do not decode or without a token (--strict ends at the first)");
+  MOEGRAFT_CHECK(lost <= writer.num_documents(), lost, " of ", lost + writer.num_documents(), " documents would be skipped, more than half: nothing is written; mend the data, or take the bad rows out");
+  writer.finish({{"counts.bad_rows", std::to_string(summary.bad_rows)}, {"counts.skipped_images", std::to_string(summary.skipped_images)}, {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
   summary.documents = writer.num_documents();
   summary.tokens = writer.num_tokens();
   return summary;

@@ -84,7 +84,11 @@ ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
   } else {
     files.push_back(path);
   }
-  for (const auto& file : files) open(file);
+  for (const auto& file : files) {
+    MOEGRAFT_CHECK(file.extension() != ".jsonl" && file.extension() != ".json" && file.extension() != ".csv" && file.extension() != ".txt", "data source ", file.string(),
+                   " is not a shard: make shards of it with moegraft data prepare ", file.extension() == ".txt" ? "text" : "shards --manifest");
+    open(file);
+  }
   check_whole();
   MOEGRAFT_CHECK(num_documents_ > 0, "data source ", path.string(), " is empty: it has no document");
 }

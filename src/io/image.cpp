@@ -70,8 +70,10 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
     pixels = decode_png(bytes, name);
   } else if (starts_with(bytes, "\xff\xd8\xff")) {
     pixels = decode_jpeg(bytes, name);
+  } else if (auto other = decode_other(bytes, name)) {
+    pixels = std::move(*other);
   } else {
-    fail(name, bytes.empty() ? ": the file is empty, expected a PNG or JPEG picture" : ": not a PNG or JPEG picture");
+    fail(name, bytes.empty() ? ": the file is empty, expected a picture" : ": not a PNG, JPEG, WebP, GIF, BMP or TIFF picture");
   }
   const auto interleaved = at::from_blob(pixels.rgb.data(), {pixels.height, pixels.width, 3}, at::kByte);
   // clone, not contiguous(): a picture of one pixel is contiguous already and would keep pointing into `pixels`.

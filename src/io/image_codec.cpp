@@ -21,11 +21,6 @@ namespace {
 
 constexpr int64_t kMaxPixels = int64_t{1} << 27;  // 134 megapixels: a small file may claim far more than memory holds
 
-void check_size(int64_t width, int64_t height, const std::string& name) {
-  MOEGRAFT_CHECK(width > 0 && height > 0 && width <= kMaxPixels / height, name, ": picture of ", width, " x ", height, " pixels, at most ", kMaxPixels,
-                 " pixels are read");
-}
-
 uint8_t divide_by_255(unsigned value) { return static_cast<uint8_t>((value + 127) / 255); }
 
 // ---- PNG ----
@@ -131,23 +126,17 @@ bool jpeg_read_pixels(JpegReader& reader, uint8_t* pixels, size_t row_bytes) {
   return true;
 }
 
-// Tag 0x0112 of the first image directory of an EXIF block (a small TIFF file behind "Exif\0\0"); 1 when there is none or it is damaged.
-int exif_orientation(const uint8_t* data, size_t size) {
-  if (size < 14 || std::memcmp(data, "Exif\0\0", 6) != 0) return 1;
-  const uint8_t* tiff = data + 6;
-  size -= 6;
-  const bool little = tiff[0] == 'I';
-  const auto u16 = [&](size_t at) { return little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1]; };
-  const auto u32 = [&](size_t at) { return little ? uint64_t(u16(at)) | uint64_t(u16(at + 2)) << 16 : uint64_t(u16(at)) << 16 | uint64_t(u16(at + 2)); };
-  const uint64_t directory = u32(4);
-  if (directory + 2 > size) return 1;
-  const int count = u16(directory);
-  for (int i = 0; i < count; ++i) {
-    const uint64_t entry = directory + 2 + 12 * static_cast<uint64_t>(i);
-    if (entry + 12 > size) return 1;
-    if (u16(entry) != 0x0112) continue;
-    const int value = u16(entry + 8);
-    return value >= 1 && value <= 8 ? value : 1;
+// An EXIF block of a JPEG file lies behind "Exif\0\0".
+int exif_orientation(const uint8_t* data, size_t size) { return size < 6 || std::memcmp(data, "Exif\0\0", 6) != 0 ? 1 : tiff_orientation(data + 6, size - 6); }
+
+// PNG's chunk eXIf is an EXIF block alone.
+int png_orientation(std::string_view bytes) {
+  const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
+  for (size_t at = 8; at + 12 <= bytes.size();) {
+    const uint64_t length = uint64_t(data[at]) << 24 | uint64_t(data[at + 1]) << 16 | uint64_t(data[at + 2]) << 8 | data[at + 3];
+    if (length > bytes.size() - at - 12) return 1;
+    if (bytes.substr(at + 4, 4) == "eXIf") return tiff_orientation(data + at + 8, length);
+    at += 12 + length;
   }
   return 1;
 }
@@ -186,6 +175,33 @@ bool jpeg_write(JpegWriter& writer, const Pixels& pixels, int quality) {
 
 }  // namespace
 
+void check_picture_size(int64_t width, int64_t height, const std::string& name) {
+  MOEGRAFT_CHECK(width > 0 && height > 0 && width <= kMaxPixels / height, name, ": picture of ", width, " x ", height, " pixels, at most ", kMaxPixels, " pixels are read");
+}
+
+std::optional<uint64_t> tiff_tag(const uint8_t* tiff, size_t size, int tag) {
+  if (size < 10 || (std::memcmp(tiff, "II*\0", 4) != 0 && std::memcmp(tiff, "MM\0*", 4) != 0)) return {};
+  const bool little = tiff[0] == 'I';
+  const auto u16 = [&](uint64_t at) { return uint64_t(little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1]); };
+  const auto u32 = [&](uint64_t at) { return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2); };
+  const uint64_t directory = u32(4);
+  if (directory + 2 > size) return {};
+  const uint64_t count = u16(directory);
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t entry = directory + 2 + 12 * i;
+    if (entry + 12 > size) return {};
+    if (u16(entry) != uint64_t(tag)) continue;
+    const uint64_t type = u16(entry + 2);  // 3: short, 4: long
+    return type == 3 ? u16(entry + 8) : u32(entry + 8);
+  }
+  return {};
+}
+
+int tiff_orientation(const uint8_t* tiff, size_t size) {
+  const uint64_t value = tiff_tag(tiff, size, 0x0112).value_or(1);
+  return value >= 1 && value <= 8 ? int(value) : 1;
+}
+
 Pixels decode_png(std::string_view bytes, const std::string& name) {
   PngReader reader;
   reader.at = bytes.data();
@@ -197,7 +213,7 @@ Pixels decode_png(std::string_view bytes, const std::string& name) {
   Pixels pixels;
   pixels.width = png_get_image_width(reader.png, reader.info);
   pixels.height = png_get_image_height(reader.png, reader.info);
-  check_size(pixels.width, pixels.height, name);
+  check_picture_size(pixels.width, pixels.height, name);
   const size_t row_bytes = static_cast<size_t>(pixels.width) * 4;
   MOEGRAFT_INVARIANT(png_get_rowbytes(reader.png, reader.info) == row_bytes, "RGBA rows expected");
   std::vector<uint8_t> rgba(row_bytes * static_cast<size_t>(pixels.height));
@@ -210,6 +226,7 @@ Pixels decode_png(std::string_view bytes, const std::string& name) {
     const unsigned alpha = rgba[4 * i + 3];
     for (size_t c = 0; c < 3; ++c) pixels.rgb[3 * i + c] = divide_by_255(rgba[4 * i + c] * alpha + 255 * (255 - alpha));
   }
+  pixels.orientation = png_orientation(bytes);
   return pixels;
 }
 
@@ -220,7 +237,7 @@ Pixels decode_jpeg(std::string_view bytes, const std::string& name) {
   Pixels pixels;
   pixels.width = reader.info.image_width;
   pixels.height = reader.info.image_height;
-  check_size(pixels.width, pixels.height, name);
+  check_picture_size(pixels.width, pixels.height, name);
   for (auto* marker = reader.info.marker_list; marker != nullptr; marker = marker->next) {
     pixels.orientation = exif_orientation(marker->data, marker->data_length);
     if (pixels.orientation != 1) break;

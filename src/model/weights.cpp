@@ -287,6 +287,13 @@ bool packs_lean(const DecoderSpec& s) {
 
 namespace {
 
+// "org/name" that is no folder is most likely an id of the hub.
+std::string what_a_path_may_be(const fs::path& dir) {
+  const std::string text = dir.string();
+  const bool id = std::count(text.begin(), text.end(), '/') == 1 && text.front() != '/' && text.front() != '.' && text.back() != '/';
+  return id ? "; if it is an id of the Hugging Face hub: hf download " + text + " --local-dir models/" + dir.filename().string() + ", and name that folder" : "";
+}
+
 // What ends a text is generation's to say, where it does.
 void read_generation_config(const fs::path& dir, DecoderSpec& spec) {
   const fs::path file = dir / "generation_config.json";
@@ -303,7 +310,8 @@ void read_generation_config(const fs::path& dir, DecoderSpec& spec) {
 }  // namespace
 
 DecoderSpec read_spec(const fs::path& dir) {
-  MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory");
+  MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory", what_a_path_may_be(dir));
+  MOEGRAFT_CHECK(fs::exists(dir / "config.json") || !fs::is_directory(dir / "snapshots"), dir.string(), " is a folder of Hugging Face's cache; the model is in ", (dir / "snapshots").string(), "/HASH");
   const io::Json config = io::read_json(dir / "config.json");
   MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
   try {

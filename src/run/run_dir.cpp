@@ -94,7 +94,7 @@ RunConfig load_run_config(const fs::path& dir) {
 const std::vector<std::string>& keys_free_on_resume() {
   static const std::vector<std::string> keys = {"run.dir",           "model.device",       "model.offload",     "train.memory_budget_gib", "train.steps",        "train.max_minutes",    "train.log_every", "train.eval_every",
                                                 "train.eval_tokens", "train.sample_every", "train.sample_prompts", "data.prefetch",   "routing.every", "checkpoint.*",
-                                                "train.accumulation", "parallel.*"};
+                                                "train.accumulation", "train.strict", "parallel.*"};
   return keys;
 }
 
@@ -152,6 +152,14 @@ RunDir RunDir::open_new(const RunConfig& config) {
   RunDir run(dir);
   refuse();
   return run;
+}
+
+void RunDir::note(const std::string& key, const std::string& json) {
+  auto j = io::read_json(dir_ / kRun);
+  const auto value = io::Json::parse(json);
+  if (key == "warnings") j[key].push_back(value);
+  else j[key] = value;
+  io::write_json(dir_ / kRun, j);
 }
 
 void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, int64_t step, const std::string& branched_from) {

@@ -29,6 +29,9 @@ class Journal {
   void image_file(const std::string& tag, int64_t step, const std::filesystem::path& png) {
     if (board_) board_->image_file(tag, step, png);
   }
+  void note(const std::string& key, const io::Json& value) {
+    if (dir_) dir_->note(key, value.dump());
+  }
   void routing(const routing::RoutingReport& report, int64_t step);
   // Before a checkpoint: a resume keeps the lines up to its step.
   void sync() {

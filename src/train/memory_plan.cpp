@@ -8,6 +8,7 @@
 
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/progress.h"
 #include "moegraft/data/deal.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
@@ -115,6 +116,24 @@ class Counter {
     t.rows = r_.new_rows * s_.hidden_size * (s_.tie_word_embeddings ? 1 : 2);
     t.base = r_.base_trains ? s_.num_parameters() : 0;
     return t;
+  }
+
+  std::vector<TrainedRow> table() const {
+    std::vector<TrainedRow> rows;
+    for (size_t i = 0; i < r_.adapters.size(); ++i)
+      for (const Site site : r_.adapters[i].sites) {
+        const auto& a = r_.adapters[i];
+        int64_t layers = 0;
+        for (int64_t l = 0; l < s_.num_layers; ++l) layers += acts(a, site, l);
+        const auto [in, out] = adapters::site_shape(s_, site);
+        const bool experts = adapters::is_expert_site(site);
+        rows.push_back({moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
+                        moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * a.rank * (in + out) * (experts ? E_ : 1)});
+      }
+    const TrainedParameters all = trained();
+    if (all.rows) rows.push_back({s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head", moegraft::detail::concat(r_.new_rows, " tokens"), all.rows});
+    if (all.base) rows.push_back({"the base", moegraft::detail::concat(s_.num_layers, " layers"), all.base});
+    return rows;
   }
 
   bool experts_visit() const { return r_.offload_experts || (r_.shard_base && r_.data_size > 1); }
@@ -251,6 +270,30 @@ TrainedParameters count_trained(const MemoryRequest& request) {
   MemoryRequest whole = request;
   whole.expert_size = 1;
   return Counter(whole).trained();
+}
+
+std::vector<TrainedRow> trained_table(const MemoryRequest& request) {
+  MemoryRequest whole = request;
+  whole.expert_size = 1;
+  return Counter(whole).table();
+}
+
+std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters) {
+  int64_t total = 0;
+  size_t what = 5, where = 0;
+  for (const auto& row : rows) total += row.parameters, what = std::max(what, row.what.size()), where = std::max(where, row.where.size());
+  const bool base_itself = std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row.what == "the base"; });
+  const double all = double(total) + (base_itself ? 0.0 : double(base_parameters));
+  std::vector<std::string> lines;
+  const auto add = [&](const std::string& name, const std::string& place, int64_t parameters) {
+    char text[256];
+    std::snprintf(text, sizeof text, "%-*s  %-*s  %10s  %9.1f MiB  %6.2f %%", int(what), name.c_str(), int(where), place.c_str(), format_count(double(parameters)).c_str(), 4.0 * double(parameters) / double(kMiB),
+                  100.0 * double(parameters) / std::max(all, 1.0));
+    lines.emplace_back(text);
+  };
+  for (const auto& row : rows) add(row.what, row.where, row.parameters);
+  if (rows.size() > 1) add("total", "", total);
+  return lines;
 }
 
 MemoryPlan plan_memory(const MemoryRequest& request) {

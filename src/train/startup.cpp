@@ -185,7 +185,10 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
     if (start.from->step > 0) log::info("resuming ", config.run.dir, " after step ", start.from->step);
   }
   describe(start.model, config);
-  start.plan = plan_memory(memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size()));
+  const MemoryRequest request = memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size());
+  start.plan = plan_memory(request);
+  start.trained = trained_table(request);
+  for (const auto& line : format_trained(start.trained, start.model.decoder->spec().num_parameters())) log::info("trains ", line);
   check_fits(start.plan);
   log::info(summary(start.plan));
   return start;

@@ -27,6 +27,7 @@ struct Start {
   std::optional<checkpoint::Checkpoint> from;
   graft::GraftedModel model;
   MemoryPlan plan;
+  std::vector<TrainedRow> trained;
 };
 // config with absolute paths; resume: as in train(). With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it
 // as step 0; then all load that, as they load any other checkpoint: whatever the layout.

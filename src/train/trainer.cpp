@@ -9,6 +9,7 @@
 #include <set>
 #include <utility>
 
+#include "health.h"
 #include "journal.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -66,9 +67,15 @@ class Trainer {
     if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;
     if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
     if (start.from) restore(*start.from);
+    journal_.note("trainable", to_json(start.trained));
   }
 
   TrainOutcome run() {
+    if (state_.step >= config_.train.steps && state_.step > 0) {
+      log::info("the run has ended before, after step ", state_.step, " (train.steps ", config_.train.steps, "): nothing to do; raise train.steps to go on");
+      return {state_.step, state_.last_loss, false, true};
+    }
+    check_start();
     StopSignals signals;
     const auto& t = config_.train;
     Progress progress("train", t.steps);
@@ -97,8 +104,9 @@ class Trainer {
       saved = false;
       progress.update(state_.step, status());
       const bool last = state_.step == t.steps;
+      check_step(last);
       if (state_.step % t.log_every == 0 || last) log_metrics();
-      if (state_.step % config_.routing.every == 0 || last) log_routing();
+      if (state_.step % config_.routing.every == 0 || last) log_routing(last);
       measure_.reset();
       if (eval_ && ((t.eval_every > 0 && state_.step % t.eval_every == 0) || last)) log_evaluation();
       if (t.sample_every > 0 && state_.step % t.sample_every == 0 && !last) draw_samples();
@@ -119,6 +127,12 @@ class Trainer {
   }
 
  private:
+  static io::Json to_json(const std::vector<TrainedRow>& rows) {
+    io::Json out = io::Json::array();
+    for (const auto& row : rows) out.push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
+    return out;
+  }
+
   void restore(const checkpoint::Checkpoint& from) {
     optimizer_.load_state(from.optimizer);
     const auto environment = std::move(state_.environment);
@@ -166,6 +180,7 @@ class Trainer {
       results.push_back(std::move(ce));
     }
     team_.finish_backward();
+    if (team_.alone() && health_.watches_groups()) note_idle_groups();
     // Read only now: the host would wait for the device here, and has nothing left to launch.
     loss_ = share_numbers(batches, results, stop);
     grad_norm_ = team_.grad_norm();
@@ -181,6 +196,14 @@ class Trainer {
       window_bytes_ += traffic.bytes;
     }
     ++window_steps_;
+  }
+
+  // Groups of which no tensor has a gradient: whether there is one is known without asking the device.
+  void note_idle_groups() {
+    idle_groups_.clear();
+    for (const auto& p : model_.registry->all()) idle_groups_.insert(p.group);
+    for (const auto& p : model_.registry->all())
+      if (p.tensor.grad().defined()) idle_groups_.erase(p.group);
   }
 
   // The loss over all processes; the sums by modality go into the window. All leave after the same step: when one was asked to, or its time is up.
@@ -212,6 +235,8 @@ class Trainer {
     team_.forget_absent(present);
     window_nll_.resize(sets, 0.0);
     window_labels_.resize(sets, 0);
+    labels_M_.assign(sets, 0);
+    for (size_t m = 0; m < sets; ++m) labels_M_[m] = int64_t(all[first + sets + m]);
     for (size_t m = 0; m < sets; ++m) window_nll_[m] += all[first + m], window_labels_[m] += int64_t(all[first + sets + m]);
     return all[0];
   }
@@ -282,10 +307,44 @@ class Trainer {
     }
   }
 
-  void log_routing() {
+  void log_routing(bool last) {
     team_.sum_in_place(routing_.sums(), "routing statistics");
-    journal_.routing(routing_.read(), state_.step);
+    const auto report = routing_.read();
+    journal_.routing(report, state_.step);
+    health_.add_routing(report);
     routing_.reset();
+    if (last) act_on(health_.at_end(state_.step));
+  }
+
+  // One line each, once; with train.strict the first ends the run.
+  void act_on(const std::vector<Finding>& findings) {
+    for (const auto& f : findings) {
+      log::warning("step ", f.step, ": ", f.text);
+      journal_.note("warnings", {{"step", f.step}, {"check", f.check}, {"text", f.text}});
+    }
+    if (findings.empty() || !config_.train.strict) return;
+    if (state_.step > 0) save();
+    writer_.wait();
+    fail<UserError>("train.strict: ended after step ", state_.step, " by the warning above (", findings.front().check, "); saved");
+  }
+
+  void check_start() {
+    StartFacts facts;
+    facts.step = state_.step, facts.steps = config_.train.steps, facts.warmup = config_.train.warmup;
+    facts.sequence_length = config_.data.sequence_length, facts.max_positions = model_.decoder->spec().max_positions;
+    facts.trainable = model_.registry->num_elements();
+    for (const auto& p : model_.registry->all()) facts.groups.insert(p.group);
+    facts.learning_rates = {{"lora", config_.train.lora.lr}, {"embeddings", config_.train.embeddings.lr}, {"base", config_.train.base.lr}};
+    facts.lr_before = state_.step > 0 ? state_.lr_factor : -1, facts.lr_now = schedule_.factor(state_.step);
+    facts.lr_was_now = schedule_.factor(std::max<int64_t>(0, state_.step - 1));
+    act_on(health_.at_start(facts));
+  }
+
+  void check_step(bool last) {
+    StepFacts facts;
+    facts.step = state_.step, facts.last = last, facts.loss = loss_, facts.grad_norm = grad_norm_;
+    facts.labels_M = labels_M_, facts.idle_groups = idle_groups_;
+    act_on(health_.after_step(facts));
   }
 
   void log_evaluation() {
@@ -314,6 +373,8 @@ class Trainer {
   }
 
   void save() {
+    state_.last_loss = loss_;
+    if (state_.step > 0) state_.lr_factor = schedule_.factor(state_.step - 1);
     state_.seconds = seconds();
     state_.data_cursor = stream_.state();
     journal_.sync();
@@ -350,6 +411,9 @@ class Trainer {
   model::PrefixCache prefix_cache_{config_.train.prefix_cache_mib << 20};
   model::ForwardOptions forward_;
   checkpoint::TrainState state_;
+  Health health_{names_, model_.is_graft()};
+  std::vector<int64_t> labels_M_;
+  std::set<std::string> idle_groups_;
   std::optional<double> measure_;
   bool balances_ = false;  // with the auxiliary loss
   bool stop_asked_ = false, time_is_up_ = false;
@@ -368,16 +432,19 @@ class Trainer {
 }  // namespace
 
 void resolve_paths(run::RunConfig& config) {
-  const auto absolute = [](std::string& path) {
-    if (!path.empty()) path = fs::absolute(path).lexically_normal().string();
+  const auto absolute = [](std::string& path, const std::string& key) {
+    if (path.empty()) return;
+    const std::string expanded = config::expand_path(path, key);
+    if (expanded != path) log::info(key, ": ", path, " is ", expanded);
+    path = fs::absolute(expanded).lexically_normal().string();
   };
-  absolute(config.run.dir);
-  absolute(config.model.path);
-  if (config.model.init) absolute(config.model.init->tokenizer);
-  for (auto& [name, modality] : config.modalities) absolute(modality.codec);
-  for (auto& adapter : config.adapters) absolute(adapter.init_from);
-  for (auto* sources : {&config.data.train, &config.data.eval})
-    for (auto& source : *sources) absolute(source.path);
+  absolute(config.run.dir, "run.dir");
+  absolute(config.model.path, "model.path");
+  if (config.model.init) absolute(config.model.init->tokenizer, "model.init.tokenizer");
+  for (auto& [name, modality] : config.modalities) absolute(modality.codec, "modalities." + name + ".codec");
+  for (size_t i = 0; i < config.adapters.size(); ++i) absolute(config.adapters[i].init_from, detail::concat("adapters[", i, "].init_from"));
+  for (auto& [list, sources] : {std::pair("data.train", &config.data.train), std::pair("data.eval", &config.data.eval)})
+    for (size_t i = 0; i < sources->size(); ++i) absolute((*sources)[i].path, detail::concat(list, "[", i, "].path"));
 }
 
 TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world, bool accept_data) {

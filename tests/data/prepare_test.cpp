@@ -53,14 +53,18 @@ TEST(Unicode, PlainLower) {
 
 TEST(Manifest, EveryShape) {
   Folder folder;
+  for (const char* name : {"a.png", "b.png", "c.png", "d.png", "e.png"}) write(folder / name, "");
   write(folder / "m.jsonl",
         R"({"image": "a.png", "text": "red heart", "captions": ["red heart", "love"], "keywords": ["x"]})" "\n\n"
         R"({"segments": [{"text": "look: "}, {"image": "b.png"}, {"text": "nice"}]})" "\n"
         R"({"image": "c.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]})" "\n"
         R"({"images": ["d.png", "e.png"], "conversations": [{"from": "human", "value": "1 <image> 2 <image>"}]})" "\n"
-        R"({"text": "words"})" "\n");
+        R"({"text": "words"})" "\r\n"
+        R"({"file_name": "a.png", "caption": "hugging face", "width": 12})" "\n"
+        R"({"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "a dog"}]})" "\n"
+        R"({"images": ["c.png"], "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image"}]}]})" "\n");
   const auto entries = read_manifest(folder / "m.jsonl");
-  ASSERT_EQ(entries.size(), 5u);
+  ASSERT_EQ(entries.size(), 8u);
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
   auto shape = [&](const ManifestEntry& entry) {
     std::string out;
@@ -73,28 +77,76 @@ TEST(Manifest, EveryShape) {
   EXPECT_EQ(shape(entries[2]), "[c.png]\nwhat?\na dog");
   EXPECT_EQ(shape(entries[3]), "1 [d.png] 2 [e.png]");
   EXPECT_EQ(shape(entries[4]), "words");
+  EXPECT_EQ(shape(entries[5]), "hugging face[a.png]");
+  EXPECT_EQ(entries[5].captions, (std::vector<std::string>{"hugging face"}));
+  EXPECT_EQ(shape(entries[6]), "[b.png]what?\na dog");
+  EXPECT_EQ(shape(entries[7]), "see [c.png]");
   EXPECT_EQ(entries[1].line, 3);
+}
+
+TEST(Manifest, ImageFolders) {
+  Folder folder;
+  for (const char* name : {"lines/a.png", "table/a.png", "table/b.png", "labels/cat/a.png", "labels/dog/b.JPG"}) write(folder / name, "");
+  write(folder / "lines/metadata.jsonl", "\xEF\xBB\xBF" R"({"file_name": "a.png", "text": "x"})");
+  write(folder / "table/metadata.csv", "\xEF\xBB\xBF" "file_name,text\r\na.png,\"one, \"\"two\"\"\nthree\"\r\n\r\nb.png,y");
+  EXPECT_EQ(read_manifest(folder / "lines").front().captions.front(), "x");
+  const auto table = read_manifest(folder / "table");
+  ASSERT_EQ(table.size(), 2u);
+  EXPECT_EQ(table[0].captions.front(), "one, \"two\"\nthree");
+  EXPECT_EQ(table[1].segments.back().image, folder / "table/b.png");
+  const auto labels = read_manifest(folder / "labels");
+  ASSERT_EQ(labels.size(), 2u);
+  EXPECT_EQ(labels[0].captions.front(), "cat");
+  EXPECT_EQ(labels[1].segments.back().image, folder / "labels/dog/b.JPG");
 }
 
 TEST(Manifest, NamesTheBrokenLine) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"{\"text\": \"a\"}\n{\"text\":", "m.jsonl:2: not valid JSON"},
-      {"[1]", "must be a JSON object, got array"},
-      {"{\"caption\": \"a\"}", "expected \"image\" and \"text\""},
+      {"7", "must be a JSON object, got number"},
+      {"[{\"text\": \"a\"}]", "is one JSON list; one object a line is expected"},
+      {"PAR1\x15", "is a Parquet or Arrow file"},
+      {"{\"title\": \"a\"}", "expected \"image\" and \"text\""},
       {"{\"text\": 3}", "\"text\" must be a string, got number"},
       {"{\"text\": \"\"}", "the document is empty"},
+      {"{\"text\": \"half \\ud83d emoji\"}", "not valid JSON"},
+      {"{\"text\": 1e999}", "not valid JSON"},
+      {"{\"text\": " + std::string(200, '[') + std::string(200, ']') + "}", "nest too deep"},
       {"{\"image\": \"\"}", "an image path is empty"},
+      {"{\"image\": \"a.png\"}", "the picture has no text"},
+      {"{\"image\": \"a.png\", \"text\": \"\"}", "the picture has no text"},
+      {"{\"image\": \"none.png\", \"text\": \"x\"}", "image not found"},
+      {"{\"image\": \"data:image/png;base64," + std::string(5000, 'A') + "\", \"text\": \"x\"}", "is in the manifest itself"},
+      {"{\"image\": \"https://example.org/a.png\", \"text\": \"x\"}", "is an address"},
+      {"{\"imgae\": \"a.png\", \"text\": \"x\"}", "unknown key \"imgae\"; did you mean \"image\"?"},
+      {"{\"image\": \"a.png\", \"captoin\": \"x\"}", "did you mean \"caption"},
+      {"{\"img_path\": \"a.png\", \"text\": \"x\"}", "\"img_path\" holds a picture"},
       {"{\"segments\": [{\"sound\": \"a\"}]}", "a segment must be"},
       {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}", "2 <image> placeholders for 1 image"},
+      {"{\"messages\": [{\"content\": [{\"type\": \"image\"}]}]}", "names no picture"},
+      {"{\"messages\": [{\"content\": [{\"type\": \"audio\"}]}]}", "must be of type text or image"},
       {"{\"image\": \"a.png\", \"captions\": \"a\"}", "\"captions\" must be a list"},
-      {"\n", "is empty"}};
+      {"\n", "has no document that can be read"}};
   Folder folder;
+  write(folder / "a.png", "");
   for (const auto& [text, expected] : cases) {
     write(folder / "m.jsonl", text);
     const auto error = error_of([&] { read_manifest(folder / "m.jsonl"); });
     EXPECT_NE(error.find(expected), std::string::npos) << expected << " in: " << error;
+    EXPECT_LT(error.size(), 400u) << error;
+    EXPECT_EQ(error.find('\n'), std::string::npos) << error;
   }
   EXPECT_NE(error_of([&] { read_manifest(folder / "none.jsonl"); }).find("none.jsonl"), std::string::npos);
+  EXPECT_NE(error_of([&] { read_manifest(folder / "set-0000.tar"); }).find("is an archive"), std::string::npos);
+}
+
+TEST(Manifest, OneBadRowDoesNotEndTheJob) {
+  Folder folder;
+  write(folder / "m.jsonl", "{\"text\": \"a\"}\n{broken\n{\"text\": \"b\"}");
+  std::vector<std::string> bad;
+  EXPECT_EQ(read_manifest(folder / "m.jsonl", [&](const std::string& why) { bad.push_back(why); }).size(), 2u);
+  ASSERT_EQ(bad.size(), 1u);
+  EXPECT_NE(bad[0].find("m.jsonl:2: not valid JSON"), std::string::npos);
 }
 
 std::vector<EmojiEntry> some_emoji() {
@@ -269,11 +321,15 @@ TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {
   EXPECT_EQ(summary.documents, 2);
   EXPECT_EQ(summary.skipped_images, 1);
   EXPECT_EQ(summary.skipped_documents, 1);
-  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})");
   options.overwrite = true;
-  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("the data set is empty"), std::string::npos);
-  write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})");
-  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("image not found"), std::string::npos);
+  options.strict = true;
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("bad.png"), std::string::npos);
+  options.strict = false;
+  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})");
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("1 of 1 documents would be skipped"), std::string::npos);
+  write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})" "\n" R"({"text": "apple"})" "\n" R"({"image": "images/gone.png", "text": "red"})");
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("2 of 3 documents would be skipped"), std::string::npos);
+  EXPECT_EQ(ShardSet(options.output).num_documents(), 2) << "a failed --overwrite leaves what was there";
 }
 
 TEST_F(Prepare, PlainText) {

@@ -184,5 +184,49 @@ TEST(Shard, MissingEmptyAndTruncatedSources) {
   EXPECT_NE(error_of([&] { ShardSet(folder / "mixed"); }).find("other modalities"), std::string::npos);
 }
 
+TEST(ShardSet, ASetThatLostAFileIsIncomplete) {
+  const Folder folder;
+  const auto make = [&](const std::filesystem::path& to) {
+    ShardWriter writer(to, kSchema, true, 7);
+    for (int i = 0; i < 6; ++i) {
+      const std::vector<int32_t> ids{1, 2, 3, 4};
+      writer.add({{0, ids}});
+    }
+    writer.finish();
+  };
+  const auto message = [&](const std::filesystem::path& of) { return error_of([&] { const ShardSet set(of); }); };
+  make(folder / "whole");
+  EXPECT_EQ(ShardSet(folder / "whole").num_documents(), 6);
+  for (const char* lost : {"shard-00000", "shard-00001", "shard-00002"}) {
+    make(folder / lost);
+    std::filesystem::remove(folder / lost / (std::string(lost) + ".safetensors"));
+    EXPECT_NE(message(folder / lost).find("is incomplete: it holds 2 file(s)"), std::string::npos) << lost << ": " << message(folder / lost);
+  }
+  make(folder / "mixed");
+  std::filesystem::copy_file(folder / "mixed/shard-00000.safetensors", folder / "mixed/shard-99999.safetensors");
+  EXPECT_NE(message(folder / "mixed").find("is incomplete: it holds 4 file(s) of a set of 3"), std::string::npos) << message(folder / "mixed");
+  EXPECT_EQ(ShardSet(folder / "whole/shard-00001.safetensors").num_documents(), 2) << "one file by itself is what its reader asked for";
+}
+
+TEST(ShardWriter, WhatIsNoShardIsNeverReplaced) {
+  const Folder folder;
+  std::filesystem::create_directories(folder / "model");
+  io::save_safetensors(folder / "model/model.safetensors", {{"weight", at::ones({2})}});
+  EXPECT_NE(error_of([&] { ShardWriter(folder / "model", kSchema, true); }).find("holds model.safetensors, which is no shard"), std::string::npos);
+  EXPECT_TRUE(std::filesystem::exists(folder / "model/model.safetensors"));
+}
+
+TEST(ShardWriter, AnUnfinishedSetIsNotThere) {
+  const Folder folder;
+  {
+    ShardWriter writer(folder / "s", kSchema, false, 3);
+    const std::vector<int32_t> ids{1, 2, 3, 4};
+    for (int i = 0; i < 4; ++i) writer.add({{0, ids}});
+    EXPECT_FALSE(std::filesystem::exists(folder / "s"));
+  }
+  EXPECT_FALSE(std::filesystem::exists(folder / "s"));
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder / "."), {}), 0) << "nothing is left of it";
+}
+
 }  // namespace
 }  // namespace moegraft::data

@@ -32,6 +32,16 @@ y, x = np.mgrid[0:H, 0:W]
 rgb = np.stack([40 * x, 60 * y, 10 * (x + y)], -1).astype(np.uint8)
 Image.fromarray(rgb).save(OUT / "rgb.png")
 Image.fromarray(rgb).quantize(24).save(OUT / "palette.png")
+# The same picture in the formats that libgd reads, upright and turned (orientation 6: stored rows are shown columns, right to left).
+turn = Image.Exif()
+turn[0x0112] = 6
+for name, options in {"webp": dict(lossless=True), "bmp": {}, "tif": {}}.items():
+    Image.fromarray(rgb).save(OUT / f"rgb.{name}", **options)
+Image.fromarray(rgb).quantize(24).save(OUT / "rgb.gif")
+Image.fromarray(rgb).save(OUT / "deflated.tif", compression="tiff_deflate")
+Image.fromarray(rgb).save(OUT / "turned.webp", lossless=True, exif=turn)
+Image.fromarray(rgb).save(OUT / "turned.png", exif=turn)
+Image.fromarray(rgb).save(OUT / "turned.tif", tiffinfo={0x0112: 6})
 Image.fromarray((30 * x + 10 * y).astype(np.uint8), "L").save(OUT / "gray.png")
 Image.fromarray((30 * x + 10 * y).astype(np.uint8), "L").point(lambda v: 255 * (v > 90)).convert("1").save(OUT / "bits1.png")
 Image.fromarray((257 * (30 * x + 10 * y)).astype(np.uint16)).save(OUT / "gray16.png")

@@ -145,6 +145,10 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   MemoryRequest r = large();
   // Two layers: gate A [E,P,D], B [E,F,P], q A [P,D], B [q,P].
   EXPECT_EQ(count_trained(r).total(), 2 * (6 * 4 * (64 + 48) + 4 * (64 + 64)));
+  int64_t listed = 0;
+  for (const auto& row : trained_table(r)) listed += row.parameters;
+  EXPECT_EQ(listed, count_trained(r).total());
+  EXPECT_EQ(format_trained(trained_table(r), 1000).size(), trained_table(r).size() + 1);
   const MemoryPlan adamw = plan_memory(r);
   EXPECT_EQ(adamw.optimizer, 8 * count_trained(r).total());
   EXPECT_EQ(adamw.save_copies, 0);

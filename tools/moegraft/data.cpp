@@ -90,10 +90,10 @@ void add_shard_options(CLI::App& command, const std::shared_ptr<ShardState>& sta
   command.add_flag("--json", state->json, "Print the summary as one JSON object");
   command.callback([state] {
     const auto s = data::prepare_shards(state->options);
-    report({{"documents", s.documents}, {"tokens", s.tokens}, {"text_tokens", s.text_tokens}, {"images", s.images}, {"skipped_images", s.skipped_images}, {"skipped_documents", s.skipped_documents}},
+    report({{"documents", s.documents}, {"tokens", s.tokens}, {"text_tokens", s.text_tokens}, {"images", s.images}, {"skipped_images", s.skipped_images}, {"skipped_documents", s.skipped_documents}, {"bad_rows", s.bad_rows}},
            state->json,
            detail::concat(state->options.output.string(), ": ", s.documents, " documents, ", s.tokens, " tokens (", s.images, " images encoded); skipped ", s.skipped_images,
-                          " images that do not decode and ", s.skipped_documents, " documents"));
+                          " images that do not decode, ", s.bad_rows, " rows that cannot be read and ", s.skipped_documents, " documents"));
   });
 }
 
@@ -101,7 +101,8 @@ void add_shards(CLI::App& parent) {
   auto state = std::make_shared<ShardState>();
   auto& o = state->options;
   auto* command = parent.add_subcommand("shards", "Captioned images (JSONL manifests) and text to pre-tokenised shards");
-  command->add_option("--manifest", o.manifests, "JSONL manifests of captioned images, segments or conversations");
+  command->add_option("--manifest", o.manifests, "JSONL manifests of captioned images, segments, messages or conversations; or ImageFolder directories");
+  command->add_flag("--strict", o.strict, "End at the first row or picture that cannot be read, instead of skipping it");
   command->add_option("--text", o.texts, "Text files, one document a line");
   command->add_option("--codec", o.codec, "Folder of the image codec");
   command->add_option("--modality", o.modality, "Name of the images' modality in the run")->capture_default_str();

@@ -97,7 +97,6 @@ void run(const Options& o) {
     config = config::parse<run::RunConfig>(config::Document::from_file(o.config, o.set));
   } else {
     MOEGRAFT_CHECK_USAGE(!o.path.empty(), "inspect: give a model or run directory, or -c CONFIG");
-    MOEGRAFT_CHECK(fs::exists(o.path), o.path, " does not exist");
     if (run::is_run(o.path)) config = run::load_run_config(o.path), run_dir = o.path;
   }
   if (config && config->model.init) {
@@ -116,6 +115,9 @@ void run(const Options& o) {
       const train::TrainedParameters t = train::count_trained(request);
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
+      for (const auto& row : train::trained_table(request)) out["trained"]["table"].push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
+      if (!o.json)
+        for (const auto& line : train::format_trained(train::trained_table(request), s.num_parameters())) std::printf("trains  %s\n", line.c_str());
       out["memory"] = describe_plan(train::plan_memory(request));
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)

@@ -253,6 +253,7 @@ void add_launch_command(CLI::App& app) {
     auto arguments = o->command;
     const auto rest = command->remaining();
     arguments.insert(arguments.end(), rest.begin(), rest.end());
+    MOEGRAFT_CHECK_USAGE(rest.empty() || o->command.empty(), "launch: put -- before the command, so that its options are its own: moegraft launch --nproc ", o->processes, " -- ", o->command.front(), " …");
     MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);

@@ -35,7 +35,7 @@ void add_train_command(CLI::App& app) {
     if (environment.distributed()) log::set_rank(environment.rank);
     const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume, accept_data) : train::train(read(), o->resume, nullptr, accept_data);
     if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
-    log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
+    if (!outcome.ended_before) log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
   });
 }
 

@@ -15,6 +15,7 @@ struct TrainState {
   int64_t tokens_seen = 0;
   std::string data_cursor;    // as the data module writes it
   double seconds = 0;         // training time so far, over all sessions
+  double lr_factor = -1, last_loss = 0;  // of the last step; -1: none, or not recorded
   std::optional<double> best_measure;
   int64_t best_step = -1;
   std::map<std::string, std::string> environment;  // what bit-identity depends on: binary, processor, threads, layout

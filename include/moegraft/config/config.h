@@ -29,6 +29,9 @@
 
 namespace moegraft::config {
 
+// A path as a shell reads it: ~ at its start, $NAME and ${NAME} anywhere. UsageError names `key` and a variable that is not set.
+std::string expand_path(const std::string& path, const std::string& key);
+
 // What a value must satisfy besides its type.
 struct Constraint {
   double min = -std::numeric_limits<double>::infinity(), max = std::numeric_limits<double>::infinity();

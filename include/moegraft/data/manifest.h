@@ -1,12 +1,17 @@
 #pragma once
-// JSONL manifests: one document a line, in any of these shapes. Image paths are relative to the manifest's folder.
+// JSONL manifests: one document a line, in any of these shapes. Image paths are relative to the manifest's folder, or absolute; they may lead out of it ("../"): a manifest
+// reads whatever its user may read.
 //   {"image": "images/x.png", "text": "red heart", "captions": ["red heart", "a picture of a red heart"], …}
 //   {"segments": [{"text": "look: "}, {"image": "x.png"}, {"text": "nice"}]}
 //   {"image": "x.png", "conversations": [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}
+//   {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it?"}]}, {"role": "assistant", "content": "a dog"}]}
 //   {"text": "no picture at all"}
-// Other keys are kept out of the way ("keywords", "emoji", …). "images": [...] may stand for "image" in conversations.
+// "file_name" may stand for "image" and "caption" for "text" (Hugging Face's ImageFolder); "images": [...] for "image" in conversations and messages. Turns are joined by
+// line ends, without their roles. Other keys are left alone ("keywords", "emoji", …) unless they look like one of these misspelt, or hold the picture that a document lacks.
+// Instead of a file: an ImageFolder directory, with metadata.jsonl or metadata.csv, or with a folder for each label (its text).
 
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -24,7 +29,10 @@ struct ManifestEntry {
   int64_t line = 0;                       // 1-based
 };
 
-// UserError names the file, the line and what is wrong: missing file, broken JSON, no known shape, placeholders that do not match the images, no entry.
-std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path);
+// A row that cannot be read, or whose picture is not there: "file:line: why".
+using BadRow = std::function<void(const std::string& why)>;
+
+// bad: told of each such row, which is left out; without it the first one is an error. UserError: a missing file, another format than JSONL, no entry.
+std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path, const BadRow& bad = {});
 
 }  // namespace moegraft::data

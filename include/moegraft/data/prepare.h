@@ -20,16 +20,19 @@ struct ShardOptions {
   int64_t max_tokens = 1 << 26;   // tokens in one shard file
   bool lowercase = false;
   bool overwrite = false;
+  bool strict = false;  // the first row that cannot be read ends the job
 };
 
 struct ShardSummary {
   int64_t documents = 0, tokens = 0, images = 0, text_tokens = 0;
   int64_t skipped_images = 0;     // did not decode; named in the log
   int64_t skipped_documents = 0;  // held such an image, or no token
+  int64_t bad_rows = 0;           // of manifests: could not be read; the first few are named in the log
 };
 
-// Tokenises text, encodes images through the codec (each file once) and writes shards. An image that does not decode is named, its document
-// skipped and counted. UserError: missing manifest, tokenizer, codec or image file; nothing left to write.
+// Tokenises text, encodes images through the codec (each file once) and writes shards. An image that does not decode, or a row
+// that cannot be read, is named, its document skipped and counted. UserError: missing manifest, tokenizer or codec; nothing left to write, or less than half of it;
+// with strict anything that would be skipped.
 ShardSummary prepare_shards(const ShardOptions& options);
 
 }  // namespace moegraft::data

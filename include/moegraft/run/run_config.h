@@ -141,6 +141,7 @@ struct TrainSection {
   int64_t sample_every = 0;
   std::vector<std::string> sample_prompts;
   bool allow_text_drift = false;
+  bool strict = false;
   template <class V>
   void visit_fields(V& v) {
     v("steps", steps, config::range(1, 1e12), "Optimizer steps.");
@@ -166,6 +167,7 @@ struct TrainSection {
     v("sample_every", sample_every, config::range(0, 1e12), "Steps between sample pictures; 0: only at the end.");
     v("sample_prompts", sample_prompts, config::any(), "Prompts of the sample pictures.");
     v("allow_text_drift", allow_text_drift, config::any(), "Permit what changes text logits.");
+    v("strict", strict, config::any(), "End the run, saved, at the first warning that it learns nothing (no labels of the new modality, a zero gradient, a constant loss, ...).");
   }
 };
 

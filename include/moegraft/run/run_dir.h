@@ -81,6 +81,9 @@ class RunDir {
   std::filesystem::path samples() const { return dir_ / "samples"; }
   std::filesystem::path tensorboard() const { return dir_ / "tb"; }
 
+  // Into run.json: "warnings" grows, any other key is set. json: a value.
+  void note(const std::string& key, const std::string& json);
+
   // Write the lines of a step before its checkpoint: a resume keeps lines up to the checkpoint's step.
   LineLog metrics, routing;
 

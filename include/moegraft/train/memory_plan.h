@@ -47,6 +47,15 @@ struct TrainedParameters {
 };
 TrainedParameters count_trained(const MemoryRequest& request);
 
+// The same, place by place: "adapters[0] gate, rank 16" in "48 layers x 128 experts". The sum of parameters is count_trained's total.
+struct TrainedRow {
+  std::string what, where;
+  int64_t parameters = 0;
+};
+std::vector<TrainedRow> trained_table(const MemoryRequest& request);
+// As lines of a table, with float32 bytes and the share of base and trained parameters together.
+std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters);
+
 // Bytes at the peak, while the first `recompute_layers` layers keep only their input. Activations are those of a batch whose every token is a new modality's:
 // an upper bound for the frozen prefix and for text. Loss and workspace never live at the same time; the larger counts.
 struct MemoryPlan {

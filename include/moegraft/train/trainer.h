@@ -14,6 +14,7 @@ struct TrainOutcome {
   int64_t step = 0;
   double loss = 0;
   bool stopped = false;  // by a signal: everything saved, --resume auto continues
+  bool ended_before = false;  // a finished run was called again: nothing was done
 };
 
 // Runs config to its end. resume: "none" (a new run; refuses an existing one), "auto" (continue when there is a run, else start one) or a checkpoint directory: of this

@@ -1,0 +1,192 @@
+// What goes wrong on the command line ends with one line that helps, the right exit code, and soon: from troubles that users of such tools report, and from hostile files.
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <chrono>
+#include <fstream>
+
+#include "libtorch.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/json.h"
+#include "moegraft/io/mapped_files.h"
+#include "moegraft/io/safetensors.h"
+#include "support/process.h"
+#include "support/tiny_world.h"
+
+namespace moegraft {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::TinyWorld;
+
+const std::string kPointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4973345\n";
+
+std::string nested(int64_t depth) { return std::string(size_t(depth), '[') + std::string(size_t(depth), ']'); }
+
+void make_pipe(const fs::path& path) {
+  fs::remove(path);
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+}
+
+struct Case {
+  const char* name;
+  std::function<std::vector<std::string>(const TinyWorld&)> command;  // prepares what it needs
+  const char* line;
+  int code;
+};
+
+std::vector<std::string> inspect_config(const TinyWorld& w, const std::string& text) {
+  io::write_file_atomic(w.base / "config.json", text);
+  return {"inspect", w.base.string()};
+}
+std::vector<std::string> tokenize_changed(const TinyWorld& w, const std::function<void(io::Json&)>& change, const std::string& text = "a red disc") {
+  auto j = io::read_json(w.tokenizer / "tokenizer.json");
+  change(j);
+  io::write_file_atomic(w.tokenizer / "tokenizer.json", j.dump());
+  return {"tokenize", w.tokenizer.string(), "--text", text};
+}
+std::vector<std::string> train_with(const TinyWorld& w, const std::string& set) { return {"train", "-c", w.yaml.string(), "--set", set}; }
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> list{
+      {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 1},
+      {"a folder of the hub's cache", [](const TinyWorld& w) {
+         fs::create_directories(w.dir / "models--a--b/snapshots/0123");
+         return std::vector<std::string>{"inspect", (w.dir / "models--a--b").string()};
+       }, "snapshots/HASH", 1},
+      {"a git-lfs pointer as config", [](const TinyWorld& w) { return inspect_config(w, kPointer); }, "git lfs pull", 1},
+      {"a git-lfs pointer as weights", [](const TinyWorld& w) {
+         io::write_file_atomic(w.base / "model.safetensors", kPointer);
+         return train_with(w, "train.steps=1");
+       }, "git lfs pull", 1},
+      {"a manifest as data", [](const TinyWorld& w) { return train_with(w, "data.train[0].path=" + w.manifest.string()); }, "data prepare shards --manifest", 1},
+      {"a dense model", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "llama"})"); }, "moegraft upcycle", 1},
+      {"a variable that is not set", [](const TinyWorld& w) { return train_with(w, "run.dir=$MOEGRAFT_NO_SUCH_VARIABLE/x"); }, "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
+      {"another user's home", [](const TinyWorld& w) { return train_with(w, "run.dir=~nobody/x"); }, "only ~ and ~/", 2},
+      {"launch without --", [](const TinyWorld& w) { return std::vector<std::string>{"launch", "--nproc", "2", "train", "-c", w.yaml.string()}; }, "put -- before the command", 2},
+      {"a codec that is there", [](const TinyWorld& w) {
+         io::write_file_atomic(w.dir / "codec.yaml", "dir: " + w.codec.string() + "\ndata: { train: [{ path: " + w.manifest.string() + " }] }\n");
+         io::write_file_atomic(w.codec / "codec.yaml", "");
+         return std::vector<std::string>{"codec", "train", "-c", (w.dir / "codec.yaml").string()};
+       }, "--overwrite", 2},
+      {"a config nested deep", [](const TinyWorld& w) { return inspect_config(w, "{\"model_type\": \"qwen3_moe\", \"vocab_size\": " + nested(100000) + "}"); }, "brackets nest 100001 deep", 1},
+      {"a number out of range", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "qwen3_moe", "rms_norm_eps": 1e999})"); }, "config.json: not valid JSON", 1},
+      {"more parameters than there can be", [](const TinyWorld& w) {
+         auto j = io::read_json(w.base / "config.json");
+         j["vocab_size"] = 2000000000, j["hidden_size"] = 2000000000;
+         return inspect_config(w, j.dump());
+       }, "fewer than 1e15", 1},
+      {"a colour in a name", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "\u001b[31mred\nnew line"})"); }, "\\x1b[31mred\\nnew line", 1},
+      {"a pipe as config", [](const TinyWorld& w) {
+         make_pipe(w.base / "config.json");
+         return std::vector<std::string>{"inspect", w.base.string()};
+       }, "it is a pipe or a device", 1},
+      {"a pipe as weights", [](const TinyWorld& w) {
+         make_pipe(w.base / "model.safetensors");
+         io::save_safetensors(w.dir / "ids.safetensors", {{"input_ids", at::ones({1, 4}, at::kLong)}});
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", (w.dir / "ids.safetensors").string(), "-o", (w.dir / "o").string()};
+       }, "not a regular file", 1},
+      {"a device as config", [](const TinyWorld& w) {
+         fs::remove(w.base / "config.json");
+         fs::create_symlink("/dev/zero", w.base / "config.json");
+         return std::vector<std::string>{"inspect", w.base.string()};
+       }, "it is a pipe or a device", 1},
+      {"no ids", [](const TinyWorld& w) {
+         io::save_safetensors(w.dir / "ids.safetensors", {{"input_ids", at::ones({4, 0}, at::kLong)}});
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", (w.dir / "ids.safetensors").string(), "-o", (w.dir / "o").string()};
+       }, "input_ids is empty", 1},
+      {"a codec's index that leads out", [](const TinyWorld& w) {
+         fs::remove(w.codec / "model.safetensors");
+         io::write_json(w.codec / "model.safetensors.index.json", {{"weight_map", {{"a", "../base/model.safetensors"}}}});
+         return std::vector<std::string>{"codec", "decode", w.codec.string(), "--ids", "x", "-o", "y.png"};
+       }, "must be a file beside the index", 1},
+      {"a tokenizer nested deep", [](const TinyWorld& w) {
+         return tokenize_changed(w, [](io::Json& j) {
+           io::Json n{{"type", "NFC"}};
+           for (int i = 0; i < 200; ++i) n = {{"type", "Sequence"}, {"normalizers", {n}}};
+           j["normalizer"] = n;
+         });
+       }, "deep, expected 100 at most", 1},
+      {"a text that grows without end", [](const TinyWorld& w) {
+         return tokenize_changed(w, [](io::Json& j) {
+           io::Json list = io::Json::array();
+           for (int i = 0; i < 9; ++i) list.push_back({{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aaaaaaaaaa"}});
+           j["normalizer"] = {{"type", "Sequence"}, {"normalizers", list}};
+         });
+       }, "damaged or hostile tokenizer.json", 1},
+      {"a regular expression that takes for ever", [](const TinyWorld& w) {
+         return tokenize_changed(w, [](io::Json& j) { j["pre_tokenizer"] = {{"type", "Split"}, {"pattern", {{"Regex", "(?:a?){60}a{60}"}}}, {"behavior", "Isolated"}, {"invert", false}}; }, std::string(60, 'a'));
+       }, "takes too long", 1},
+      {"a verb in a regular expression", [](const TinyWorld& w) {
+         return tokenize_changed(w, [](io::Json& j) { j["pre_tokenizer"] = {{"type", "Split"}, {"pattern", {{"Regex", "(*NO_JIT)(a+)+$"}}}, {"behavior", "Isolated"}, {"invert", false}}; });
+       }, "a verb (*...)", 1},
+      {"half characters", [](const TinyWorld& w) {
+         return tokenize_changed(w, [](io::Json& j) { j["pre_tokenizer"] = {{"type", "Split"}, {"pattern", {{"Regex", "\\C\\K"}}}, {"behavior", "Isolated"}, {"invert", false}}; });
+       }, "does not compile", 1},
+      {"a vocabulary of terabytes", [](const TinyWorld& w) {
+         testing::write_run(w);
+         auto j = io::read_json(w.run / "vocabulary.json");
+         j["modalities"][0]["num_codes"] = 400000000000;
+         io::write_json(w.run / "vocabulary.json", j);
+         return std::vector<std::string>{"generate", w.run.string(), "--prompt", "a", "--image", "o.png"};
+       }, "vocabulary.json: image: num_codes or item_length is out of range", 1},
+      {"a run without a whole checkpoint", [](const TinyWorld& w) {
+         testing::write_run(w);
+         for (const auto& dir : fs::directory_iterator(w.run / "checkpoints")) fs::remove(dir.path() / "manifest.json");
+         return std::vector<std::string>{"generate", w.run.string(), "--prompt", "a", "--image", "o.png"};
+       }, "every checkpoint in", 1},
+  };
+  return list;
+}
+
+TEST(Messages, OneLineThatHelpsAndSoon) {
+  testing::TemporaryFolder folder;
+  const TinyWorld made = testing::make_tiny_world(folder / "made");
+  for (const auto& c : cases()) {
+    SCOPED_TRACE(c.name);
+    // In place, since the config names it by its path.
+    const auto kept = folder / "kept";
+    fs::copy(made.dir, kept, fs::copy_options::recursive);
+    const auto begin = std::chrono::steady_clock::now();
+    const auto r = testing::run_moegraft(c.command(made));
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+    EXPECT_EQ(r.code, c.code) << r.err;
+    EXPECT_NE(r.err.find(c.line), std::string::npos) << r.err;
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n') - (r.err.find("warning") != std::string::npos), 1) << r.err;
+    fs::remove_all(made.dir);
+    fs::rename(kept, made.dir);
+  }
+}
+
+// Linear in the tensors: quadratic took 29 s of 40,000.
+TEST(Messages, ManyTensorsOpenSoon) {
+  testing::TemporaryFolder folder;
+  std::string header = "{";
+  constexpr int64_t kTensors = 100000;
+  for (int64_t i = 0; i < kTensors; ++i) header += (i ? ",\"t" : "\"t") + std::to_string(i) + R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" + std::to_string(i) + "," + std::to_string(i + 1) + "]}";
+  header += "}";
+  const uint64_t size = header.size();
+  std::ofstream(folder / "many.safetensors", std::ios::binary) << std::string(reinterpret_cast<const char*>(&size), 8) << header << std::string(kTensors, '\1');
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EQ(io::SafetensorsFile(folder / "many.safetensors").names().size(), size_t(kTensors));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
+}
+
+// The file that a running training maps is cut: named, instead of a death by signal.
+TEST(Messages, AFileThatIsCutWhileInUse) {
+  testing::TemporaryFolder folder;
+  io::save_safetensors(folder / "big.safetensors", {{"w", at::ones({1 << 20})}});
+  EXPECT_EXIT(
+      {
+        io::name_file_on_bus_error();
+        const io::SafetensorsFile file(folder / "big.safetensors");
+        const at::Tensor w = file.tensor("w");
+        fs::resize_file(folder / "big.safetensors", 4096);
+        volatile float x = w.const_data_ptr<float>()[(1 << 20) - 1];
+        static_cast<void>(x);
+      },
+      ::testing::ExitedWithCode(1), "big.safetensors was cut short");
+}
+
+}  // namespace
+}  // namespace moegraft
