@@ -25,7 +25,9 @@ int64_t special_id(const ConfigReader& c, const char* key) {
 RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   RopeSpec r;
   r.theta = c.number("rope_theta", 10000.0);
-  const char* key = c.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  MOEGRAFT_CHECK(c.number("partial_rotary_factor", 1.0) == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
+  // With both, rope_scaling is the one (unless it is empty), and what the object holds goes before the field outside of it.
+  const char* key = c.has("rope_scaling") && !c.raw("rope_scaling").empty() ? "rope_scaling" : "rope_parameters";
   if (!c.has(key)) return r;
   const io::Json& j = c.raw(key);
   MOEGRAFT_CHECK(j.is_object(), "config.json: ", key, " must be an object, got ", j.type_name());
@@ -57,6 +59,18 @@ std::string tensor_name(const std::string& pattern, int64_t layer, int64_t exper
   };
   replace("{l}", layer);
   replace("{e}", expert);
+  return out;
+}
+
+std::vector<std::string> other_names(const std::string& name) {
+  std::vector<std::string> out;
+  const std::string model = "model.", block = ".block_sparse_moe.";
+  const auto both = [&](const std::string& n) {
+    if (n != name) out.push_back(n);
+    out.push_back(n.starts_with(model) ? n.substr(model.size()) : model + n);
+  };
+  both(name);
+  if (const size_t at = name.find(block); at != std::string::npos) both(std::string(name).replace(at, block.size(), ".mlp."));
   return out;
 }
 
@@ -108,6 +122,7 @@ DecoderSpec parse_common(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s;
   s.family = c.string("model_type", "");
+  MOEGRAFT_CHECK(!c.has("quantization_config"), "config.json: quantization_config is not supported; expected weights in float32, bfloat16 or float16: dequantise them with transformers first");
   s.vocab_size = c.integer("vocab_size");
   s.hidden_size = c.integer("hidden_size");
   s.num_layers = c.integer("num_hidden_layers");

@@ -3,6 +3,8 @@
 
 #include "libtorch.h"
 
+#include <set>
+
 #include "family.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -54,32 +56,44 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-// The tensors of a directory: one file, or shards with an index.
+// The tensors of a directory: one file, or shards with an index. As in transformers the single file goes before an index, every tensor of a listed shard
+// counts, and of two with one name the one in the last file.
 class TensorSource {
  public:
-  explicit TensorSource(const fs::path& dir) {
+  explicit TensorSource(const fs::path& dir) : dir_(dir) {
     const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
-    if (fs::exists(index)) {
+    if (fs::exists(index) && !fs::exists(single)) {
       const io::Json j = io::read_json(index);
       MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
-      std::map<std::string, size_t> opened;
+      std::set<std::string> shards;
       for (const auto& [name, file] : j.at("weight_map").items()) {
         MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
         const std::string shard = file.get<std::string>();
         MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
-        auto [it, fresh] = opened.try_emplace(shard, files_.size());
-        if (fresh) files_.emplace_back(dir / shard);
-        MOEGRAFT_CHECK(files_[it->second].contains(name), (dir / shard).string(), " does not hold ", name, ", which the index places there");
-        where_[name] = it->second;
+        shards.insert(shard);
       }
+      for (const auto& shard : shards) open(dir / shard);
+      for (const auto& [name, file] : j.at("weight_map").items())
+        MOEGRAFT_CHECK(where_.count(name), (dir / file.get<std::string>()).string(), " does not hold ", name, ", which the index places there");
     } else {
+      MOEGRAFT_CHECK(fs::exists(single) || !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")), dir.string(),
+                     " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
       MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
-      files_.emplace_back(single);
-      for (const auto& name : files_[0].names()) where_[name] = 0;
+      if (fs::exists(index)) log::warning(dir.string(), " holds model.safetensors and an index of shards; the single file is read, as transformers does");
+      open(single);
     }
   }
-  bool contains(const std::string& name) const { return where_.count(name) > 0; }
-  at::Tensor tensor(const std::string& name) const { return files_[where_.at(name)].tensor(name); }
+  const fs::path& dir() const { return dir_; }
+  bool contains(const std::string& name) const { return find(name) != where_.end(); }
+  at::Tensor tensor(const std::string& name) const {
+    const auto it = find(name);
+    return files_[it->second].tensor(it->first);
+  }
+  // The name in the file of what the family calls `name`; empty when absent.
+  std::string stored_name(const std::string& name) const {
+    const auto it = find(name);
+    return it == where_.end() ? std::string() : it->first;
+  }
   bool holds(const at::Tensor& t) const {
     return std::any_of(files_.begin(), files_.end(), [&](const auto& file) { return file.holds(t); });
   }
@@ -94,6 +108,19 @@ class TensorSource {
   }
 
  private:
+  void open(const fs::path& file) {
+    files_.emplace_back(file);
+    for (const auto& name : files_.back().names()) where_[name] = files_.size() - 1;
+  }
+  std::map<std::string, size_t>::const_iterator find(const std::string& name) const {
+    auto it = where_.find(name);
+    if (it != where_.end()) return it;
+    for (const auto& other : other_names(name))
+      if (it = where_.find(other); it != where_.end()) return it;
+    return it;
+  }
+
+  fs::path dir_;
   std::vector<io::SafetensorsFile> files_;
   std::map<std::string, size_t> where_;
 };
@@ -132,6 +159,7 @@ class Loader {
       problem(name + " is missing");
       return {};
     }
+    use(name);
     return convert(name, source_.tensor(name), shape, first, count);
   }
   at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape, int64_t first, int64_t count) {
@@ -147,6 +175,24 @@ class Loader {
     if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
     return out;
   }
+  // Belongs to the model, though it is not taken here.
+  void use(const std::string& name) { used_.insert(source_.stored_name(name)); }
+  // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers, which lists it as UNEXPECTED.
+  void check_rest(int64_t num_layers) {
+    std::vector<std::string> unexpected;
+    for (const auto& name : source_.names()) {
+      if (used_.count(name) || name.find("rotary_emb.inv_freq") != std::string::npos) continue;
+      unexpected.push_back(name);
+      const std::string layers = name.starts_with("layers.") ? "layers." : "model.layers.";
+      const int64_t layer = name.starts_with(layers) ? std::atoll(name.c_str() + layers.size()) : 0;
+      if (layer >= num_layers) problem(moegraft::detail::concat(name, " lies beyond num_hidden_layers ", num_layers, " of config.json"));
+    }
+    constexpr size_t kShown = 4;
+    const size_t shown = std::min(kShown, unexpected.size());
+    if (clean() && shown)
+      log::warning(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ", join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "),
+                   unexpected.size() > shown ? ", …" : "");
+  }
   void place_on(at::Device device) { options_.device = device; }
   void problem(const std::string& text) {
     if (++count_ <= 8) problems_.push_back(text);
@@ -154,7 +200,11 @@ class Loader {
   bool clean() const { return count_ == 0; }
   void finish() const {
     if (count_ == 0) return;
-    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string());
+    std::string hint;
+    for (const auto& name : source_.names())
+      if (const std::string tail = ".embed_tokens.weight"; name.ends_with(tail) && name != "model" + tail)
+        hint = "; the file's names begin with '" + name.substr(0, name.size() - tail.size() + 1) + "': save the language model of this wrapper alone";
+    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string(), hint);
   }
 
  private:
@@ -162,6 +212,7 @@ class Loader {
   LoadOptions options_;
   std::string where_;
   std::vector<std::string> problems_;
+  std::set<std::string> used_;
   int64_t count_ = 0;
 };
 
@@ -188,6 +239,25 @@ AttentionWeights load_attention(Loader& load, const TensorSource& source, const 
   return a;
 }
 
+// Embedding and head. Tied in the config: a head of the file's own that differs stays one, and a head alone serves as the embedding (transformers 5.17).
+void load_ends(Loader& load, const TensorSource& source, const TensorNames& names, DecoderSpec& s, ResidentWeights& w) {
+  const std::vector<int64_t> shape{s.vocab_size, s.hidden_size};
+  const bool embedding = source.contains(names.embedding), head = source.contains(names.head);
+  if (!s.tie_word_embeddings || (embedding && head)) {
+    w.embedding = load.take(names.embedding, shape);
+    w.head = load.take(names.head, shape);
+    if (!s.tie_word_embeddings || !load.clean()) return;
+    if (!at::equal(w.embedding, w.head)) {
+      log::warning(source.dir().string(), ": tie_word_embeddings is true in config.json, but ", names.head, " differs from ", names.embedding, "; both are used, as transformers does");
+      s.tie_word_embeddings = false;
+      return;
+    }
+  } else {
+    w.embedding = load.take(embedding || !head ? names.embedding : names.head, shape);
+  }
+  w.head = w.embedding;
+}
+
 // Experts [first, first + count) of a layer.
 ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first, int64_t count) {
   const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
@@ -203,6 +273,9 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     }
     return x;
   }
+  for (int64_t e = 0; e < E; ++e)
+    if (e < first || e >= first + count)
+      for (const auto* pattern : {&names.expert_gate, &names.expert_up, &names.expert_down}) load.use(tensor_name(*pattern, l, e));
   for (int64_t e = first; e < first + count; ++e) {
     x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
     x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
@@ -226,7 +299,10 @@ DecoderSpec read_spec(const fs::path& dir) {
   const io::Json config = io::read_json(dir / "config.json");
   MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
   try {
-    DecoderSpec spec = find_family(config.at("model_type").get<std::string>()).parse(config);
+    const Family& family = find_family(config.at("model_type").get<std::string>());
+    io::Json filled = family.defaults;
+    filled.update(config);
+    DecoderSpec spec = family.parse(filled);
     check_spec(spec);
     return spec;
   } catch (const UserError& e) {
@@ -267,8 +343,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   w->type = options.dtype;
   w->where = options.device;
   const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
-  w->embedding = load.take(names.embedding, {s.vocab_size, s.hidden_size});
-  w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, {s.vocab_size, s.hidden_size});
+  load_ends(load, source, names, base.spec, *w);
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
     LayerWeights layer;
@@ -297,6 +372,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     }
     w->layer_experts.push_back(std::move(experts));
   }
+  load.check_rest(s.num_layers);
   load.finish();
   if (options.device.is_cpu() && options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step
     w->final_norm = w->final_norm.to(at::kFloat);

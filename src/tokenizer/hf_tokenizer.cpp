@@ -1,6 +1,8 @@
 #include "hf_tokenizer.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <map>
 #include <unordered_set>
 
 #include "added_tokens.h"
@@ -74,7 +76,7 @@ class HfTokenizer : public Tokenizer {
     for (const char* key : {"truncation", "padding"}) {
       if (root.has(key)) log::debug(root.place(), ": '", key, "' is ignored: texts keep their length");
     }
-    read_tokens(root);
+    read_tokens(root, dir);
     find_ends(dir);
     for (const auto* side : {&template_.before, &template_.after}) {
       for (const int64_t id : *side) root.expect(id < size(), "post_processor ids below " + std::to_string(size()) + ", got " + std::to_string(id));
@@ -140,7 +142,74 @@ class HfTokenizer : public Tokenizer {
 
   void check_id(int64_t id) const { MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id); }
 
-  void read_tokens(const Field& root) {
+  // What transformers adds to tokenizer.json: added_tokens_decoder of tokenizer_config.json in the order of its ids (without it added_tokens.json), then each named
+  // special token that is no added token yet. As there the next free id counts, not the written one.
+  void add_configured(std::vector<AddedToken>& added, const std::filesystem::path& dir, int64_t limit) const {
+    const auto config = read_tokenizer_config(dir);
+    const auto place = (dir / "tokenizer_config.json").string();
+    std::map<int64_t, AddedToken> wanted;
+    std::vector<AddedToken> named;
+    const auto name_special = [&](const nlohmann::json& value, const std::string& where) {
+      if (value.is_string()) named.push_back({.content = value.get<std::string>(), .special = true});
+      if (value.is_object() && value.contains("content")) named.push_back(read_added_token(Field(value, where), 0)), named.back().special = true;
+    };
+    const auto read_named = [&](const nlohmann::json& from, const std::string& where) {
+      if (!from.is_object()) return;
+      for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+        if (from.contains(key)) name_special(from[key], where + "." + key);
+      for (const char* key : {"additional_special_tokens", "extra_special_tokens"})
+        if (from.contains(key) && from[key].is_array())
+          for (const auto& item : from[key]) name_special(item, where + "." + key);
+    };
+    read_named(config, place);
+    const bool decoder = config.contains("added_tokens_decoder") && config["added_tokens_decoder"].is_object();
+    if (decoder) {
+      for (const auto& [key, value] : config["added_tokens_decoder"].items()) {
+        const Field field(value, place + ".added_tokens_decoder." + key);
+        const int64_t id = std::atoll(key.c_str());
+        field.expect(key == std::to_string(id) && id >= 0 && id < limit, "an id below " + std::to_string(limit) + " as key");
+        wanted[id] = read_added_token(field, id);
+      }
+    } else {
+      if (const auto file = dir / "special_tokens_map.json"; std::filesystem::exists(file)) read_named(read_json(file), file.string());
+      if (const auto file = dir / "added_tokens.json"; std::filesystem::exists(file)) {
+        const auto map = read_json(file);
+        Field(map, file.string()).expect(map.is_object(), "an object of tokens and ids");
+        for (const auto& [content, value] : map.items()) {
+          const int64_t id = Field(value, file.string() + "." + content).integer(0, limit);
+          const bool special = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == content; });
+          wanted[id] = {.id = id, .content = content, .special = special, .normalized = !special};
+        }
+      }
+    }
+    const auto known = [&](const std::string& content) { return std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; }); };
+    const auto add = [&](AddedToken token) {
+      if (token.content.empty()) return;
+      const bool is_named = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == token.content; });
+      if (const auto it = known(token.content); it != added.end()) {
+        const auto flags = [](const AddedToken& t) { return std::array{t.special, t.normalized, t.single_word, t.lstrip, t.rstrip}; };
+        if (flags(token) == flags(*it)) return;
+        token.special = token.special || is_named;
+        token.id = it->id;
+        *it = token;
+        return;
+      }
+      token.special = token.special || is_named;
+      const int64_t written = token.id, size = static_cast<int64_t>(bpe_.vocab().size());
+      token.id = size;
+      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) token.id = it->second;
+      else
+        for (const auto& other : added) token.id = std::max(token.id, other.id + 1);
+      if (written >= 0 && written != token.id)
+        log::warning(dir.string(), ": the added token '", token.content, "' gets id ", token.id, ", as in transformers, though the files say ", written, ": the ids before it have gaps");
+      added.push_back(std::move(token));
+    };
+    for (const auto& [id, token] : wanted) add(token);
+    for (auto token : named)
+      if (known(token.content) == added.end()) token.id = -1, add(std::move(token));
+  }
+
+  void read_tokens(const Field& root, const std::filesystem::path& dir) {
     std::vector<AddedToken> added;
     int64_t largest = 0;
     for (const auto& [token, id] : bpe_.vocab()) largest = std::max<int64_t>(largest, id);
@@ -152,10 +221,13 @@ class HfTokenizer : public Tokenizer {
         auto token = read_added_token(item, item.at("id").integer(0, limit));
         // As in the package, a token that the model knows keeps the model's id.
         if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) token.id = it->second;
-        largest = std::max(largest, token.id);
-        added_ids_[token.content] = token.id;
         added.push_back(std::move(token));
       }
+    }
+    add_configured(added, dir, limit);
+    for (const auto& token : added) {
+      largest = std::max(largest, token.id);
+      added_ids_[token.content] = token.id;
     }
     entries_.resize(static_cast<size_t>(largest) + 1);
     for (const auto& [token, id] : bpe_.vocab()) entries_[static_cast<size_t>(id)] = {token, true, false};

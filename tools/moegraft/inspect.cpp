@@ -16,6 +16,7 @@
 #include "moegraft/config/config.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/memory_plan.h"
@@ -73,7 +74,7 @@ void print(const Json& j, int indent) {
     if (value.is_object()) {
       std::printf("%*s%s\n", indent, "", key.c_str());
       print(value, indent + 2);
-    } else if (value.is_array()) {
+    } else if (value.is_array() && !value.empty() && value.front().is_object()) {
       for (const auto& item : value) {
         std::printf("%*s%s\n", indent, "", key.c_str());
         print(item, indent + 2);
@@ -104,8 +105,10 @@ void run(const Options& o) {
     MOEGRAFT_CHECK(!run_dir.empty() && fs::exists(run_dir / "model"), "this config trains a base from scratch; inspect its `model` folder once it is trained");
     out["model"] = describe_spec(model::read_spec(run_dir / "model"));
   } else {
-    const model::DecoderSpec s = model::read_spec(config ? config->model.path : o.path);
+    const fs::path base = config ? config->model.path : o.path;
+    const model::DecoderSpec s = model::read_spec(base);
     out["model"] = describe_spec(s);
+    if (const auto ids = model::read_eos_ids(base); ids.size() > 1) out["model"]["eos_ids"] = ids;
     if (!config && !o.plan.empty()) out["cluster"] = plan_cluster(s, {}, {}, at::kCPU, o.plan, o.measured);
     if (config) {
       const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);
