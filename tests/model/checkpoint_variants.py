@@ -197,4 +197,14 @@ for name, config, files in TOKENS:
         json.dump(content, open(f"{d}/{file}", "w"))
     t = AutoTokenizer.from_pretrained(d)
     tokens.append({"dir": d, "texts": TEXTS, "ids": [t.encode(x, add_special_tokens=False) for x in TEXTS], "decoded": [t.decode(t.encode(x, add_special_tokens=False), skip_special_tokens=True) for x in TEXTS], "size": len(t)})
-json.dump({"logits": cases, "tokens": tokens}, open(OUT + "/cases.json", "w"))
+defaults = []  # config.json with model_type alone
+for family in FAMILIES:
+    d = f"{OUT}/defaults-{family}"
+    os.makedirs(d)
+    json.dump({"model_type": family}, open(d + "/config.json", "w"))
+    c = CONFIG_MAPPING[family]()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok",
+             "max_position_embeddings", "rms_norm_eps", "initializer_range", "router_aux_loss_coef", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    defaults.append({"dir": d, "fields": {n: getattr(c, n) for n in names}, "moe_width": getattr(c, "moe_intermediate_size", c.intermediate_size), "rope_theta": c.rope_parameters["rope_theta"],
+                     "norm_topk_prob": getattr(c, "norm_topk_prob", True), "sliding_window": getattr(c, "sliding_window", None) or 0})
+json.dump({"logits": cases, "tokens": tokens, "defaults": defaults}, open(OUT + "/cases.json", "w"))

@@ -57,6 +57,20 @@ TEST(CheckpointVariants, MeanWhatTransformersMakesOfThem) {
     else EXPECT_TRUE(got.starts_with(expected.substr(0, colon + 2)) && got.find(expected.substr(colon + 2)) != std::string::npos) << dir.filename() << ": expected " << expected << ", got " << got;
     EXPECT_LE(difference, 1e-4) << dir.filename();
   }
+  for (const io::Json& c : cases.at("defaults")) {
+    const model::DecoderSpec s = model::read_spec(c.at("dir").get<std::string>());
+    const auto id = [](int64_t value) { return value < 0 ? io::Json(nullptr) : io::Json(value); };
+    const io::Json fields{{"vocab_size", s.vocab_size}, {"hidden_size", s.hidden_size}, {"intermediate_size", s.intermediate_size}, {"num_hidden_layers", s.num_layers},
+                          {"num_attention_heads", s.num_heads}, {"num_key_value_heads", s.num_kv_heads}, {"num_experts", s.num_experts}, {"num_experts_per_tok", s.num_experts_per_tok},
+                          {"max_position_embeddings", s.max_positions}, {"rms_norm_eps", s.rms_norm_eps}, {"initializer_range", s.initializer_range},
+                          {"router_aux_loss_coef", s.router_aux_loss_coef}, {"tie_word_embeddings", s.tie_word_embeddings}, {"bos_token_id", id(s.bos_id)},
+                          {"eos_token_id", id(s.eos_id)}, {"pad_token_id", id(s.pad_id)}};
+    EXPECT_EQ(fields, c.at("fields")) << s.family;
+    EXPECT_EQ(s.moe_intermediate_size, c.at("moe_width").get<int64_t>()) << s.family;
+    EXPECT_EQ(s.rope.theta, c.at("rope_theta").get<double>()) << s.family;
+    EXPECT_EQ(s.norm_topk_prob, c.at("norm_topk_prob").get<bool>()) << s.family;
+    EXPECT_EQ(s.layers.at(0).sliding_window, c.at("sliding_window").get<int64_t>()) << s.family;
+  }
   for (const io::Json& c : cases.at("tokens")) {
     const fs::path dir = c.at("dir").get<std::string>();
     const auto tokenizer = tokenizer::load_tokenizer(dir);
