@@ -17,7 +17,7 @@ const std::vector<const Family*>& families() {
 int64_t special_id(const ConfigReader& c, const char* key) {
   if (!c.has(key)) return -1;
   const auto& value = c.raw(key);
-  if (value.is_array()) return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first one
+  if (value.is_array()) return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first ends documents, all end a generated text (stop_ids.h)
   return c.integer(key);
 }
 

@@ -3,6 +3,7 @@
 
 #include "libtorch.h"
 
+#include <mutex>
 #include <set>
 
 #include "family.h"
@@ -20,6 +21,14 @@ namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
+
+// A command may load a base more than once.
+void warn_once(const std::string& line) {
+  static std::mutex mutex;
+  static std::set<std::string> said;
+  const std::lock_guard lock(mutex);
+  if (said.insert(line).second) log::warning(line);
+}
 
 // Everything in memory (mapped pages count): what every provider so far is.
 class ResidentWeights : public WeightProvider {
@@ -79,7 +88,7 @@ class TensorSource {
       MOEGRAFT_CHECK(fs::exists(single) || !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")), dir.string(),
                      " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
       MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
-      if (fs::exists(index)) log::warning(dir.string(), " holds model.safetensors and an index of shards; the single file is read, as transformers does");
+      if (fs::exists(index)) warn_once(dir.string() + " holds model.safetensors and an index of shards; the single file is read, as transformers does");
       open(single);
     }
   }
@@ -190,8 +199,8 @@ class Loader {
     constexpr size_t kShown = 4;
     const size_t shown = std::min(kShown, unexpected.size());
     if (clean() && shown)
-      log::warning(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ", join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "),
-                   unexpected.size() > shown ? ", …" : "");
+      warn_once(moegraft::detail::concat(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ",
+                                         join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "), unexpected.size() > shown ? ", …" : ""));
   }
   void place_on(at::Device device) { options_.device = device; }
   void problem(const std::string& text) {
@@ -248,7 +257,7 @@ void load_ends(Loader& load, const TensorSource& source, const TensorNames& name
     w.head = load.take(names.head, shape);
     if (!s.tie_word_embeddings || !load.clean()) return;
     if (!at::equal(w.embedding, w.head)) {
-      log::warning(source.dir().string(), ": tie_word_embeddings is true in config.json, but ", names.head, " differs from ", names.embedding, "; both are used, as transformers does");
+      warn_once(source.dir().string() + ": tie_word_embeddings is true in config.json, but " + names.head + " differs from " + names.embedding + "; both are used, as transformers does");
       s.tie_word_embeddings = false;
       return;
     }
