@@ -6,6 +6,7 @@
 
 #include "decode.h"
 #include "moegraft/base/check.h"
+#include "moegraft/model/stop_ids.h"
 
 namespace moegraft::generate {
 namespace {
@@ -69,9 +70,9 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
   }
   // Rows beyond the tokenizer are padding of the embedding.
   const int64_t known = std::min(model.vocabulary.text_size, model.tokenizer->size());
-  std::vector<int64_t> eos = model.decoder->spec().eos_ids;
-  if (eos.empty()) eos = {model.vocabulary.eos_id, model.tokenizer->eos_id()};
-  const auto ends = [&](int64_t id) { return std::find(eos.begin(), eos.end(), id) != eos.end(); };
+  std::vector<int64_t> stops = model::read_eos_ids(model.base_path);
+  stops.insert(stops.end(), {model.vocabulary.eos_id, model.tokenizer->eos_id()});
+  const auto ends = [&](int64_t id) { return std::find(stops.begin(), stops.end(), id) != stops.end(); };
   const auto head = [&](const at::Tensor& hidden_1D) { return model.decoder->text_logits(hidden_1D).narrow(1, 0, known); };
   const auto on_host = [](const at::Tensor& logits) { return logits.to(at::kCPU, at::kFloat).contiguous(); };
 

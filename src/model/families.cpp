@@ -17,26 +17,22 @@ const std::vector<const Family*>& families() {
 // A value in an error text.
 std::string show(const io::Json& value) { return shortened(value.dump(-1, ' ', false, io::Json::error_handler_t::replace)); }
 
-// One id or several; absent: the family's. null: none.
-std::vector<int64_t> special_ids(const io::Json& config, const char* key, int64_t otherwise) {
-  const auto found = config.find(key);
-  if (found == config.end()) return otherwise < 0 ? std::vector<int64_t>{} : std::vector<int64_t>{otherwise};
-  if (found->is_null()) return {};
-  const bool list = found->is_array() && std::all_of(found->begin(), found->end(), [](const io::Json& id) { return id.is_number_integer(); });
-  MOEGRAFT_CHECK(list || found->is_number_integer(), "config.json: ", key, " must be an id or a list of ids, got ", show(*found));
-  return list ? found->get<std::vector<int64_t>>() : std::vector<int64_t>{found->get<int64_t>()};
-}
-
-int64_t special_id(const io::Json& config, const char* key, int64_t otherwise) {
-  const auto ids = special_ids(config, key, otherwise);
-  return ids.empty() ? -1 : ids.front();
+int64_t special_id(const ConfigReader& c, const char* key) {
+  if (!c.has(key)) return -1;
+  const auto& value = c.raw(key);
+  const bool ids = value.is_number_integer() || (value.is_array() && std::all_of(value.begin(), value.end(), [](const io::Json& id) { return id.is_number_integer(); }));
+  MOEGRAFT_CHECK(ids, "config.json: ", key, " must be an id or a list of ids, got ", show(value));
+  if (value.is_array()) return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first ends documents, all end a generated text (stop_ids.h)
+  return c.integer(key);
 }
 
 // transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling (with "type" or "rope_type").
-RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions, double theta) {
+RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   RopeSpec r;
-  r.theta = c.number("rope_theta", theta);
-  const char* key = c.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  r.theta = c.number("rope_theta", 10000.0);
+  MOEGRAFT_CHECK(c.number("partial_rotary_factor", 1.0) == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
+  // With both, rope_scaling is the one (unless it is empty), and what the object holds goes before the field outside of it.
+  const char* key = c.has("rope_scaling") && !c.raw("rope_scaling").empty() ? "rope_scaling" : "rope_parameters";
   if (!c.has(key)) return r;
   const io::Json& j = c.raw(key);
   MOEGRAFT_CHECK(j.is_object(), "config.json: ", key, " must be an object, got ", j.type_name());
@@ -68,6 +64,18 @@ std::string tensor_name(const std::string& pattern, int64_t layer, int64_t exper
   };
   replace("{l}", layer);
   replace("{e}", expert);
+  return out;
+}
+
+std::vector<std::string> other_names(const std::string& name) {
+  std::vector<std::string> out;
+  const std::string model = "model.", block = ".block_sparse_moe.";
+  const auto both = [&](const std::string& n) {
+    if (n != name) out.push_back(n);
+    out.push_back(n.starts_with(model) ? n.substr(model.size()) : model + n);
+  };
+  both(name);
+  if (const size_t at = name.find(block); at != std::string::npos) both(std::string(name).replace(at, block.size(), ".mlp."));
   return out;
 }
 
@@ -115,10 +123,11 @@ std::string ConfigReader::string(const char* key, const std::string& fallback) c
   return config_.at(key).get<std::string>();
 }
 
-DecoderSpec parse_common(const io::Json& config, const ConfigDefaults& defaults) {
+DecoderSpec parse_common(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s;
   s.family = c.string("model_type", "");
+  MOEGRAFT_CHECK(!c.has("quantization_config"), "config.json: quantization_config is not supported; expected weights in float32, bfloat16 or float16: dequantise them with transformers first");
   s.vocab_size = c.integer("vocab_size");
   s.hidden_size = c.integer("hidden_size");
   s.num_layers = c.integer("num_hidden_layers");
@@ -127,16 +136,15 @@ DecoderSpec parse_common(const io::Json& config, const ConfigDefaults& defaults)
   MOEGRAFT_CHECK(s.num_heads > 0, "config.json: num_attention_heads must be positive, got ", s.num_heads);
   s.head_dim = c.integer("head_dim", s.hidden_size / s.num_heads);
   s.intermediate_size = c.integer("intermediate_size", 0);
-  s.rms_norm_eps = c.number("rms_norm_eps", defaults.rms_norm_eps);
+  s.rms_norm_eps = c.number("rms_norm_eps", 1e-6);
   s.tie_word_embeddings = c.boolean("tie_word_embeddings", false);
   s.max_positions = c.integer("max_position_embeddings", 0);
-  s.bos_id = special_id(config, "bos_token_id", defaults.bos_id);
-  s.eos_ids = special_ids(config, "eos_token_id", defaults.eos_id);
-  s.eos_id = s.eos_ids.empty() ? -1 : s.eos_ids.front();
-  s.pad_id = special_id(config, "pad_token_id", defaults.pad_id);
-  s.router_aux_loss_coef = c.number("router_aux_loss_coef", defaults.router_aux_loss_coef);
+  s.bos_id = special_id(c, "bos_token_id");
+  s.eos_id = special_id(c, "eos_token_id");
+  s.pad_id = special_id(c, "pad_token_id");
+  s.router_aux_loss_coef = c.number("router_aux_loss_coef", 0.0);
   s.initializer_range = c.number("initializer_range", 0.02);
-  s.rope = parse_rope(c, s.max_positions, defaults.rope_theta);
+  s.rope = parse_rope(c, s.max_positions);
   const std::string activation = c.string("hidden_act", "silu");
   MOEGRAFT_CHECK(activation == "silu" || activation == "swish", "config.json: hidden_act '", activation, "' is not supported; expected silu");
   MOEGRAFT_CHECK(s.num_layers > 0 && s.num_layers <= 100000, "config.json: num_hidden_layers must be positive, got ", s.num_layers);
@@ -202,7 +210,7 @@ io::Json write_common(const DecoderSpec& s) {
           {"attention_dropout", 0.0},
           {"use_cache", true},
           {"bos_token_id", id(s.bos_id)},
-          {"eos_token_id", s.eos_ids.size() > 1 ? io::Json(s.eos_ids) : id(s.eos_id)},
+          {"eos_token_id", id(s.eos_id)},
           {"pad_token_id", id(s.pad_id)}};
 }
 

@@ -25,10 +25,14 @@ std::string tensor_name(const std::string& pattern, int64_t layer, int64_t exper
 
 struct Family {
   const char* model_type;
-  DecoderSpec (*parse)(const io::Json& config);
+  io::Json defaults;  // fields that config.json may leave out, with the values of transformers' config class
+  DecoderSpec (*parse)(const io::Json& config);  // config with the defaults filled in
   io::Json (*write)(const DecoderSpec& spec);  // the config.json that transformers reads
   TensorNames names;
 };
+// The same tensor as transformers also accepts it: saved from the model class without head (no "model." before the name), and each family's renamings.
+std::vector<std::string> other_names(const std::string& name);
+
 const Family& find_family(const std::string& model_type);  // UserError names the known ones
 
 const Family& olmoe_family();
@@ -42,7 +46,7 @@ class ConfigReader {
   bool has(const char* key) const { return config_.contains(key) && !config_.at(key).is_null(); }
   int64_t integer(const char* key) const;
   int64_t integer(const char* key, int64_t fallback) const { return has(key) ? integer(key) : fallback; }
-  // The first key that is present: both spellings of a field.
+  // The first key that is present: both spellings of a field, the one that wins in transformers first.
   int64_t integer_of(std::initializer_list<const char*> keys) const;
   double number(const char* key, double fallback) const;
   bool boolean(const char* key, bool fallback) const;
@@ -53,13 +57,8 @@ class ConfigReader {
   const io::Json& config_;
 };
 
-// What transformers' config class takes for fields that are absent, where families differ.
-struct ConfigDefaults {
-  double rms_norm_eps = 1e-6, rope_theta = 10000.0, router_aux_loss_coef = 0.001;
-  int64_t bos_id = -1, eos_id = -1, pad_id = -1;
-};
 // Fields that every family spells alike: sizes, ids, rope in both spellings, tying.
-DecoderSpec parse_common(const io::Json& config, const ConfigDefaults& defaults = {});
+DecoderSpec parse_common(const io::Json& config);
 io::Json write_common(const DecoderSpec& spec);
 void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes
 

@@ -3,7 +3,7 @@
 
 #include "libtorch.h"
 
-#include <charconv>
+#include <mutex>
 #include <set>
 
 #include "family.h"
@@ -21,6 +21,14 @@ namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
+
+// A command may load a base more than once.
+void warn_once(const std::string& line) {
+  static std::mutex mutex;
+  static std::set<std::string> said;
+  const std::lock_guard lock(mutex);
+  if (said.insert(line).second) log::warning(line);
+}
 
 // Everything in memory (mapped pages count): what every provider so far is.
 class ResidentWeights : public WeightProvider {
@@ -57,28 +65,44 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-// The tensors of a directory: one file, or shards with an index. Where both are there the file counts, as in transformers.
+// The tensors of a directory: one file, or shards with an index. As in transformers the single file goes before an index, every tensor of a listed shard
+// counts, and of two with one name the one in the last file.
 class TensorSource {
  public:
-  explicit TensorSource(const fs::path& dir) {
+  explicit TensorSource(const fs::path& dir) : dir_(dir) {
     const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
-    if (fs::exists(single)) {
-      files_.emplace_back(single);
-      for (const auto& name : files_[0].names()) where_[name] = {0, name};
-      if (fs::exists(index)) log::info(dir.string(), " holds model.safetensors and an index of other files: the former is read");
-    } else if (fs::exists(index)) {
-      read_index(dir, index);
+    if (fs::exists(index) && !fs::exists(single)) {
+      const io::Json j = io::read_json(index);
+      MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
+      std::set<std::string> shards;
+      for (const auto& [name, file] : j.at("weight_map").items()) {
+        MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
+        const std::string shard = file.get<std::string>();
+        MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
+        shards.insert(shard);
+      }
+      for (const auto& shard : shards) open(dir / shard);
+      for (const auto& [name, file] : j.at("weight_map").items())
+        MOEGRAFT_CHECK(where_.count(name), (dir / file.get<std::string>()).string(), " does not hold ", name, ", which the index places there");
     } else {
-      const bool pickled = fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json");
-      fail<UserError>(dir.string(), " holds neither model.safetensors nor model.safetensors.index.json",
-                      pickled ? "; pytorch_model.bin can hold programs and is not read: convert it with python -c \"from transformers import AutoModelForCausalLM as M; "
-                                "M.from_pretrained('DIR', dtype='auto').save_pretrained('NEW')\" where you trust it"
-                              : "");
+      MOEGRAFT_CHECK(fs::exists(single) || !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")), dir.string(),
+                     " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
+      MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
+      if (fs::exists(index)) warn_once(dir.string() + " holds model.safetensors and an index of shards; the single file is read, as transformers does");
+      open(single);
     }
-    add_prefix();
   }
-  bool contains(const std::string& name) const { return where_.count(name) > 0; }
-  at::Tensor tensor(const std::string& name) const { return files_[where_.at(name).file].tensor(where_.at(name).name); }
+  const fs::path& dir() const { return dir_; }
+  bool contains(const std::string& name) const { return find(name) != where_.end(); }
+  at::Tensor tensor(const std::string& name) const {
+    const auto it = find(name);
+    return files_[it->second].tensor(it->first);
+  }
+  // The name in the file of what the family calls `name`; empty when absent.
+  std::string stored_name(const std::string& name) const {
+    const auto it = find(name);
+    return it == where_.end() ? std::string() : it->first;
+  }
   bool holds(const at::Tensor& t) const {
     return std::any_of(files_.begin(), files_.end(), [&](const auto& file) { return file.holds(t); });
   }
@@ -93,74 +117,22 @@ class TensorSource {
   }
 
  private:
-  struct Place {
-    size_t file;
-    std::string name;  // there
-  };
-  void read_index(const fs::path& dir, const fs::path& index) {
-    const io::Json j = io::read_json(index);
-    MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
-    std::map<std::string, size_t> opened;
-    for (const auto& [name, file] : j.at("weight_map").items()) {
-      MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
-      const std::string shard = file.get<std::string>();
-      MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
-      auto [it, fresh] = opened.try_emplace(shard, files_.size());
-      if (fresh) files_.emplace_back(dir / shard);
-      MOEGRAFT_CHECK(files_[it->second].contains(name), (dir / shard).string(), " does not hold ", name, ", which the index places there");
-      where_[name] = {it->second, name};
-    }
+  void open(const fs::path& file) {
+    files_.emplace_back(file);
+    for (const auto& name : files_.back().names()) where_[name] = files_.size() - 1;
   }
-  // Saved from the model without its head: names lack "model.".
-  void add_prefix() {
-    if (contains("model.embed_tokens.weight") || !contains("embed_tokens.weight")) return;
-    std::map<std::string, Place> named;
-    for (auto& [name, place] : where_) named[name.starts_with("lm_head.") ? name : "model." + name] = place;
-    where_ = std::move(named);
+  std::map<std::string, size_t>::const_iterator find(const std::string& name) const {
+    auto it = where_.find(name);
+    if (it != where_.end()) return it;
+    for (const auto& other : other_names(name))
+      if (it = where_.find(other); it != where_.end()) return it;
+    return it;
   }
+
+  fs::path dir_;
   std::vector<io::SafetensorsFile> files_;
-  std::map<std::string, Place> where_;
+  std::map<std::string, size_t> where_;
 };
-
-// Every name that a checkpoint of this shape may hold.
-std::set<std::string> expected_names(const DecoderSpec& s, const TensorNames& names) {
-  std::set<std::string> out{names.embedding, names.head, names.final_norm};
-  for (int64_t l = 0; l < s.num_layers; ++l) {
-    out.insert({tensor_name(names.input_norm, l), tensor_name(names.post_norm, l)});
-    const std::string a = tensor_name(names.attention, l), d = tensor_name(names.dense, l);
-    for (const char* site : {"q_proj", "k_proj", "v_proj", "o_proj"}) {
-      out.insert(a + site + ".weight");
-      if (s.attention_bias) out.insert(a + site + ".bias");
-    }
-    if (s.qk_norm != QkNorm::none) out.insert({a + "q_norm.weight", a + "k_norm.weight"});
-    if (!s.layers[l].sparse) {
-      out.insert({d + "gate_proj.weight", d + "up_proj.weight", d + "down_proj.weight"});
-      continue;
-    }
-    out.insert({tensor_name(names.router, l), tensor_name(names.fused_gate_up, l), tensor_name(names.fused_down, l)});
-    for (int64_t e = 0; e < s.num_experts; ++e) out.insert({tensor_name(names.expert_gate, l, e), tensor_name(names.expert_up, l, e), tensor_name(names.expert_down, l, e)});
-  }
-  return out;
-}
-
-// Tensors that the config knows nothing of: transformers reports them as UNEXPECTED and leaves them out, and so does this. A deeper model than its config is an error.
-void report_unexpected(const TensorSource& source, const DecoderSpec& s, const TensorNames& names, const std::string& where) {
-  const auto expected = expected_names(s, names);
-  std::vector<std::string> unexpected;
-  for (const auto& name : source.names()) {
-    if (expected.contains(name) || name.ends_with("rotary_emb.inv_freq")) continue;  // computed anew everywhere
-    constexpr std::string_view kLayers = "model.layers.";
-    int64_t layer = -1;
-    if (name.starts_with(kLayers)) std::from_chars(name.data() + kLayers.size(), name.data() + name.size(), layer);
-    MOEGRAFT_CHECK(layer < s.num_layers, where, ": ", name, " belongs to layer ", layer, ", but num_hidden_layers in config.json is ", s.num_layers);
-    unexpected.push_back(name);
-  }
-  if (unexpected.empty()) return;
-  constexpr size_t kShown = 5;
-  const size_t count = unexpected.size();
-  if (count > kShown) unexpected.resize(kShown);
-  log::warning(where, ": ", count, count == 1 ? " tensor is" : " tensors are", " in the files, not in the model that config.json describes, and left out: ", join(unexpected, ", "), count > kShown ? ", …" : "");
-}
 
 // Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
 void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
@@ -196,6 +168,7 @@ class Loader {
       problem(name + " is missing");
       return {};
     }
+    use(name);
     return convert(name, source_.tensor(name), shape, first, count);
   }
   at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape, int64_t first, int64_t count) {
@@ -211,6 +184,24 @@ class Loader {
     if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
     return out;
   }
+  // Belongs to the model, though it is not taken here.
+  void use(const std::string& name) { used_.insert(source_.stored_name(name)); }
+  // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers, which lists it as UNEXPECTED.
+  void check_rest(int64_t num_layers) {
+    std::vector<std::string> unexpected;
+    for (const auto& name : source_.names()) {
+      if (used_.count(name) || name.find("rotary_emb.inv_freq") != std::string::npos) continue;
+      unexpected.push_back(name);
+      const std::string layers = name.starts_with("layers.") ? "layers." : "model.layers.";
+      const int64_t layer = name.starts_with(layers) ? std::atoll(name.c_str() + layers.size()) : 0;
+      if (layer >= num_layers) problem(moegraft::detail::concat(name, " lies beyond num_hidden_layers ", num_layers, " of config.json"));
+    }
+    constexpr size_t kShown = 4;
+    const size_t shown = std::min(kShown, unexpected.size());
+    if (clean() && shown)
+      warn_once(moegraft::detail::concat(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ",
+                                         join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "), unexpected.size() > shown ? ", …" : ""));
+  }
   void place_on(at::Device device) { options_.device = device; }
   void problem(const std::string& text) {
     if (++count_ <= 8) problems_.push_back(text);
@@ -218,7 +209,11 @@ class Loader {
   bool clean() const { return count_ == 0; }
   void finish() const {
     if (count_ == 0) return;
-    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string());
+    std::string hint;
+    for (const auto& name : source_.names())
+      if (const std::string tail = ".embed_tokens.weight"; name.ends_with(tail) && name != "model" + tail)
+        hint = "; the file's names begin with '" + name.substr(0, name.size() - tail.size() + 1) + "': save the language model of this wrapper alone";
+    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string(), hint);
   }
 
  private:
@@ -226,6 +221,7 @@ class Loader {
   LoadOptions options_;
   std::string where_;
   std::vector<std::string> problems_;
+  std::set<std::string> used_;
   int64_t count_ = 0;
 };
 
@@ -252,6 +248,25 @@ AttentionWeights load_attention(Loader& load, const TensorSource& source, const 
   return a;
 }
 
+// Embedding and head. Tied in the config: a head of the file's own that differs stays one, and a head alone serves as the embedding (transformers 5.17).
+void load_ends(Loader& load, const TensorSource& source, const TensorNames& names, DecoderSpec& s, ResidentWeights& w) {
+  const std::vector<int64_t> shape{s.vocab_size, s.hidden_size};
+  const bool embedding = source.contains(names.embedding), head = source.contains(names.head);
+  if (!s.tie_word_embeddings || (embedding && head)) {
+    w.embedding = load.take(names.embedding, shape);
+    w.head = load.take(names.head, shape);
+    if (!s.tie_word_embeddings || !load.clean()) return;
+    if (!at::equal(w.embedding, w.head)) {
+      warn_once(source.dir().string() + ": tie_word_embeddings is true in config.json, but " + names.head + " differs from " + names.embedding + "; both are used, as transformers does");
+      s.tie_word_embeddings = false;
+      return;
+    }
+  } else {
+    w.embedding = load.take(embedding || !head ? names.embedding : names.head, shape);
+  }
+  w.head = w.embedding;
+}
+
 // Experts [first, first + count) of a layer.
 ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first, int64_t count) {
   const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
@@ -267,6 +282,9 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     }
     return x;
   }
+  for (int64_t e = 0; e < E; ++e)
+    if (e < first || e >= first + count)
+      for (const auto* pattern : {&names.expert_gate, &names.expert_up, &names.expert_down}) load.use(tensor_name(*pattern, l, e));
   for (int64_t e = first; e < first + count; ++e) {
     x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
     x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
@@ -294,19 +312,6 @@ std::string what_a_path_may_be(const fs::path& dir) {
   return id ? "; if it is an id of the Hugging Face hub: hf download " + text + " --local-dir models/" + dir.filename().string() + ", and name that folder" : "";
 }
 
-// What ends a text is generation's to say, where it does.
-void read_generation_config(const fs::path& dir, DecoderSpec& spec) {
-  const fs::path file = dir / "generation_config.json";
-  if (!fs::exists(file)) return;
-  const io::Json j = io::read_json(file);
-  MOEGRAFT_CHECK(j.is_object(), "generation_config.json: expected an object");
-  const auto eos = j.find("eos_token_id");
-  if (eos == j.end() || eos->is_null()) return;
-  const bool list = eos->is_array() && std::all_of(eos->begin(), eos->end(), [](const io::Json& id) { return id.is_number_integer(); });
-  MOEGRAFT_CHECK(list || eos->is_number_integer(), "generation_config.json: eos_token_id must be an id or a list of ids");
-  spec.eos_ids = list ? eos->get<std::vector<int64_t>>() : std::vector<int64_t>{eos->get<int64_t>()};
-}
-
 }  // namespace
 
 DecoderSpec read_spec(const fs::path& dir) {
@@ -315,9 +320,11 @@ DecoderSpec read_spec(const fs::path& dir) {
   const io::Json config = io::read_json(dir / "config.json");
   MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
   try {
-    DecoderSpec spec = find_family(config.at("model_type").get<std::string>()).parse(config);
+    const Family& family = find_family(config.at("model_type").get<std::string>());
+    io::Json filled = family.defaults;
+    filled.update(config);
+    DecoderSpec spec = family.parse(filled);
     check_spec(spec);
-    read_generation_config(dir, spec);
     return spec;
   } catch (const UserError& e) {
     fail<UserError>(dir.string(), "/", e.what());
@@ -357,18 +364,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   w->type = options.dtype;
   w->where = options.device;
   const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
-  const std::vector<int64_t> rows{s.vocab_size, s.hidden_size};
-  if (s.tie_word_embeddings && source.contains(names.head) && source.contains(names.embedding) && !at::equal(source.tensor(names.head), source.tensor(names.embedding))) {
-    // What the files hold counts, as in transformers.
-    log::warning(dir.string(), ": tie_word_embeddings is true in config.json, but ", names.head, " differs from the embedding: they are not tied (set it to false)");
-    base.spec.tie_word_embeddings = false;
-  }
-  const bool head_alone = s.tie_word_embeddings && !source.contains(names.embedding) && source.contains(names.head);
-  if (!source.contains(names.embedding) && !head_alone)
-    for (const auto& name : source.names())
-      if (name.ends_with("embed_tokens.weight")) load.problem(name + " stands for " + names.embedding + ": the model is part of another one; save it by itself");
-  w->embedding = load.take(head_alone ? names.head : names.embedding, rows);
-  w->head = s.tie_word_embeddings ? w->embedding : load.take(names.head, rows);
+  load_ends(load, source, names, base.spec, *w);
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
     LayerWeights layer;
@@ -397,8 +393,8 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     }
     w->layer_experts.push_back(std::move(experts));
   }
+  load.check_rest(s.num_layers);
   load.finish();
-  report_unexpected(source, s, names, dir.string());
   if (options.device.is_cpu() && options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step
     w->final_norm = w->final_norm.to(at::kFloat);
     for (LayerWeights& layer : w->layers)
@@ -550,8 +546,7 @@ void save_base(const BaseModel& base, const fs::path& dir, at::ScalarType dtype,
   }
   io::Json generation = {{"do_sample", true}};
   if (base.spec.bos_id >= 0) generation["bos_token_id"] = base.spec.bos_id;
-  if (!base.spec.eos_ids.empty()) generation["eos_token_id"] = base.spec.eos_ids.size() == 1 ? io::Json(base.spec.eos_ids.front()) : io::Json(base.spec.eos_ids);
-  else if (base.spec.eos_id >= 0) generation["eos_token_id"] = base.spec.eos_id;
+  if (base.spec.eos_id >= 0) generation["eos_token_id"] = base.spec.eos_id;
   io::write_json(dir / "generation_config.json", generation);
   io::write_json(dir / "config.json", config);  // last: a directory without it is no model
 }

@@ -42,7 +42,7 @@ AddedToken read_added_token(const Field& field, int64_t id) {
   return {.id = id,
           .content = field.at("content").string(),
           .special = field.boolean_or("special", false),
-          .normalized = field.boolean_or("normalized", false),
+          .normalized = field.boolean_or("normalized", !field.boolean_or("special", false)),
           .single_word = field.boolean_or("single_word", false),
           .lstrip = field.boolean_or("lstrip", false),
           .rstrip = field.boolean_or("rstrip", false)};

@@ -1,7 +1,7 @@
 #include "hf_tokenizer.h"
 
 #include <algorithm>
-#include <charconv>
+#include <cstdlib>
 #include <map>
 #include <unordered_set>
 
@@ -142,51 +142,71 @@ class HfTokenizer : public Tokenizer {
 
   void check_id(int64_t id) const { MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id); }
 
-  // Tokens that other files of the folder name are added as transformers adds them: those of added_tokens_decoder in the order of their ids (or of added_tokens.json, by older
-  // versions), then the special ones; a new token's id is the next free one, whatever the file says.
-  void read_other_tokens(const std::filesystem::path& dir, std::vector<AddedToken>& added, int64_t limit) {
-    const nlohmann::json config = read_tokenizer_config(dir);
-    const Field field(config, (dir / "tokenizer_config.json").string());
+  // What transformers adds to tokenizer.json: added_tokens_decoder of tokenizer_config.json in the order of its ids (without it added_tokens.json), then each named
+  // special token that is no added token yet. As there the next free id counts, not the written one.
+  void add_configured(std::vector<AddedToken>& added, const std::filesystem::path& dir, int64_t limit) const {
+    const auto config = read_tokenizer_config(dir);
+    const auto place = (dir / "tokenizer_config.json").string();
+    std::map<int64_t, AddedToken> wanted;
+    std::vector<AddedToken> named;
+    const auto name_special = [&](const nlohmann::json& value, const std::string& where) {
+      if (value.is_string()) named.push_back({.content = value.get<std::string>(), .special = true});
+      if (value.is_object() && value.contains("content")) named.push_back(read_added_token(Field(value, where), 0)), named.back().special = true;
+    };
+    const auto read_named = [&](const nlohmann::json& from, const std::string& where) {
+      if (!from.is_object()) return;
+      for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+        if (from.contains(key)) name_special(from[key], where + "." + key);
+      for (const char* key : {"additional_special_tokens", "extra_special_tokens"})
+        if (from.contains(key) && from[key].is_array())
+          for (const auto& item : from[key]) name_special(item, where + "." + key);
+    };
+    read_named(config, place);
+    const bool decoder = config.contains("added_tokens_decoder") && config["added_tokens_decoder"].is_object();
+    if (decoder) {
+      for (const auto& [key, value] : config["added_tokens_decoder"].items()) {
+        const Field field(value, place + ".added_tokens_decoder." + key);
+        const int64_t id = std::atoll(key.c_str());
+        field.expect(key == std::to_string(id) && id >= 0 && id < limit, "an id below " + std::to_string(limit) + " as key");
+        wanted[id] = read_added_token(field, id);
+      }
+    } else {
+      if (const auto file = dir / "special_tokens_map.json"; std::filesystem::exists(file)) read_named(read_json(file), file.string());
+      if (const auto file = dir / "added_tokens.json"; std::filesystem::exists(file)) {
+        const auto map = read_json(file);
+        Field(map, file.string()).expect(map.is_object(), "an object of tokens and ids");
+        for (const auto& [content, value] : map.items()) {
+          const int64_t id = Field(value, file.string() + "." + content).integer(0, limit);
+          const bool special = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == content; });
+          wanted[id] = {.id = id, .content = content, .special = special, .normalized = !special};
+        }
+      }
+    }
+    const auto known = [&](const std::string& content) { return std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; }); };
     const auto add = [&](AddedToken token) {
       if (token.content.empty()) return;
-      const auto known = std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == token.content; });
-      if (known != added.end()) {
-        token.id = known->id;
-        *known = std::move(token);  // its flags count
+      const bool is_named = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == token.content; });
+      if (const auto it = known(token.content); it != added.end()) {
+        const auto flags = [](const AddedToken& t) { return std::array{t.special, t.normalized, t.single_word, t.lstrip, t.rstrip}; };
+        if (flags(token) == flags(*it)) return;
+        token.special = token.special || is_named;
+        token.id = it->id;
+        *it = token;
         return;
       }
-      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) {
-        token.id = it->second;
-      } else {
-        token.id = int64_t(bpe_.vocab().size());
-        for (const auto& t : added) token.id = std::max(token.id, t.id + 1);
-      }
-      MOEGRAFT_CHECK(token.id < limit, field.place(), ": too many added tokens");
-      added_ids_[token.content] = token.id;
+      token.special = token.special || is_named;
+      const int64_t written = token.id, size = static_cast<int64_t>(bpe_.vocab().size());
+      token.id = size;
+      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) token.id = it->second;
+      else
+        for (const auto& other : added) token.id = std::max(token.id, other.id + 1);
+      if (written >= 0 && written != token.id)
+        log::warning(dir.string(), ": the added token '", token.content, "' gets id ", token.id, ", as in transformers, though the files say ", written, ": the ids before it have gaps");
       added.push_back(std::move(token));
     };
-    std::map<int64_t, AddedToken> by_id;
-    if (field.has("added_tokens_decoder")) {
-      const Field decoder = field.at("added_tokens_decoder");
-      decoder.expect(decoder.value().is_object(), "an object of ids and tokens");
-      for (const auto& [id, token] : decoder.value().items()) {
-        int64_t number = -1;
-        const auto [end, error] = std::from_chars(id.data(), id.data() + id.size(), number);
-        decoder.expect(error == std::errc() && end == id.data() + id.size() && number >= 0 && number < limit, "ids below " + std::to_string(limit));
-        by_id[number] = read_added_token({token, decoder.place() + "." + id}, number);
-      }
-    } else if (const auto file = dir / "added_tokens.json"; std::filesystem::exists(file)) {
-      const nlohmann::json tokens = read_json(file);
-      const Field list(tokens, file.string());
-      list.expect(tokens.is_object(), "an object of tokens and ids");
-      for (const auto& [content, id] : tokens.items()) by_id[Field(id, list.place() + "." + content).integer(0, limit)] = {.id = 0, .content = content, .special = false, .normalized = true};
-    }
-    for (auto& [id, token] : by_id) add(std::move(token));
-    for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}) {
-      const std::string content = token_content(config, key);
-      const bool known = added_ids_.contains(content) || std::any_of(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; });
-      if (!content.empty() && !known) add({.id = 0, .content = content, .special = true, .normalized = false});
-    }
+    for (const auto& [id, token] : wanted) add(token);
+    for (auto token : named)
+      if (known(token.content) == added.end()) token.id = -1, add(std::move(token));
   }
 
   void read_tokens(const Field& root, const std::filesystem::path& dir) {
@@ -201,13 +221,14 @@ class HfTokenizer : public Tokenizer {
         auto token = read_added_token(item, item.at("id").integer(0, limit));
         // As in the package, a token that the model knows keeps the model's id.
         if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) token.id = it->second;
-        largest = std::max(largest, token.id);
-        added_ids_[token.content] = token.id;
         added.push_back(std::move(token));
       }
     }
-    read_other_tokens(dir, added, limit);
-    for (const auto& token : added) largest = std::max(largest, token.id);
+    add_configured(added, dir, limit);
+    for (const auto& token : added) {
+      largest = std::max(largest, token.id);
+      added_ids_[token.content] = token.id;
+    }
     entries_.resize(static_cast<size_t>(largest) + 1);
     for (const auto& [token, id] : bpe_.vocab()) entries_[static_cast<size_t>(id)] = {token, true, false};
     for (const auto& token : added) {

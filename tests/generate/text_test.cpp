@@ -5,6 +5,8 @@
 #include <algorithm>
 
 #include "fixture.h"
+#include "moegraft/io/json.h"
+#include "support/tiny_world.h"
 
 namespace moegraft::generate {
 namespace {
@@ -86,6 +88,18 @@ TEST(GenerateText, StopsAtEos) {
   const auto closed = generate_text(m, std::vector<std::string>{"x"}, greedy(6)).at(0);
   EXPECT_TRUE(closed.ended);
   EXPECT_EQ(closed.ids, std::vector<int64_t>(open.ids.begin(), open.ids.begin() + 3));
+}
+
+TEST(GenerateText, StopsAtEveryIdOfGenerationConfig) {
+  auto m = tiny_graft();
+  silence_eos(m);
+  const auto open = generate_text(m, std::vector<std::string>{"x"}, greedy(6)).at(0);
+  const moegraft::testing::TemporaryFolder base;
+  m.base_path = base.path();
+  io::write_json(base / "generation_config.json", {{"eos_token_id", {kEos, open.ids[3]}}});
+  const auto closed = generate_text(m, std::vector<std::string>{"x"}, greedy(6)).at(0);
+  EXPECT_TRUE(closed.ended);
+  EXPECT_EQ(closed.ids, std::vector<int64_t>(open.ids.begin(), std::find(open.ids.begin(), open.ids.end(), open.ids[3])));
 }
 
 TEST(GenerateText, StreamsWholeCharacters) {

@@ -16,6 +16,7 @@
 #include "moegraft/config/config.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/memory_plan.h"
@@ -39,7 +40,7 @@ Json describe_spec(const model::DecoderSpec& s) {
   for (const auto& layer : s.layers) sparse += layer.sparse, window = std::max(window, layer.sliding_window);
   return {{"family", s.family}, {"layers", s.num_layers}, {"sparse_layers", sparse}, {"hidden_size", s.hidden_size}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},
           {"head_dim", s.head_dim}, {"experts", s.num_experts}, {"experts_per_token", s.num_experts_per_tok}, {"expert_width", s.moe_intermediate_size}, {"vocab_size", s.vocab_size},
-          {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_ids.size() > 1 ? Json(s.eos_ids) : Json(s.eos_id)},
+          {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_id},
           {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
 }
 
@@ -73,7 +74,7 @@ void print(const Json& j, int indent) {
     if (value.is_object()) {
       std::printf("%*s%s\n", indent, "", key.c_str());
       print(value, indent + 2);
-    } else if (value.is_array()) {
+    } else if (value.is_array() && !value.empty() && value.front().is_object()) {
       for (const auto& item : value) {
         std::printf("%*s%s\n", indent, "", key.c_str());
         print(item, indent + 2);
@@ -103,8 +104,10 @@ void run(const Options& o) {
     MOEGRAFT_CHECK(!run_dir.empty() && fs::exists(run_dir / "model"), "this config trains a base from scratch; inspect its `model` folder once it is trained");
     out["model"] = describe_spec(model::read_spec(run_dir / "model"));
   } else {
-    const model::DecoderSpec s = model::read_spec(config ? config->model.path : o.path);
+    const fs::path base = config ? config->model.path : o.path;
+    const model::DecoderSpec s = model::read_spec(base);
     out["model"] = describe_spec(s);
+    if (const auto ids = model::read_eos_ids(base); ids.size() > 1) out["model"]["eos_ids"] = ids;
     if (!config && !o.plan.empty()) out["cluster"] = plan_cluster(s, {}, {}, at::kCPU, o.plan, o.measured);
     if (config) {
       const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);

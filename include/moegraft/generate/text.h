@@ -28,6 +28,7 @@ struct TextResult {
   bool ended = false;        // by EOS; false: max_tokens reached
 };
 
+// A text ends at every EOS id of the base's config.json and generation_config.json and at the tokenizer's.
 // Only text ids that the tokenizer knows are drawn; the rows of new modalities are never looked at. One random stream per (prompt, index), as for
 // pictures. UsageError: no prompts, an option out of range. UserError: no tokenizer, prompt and max_tokens do not fit the model's positions.
 std::vector<TextResult> generate_text(const graft::GraftedModel& model, const std::vector<Prompt>& prompts, const TextOptions& options = {});

@@ -42,7 +42,6 @@ struct DecoderSpec {
   std::vector<LayerSpec> layers;
   int64_t max_positions = 0;
   int64_t bos_id = -1, eos_id = -1, pad_id = -1;
-  std::vector<int64_t> eos_ids;  // all that end a text: generation_config.json's, else config.json's; eos_id is config.json's first
   double router_aux_loss_coef = 0.0;
   double initializer_range = 0.02;
 

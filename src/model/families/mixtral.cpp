@@ -4,10 +4,16 @@
 namespace moegraft::model {
 namespace {
 
+io::Json defaults() {
+  return {{"vocab_size", 32000}, {"hidden_size", 4096}, {"intermediate_size", 14336}, {"num_hidden_layers", 32}, {"num_attention_heads", 32}, {"num_key_value_heads", 8},
+          {"max_position_embeddings", 131072}, {"rms_norm_eps", 1e-5}, {"rope_theta", 1e6}, {"num_experts_per_tok", 2}, {"num_local_experts", 8}, {"router_aux_loss_coef", 0.001},
+          {"bos_token_id", 1}, {"eos_token_id", 2}};
+}
+
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
-  DecoderSpec s = parse_common(config, {.rms_norm_eps = 1e-5, .rope_theta = 1e6, .bos_id = 1, .eos_id = 2});
-  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
+  DecoderSpec s = parse_common(config);
+  s.num_experts = c.integer_of({"num_experts", "num_local_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = s.intermediate_size;
   s.norm_topk_prob = true;
@@ -33,13 +39,15 @@ TensorNames names() {
   n.expert_gate = "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight";
   n.expert_up = "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight";
   n.expert_down = "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight";
+  n.fused_gate_up = "model.layers.{l}.block_sparse_moe.experts.gate_up_proj";
+  n.fused_down = "model.layers.{l}.block_sparse_moe.experts.down_proj";
   return n;
 }
 
 }  // namespace
 
 const Family& mixtral_family() {
-  static const Family family{"mixtral", parse, write, names()};
+  static const Family family{"mixtral", defaults(), parse, write, names()};
   return family;
 }
 

@@ -4,10 +4,15 @@
 namespace moegraft::model {
 namespace {
 
+io::Json defaults() {
+  return {{"vocab_size", 50304}, {"hidden_size", 2048}, {"intermediate_size", 2048}, {"num_hidden_layers", 16}, {"num_attention_heads", 16},
+          {"max_position_embeddings", 4096}, {"rms_norm_eps", 1e-5}, {"num_experts_per_tok", 8}, {"num_experts", 64}, {"router_aux_loss_coef", 0.01}, {"pad_token_id", 1}, {"eos_token_id", 50279}};
+}
+
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
-  DecoderSpec s = parse_common(config, {.rms_norm_eps = 1e-5, .router_aux_loss_coef = 0.01, .eos_id = 50279, .pad_id = 1});
-  s.num_experts = c.integer_of({"num_experts", "num_local_experts"});
+  DecoderSpec s = parse_common(config);
+  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = s.intermediate_size;
   s.norm_topk_prob = c.boolean("norm_topk_prob", false);
@@ -31,7 +36,7 @@ io::Json write(const DecoderSpec& s) {
 }  // namespace
 
 const Family& olmoe_family() {
-  static const Family family{"olmoe", parse, write, {}};
+  static const Family family{"olmoe", defaults(), parse, write, {}};
   return family;
 }
 

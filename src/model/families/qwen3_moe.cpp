@@ -6,10 +6,16 @@
 namespace moegraft::model {
 namespace {
 
+io::Json defaults() {
+  return {{"vocab_size", 151936}, {"hidden_size", 2048}, {"intermediate_size", 6144}, {"num_hidden_layers", 24}, {"num_attention_heads", 32}, {"num_key_value_heads", 4},
+          {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"moe_intermediate_size", 768}, {"num_experts_per_tok", 8}, {"num_experts", 128}, {"sliding_window", 4096},
+          {"router_aux_loss_coef", 0.001}};
+}
+
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s = parse_common(config);
-  s.num_experts = c.integer_of({"num_experts", "num_local_experts"});
+  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = c.integer("moe_intermediate_size");
   s.norm_topk_prob = c.boolean("norm_topk_prob", false);
@@ -47,7 +53,7 @@ io::Json write(const DecoderSpec& s) {
 }  // namespace
 
 const Family& qwen3_moe_family() {
-  static const Family family{"qwen3_moe", parse, write, {}};
+  static const Family family{"qwen3_moe", defaults(), parse, write, {}};
   return family;
 }
 
