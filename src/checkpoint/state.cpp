@@ -15,7 +15,8 @@ std::string to_json(const TrainState& state) {
                 {"last_loss", state.last_loss},
                 {"best_measure", nullptr},
                 {"best_step", state.best_step},
-                {"environment", state.environment}};
+                {"environment", state.environment},
+                {"fingerprints", state.fingerprints}};
   if (state.best_measure) j["best_measure"] = *state.best_measure;
   return j.dump(2) + "\n";
 }
@@ -34,6 +35,7 @@ TrainState state_from_json(const std::string& text) {
     if (!j.at("best_measure").is_null()) state.best_measure = j.at("best_measure").get<double>();
     j.at("best_step").get_to(state.best_step);
     j.at("environment").get_to(state.environment);
+    if (j.contains("fingerprints")) j["fingerprints"].get_to(state.fingerprints);
     return state;
   } catch (const io::Json::exception& e) {
     fail<UserError>("state.json of the checkpoint does not read as a training state: ", e.what());

@@ -10,6 +10,7 @@
 #include "moegraft/data/stream.h"
 #include "moegraft/evaluate/likelihood.h"
 #include "moegraft/generate/prompt.h"
+#include "moegraft/run/identity.h"
 
 namespace moegraft::evaluate {
 namespace {
@@ -95,7 +96,7 @@ graft::OpenOptions open_options(const EvalConfig& config) {
 
 // The run before its first step: checkpoint 0 where it was kept, else made again from its config and seed.
 graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, const graft::GraftedModel& now) {
-  open.checkpoint = "0";
+  open.checkpoint = "0", open.check_identity = false;
   if (fs::is_directory(path / "checkpoints" / checkpoint::step_name(0))) return graft::open_model(path, open);
   run::RunConfig config = *now.config;
   config.model.device = now.device().is_cuda() ? "cuda" : "cpu";
@@ -103,6 +104,13 @@ graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, co
 }
 
 bool asks_for_nothing(const EvalConfig& c) { return !c.text && c.images.empty() && c.codec.empty() && c.retrieval.empty() && !c.drift && !c.routing; }
+
+void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
+  if (!model.config) return;  // a plain model
+  std::vector<std::string> sources = config.text ? config.text->shards : std::vector<std::string>();
+  for (const auto& section : config.images) sources.push_back(section.shards);
+  run::check_shards(sources, run::recorded_fingerprints(model.path), *model.config);  // these were compared when the run was opened
+}
 
 std::string dtype_name(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : "bfloat16"; }
 
@@ -141,6 +149,7 @@ Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
   config.validate("");
   const bool needs_images = !config.images.empty() || !config.codec.empty() || !config.retrieval.empty() || config.routing;
   MOEGRAFT_CHECK_USAGE(opened.is_graft() || (!needs_images && !config.drift), path.string(), " is a plain text model: only text perplexity can be measured");
+  check_shards(opened, config);
 
   Evaluator evaluator(std::move(opened), config);
   graft::GraftedModel& model = evaluator.model();
@@ -179,7 +188,7 @@ Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
       }
       graft::OpenOptions other = open;
       other.dtype = graft::parse_dtype(name);
-      other.with_codecs = false;
+      other.with_codecs = other.check_identity = false;
       graft::GraftedModel again = graft::open_model(path, other);
       result.drift[name] = measure_drift(again, uint64_t(config.drift->seed));
     }

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "moegraft/base/text.h"
+#include "moegraft/run/run_dir.h"
 
 namespace moegraft::exporting {
 namespace {
@@ -128,7 +129,7 @@ Json gating_marker(const graft::GraftedModel& m, const std::vector<Target>& targ
                        {"rows", {term.out_begin, term.out_begin + term.B.size(-2)}}});
   return {{"format", "moegraft-peft"}, {"version", 1}, {"gate", "modality"}, {"requires", kRequires}, {"base_model", base_name}, {"family", m.decoder->spec().family},
           {"step", m.step}, {"base_vocab_size", m.vocabulary.text_size}, {"vocab_size", m.vocabulary.size()}, {"tied", m.decoder->spec().tie_word_embeddings},
-          {"modalities", modalities}, {"adapters", adapters}, {"terms", terms}};
+          {"modalities", modalities}, {"adapters", adapters}, {"terms", terms}, {"fingerprints", m.path.empty() ? run::Fingerprints() : run::recorded_fingerprints(m.path)}};
 }
 
 std::string readme(const graft::GraftedModel& m, const std::string& base_name) {

@@ -7,14 +7,15 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/checkpoint/state.h"
 #include "moegraft/data/stream.h"
 #include "moegraft/graft/calibration.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/initialise_lora.h"
 #include "moegraft/graft/initialise_rows.h"
 #include "moegraft/io/json.h"
-#include "moegraft/run/run_dir.h"
 #include "moegraft/model/device.h"
+#include "moegraft/run/identity.h"
 
 namespace moegraft::graft {
 namespace {
@@ -62,18 +63,17 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
 // The factors of an earlier run's adapter at the same place: every tensor must be there with its shape.
 void initialise_from(adapters::ModalityLora& lora, size_t index, const std::string& path, const run::RunConfig& config) {
   fs::path dir = path;
-  const fs::path of_run = fs::is_directory(dir / "checkpoints") ? dir : fs::absolute(dir).lexically_normal().parent_path().parent_path();
-  if (run::is_run(of_run)) {  // factors mean something beside their own base only
-    run::Fingerprints was = run::recorded_fingerprints(of_run);
-    std::erase_if(was, [](const auto& entry) { return entry.first != "base"; });
-    run::check_fingerprints(was, run::take_fingerprints(config, run::Parts::model), config, detail::concat("adapters[", index, "].init_from: ", of_run.string(), " was trained on"));
-  }
   if (fs::is_directory(dir / "checkpoints")) {
     const auto latest = checkpoint::find_latest(dir / "checkpoints");
     MOEGRAFT_CHECK(latest.has_value(), "adapters[", index, "].init_from: ", path, " has no checkpoint");
     dir = *latest;
   }
   const checkpoint::Checkpoint saved = checkpoint::load(dir);
+  run::Fingerprints was = checkpoint::state_from_json(saved.state).fingerprints;
+  std::erase_if(was, [](const auto& entry) { return entry.first != "base"; });  // factors mean something beside their own base only
+  const std::string place = detail::concat("adapters[", index, "].init_from: ", path);
+  if (was.empty()) log::warning(place, " does not say which base it was trained on: whether it is this one is not checked");
+  else run::check_fingerprints(was, run::take_fingerprints(config, run::Parts::model), config, place + " was trained on");
   for (auto& f : lora.factors())
     for (const auto& [suffix, target] : {std::pair(".A", f.A), std::pair(".B", f.B)}) {
       const auto it = saved.parameters.find(f.name + suffix);

@@ -191,8 +191,8 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
   if (run::is_run(path)) {
     run::RunConfig config = run::load_run_config(path);
     config.run.dir = path.string();  // the folder may have been moved
-    run::check_fingerprints(run::recorded_fingerprints(path), run::take_fingerprints(config, options.with_codecs ? run::Parts::model_and_codecs : run::Parts::model), config,
-                            "the run " + path.string() + " was trained on");
+    if (options.check_identity)
+      run::check_identity(path, run::take_fingerprints(config, options.with_codecs ? run::Parts::model_and_codecs : run::Parts::model), config);
     const fs::path from = find_checkpoint(path / "checkpoints", options.checkpoint);
     GraftedModel m = assemble_model(config, options);
     const checkpoint::Checkpoint saved = checkpoint::load(from);

@@ -16,7 +16,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kWhole = uint64_t{16} << 20, kPage = 4096, kMostTensors = 65536, kPages = 4096, kMostHeader = 100'000'000;
+constexpr uint64_t kWhole = uint64_t{16} << 20, kPage = 4096, kMostTensors = 65536, kPages = 4096, kStride = uint64_t{4} << 20, kMostPages = 8192, kMostHeader = 100'000'000;
 
 class Sampler {
  public:
@@ -86,10 +86,11 @@ std::string fingerprint_file(const fs::path& path) {
   if (ranges.empty())
     for (uint64_t i = 0; i < kPages; ++i) add(file.read(file.size() / kPages * i, kPage));
   const size_t stride = ranges.size() / kMostTensors + 1;
+  const uint64_t part = std::max(kStride, file.size() / kMostPages);
   for (size_t i = 0; i < ranges.size(); i += stride) {
     const auto [begin, end] = ranges[i];
-    const uint64_t bytes = std::min(kPage, end - begin);
-    add(file.read(begin + (end - begin - bytes) / 2, bytes));
+    const uint64_t parts = (end - begin + part - 1) / part, length = (end - begin) / parts, bytes = std::min(kPage, length);
+    for (uint64_t p = 0; p < parts; ++p) add(file.read(begin + p * length + (length - bytes) / 2, bytes));
   }
   add(file.read(0, kPage));
   add(file.read(file.size() - kPage, kPage));

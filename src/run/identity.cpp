@@ -1,5 +1,7 @@
 #include "moegraft/run/identity.h"
 
+#include <set>
+
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
@@ -56,16 +58,34 @@ void check_fingerprints(const Fingerprints& was, const Fingerprints& now, const 
   MOEGRAFT_CHECK(lines.empty(), join(lines, "; "));
 }
 
-void check_shards(const RunConfig& config, const Fingerprints& now) {
-  for (const auto* sources : {&config.data.train, &config.data.eval})
-    for (const auto& source : *sources) {
-      const data::ShardSet shards(source.path);
-      for (const auto& [name, made_with] : shards.fingerprints()) {
-        const auto own = now.find(name);
-        MOEGRAFT_CHECK(own == now.end() || own->second == made_with, "data source ", source.path, " was made with another ", name.starts_with("codec.") ? "codec" : name, " than this run's ",
-                       paths_of(config).at(name), " (fingerprint ", made_with, ", the run's ", own->second, "): prepare it again with this run's, or name the one that it was made with");
-      }
+void check_identity(const std::filesystem::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data) {
+  const auto was = recorded_fingerprints(dir);
+  if (was.empty()) log::warning(dir.string(), " was made before fingerprints of base, codec, tokenizer and data were noted: whether they are the same is not checked");
+  check_fingerprints(was, now, config, "the run " + dir.string() + " was trained on", accept_data);
+}
+
+void check_shards(const std::vector<std::string>& sources, const Fingerprints& now, const RunConfig& config) {
+  for (const auto& path : std::set<std::string>(sources.begin(), sources.end())) {
+    const data::ShardSet shards(path);
+    if (shards.fingerprints().empty()) log::warning("data source ", path, " does not say which tokenizer and codec made it: whether they are this run's is not checked; moegraft data prepare notes them");
+    for (const auto& [name, made_with] : shards.fingerprints()) {
+      const auto own = now.find(name);
+      MOEGRAFT_CHECK(own == now.end() || own->second == made_with, "data source ", path, " was made with another ", name.starts_with("codec.") ? "codec" : name, " than this run's ",
+                     paths_of(config).at(name), " (fingerprint ", made_with, ", the run's ", own->second, "): prepare it again with this run's, or name the one that it was made with");
     }
+  }
+}
+
+std::string content_of(const std::string& key) {
+  if (key == "model.path") return "base";
+  if (key == "model.init.tokenizer") return "tokenizer";
+  const auto between = [&](const std::string& before, const std::string& after) {
+    const bool fits = key.size() > before.size() + after.size() && key.starts_with(before) && key.ends_with(after);
+    return fits ? key.substr(before.size(), key.size() - before.size() - after.size()) : std::string();
+  };
+  if (const auto name = between("modalities.", ".codec"); !name.empty()) return "codec." + name;
+  const auto source = between("data.", ".path");
+  return source.empty() ? "" : "data." + source;
 }
 
 Fingerprints recorded_fingerprints(const std::filesystem::path& dir) {

@@ -69,11 +69,14 @@ bool is_free(const std::string& key) {
   });
 }
 
-io::Json session(int64_t from_step, const std::string& device, const std::vector<ConfigChange>& changes) {
+io::Json session(int64_t from_step, const std::string& device, const std::vector<ConfigChange>& changes, const Fingerprints& was, const Fingerprints& now) {
   io::Json changed = io::Json::array();
   for (const auto& change : changes) changed.push_back(change.key + ": " + change.before + " -> " + change.after);
-  return {{"started", now_utc()}, {"pid", getpid()}, {"host", host_name()}, {"from_step", from_step}, {"cores", std::thread::hardware_concurrency()},
-          {"environment", describe_environment(device)}, {"changed", changed}};
+  io::Json j{{"started", now_utc()}, {"pid", getpid()}, {"host", host_name()}, {"from_step", from_step}, {"cores", std::thread::hardware_concurrency()},
+             {"environment", describe_environment(device)}, {"changed", changed}};
+  for (const auto& [name, before] : was)
+    if (const auto after = now.find(name); after != now.end() && after->second != before) j["accepted"].push_back(name + ": " + before + " -> " + after->second);
+  return j;
 }
 
 }  // namespace
@@ -145,8 +148,9 @@ RunDir RunDir::open_new(const RunConfig& config) {
   const fs::path dir = config.run.dir;
   // Before the constructor makes anything, and again under the lock.
   const auto refuse = [&] {
-    MOEGRAFT_CHECK_USAGE(!is_run(dir) || checkpoint::list_checkpoints(dir / "checkpoints").empty(), "the directory ", dir.string(),
-                         " already holds a run: continue it with --resume auto, or name another run.dir");
+    if (checkpoint::list_checkpoints(dir / "checkpoints").empty()) return;
+    MOEGRAFT_CHECK_USAGE(is_run(dir), "the directory ", dir.string(), " holds checkpoints but no ", kConfig, " that says what they are of: put it back, or name another run.dir");
+    fail<UsageError>("the directory ", dir.string(), " already holds a run: continue it with --resume auto, or name another run.dir");
   };
   refuse();
   RunDir run(dir);
@@ -162,9 +166,9 @@ void RunDir::note(const std::string& key, const std::string& json) {
   io::write_json(dir_ / kRun, j);
 }
 
-void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, int64_t step, const std::string& branched_from) {
+void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from) {
   io::Json j{{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", MOEGRAFT_GIT_COMMIT}, {"seed", config.run.seed}, {"fingerprints", fingerprints},
-             {"sessions", io::Json::array({session(step, device, {})})}};
+             {"sessions", io::Json::array({io::Json::parse(session)})}};
   if (!branched_from.empty()) j["branched_from"] = branched_from;
   io::write_json(dir_ / kRun, j);
   io::write_file_atomic(dir_ / kConfig, config::dump(config));  // last: it makes the directory a run
@@ -173,25 +177,21 @@ void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, co
 RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device) {
   RunDir run = open_new(config);
   run.metrics.cut_back(-1), run.routing.cut_back(-1);  // of a start that saved nothing
-  run.begin(config, fingerprints, device, 0, {});
+  run.begin(config, fingerprints, session(0, device, {}, {}, {}).dump());
   return run;
 }
 
 namespace {
 
-std::vector<ConfigChange> allowed_changes(const RunConfig& before, const RunConfig& after, const std::string& remedy) {
+// recorded: a thing that is compared by content may lie elsewhere.
+std::vector<ConfigChange> allowed_changes(const RunConfig& before, const RunConfig& after, const Fingerprints& recorded, const Fingerprints& now, const std::string& remedy) {
   const auto changes = compare_configs(before, after);
   std::vector<std::string> refused;
+  const auto moved = [&](const ConfigChange& change) { return recorded.contains(content_of(change.key)) && now.contains(content_of(change.key)); };
   for (const auto& change : changes)
-    if (!change.allowed) refused.push_back(change.key + " (was " + change.before + ", is " + change.after + ")");
+    if (!change.allowed && !moved(change)) refused.push_back(change.key + " (was " + change.before + ", is " + change.after + ")");
   MOEGRAFT_CHECK_USAGE(refused.empty(), "a resumed run must keep ", join(refused, ", "), "; only these keys may change: ", join(keys_free_on_resume(), ", "), ". ", remedy);
   return changes;
-}
-
-void check_identity(const fs::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data) {
-  const auto was = recorded_fingerprints(dir);
-  if (was.empty()) log::warning(dir.string(), " was made before fingerprints of base, codec, tokenizer and data were noted: whether they are the same is not checked");
-  check_fingerprints(was, now, config, "the run " + dir.string() + " was trained on", accept_data);
 }
 
 }  // namespace
@@ -200,13 +200,12 @@ RunDir RunDir::resume(const RunConfig& config, const Fingerprints& fingerprints,
   const fs::path dir = config.run.dir;
   MOEGRAFT_CHECK(is_run(dir), dir.string(), " holds no run to resume: it has no ", kConfig);
   RunDir run(dir);
-  const auto changes = allowed_changes(load_run_config(dir), config, "Start a new run.dir instead (adapters[].init_from takes over what was learned)");
+  const Fingerprints was = recorded_fingerprints(dir);
+  const auto changes = allowed_changes(load_run_config(dir), config, was, fingerprints, "Start a new run.dir instead (adapters[].init_from takes over what was learned)");
   check_identity(dir, fingerprints, config, accept_data);
   auto j = io::read_json(dir / kRun);
   MOEGRAFT_CHECK(j.is_object() && j.contains("sessions") && j["sessions"].is_array(), (dir / kRun).string(), " has no list \"sessions\"");
-  j["sessions"].push_back(session(step, device, changes));
-  for (const auto& [name, value] : recorded_fingerprints(dir))
-    if (const auto now = fingerprints.find(name); now != fingerprints.end() && now->second != value) j["sessions"].back()["accepted"].push_back(name + ": " + value + " -> " + now->second);
+  j["sessions"].push_back(session(step, device, changes, was, fingerprints));
   j["fingerprints"] = fingerprints;
   io::write_json(dir / kRun, j);
   if (!changes.empty()) io::write_file_atomic(dir / kConfig, config::dump(config));
@@ -219,7 +218,8 @@ RunDir RunDir::resume(const RunConfig& config, const Fingerprints& fingerprints,
 RunDir RunDir::branch(const RunConfig& config, const Fingerprints& fingerprints, const fs::path& checkpoint, int64_t step, const std::string& device, bool accept_data) {
   const fs::path source = fs::absolute(checkpoint).lexically_normal().parent_path().parent_path();
   MOEGRAFT_CHECK(is_run(source), checkpoint.string(), " is not in the checkpoints folder of a run");
-  allowed_changes(load_run_config(source), config, "A branch goes on from its checkpoint with the config of its run");
+  const Fingerprints was = recorded_fingerprints(source);
+  const auto changes = allowed_changes(load_run_config(source), config, was, fingerprints, "A branch goes on from its checkpoint with the config of its run");
   check_identity(source, fingerprints, config, accept_data);
   RunDir run = open_new(config);
   for (const char* name : {"vocabulary.json", "init.json"})
@@ -232,7 +232,7 @@ RunDir RunDir::branch(const RunConfig& config, const Fingerprints& fingerprints,
     io::sync_file(copy.path() / file.path().filename());
   }
   copy.publish();
-  run.begin(config, fingerprints, device, step, fs::absolute(checkpoint).lexically_normal().string());
+  run.begin(config, fingerprints, session(step, device, changes, was, fingerprints).dump(), fs::absolute(checkpoint).lexically_normal().string());
   return run;
 }
 

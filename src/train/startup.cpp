@@ -83,7 +83,7 @@ void check_inputs(const run::RunConfig& config) {
 }
 
 // Rank 0 by itself: builds a new run's model and saves it as step 0.
-fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir) {
+fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir, const run::Fingerprints& fingerprints) {
   run::RunConfig alone = config;
   const bool together_only = config.parallel.expert > 1 || config.parallel.shard_base;  // one GPU may not hold the whole base
   if (together_only && graft::parse_device(config.model.device).is_cuda()) alone.model.offload = "experts";
@@ -92,6 +92,7 @@ fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir) {
   const AdamW optimizer = make_optimizer(*model.registry, config.train);
   checkpoint::TrainState state;
   state.seed = config.run.seed;
+  state.fingerprints = fingerprints;
   state.environment = run::describe_environment(model.device().str());
   state.data_cursor = data::BatchStream(config.data.train, config.data, model.vocabulary, uint64_t(config.run.seed)).state();
   checkpoint::CheckpointConfig at_once = config.checkpoint;
@@ -152,10 +153,13 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
   const auto open = [&] {
     check_inputs(config);
     const Origin origin = find_origin(config, resume);
-    const run::Fingerprints fingerprints = run::take_fingerprints(config, run::Parts::all);
-    run::check_shards(config, fingerprints);
+    start.fingerprints = run::take_fingerprints(config, run::Parts::all);
+    std::vector<std::string> sources;
+    for (const auto* list : {&config.data.train, &config.data.eval})
+      for (const auto& source : *list) sources.push_back(source.path);
+    run::check_shards(sources, start.fingerprints, config);
     if (origin.checkpoint) start.from = checkpoint::load(*origin.checkpoint);
-    start.dir.emplace(open_dir(config, resume, origin, start.from, fingerprints, graft::parse_device(config.model.device).str(), accept_data));
+    start.dir.emplace(open_dir(config, resume, origin, start.from, start.fingerprints, graft::parse_device(config.model.device).str(), accept_data));
   };
   if (!mesh.distributed()) {
     open();
@@ -165,7 +169,7 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
     if (first) {
       try {
         open();
-        if (!start.from) start.from = checkpoint::load(save_new_run(config, *start.dir));
+        if (!start.from) start.from = checkpoint::load(save_new_run(config, *start.dir, start.fingerprints));
         mesh.world->post(kStart, io::Json{{"checkpoint", start.from->dir.string()}}.dump());
       } catch (const std::exception& e) {
         mesh.world->post(kStart, io::Json{{"error", e.what()}}.dump());

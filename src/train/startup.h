@@ -23,7 +23,8 @@ void check_layout(const run::RunConfig& config, int64_t world_size);
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume);
 
 struct Start {
-  std::optional<run::RunDir> dir;  // rank 0 only
+  std::optional<run::RunDir> dir;   // rank 0 only
+  run::Fingerprints fingerprints;  // rank 0 only
   std::optional<checkpoint::Checkpoint> from;
   graft::GraftedModel model;
   MemoryPlan plan;

@@ -61,6 +61,7 @@ class Trainer {
     state_.seed = config.run.seed;
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();
+    state_.fingerprints = start.fingerprints;
     balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
     forward_.recompute_layers = start.plan.recompute_layers;
     forward_.lockstep = team_.lockstep();
@@ -135,12 +136,12 @@ class Trainer {
 
   void restore(const checkpoint::Checkpoint& from) {
     optimizer_.load_state(from.optimizer);
-    const auto environment = std::move(state_.environment);
+    const auto environment = std::move(state_.environment), fingerprints = std::move(state_.fingerprints);
     state_ = checkpoint::state_from_json(from.state);
     if (state_.step > 0)
       for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
         log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
-    state_.environment = environment;
+    state_.environment = environment, state_.fingerprints = fingerprints;
     stream_.restore(state_.data_cursor);
     writer_.set_aside_after(from.step);
   }

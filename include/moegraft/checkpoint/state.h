@@ -18,7 +18,8 @@ struct TrainState {
   double lr_factor = -1, last_loss = 0;  // of the last step; -1: none, or not recorded
   std::optional<double> best_measure;
   int64_t best_step = -1;
-  std::map<std::string, std::string> environment;  // what bit-identity depends on: binary, processor, threads, layout
+  std::map<std::string, std::string> environment;   // what bit-identity depends on: binary, processor, threads, layout
+  std::map<std::string, std::string> fingerprints;  // what it was trained from, as run.json names it: a checkpoint may leave its run
 };
 
 std::string to_json(const TrainState& state);

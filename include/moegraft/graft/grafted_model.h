@@ -23,6 +23,7 @@ struct OpenOptions {
   std::optional<std::string> device;     // "auto" | "cpu" | "cuda"; default: the run's, or auto
   std::string checkpoint = "latest";     // "latest", "best", a step number, or a checkpoint directory (runs only)
   bool with_codecs = true;               // false: do not load image codecs (ids only)
+  bool check_identity = true;            // false: this process has compared the run's fingerprints already
   const distributed::Mesh* mesh = nullptr;  // the processes that hold the model together (config.parallel), to train it
 };
 

@@ -21,8 +21,14 @@ Fingerprints take_fingerprints(const RunConfig& config, Parts parts);
 // whose: "the run runs/a was trained on".
 void check_fingerprints(const Fingerprints& was, const Fingerprints& now, const RunConfig& config, const std::string& whose, bool accept_data = false);
 
-// That shards were made with this run's tokenizer and codecs, where they say what made them. UserError names the source.
-void check_shards(const RunConfig& config, const Fingerprints& now);
+// The same against what a run's run.json records; a warning where it records nothing, as runs did once.
+void check_identity(const std::filesystem::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data = false);
+
+// That data sets were made with this run's tokenizer and codecs; a warning where they do not say what made them. UserError names the source.
+void check_shards(const std::vector<std::string>& sources, const Fingerprints& now, const RunConfig& config);
+
+// What the value of a config key is compared by instead of its letters: "base" of model.path, "data.train[0]" of data.train[0].path. Empty for any other key.
+std::string content_of(const std::string& key);
 
 // Of an existing run, from its run.json; empty for one made before they were noted.
 Fingerprints recorded_fingerprints(const std::filesystem::path& dir);

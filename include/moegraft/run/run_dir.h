@@ -66,7 +66,8 @@ class RunDir {
   static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu");
 
   // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the others), stores the new config,
-  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back. Fingerprints that changed are refused (identity.h), data's unless accept_data.
+  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back. Fingerprints that changed are refused (identity.h), data's unless accept_data;
+  // where they are known, paths of the same content may change.
   static RunDir resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step, const std::string& device = "cpu", bool accept_data = false);
 
   // A new run in config.run.dir that goes on from another run's checkpoint: as resume() of that run, with its records up to `step` copied, and the checkpoint.
@@ -90,7 +91,7 @@ class RunDir {
  private:
   explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
   static RunDir open_new(const RunConfig& config);
-  void begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, int64_t step, const std::string& branched_from);
+  void begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from = {});
   std::filesystem::path dir_;
   int lock_ = -1;
 };
