@@ -34,6 +34,8 @@ void set_rank(long rank) {
   if (rank > 0) set_level(Level::error);
   logger().set_pattern("%H:%M:%S %^%l%$ [rank " + std::to_string(rank) + "] %v");
 }
-void write(Level level, const std::string& message) { logger().log(native(level), "{}", printable(message)); }
+// A line that quotes a file may be as long as the file.
+constexpr size_t kLongest = 4000;
+void write(Level level, const std::string& message) { logger().log(native(level), "{}", shortened(message, kLongest)); }
 
 }  // namespace moegraft::log

@@ -22,7 +22,7 @@ uint64_t little(std::string_view bytes, size_t at, int count) {
   return value;
 }
 
-bool is_webp(std::string_view b) { return b.starts_with("RIFF") && b.substr(8, 4) == "WEBP"; }
+bool is_webp(std::string_view b) { return b.size() >= 30 && b.starts_with("RIFF") && b.substr(8, 4) == "WEBP"; }
 bool is_gif(std::string_view b) { return b.starts_with("GIF87a") || b.starts_with("GIF89a"); }
 bool is_bmp(std::string_view b) { return b.starts_with("BM") && b.size() >= 26; }
 bool is_tiff(std::string_view b) { return b.starts_with(std::string_view("II*\0", 4)) || b.starts_with(std::string_view("MM\0*", 4)); }
@@ -58,7 +58,11 @@ int webp_orientation(std::string_view b) {
   return 1;
 }
 int upright(std::string_view) { return 1; }
-int orientation_of_tiff(std::string_view b) { return tiff_orientation(reinterpret_cast<const uint8_t*>(b.data()), b.size()); }
+// libtiff turns what it can without exchanging rows and columns (TIFFReadRGBAImage); what is left of 5-8 then.
+int orientation_of_tiff(std::string_view b) {
+  constexpr int kLeft[] = {1, 1, 1, 1, 1, 5, 7, 5, 7};
+  return kLeft[tiff_orientation(reinterpret_cast<const uint8_t*>(b.data()), b.size())];
+}
 
 struct Format {
   const char* name;

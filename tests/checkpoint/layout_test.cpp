@@ -365,7 +365,7 @@ TEST_F(LayoutTest, OnlyRankZeroRemoves) {
     for (int64_t step = 1; step <= 5; ++step) save(writer, layout, rank, step, measures[step - 1]);
     writer.set_aside_after(4);
   }));
-  EXPECT_EQ(names(), (std::vector<std::string>{"step-00000002", "step-00000004"}));
+  EXPECT_EQ(names(), (std::vector<std::string>{"damaged-step-00000005", "step-00000002", "step-00000004"}));
   expect_contents(root_ / "step-00000002", 2);
 }
 
