@@ -170,8 +170,12 @@ TEST(BadModel, EachProblemIsNamed) {
     const bool moved = j["weight_map"]["model.norm.weight"] != io::read_json(c.dir / "model.safetensors.index.json")["weight_map"]["model.norm.weight"];
     io::write_json(c.dir / "model.safetensors.index.json", j);
     if (moved) {
-      EXPECT_NE(c.error().find("does not hold model.norm.weight"), std::string::npos) << c.error();
+      EXPECT_EQ(c.error(), "") << "every tensor of a listed file counts, as in transformers";
     }
+    j["weight_map"]["model.nowhere.weight"] = j["weight_map"]["lm_head.weight"];
+    io::write_json(c.dir / "model.safetensors.index.json", j);
+    EXPECT_NE(c.error().find("does not hold model.nowhere.weight"), std::string::npos) << c.error();
+    j["weight_map"].erase("model.nowhere.weight");
     j["weight_map"]["model.norm.weight"] = "../model.safetensors";
     io::write_json(c.dir / "model.safetensors.index.json", j);
     EXPECT_NE(c.error().find("must be a file beside the index"), std::string::npos) << c.error();

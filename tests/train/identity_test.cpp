@@ -80,7 +80,7 @@ TEST(Identity, WhatChangedIsNamedAndRefused) {
          j["rms_norm_eps"] = 1e-3;
          io::write_json(w.world.base / "config.json", j);
        }, "base ", "base "},
-      {"the codec", [](const World& w) { change_one_value(w.world.codec / "model.safetensors"); }, "codec.image ", "codec.image "},
+      {"the codec", [](const World& w) { change_one_value(w.world.codec / "model.safetensors"); }, "codec", "codec.image "},
       {"data of as many documents", [](const World& w) { w.make_other_data(); }, "--accept-changed data", "no error"},
       {"nothing but the base's place", [](const World& w) {
          fs::rename(w.world.base, w.world.dir / "elsewhere");
