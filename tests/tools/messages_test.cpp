@@ -63,7 +63,6 @@ const std::vector<Case>& cases() {
       {"a dense model", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "llama"})"); }, "moegraft upcycle", 1},
       {"a variable that is not set", [](const TinyWorld& w) { return train_with(w, "run.dir=$MOEGRAFT_NO_SUCH_VARIABLE/x"); }, "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
       {"another user's home", [](const TinyWorld& w) { return train_with(w, "run.dir=~nobody/x"); }, "only ~ and ~/", 2},
-      {"launch without --", [](const TinyWorld& w) { return std::vector<std::string>{"launch", "--nproc", "2", "train", "-c", w.yaml.string()}; }, "put -- before the command", 2},
       {"a codec that is there", [](const TinyWorld& w) {
          io::write_file_atomic(w.dir / "codec.yaml", "dir: " + w.codec.string() + "\ndata: { train: [{ path: " + w.manifest.string() + " }] }\n");
          io::write_file_atomic(w.codec / "codec.yaml", "");

@@ -10,7 +10,6 @@
 
 #include <chrono>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <sstream>
@@ -237,14 +236,6 @@ int launch(const Options& o, const std::vector<std::string>& arguments) {
   }
 }
 
-// Whether this process was given "--": the parser does not say.
-bool has_separator() {
-  std::ifstream in("/proc/self/cmdline", std::ios::binary);
-  for (std::string argument; std::getline(in, argument, '\0');)
-    if (argument == "--") return true;
-  return false;
-}
-
 }  // namespace
 
 void add_launch_command(CLI::App& app) {
@@ -262,7 +253,6 @@ void add_launch_command(CLI::App& app) {
     auto arguments = o->command;
     const auto rest = command->remaining();
     arguments.insert(arguments.end(), rest.begin(), rest.end());
-    MOEGRAFT_CHECK_USAGE(rest.empty() || o->command.empty() || has_separator(), "launch: put -- before the command, so that its options are its own: moegraft launch --nproc ", o->processes, " -- ", o->command.front(), " …");
     MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);
