@@ -50,11 +50,22 @@ def neighbours(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def attention_tensors(weights, layer, out, config, turned, norms):
+    """Attention and both norms of one layer. turned: the rotary halves as neighbours; norms: of query and key."""
+    turn = neighbours if turned else lambda weight, heads: weight
+    yield out + "attn_norm.weight", weights[layer + "input_layernorm.weight"], False
+    yield out + "ffn_norm.weight", weights[layer + "post_attention_layernorm.weight"], False
+    yield out + "attn_q.weight", turn(weights[layer + "self_attn.q_proj.weight"], config["num_attention_heads"]), True
+    yield out + "attn_k.weight", turn(weights[layer + "self_attn.k_proj.weight"], config["num_key_value_heads"]), True
+    yield out + "attn_v.weight", weights[layer + "self_attn.v_proj.weight"], True
+    yield out + "attn_output.weight", weights[layer + "self_attn.o_proj.weight"], True
+    for side in "qk" if norms else "":
+        yield out + f"attn_{side}_norm.weight", weights[layer + f"self_attn.{side}_norm.weight"], False
+
+
 def tensors(weights, config, family):
     """(name in GGUF, float32 array, is it a matrix of the model's type)"""
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     experts = config.get("num_experts") or config.get("num_local_experts")
-    turn = neighbours if family == "mixtral" else lambda weight, heads: weight
     yield "token_embd.weight", weights["model.embed_tokens.weight"], True
     yield "output_norm.weight", weights["model.norm.weight"], False
     if "lm_head.weight" in weights and not config.get("tie_word_embeddings"):
@@ -65,14 +76,7 @@ def tensors(weights, config, family):
     sites = {"gate": "w1", "up": "w3", "down": "w2"} if family == "mixtral" else {s: s + "_proj" for s in ("gate", "up", "down")}
     for i in range(config["num_hidden_layers"]):
         layer, out = f"model.layers.{i}.", f"blk.{i}."
-        yield out + "attn_norm.weight", weights[layer + "input_layernorm.weight"], False
-        yield out + "ffn_norm.weight", weights[layer + "post_attention_layernorm.weight"], False
-        yield out + "attn_q.weight", turn(weights[layer + "self_attn.q_proj.weight"], heads), True
-        yield out + "attn_k.weight", turn(weights[layer + "self_attn.k_proj.weight"], kv_heads), True
-        yield out + "attn_v.weight", weights[layer + "self_attn.v_proj.weight"], True
-        yield out + "attn_output.weight", weights[layer + "self_attn.o_proj.weight"], True
-        for side in "qk" if family != "mixtral" else "":
-            yield out + f"attn_{side}_norm.weight", weights[layer + f"self_attn.{side}_norm.weight"], False
+        yield from attention_tensors(weights, layer, out, config, turned=family == "mixtral", norms=family != "mixtral")
         yield out + "ffn_gate_inp.weight", weights[layer + moe + ".gate.weight"], False
         for site, name in sites.items():
             yield out + f"ffn_{site}_exps.weight", np.stack([weights[f"{layer}{moe}.experts.{e}.{name}.weight"] for e in range(experts)]), True

@@ -104,22 +104,14 @@ def add_sentencepiece(writer):
 
 
 def dense_tensors(weights, config):
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    turn = to_gguf.neighbours if config["model_type"] in ("llama", "mistral") else lambda weight, heads: weight
+    turned, norms = config["model_type"] in ("llama", "mistral"), config["model_type"] == "qwen3"
     yield "token_embd.weight", weights["model.embed_tokens.weight"], True
     yield "output_norm.weight", weights["model.norm.weight"], False
     if not config["tie_word_embeddings"]:
         yield "output.weight", weights["lm_head.weight"], True
     for i in range(config["num_hidden_layers"]):
         layer, out = f"model.layers.{i}.", f"blk.{i}."
-        yield out + "attn_norm.weight", weights[layer + "input_layernorm.weight"], False
-        yield out + "ffn_norm.weight", weights[layer + "post_attention_layernorm.weight"], False
-        yield out + "attn_q.weight", turn(weights[layer + "self_attn.q_proj.weight"], heads), True
-        yield out + "attn_k.weight", turn(weights[layer + "self_attn.k_proj.weight"], kv_heads), True
-        yield out + "attn_v.weight", weights[layer + "self_attn.v_proj.weight"], True
-        yield out + "attn_output.weight", weights[layer + "self_attn.o_proj.weight"], True
-        for side in "qk" if config["model_type"] == "qwen3" else "":
-            yield out + f"attn_{side}_norm.weight", weights[layer + f"self_attn.{side}_norm.weight"], False
+        yield from to_gguf.attention_tensors(weights, layer, out, config, turned, norms)
         for site in ("gate", "up", "down"):
             yield out + f"ffn_{site}.weight", weights[layer + f"mlp.{site}_proj.weight"], True
 
