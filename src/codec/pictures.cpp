@@ -3,9 +3,7 @@
 #include "libtorch.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstring>
-#include <set>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -38,12 +36,7 @@ std::vector<fs::path> manifest_images(const fs::path& manifest) {
   return images;
 }
 
-bool is_picture(const fs::path& path) {
-  std::string extension = path.extension().string();
-  std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return char(std::tolower(c)); });
-  static const std::set<std::string> known{".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"};
-  return known.contains(extension);
-}
+bool is_picture(const fs::path& path) { return io::has_picture_extension(path.extension().string()); }
 
 std::vector<fs::path> folder_images(const fs::path& folder) {
   std::vector<fs::path> images;

@@ -6,6 +6,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
+#include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
 
 namespace moegraft::data {
@@ -44,11 +45,9 @@ const std::vector<std::string>& known_keys() {
 
 bool is_picture_name(const io::Json& value) {
   if (!value.is_string()) return false;
-  std::string name = value.get<std::string>();
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return char(std::tolower(c)); });
-  for (const char* end : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-    if (name.ends_with(end)) return true;
-  return name.starts_with("data:image/");
+  std::string start = value.get<std::string>().substr(0, 11);
+  std::transform(start.begin(), start.end(), start.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  return start == "data:image/" || io::has_picture_extension(value.get_ref<const std::string&>());
 }
 
 // Where a key stands for another: {"file_name": …} reads as {"image": …}. A key that is nearly one of ours, or that holds the picture a document lacks, is not passed over.
@@ -276,7 +275,7 @@ void read_labels(const std::filesystem::path& folder, Rows& rows) {
   for (const auto& label : std::filesystem::directory_iterator(folder))
     if (label.is_directory())
       for (const auto& file : std::filesystem::directory_iterator(label))
-        if (is_picture_name(file.path().filename().string())) pictures.push_back(file.path());
+        if (io::has_picture_extension(file.path().filename().string())) pictures.push_back(file.path());
   std::sort(pictures.begin(), pictures.end());
   int64_t number = 0;
   for (const auto& picture : pictures) {

@@ -12,11 +12,10 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "moegraft/base/log.h"
+#include "rendezvous.h"
 
 namespace moegraft::distributed {
 namespace {
-
-bool is_loopback(const std::string& host) { return host.starts_with("127.") || host == "::1"; }
 
 // Which of this machine's addresses a packet to the master would leave from. Nothing is sent.
 std::string address_towards(const std::string& master, int64_t port) {

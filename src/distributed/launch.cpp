@@ -8,6 +8,8 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <random>
+#include <sstream>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -171,6 +173,13 @@ int free_port() {
   if (fd >= 0) close(fd);
   MOEGRAFT_CHECK(bound, "no free port on the loopback device (", std::strerror(reason), ")");
   return ntohs(address.sin_port);
+}
+
+std::string random_token() {
+  std::random_device device;
+  std::ostringstream out;
+  for (int i = 0; i < 4; ++i) out << std::hex << device();
+  return out.str();
 }
 
 }  // namespace moegraft::distributed

@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include <cstring>
-#include <random>
 #include <thread>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
@@ -23,13 +22,6 @@ namespace moegraft::distributed {
 namespace {
 
 using namespace std::chrono_literals;
-
-std::string random_id() {
-  std::random_device device;
-  std::ostringstream out;
-  for (int i = 0; i < 4; ++i) out << std::hex << device();
-  return out.str();
-}
 
 double seconds(std::chrono::milliseconds t) { return static_cast<double>(t.count()) / 1000; }
 
@@ -55,8 +47,6 @@ bool accepts(const std::string& host, int64_t port) {
   freeaddrinfo(found);
   return open;
 }
-
-bool is_loopback(const std::string& host) { return host.starts_with("127.") || host == "::1" || host == "localhost"; }
 
 // A socket that listens on the loopback device alone; -1: let the store listen as it likes.
 int loopback_socket(int64_t port) {
@@ -126,7 +116,7 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
     return detail::concat(name_ranks(missing), " of ", size, " did not come within ", seconds(shared.timeout), " s");
   };
   if (rank == 0) {
-    const std::string session = random_id();
+    const std::string session = random_token();
     std::vector<std::string> greeted(static_cast<size_t>(size));
     std::vector<bool> ready(static_cast<size_t>(size));
     int64_t count = 1;
@@ -162,7 +152,7 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
     store.set(session + "/all", "1");
     return session;
   }
-  const std::string nonce = random_id();
+  const std::string nonce = random_token();
   store.set("hello/" + std::to_string(rank), nonce);
   std::optional<std::string> session;
   // Rank 0 speaks first where both came at the same time.
@@ -177,6 +167,8 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
 }
 
 }  // namespace
+
+bool is_loopback(const std::string& host) { return host.starts_with("127.") || host == "::1" || host == "localhost"; }
 
 void meet(Shared& shared) {
   if (!shared.environment.distributed()) {

@@ -1,9 +1,14 @@
 #pragma once
 // How the ranks find each other: the store, and who has come.
 
+#include <string>
+#include <vector>
+
 #include "shared.h"
 
 namespace moegraft::distributed {
+
+bool is_loopback(const std::string& host);  // an address of this machine alone, or "localhost"
 
 // Connects to the store (rank 0 serves it, unless the launcher's agent does) and waits until every rank has. The stores returned in `shared` are this
 // start's own: keys of an earlier start on the same server are out of sight. UserError names the ranks that did not come.

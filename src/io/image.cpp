@@ -80,6 +80,14 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
   return orient(interleaved.permute({2, 0, 1}).clone(at::MemoryFormat::Contiguous), pixels.orientation);
 }
 
+bool has_picture_extension(std::string_view name) {
+  std::string lower(name);
+  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  for (const char* extension : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+    if (lower.ends_with(extension)) return true;
+  return false;
+}
+
 at::Tensor load_image(const std::filesystem::path& path) { return decode_image(read_file(path), path.string()); }
 
 void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW) {

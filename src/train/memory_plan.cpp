@@ -278,6 +278,12 @@ std::vector<TrainedRow> trained_table(const MemoryRequest& request) {
   return Counter(whole).table();
 }
 
+io::Json to_json(const std::vector<TrainedRow>& rows) {
+  io::Json out = io::Json::array();
+  for (const auto& row : rows) out.push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
+  return out;
+}
+
 std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters) {
   int64_t total = 0;
   size_t what = 5, where = 0;

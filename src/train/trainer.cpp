@@ -128,12 +128,6 @@ class Trainer {
   }
 
  private:
-  static io::Json to_json(const std::vector<TrainedRow>& rows) {
-    io::Json out = io::Json::array();
-    for (const auto& row : rows) out.push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
-    return out;
-  }
-
   void restore(const checkpoint::Checkpoint& from) {
     optimizer_.load_state(from.optimizer);
     const auto environment = std::move(state_.environment), fingerprints = std::move(state_.fingerprints);

@@ -68,7 +68,6 @@ Json describe_plan(const train::MemoryPlan& p) {
   return out;
 }
 
-
 void print(const Json& j, int indent) {
   for (const auto& [key, value] : j.items()) {
     if (value.is_object()) {
@@ -118,9 +117,10 @@ void run(const Options& o) {
       const train::TrainedParameters t = train::count_trained(request);
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
-      for (const auto& row : train::trained_table(request)) out["trained"]["table"].push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
+      const auto table = train::trained_table(request);
+      if (!table.empty()) out["trained"]["table"] = train::to_json(table);
       if (!o.json)
-        for (const auto& line : train::format_trained(train::trained_table(request), s.num_parameters())) std::printf("trains  %s\n", line.c_str());
+        for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
       out["memory"] = describe_plan(train::plan_memory(request));
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)

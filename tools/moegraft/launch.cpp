@@ -11,8 +11,6 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
-#include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -49,13 +47,6 @@ int usable_cores() {
   return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-std::string random_token() {
-  std::random_device device;
-  std::ostringstream out;
-  for (int i = 0; i < 4; ++i) out << std::hex << device();
-  return out.str();
-}
-
 std::vector<std::string> environment_of(const Options& o, int rank, int port, int restart, const std::string& token) {
   std::vector<std::string> all;
   const auto own = {"RANK=", "LOCAL_RANK=", "WORLD_SIZE=", "LOCAL_WORLD_SIZE=", "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_", "MOEGRAFT_TOKEN="};
@@ -84,7 +75,7 @@ class Attempt {
  public:
   Attempt(const Options& o, const std::vector<std::string>& arguments, int signals, int restart) : signals_(signals) {
     const int port = o.port > 0 ? o.port : distributed::free_port();
-    const std::string token = random_token();
+    const std::string token = distributed::random_token();
     for (int r = 0; r < o.processes; ++r) start(r, arguments, environment_of(o, r, port, restart, token));
   }
   ~Attempt() {

@@ -30,4 +30,7 @@ LaunchEnvironment read_launch_environment(const Getenv& get = {});  // empty: th
 // A port that nobody listens on at the moment, on this machine's loopback device.
 int free_port();
 
+// 128 random bits as hex: a name that no other start has.
+std::string random_token();
+
 }  // namespace moegraft::distributed

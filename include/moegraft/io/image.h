@@ -1,13 +1,17 @@
 #pragma once
-// RGB images: PNG and JPEG through libpng and libjpeg; alpha is composited on white.
+// RGB images: PNG and JPEG through libpng and libjpeg, the rest through libgd; alpha is composited on white.
 
 #include <torch/types.h>
 
 #include <filesystem>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace moegraft::io {
+
+// Whether a name ends like that of a picture load_image() reads (.png, .JPG, .webp, …).
+bool has_picture_extension(std::string_view name);
 
 // uint8 [3,H,W]. UserError names the file when it does not decode.
 at::Tensor load_image(const std::filesystem::path& path);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/io/json.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
 #include "moegraft/model/vocabulary.h"
@@ -53,6 +54,7 @@ struct TrainedRow {
   int64_t parameters = 0;
 };
 std::vector<TrainedRow> trained_table(const MemoryRequest& request);
+io::Json to_json(const std::vector<TrainedRow>& rows);  // [{"what", "where", "parameters", "bytes"}], bytes as float32
 // As lines of a table, with float32 bytes and the share of base and trained parameters together.
 std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters);
 
