@@ -70,6 +70,8 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
     pixels = decode_png(bytes, name);
   } else if (starts_with(bytes, "\xff\xd8\xff")) {
     pixels = decode_jpeg(bytes, name);
+  } else if (is_tiff(bytes)) {
+    pixels = decode_tiff(bytes, name);
   } else if (auto other = decode_other(bytes, name)) {
     pixels = std::move(*other);
   } else {

@@ -179,27 +179,22 @@ void check_picture_size(int64_t width, int64_t height, const std::string& name) 
   MOEGRAFT_CHECK(width > 0 && height > 0 && width <= kMaxPixels / height, name, ": picture of ", width, " x ", height, " pixels, at most ", kMaxPixels, " pixels are read");
 }
 
-std::optional<uint64_t> tiff_tag(const uint8_t* tiff, size_t size, int tag) {
-  if (size < 10 || (std::memcmp(tiff, "II*\0", 4) != 0 && std::memcmp(tiff, "MM\0*", 4) != 0)) return {};
+int tiff_orientation(const uint8_t* tiff, size_t size) {
+  if (size < 10 || (std::memcmp(tiff, "II*\0", 4) != 0 && std::memcmp(tiff, "MM\0*", 4) != 0)) return 1;
   const bool little = tiff[0] == 'I';
   const auto u16 = [&](uint64_t at) { return uint64_t(little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1]); };
   const auto u32 = [&](uint64_t at) { return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2); };
   const uint64_t directory = u32(4);
-  if (directory + 2 > size) return {};
+  if (directory + 2 > size) return 1;
   const uint64_t count = u16(directory);
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t entry = directory + 2 + 12 * i;
-    if (entry + 12 > size) return {};
-    if (u16(entry) != uint64_t(tag)) continue;
-    const uint64_t type = u16(entry + 2);  // 3: short, 4: long
-    return type == 3 ? u16(entry + 8) : u32(entry + 8);
+    if (entry + 12 > size) return 1;
+    if (u16(entry) != 0x0112) continue;
+    const uint64_t value = u16(entry + 8);
+    return value >= 1 && value <= 8 ? int(value) : 1;
   }
-  return {};
-}
-
-int tiff_orientation(const uint8_t* tiff, size_t size) {
-  const uint64_t value = tiff_tag(tiff, size, 0x0112).value_or(1);
-  return value >= 1 && value <= 8 ? int(value) : 1;
+  return 1;
 }
 
 Pixels decode_png(std::string_view bytes, const std::string& name) {

@@ -1,5 +1,5 @@
 #pragma once
-// Bytes of pictures <-> interleaved 8-bit RGB: PNG and JPEG through libpng and libjpeg, what else is read through libgd. Without Torch: setjmp needs plain functions.
+// Bytes of pictures <-> interleaved 8-bit RGB: PNG, JPEG and TIFF through libpng, libjpeg and libtiff, what else is read through libgd. Without Torch: setjmp needs plain functions.
 
 #include <cstdint>
 #include <optional>
@@ -18,15 +18,16 @@ struct Pixels {
 // Alpha is composited on white, 16 bits are scaled to 8, CMYK becomes RGB. UserError names `name` and the decoder's reason.
 Pixels decode_png(std::string_view bytes, const std::string& name);
 Pixels decode_jpeg(std::string_view bytes, const std::string& name);
-// WebP, GIF (the first frame), BMP and TIFF (the first page): alpha in 128 steps on white. none: another format.
+bool is_tiff(std::string_view bytes);
+Pixels decode_tiff(std::string_view bytes, const std::string& name);  // the first page
+// WebP, GIF (the first frame) and BMP: alpha in 128 steps on white. none: another format.
 std::optional<Pixels> decode_other(std::string_view bytes, const std::string& name);
 std::string encode_png(const Pixels& pixels);
 std::string encode_jpeg(const Pixels& pixels, int quality);
 
 // At most 2^27 pixels are read: a small file may claim far more than memory holds. UserError.
 void check_picture_size(int64_t width, int64_t height, const std::string& name);
-// A number of the first directory of a TIFF file or an EXIF block (a small TIFF file); none: not there, or damaged.
-std::optional<uint64_t> tiff_tag(const uint8_t* tiff, size_t size, int tag);
-int tiff_orientation(const uint8_t* tiff, size_t size);  // 1..8; 1 when it does not say
+// Of an EXIF block, which is a small TIFF file: 1..8; 1 when it does not say.
+int tiff_orientation(const uint8_t* tiff, size_t size);
 
 }  // namespace moegraft::io

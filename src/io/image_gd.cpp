@@ -1,4 +1,4 @@
-// WebP, GIF, BMP and TIFF through libgd. It trusts the sizes that a file claims, so they are read and checked here first.
+// WebP, GIF and BMP through libgd. It trusts the sizes that a file claims, so they are read and checked here first.
 #include <gd.h>
 
 #include <climits>
@@ -25,7 +25,6 @@ uint64_t little(std::string_view bytes, size_t at, int count) {
 bool is_webp(std::string_view b) { return b.size() >= 30 && b.starts_with("RIFF") && b.substr(8, 4) == "WEBP"; }
 bool is_gif(std::string_view b) { return b.starts_with("GIF87a") || b.starts_with("GIF89a"); }
 bool is_bmp(std::string_view b) { return b.starts_with("BM") && b.size() >= 26; }
-bool is_tiff(std::string_view b) { return b.starts_with(std::string_view("II*\0", 4)) || b.starts_with(std::string_view("MM\0*", 4)); }
 
 Size webp_size(std::string_view b) {
   const auto kind = b.substr(12, 4);
@@ -38,10 +37,6 @@ Size bmp_size(std::string_view b) {
   if (little(b, 14, 4) == 12) return {int64_t(little(b, 18, 2)), int64_t(little(b, 20, 2))};
   const auto height = int64_t(int32_t(uint32_t(little(b, 22, 4))));  // negative: from the top
   return {int64_t(int32_t(uint32_t(little(b, 18, 4)))), height < 0 ? -height : height};
-}
-Size tiff_size(std::string_view b) {
-  const auto* data = reinterpret_cast<const uint8_t*>(b.data());
-  return {int64_t(tiff_tag(data, b.size(), 256).value_or(0)), int64_t(tiff_tag(data, b.size(), 257).value_or(0))};
 }
 
 int webp_orientation(std::string_view b) {
@@ -58,11 +53,6 @@ int webp_orientation(std::string_view b) {
   return 1;
 }
 int upright(std::string_view) { return 1; }
-// libtiff turns what it can without exchanging rows and columns (TIFFReadRGBAImage); what is left of 5-8 then.
-int orientation_of_tiff(std::string_view b) {
-  constexpr int kLeft[] = {1, 1, 1, 1, 1, 5, 7, 5, 7};
-  return kLeft[tiff_orientation(reinterpret_cast<const uint8_t*>(b.data()), b.size())];
-}
 
 struct Format {
   const char* name;
@@ -75,7 +65,6 @@ constexpr Format kFormats[] = {
     {"WebP", is_webp, webp_size, webp_orientation, gdImageCreateFromWebpPtr},
     {"GIF", is_gif, gif_size, upright, gdImageCreateFromGifPtr},
     {"BMP", is_bmp, bmp_size, upright, gdImageCreateFromBmpPtr},
-    {"TIFF", is_tiff, tiff_size, orientation_of_tiff, gdImageCreateFromTiffPtr},
 };
 
 void silent(int, const char*, va_list) {}

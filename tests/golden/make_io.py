@@ -32,7 +32,7 @@ y, x = np.mgrid[0:H, 0:W]
 rgb = np.stack([40 * x, 60 * y, 10 * (x + y)], -1).astype(np.uint8)
 Image.fromarray(rgb).save(OUT / "rgb.png")
 Image.fromarray(rgb).quantize(24).save(OUT / "palette.png")
-# The same picture in the formats that libgd reads, upright and turned (orientation 6: stored rows are shown columns, right to left).
+# The same picture in other formats, upright and turned (orientation 6: stored rows are shown columns, right to left).
 turn = Image.Exif()
 turn[0x0112] = 6
 for name, options in {"webp": dict(lossless=True), "bmp": {}, "tif": {}}.items():
@@ -48,6 +48,13 @@ Image.fromarray((257 * (30 * x + 10 * y)).astype(np.uint16)).save(OUT / "gray16.
 alpha = np.where(x < 3, 0, np.where(x < 5, 128, 255)).astype(np.uint8)
 Image.fromarray(np.concatenate([rgb, alpha[..., None]], -1), "RGBA").save(OUT / "rgba.png")
 Image.fromarray(np.stack([(30 * x + 10 * y).astype(np.uint8), alpha], -1), "LA").save(OUT / "la.png")
+# TIFF of every kind that the RGBA interface of libtiff turns to 8 bits.
+Image.open(OUT / "bits1.png").save(OUT / "bits1.tif")
+Image.open(OUT / "bits1.png").save(OUT / "fax.tif", compression="group4")
+Image.open(OUT / "palette.png").save(OUT / "palette.tif")
+Image.open(OUT / "gray16.png").save(OUT / "gray16.tif")
+Image.open(OUT / "rgba.png").save(OUT / "rgba.tif")
+Image.fromarray(rgb).convert("CMYK").save(OUT / "cmyk.tif")
 palette = Image.fromarray(rgb).quantize(24)
 palette.save(OUT / "palette_transparent.png", transparency=palette.getpixel((0, 0)))
 

@@ -4,6 +4,7 @@
 #include "libtorch.h"
 #include <unistd.h>
 
+#include <cstring>
 #include <filesystem>
 
 #include "moegraft/base/check.h"
@@ -72,7 +73,40 @@ TEST_F(Image, PngOfEveryKind) {
 
 TEST_F(Image, OtherFormatsAsPillowWroteThem) {
   for (const char* name : {"rgb.webp", "rgb.gif", "rgb.bmp", "rgb.tif", "deflated.tif"}) EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected_rgb())) << name;
-  for (const char* name : {"turned.webp", "turned.png", "turned.tif"}) EXPECT_TRUE(torch::equal(load_image(kGolden / name), torch::rot90(expected_rgb(), -1, {1, 2}))) << name;
+  const std::pair<const char*, at::Tensor> tiffs[] = {{"bits1.tif", (expected_gray() > 90).to(at::kByte) * 255}, {"fax.tif", (expected_gray() > 90).to(at::kByte) * 255},
+                                                      {"palette.tif", expected_rgb()}, {"gray16.tif", expected_gray()}, {"rgba.tif", on_white(expected_rgb())}, {"cmyk.tif", expected_rgb()}};
+  for (const auto& [name, expected] : tiffs) EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected)) << name << "\n" << load_image(kGolden / name);
+}
+
+// The picture with its orientation tag (0x0112, one short) set to another value.
+std::string with_orientation(std::string bytes, char value) {
+  const std::string little("\x12\x01\x03\x00\x01\x00\x00\x00", 8), big("\x01\x12\x00\x03\x00\x00\x00\x01", 8);
+  if (const size_t at = bytes.find(little); at != std::string::npos) bytes[at + 8] = value;
+  else if (const size_t here = bytes.find(big); here != std::string::npos) bytes[here + 9] = value;
+  else ADD_FAILURE() << "no orientation tag";
+  return bytes;
+}
+
+TEST_F(Image, EveryOrientationOfEveryFormat) {
+  const auto turn = [](const at::Tensor& stored, int orientation) {
+    switch (orientation) {
+      case 2: return stored.flip({2});
+      case 3: return stored.flip({1, 2});
+      case 4: return stored.flip({1});
+      case 5: return stored.transpose(1, 2);
+      case 6: return torch::rot90(stored, -1, {1, 2});
+      case 7: return stored.transpose(1, 2).flip({1, 2});
+      case 8: return torch::rot90(stored, 1, {1, 2});
+      default: return stored;
+    }
+  };
+  for (const char* name : {"turned.webp", "turned.png", "turned.tif", "rotated.jpg"}) {
+    const std::string bytes = read_file(kGolden / name);
+    const auto stored = decode_image(with_orientation(bytes, 1), name);
+    if (std::string(name) != "rotated.jpg") EXPECT_TRUE(torch::equal(stored, expected_rgb())) << name;
+    for (char orientation = 0; orientation <= 9; ++orientation)
+      EXPECT_TRUE(torch::equal(decode_image(with_orientation(bytes, orientation), name), turn(stored, orientation))) << name << " " << int(orientation);
+  }
 }
 
 TEST_F(Image, OtherFormatsDamaged) {
@@ -91,7 +125,18 @@ TEST_F(Image, OtherFormatsDamaged) {
   std::string gif = read_file(kGolden / "rgb.gif"), bmp = read_file(kGolden / "rgb.bmp");
   gif[6] = gif[7] = gif[8] = gif[9] = '\xff';
   bmp[20] = bmp[24] = 0x7f;
-  for (const auto& bomb : {gif, bmp}) EXPECT_NE(error_of(bomb).find("pixels are read"), std::string::npos) << error_of(bomb);
+  // A width that lies elsewhere in the file (LONG8): 2^30 columns.
+  std::string tiff = read_file(kGolden / "rgb.tif");
+  const size_t width = tiff.find(std::string("\x00\x01\x04\x00\x01\x00\x00\x00", 8)), height = tiff.find(std::string("\x01\x01\x04\x00\x01\x00\x00\x00", 8));
+  ASSERT_NE(width, std::string::npos);
+  ASSERT_NE(height, std::string::npos);
+  std::string far_tiff = tiff;
+  tiff[width + 10] = tiff[height + 10] = 1;  // 65,542 x 65,540
+  far_tiff[width + 2] = 16;
+  const auto end = uint32_t(far_tiff.size());
+  std::memcpy(far_tiff.data() + width + 8, &end, 4);
+  far_tiff += std::string("\0\0\0\x40\0\0\0\0", 8);
+  for (const auto& bomb : {gif, bmp, tiff, far_tiff}) EXPECT_NE(error_of(bomb).find("pixels are read"), std::string::npos) << error_of(bomb);
 }
 
 TEST_F(Image, JpegAsPillowDecodesIt) {
