@@ -208,6 +208,12 @@ class Rows {
   const BadRow& bad_;
 };
 
+// What makes an ImageFolder, in a folder NEW, of a table with a column "image".
+std::string as_image_folder(const char* loader, const std::filesystem::path& path) {
+  return moegraft::detail::concat("; make it files: python -c \"import datasets; d = datasets.", loader, "('", path.string(), "'); n = [f'{i}.png' for i in range(len(d))]; ",
+                                  "[r['image'].save('NEW/' + f) for r, f in zip(d, n)]; d.remove_columns('image').add_column('file_name', n).to_json('NEW/metadata.jsonl')\"");
+}
+
 std::string_view without_byte_order_mark(std::string_view text) { return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text; }
 
 void read_lines(const std::filesystem::path& path, Rows& rows) {
@@ -215,8 +221,8 @@ void read_lines(const std::filesystem::path& path, Rows& rows) {
   std::string_view rest = without_byte_order_mark(text);
   const size_t first = rest.find_first_not_of(" \t\r\n");
   MOEGRAFT_CHECK(first == std::string_view::npos || rest[first] != '[', path.string(), " is one JSON list; one object a line is expected (JSONL): jq -c '.[]' ", path.string(), " > NEW.jsonl");
-  MOEGRAFT_CHECK(!rest.starts_with("PAR1") && !rest.starts_with("ARROW1"), path.string(), " is a Parquet or Arrow file; write JSONL with python -c \"import datasets; datasets.Dataset.from_parquet('",
-                 path.string(), "').to_json('NEW.jsonl')\" and the pictures as files");
+  MOEGRAFT_CHECK(!rest.starts_with("PAR1"), path.string(), " is a Parquet file", as_image_folder("Dataset.from_parquet", path));
+  MOEGRAFT_CHECK(!rest.starts_with("ARROW1") && path.extension() != ".arrow", path.string(), " is an Arrow file", as_image_folder("Dataset.from_file", path));
   for (int64_t number = 1; !rest.empty(); ++number) {
     const size_t end = std::min(rest.find('\n'), rest.size());
     const std::string line = trim(rest.substr(0, end));
@@ -230,7 +236,7 @@ void read_lines(const std::filesystem::path& path, Rows& rows) {
 }
 
 // Fields of a row of comma-separated values: quotes may hold commas, line ends and doubled quotes (RFC 4180).
-std::vector<std::string> read_csv_row(std::string_view& rest) {
+std::vector<std::string> read_csv_row(std::string_view& rest, const std::string& where) {
   std::vector<std::string> fields(1);
   bool quoted = false;
   for (; !rest.empty(); rest.remove_prefix(1)) {
@@ -250,15 +256,16 @@ std::vector<std::string> read_csv_row(std::string_view& rest) {
       fields.back() += c;
     }
   }
+  MOEGRAFT_CHECK(!quoted, where, ": a quote opens in this row and never closes: where the next row begins cannot be told");
   return fields;
 }
 
 void read_csv(const std::filesystem::path& path, Rows& rows) {
   const std::string text = io::read_file(path);
   std::string_view rest = without_byte_order_mark(text);
-  const auto keys = read_csv_row(rest);
+  const auto keys = read_csv_row(rest, path.string() + ":1");
   for (int64_t number = 2; !rest.empty(); ++number) {
-    const auto fields = read_csv_row(rest);
+    const auto fields = read_csv_row(rest, path.string() + ":" + std::to_string(number));
     if (fields.size() == 1 && trim(fields[0]).empty()) continue;
     rows.add(path, number, [&] {
       MOEGRAFT_CHECK(fields.size() == keys.size(), path.string(), ":", number, ": ", fields.size(), " fields, the first row names ", keys.size());
@@ -269,19 +276,30 @@ void read_csv(const std::filesystem::path& path, Rows& rows) {
   }
 }
 
-// A folder for each label, which is the text of its pictures.
+// A folder for each label, which is the text of its pictures. A picture beside these folders has none.
 void read_labels(const std::filesystem::path& folder, Rows& rows) {
   std::vector<std::filesystem::path> pictures;
-  for (const auto& label : std::filesystem::directory_iterator(folder))
-    if (label.is_directory())
-      for (const auto& file : std::filesystem::directory_iterator(label))
-        if (io::has_picture_extension(file.path().filename().string())) pictures.push_back(file.path());
+  const auto take = [&](const std::filesystem::path& file) {
+    const std::string extension = file.extension().string();
+    MOEGRAFT_CHECK(extension != ".arrow" && extension != ".parquet", folder.string(), " is a data set of ", file.filename().string(),
+                   extension == ".arrow" ? as_image_folder("load_from_disk", file.parent_path()) : as_image_folder("Dataset.from_parquet", file));
+    if (io::has_picture_extension(file.filename().string())) pictures.push_back(file.lexically_relative(folder));
+  };
+  for (const auto& item : std::filesystem::directory_iterator(folder)) {
+    if (!item.is_directory()) {
+      take(item.path());
+      continue;
+    }
+    for (const auto& inner : std::filesystem::directory_iterator(item)) {
+      const std::string name = inner.path().filename().string();
+      MOEGRAFT_CHECK(!inner.is_directory() && name != "metadata.jsonl" && name != "metadata.csv", folder.string(), " holds ImageFolders (splits?), not a folder for each label: name one of them, such as ",
+                     item.path().string());
+      take(inner.path());
+    }
+  }
   std::sort(pictures.begin(), pictures.end());
   int64_t number = 0;
-  for (const auto& picture : pictures) {
-    const std::string label = picture.parent_path().filename().string();
-    rows.add(folder / "(pictures)", ++number, [&] { return io::Json{{"image", label + "/" + picture.filename().string()}, {"text", label}}; });
-  }
+  for (const auto& picture : pictures) rows.add(folder / "(pictures)", ++number, [&] { return io::Json{{"image", picture.string()}, {"text", picture.parent_path().string()}}; });
 }
 
 }  // namespace
