@@ -12,7 +12,7 @@ namespace moegraft::data {
 namespace {
 
 constexpr const char* kFormat = "moegraft.shard";
-constexpr const char *kVersion = "1", *kPlace = "shard", *kCount = "shards", *kFingerprint = "fingerprint.";
+constexpr const char *kVersion = "1", *kPlace = "shard", *kCount = "shards", *kFingerprint = "fingerprint.", *kSkipped = "counts.";
 
 std::string metadata_value(const io::SafetensorsFile& file, const std::string& key) {
   const auto found = file.metadata().find(key);
@@ -99,6 +99,7 @@ void ShardSet::open(const std::filesystem::path& path) {
   std::map<std::string, std::string> fingerprints;
   for (const auto& [key, value] : shard.file.metadata())
     if (key.starts_with(kFingerprint)) fingerprints[key.substr(std::string_view(kFingerprint).size())] = value;
+    else if (key.starts_with(kSkipped)) counts_[key.substr(std::string_view(kSkipped).size())] += metadata_number(shard.file, key, 0);
   if (shards_.empty()) schema_ = schema, fingerprints_ = fingerprints;
   MOEGRAFT_CHECK(fingerprints == fingerprints_, path.string(), " was made with another tokenizer or codec than ", shards_.front().file.path().string(), " in the same folder");
   MOEGRAFT_CHECK(schema == schema_, path.string(), " has other modalities, vocabulary or codebook than ", shards_.front().file.path().string(), " in the same folder");

@@ -260,6 +260,8 @@ class Trainer {
   void log_metrics() {
     const double now = seconds(), factor = schedule_.factor(state_.step - 1);
     io::Json line{{"step", state_.step}, {"loss", loss_}, {"grad_norm", grad_norm_}, {"tokens", state_.tokens_seen}, {"epochs", stream_.epochs()}, {"lr_factor", factor}};
+    const auto counts = stream_.counts();  // so far: text cut at data.sequence_length, documents too long for it
+    line["truncated_documents"] = counts.truncated, line["skipped_documents"] = counts.skipped;
     std::map<std::string, double> scalars{{"loss", loss_}, {"grad_norm", grad_norm_}, {"lr_factor", factor}};
     for (size_t m = 0; m < window_nll_.size(); ++m)
       if (window_labels_[m] > 0) scalars["nll_" + names_[m]] = window_nll_[m] / double(window_labels_[m]);

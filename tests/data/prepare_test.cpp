@@ -8,6 +8,7 @@
 #include <map>
 #include <set>
 #include <sstream>
+#include <tuple>
 
 #include "data/emoji_splits.h"
 #include "data/unicode.h"
@@ -100,12 +101,31 @@ TEST(Manifest, ImageFolders) {
   EXPECT_EQ(labels[1].segments.back().image, folder / "labels/dog/b.JPG");
 }
 
+TEST(Manifest, FoldersThatAreNoImageFolder) {
+  const std::vector<std::tuple<std::vector<std::string>, std::string>> cases = {
+      {{"train/cat/a.png", "test/cat/b.png"}, "holds ImageFolders (splits?), not a folder for each label: name one of them, such as "},
+      {{"train/metadata.jsonl", "train/a.png"}, "holds ImageFolders (splits?)"},
+      {{"data-00000-of-00001.arrow", "state.json", "dataset_info.json"}, "is a data set of data-00000-of-00001.arrow; make it files: python -c"},
+      {{"data/train-00000-of-00001.parquet"}, "datasets.Dataset.from_parquet('"},
+      {{"cat/a.png", "loose.png"}, "the picture has no text"},
+      {{"notes.txt"}, "has no document that can be read"}};
+  for (const auto& [files, expected] : cases) {
+    Folder folder;
+    for (const auto& file : files) write(folder / ("d/" + file), "");
+    const auto error = error_of([&] { read_manifest(folder / "d"); });
+    EXPECT_NE(error.find(expected), std::string::npos) << expected << " in: " << error;
+  }
+  Folder folder;
+  write(folder / "m.csv", "file_name,text\na.png,x\nb.png,\"never closed\nc.png,y\n");
+  EXPECT_NE(error_of([&] { read_manifest(folder / "m.csv", [](const std::string&) {}); }).find("m.csv:3: a quote opens in this row and never closes"), std::string::npos);
+}
+
 TEST(Manifest, NamesTheBrokenLine) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"{\"text\": \"a\"}\n{\"text\":", "m.jsonl:2: not valid JSON"},
       {"7", "must be a JSON object, got number"},
       {"[{\"text\": \"a\"}]", "is one JSON list; one object a line is expected"},
-      {"PAR1\x15", "is a Parquet or Arrow file"},
+      {"PAR1\x15", "is a Parquet file; make it files: python -c"},
       {"{\"title\": \"a\"}", "expected \"image\" and \"text\""},
       {"{\"text\": 3}", "\"text\" must be a string, got number"},
       {"{\"text\": \"\"}", "the document is empty"},
@@ -330,6 +350,7 @@ TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {
   write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})" "\n" R"({"text": "apple"})" "\n" R"({"image": "images/gone.png", "text": "red"})");
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("2 of 3 documents would be skipped"), std::string::npos);
   EXPECT_EQ(ShardSet(options.output).num_documents(), 2) << "a failed --overwrite leaves what was there";
+  EXPECT_EQ(ShardSet(options.output).counts(), (std::map<std::string, int64_t>{{"bad_rows", 0}, {"skipped_documents", 1}, {"skipped_images", 1}}));
 }
 
 TEST_F(Prepare, PlainText) {

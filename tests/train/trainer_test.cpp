@@ -131,6 +131,7 @@ TEST(Trainer, PrefetchingChangesNothingButTheWait) {
       if (!j.contains("loss")) continue;
       const double share = j.at("data_wait_share");
       EXPECT_TRUE(share > 0 && share < 1) << line;  // no batch takes no time, no step is all waiting
+      EXPECT_TRUE(j.contains("truncated_documents") && j.contains("skipped_documents")) << line;
     }
   }
 }

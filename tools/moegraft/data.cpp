@@ -141,8 +141,14 @@ void add_check(CLI::App& parent) {
       modalities.push_back({{"name", m.name}, {"ids", m.num_codes}, {"item_length", m.item_length}});
       names += detail::concat(names.empty() ? "" : ", ", m.name, " (", m.num_codes, " ids", m.item_length ? detail::concat(", ", m.item_length, " an item") : "", ")");
     }
-    report({{"documents", shards.num_documents()}, {"tokens", shards.num_tokens()}, {"modalities", modalities}}, state->json,
-           detail::concat(state->path, ": ", shards.num_documents(), " documents, ", shards.num_tokens(), " tokens; ", names));
+    Json skipped = Json::object();
+    std::string lost;
+    for (const auto& [what, count] : shards.counts()) {
+      skipped[what] = count;
+      if (count > 0) lost += detail::concat(lost.empty() ? "; skipped when made: " : ", ", what, " ", count);
+    }
+    report({{"documents", shards.num_documents()}, {"tokens", shards.num_tokens()}, {"modalities", modalities}, {"skipped", skipped}}, state->json,
+           detail::concat(state->path, ": ", shards.num_documents(), " documents, ", shards.num_tokens(), " tokens; ", names, lost));
   });
 }
 

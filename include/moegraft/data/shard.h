@@ -64,6 +64,8 @@ class ShardSet {
   void validate() const;  // reads every document
   // What made the shards, by name ("tokenizer", "codec.image"), where they say so.
   const std::map<std::string, std::string>& fingerprints() const { return fingerprints_; }
+  // What was skipped when they were made, by name ("bad_rows", "skipped_images", "skipped_documents"), where they say so.
+  const std::map<std::string, int64_t>& counts() const { return counts_; }
   const std::filesystem::path& path() const { return path_; }
 
  private:
@@ -79,6 +81,7 @@ class ShardSet {
   void check_whole() const;
   std::vector<Shard> shards_;
   std::map<std::string, std::string> fingerprints_;
+  std::map<std::string, int64_t> counts_;
   int64_t num_documents_ = 0, num_tokens_ = 0;
 };
 
