@@ -1,6 +1,7 @@
 #include <cstdlib>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/config/config.h"
 
 namespace moegraft::config {
@@ -34,6 +35,7 @@ std::string expand_path(const std::string& path, const std::string& key) {
     out += value_of(path.substr(begin, end - begin), path, key);
     i = end + braces;
   }
+  if (out != path) log::info(key, ": ", path, " is ", out);
   return out;
 }
 

@@ -30,6 +30,9 @@ std::string shown(const Cursor& at) {
   }
 }
 
+// What a single value should have been written as, where sections are wanted.
+std::string as_element(const std::string& text, const std::string& first_key) { return first_key.empty() ? text : "{ " + first_key + ": " + text + " }"; }
+
 // Decimal notation with exponent; the whole text or nothing.
 bool parse_double(std::string text, double& value) {
   if (!text.empty() && text.front() == '+') text.erase(0, 1);
@@ -172,12 +175,12 @@ std::string read_string(const Cursor& at, const Constraint& constraint) {
     const std::string near = nearest_word(text, choices);
     at.fail("must be one of " + join(choices, ", ") + ", got " + text + (near.empty() || choices.size() == 1 ? "" : "; did you mean " + near + "?"));
   }
-  return text;
+  return constraint.path ? expand_path(text, at.path) : text;
 }
 
-std::vector<Cursor> read_list(const Cursor& at) {
+std::vector<Cursor> read_list(const Cursor& at, const std::string& first_key) {
   if (at.is_null()) at.fail("must be a list, got null (write [] for an empty list)");
-  if (at.tree->kind != Tree::Kind::list) at.fail("must be a list, got " + shown(at) + (at.tree->kind == Tree::Kind::scalar ? " (write [" + at.tree->text + "])" : ""));
+  if (at.tree->kind != Tree::Kind::list) at.fail("must be a list, got " + shown(at) + (at.tree->kind == Tree::Kind::scalar ? " (write [" + as_element(at.tree->text, first_key) + "])" : ""));
   std::vector<Cursor> items;
   for (size_t i = 0; i < at.tree->entries.size(); ++i) items.push_back(at.item(i));
   return items;
@@ -191,9 +194,12 @@ std::vector<std::pair<std::string, Cursor>> read_map(const Cursor& at) {
   return items;
 }
 
-void check_keys(const Cursor& at, const std::vector<std::string>& known) {
+void check_keys(const Cursor& at, const std::vector<std::string>& known, const std::string& first_key) {
   if (at.is_null()) return;
-  if (at.tree->kind != Tree::Kind::map) at.fail("must be a mapping with the keys " + join(known, ", ") + ", got " + shown(at));
+  if (at.tree->kind != Tree::Kind::map) {
+    const bool hint = at.tree->kind == Tree::Kind::scalar && !first_key.empty();
+    at.fail("must be a mapping with the keys " + join(known, ", ") + ", got " + shown(at) + (hint ? " (write " + as_element(at.tree->text, first_key) + ")" : ""));
+  }
   for (const auto& entry : at.tree->entries) {
     if (std::find(known.begin(), known.end(), entry.key) != known.end()) continue;
     if (entry.key == "<<") at.child(entry.key).fail("is YAML's merge, which is not read here: write its keys out");

@@ -11,6 +11,7 @@
 #include "moegraft/base/log.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
+#include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/offload.h"
@@ -307,16 +308,24 @@ namespace {
 
 // "org/name" that is no folder is most likely an id of the hub.
 std::string what_a_path_may_be(const fs::path& dir) {
-  const std::string text = dir.string();
+  const std::string text = (dir.is_absolute() ? dir.lexically_relative(fs::current_path()) : dir).string();  // a config's path has been made absolute
   const bool id = std::count(text.begin(), text.end(), '/') == 1 && text.front() != '/' && text.front() != '.' && text.back() != '/';
   return id ? "; if it is an id of the Hugging Face hub: hf download " + text + " --local-dir models/" + dir.filename().string() + ", and name that folder" : "";
+}
+
+// The model of a folder of the hub's cache, models--ORG--NAME: the snapshot that refs/main names, else any.
+fs::path newest_snapshot(const fs::path& cache) {
+  if (fs::exists(cache / "refs" / "main"))
+    if (const fs::path named = cache / "snapshots" / trim(io::read_file(cache / "refs" / "main")); fs::is_directory(named)) return named;
+  for (const auto& snapshot : fs::directory_iterator(cache / "snapshots")) return snapshot.path();
+  return cache / "snapshots" / "HASH";
 }
 
 }  // namespace
 
 DecoderSpec read_spec(const fs::path& dir) {
   MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory", what_a_path_may_be(dir));
-  MOEGRAFT_CHECK(fs::exists(dir / "config.json") || !fs::is_directory(dir / "snapshots"), dir.string(), " is a folder of Hugging Face's cache; the model is in ", (dir / "snapshots").string(), "/HASH");
+  MOEGRAFT_CHECK(fs::exists(dir / "config.json") || !fs::is_directory(dir / "snapshots"), dir.string(), " is a folder of Hugging Face's cache; the model is ", newest_snapshot(dir).string());
   const io::Json config = io::read_json(dir / "config.json");
   MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
   try {

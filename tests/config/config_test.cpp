@@ -163,6 +163,10 @@ TEST(Config, ErrorsNameTheKeyTheRuleAndTheValue) {
       {"dir: x\nadapters: [{rank: }]", "adapters[0].rank must be an integer, got null (c.yaml:2)"},
       {"dir: x\nadapters: [{sites: [gate, upp]}]", "adapters[0].sites[1] must be one of gate, up, down, q, got upp; did you mean up? (c.yaml:2)"},
       {"dir: x\nadapters: [{sites: gate}]", "adapters[0].sites must be a list, got gate (write [gate]) (c.yaml:2)"},
+      {"dir: x\nadapters: modality_lora", "adapters must be a list, got modality_lora (write [{ kind: modality_lora }]) (c.yaml:2)"},
+      {"dir: x\nadapters: [modality_lora]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got modality_lora (write { kind: modality_lora }) (c.yaml:2)"},
+      {"dir: x\nadapters: [[a]]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got a list (c.yaml:2)"},
+      {"dir: x\ntrain: {lora: &g {lr: 1}, embeddings: {<<: *g}}", "train.embeddings.<< is YAML's merge, which is not read here: write its keys out (c.yaml:2)"},
       {"dir: x\nadapters: {rank: 1}", "adapters must be a list, got a mapping (c.yaml:2)"},
       {"dir: x\nadapters:", "adapters must be a list, got null (write [] for an empty list) (c.yaml:2)"},
       {"dir: x\nadapters: [{layers: [-1]}]", "adapters[0].layers[0] must be in [0, 100], got -1 (c.yaml:2)"},
@@ -206,6 +210,53 @@ TEST(Config, HostileDocumentsEndInAnError) {
   }
   EXPECT_NE(error_of(bomb).find("expands to more than"), std::string::npos) << error_of(bomb);
   for (int byte = 0; byte < 256; ++byte) error_of(std::string("dir: ") + static_cast<char>(byte));
+}
+
+struct Paths {
+  std::string dir, name = "~";
+  std::vector<std::string> shards;
+  template <class V>
+  void visit_fields(V& v) {
+    v("dir", dir, required(path()), "A folder.");
+    v("name", name, any(), "No path.");
+    v("shards", shards, path(), "Files.");
+  }
+};
+
+TEST(Config, PathsAreExpandedAsAShellWould) {
+  struct Case {
+    const char *dir, *expected;  // the path, or how the message begins
+  };
+  const Case cases[] = {
+      {"~", "/home/me"},
+      {"~/runs/a", "/home/me/runs/a"},
+      {"runs/~/a", "runs/~/a"},
+      {"$MOEGRAFT_TEST/a", "/scratch/a"},
+      {"${MOEGRAFT_TEST}_a", "/scratch_a"},
+      {"x$MOEGRAFT_TEST", "x/scratch"},
+      {"plain/a.b-c", "plain/a.b-c"},
+      {"$MOEGRAFT_TEST_b", "dir: the environment variable MOEGRAFT_TEST_b is not set (in $MOEGRAFT_TEST_b)"},
+      {"~someone/a", "dir: ~someone/a: only ~ and ~/"},
+      {"a$", "dir: a$: expected $NAME or ${NAME} at byte 1"},
+      {"${MOEGRAFT_TEST", "dir: ${MOEGRAFT_TEST: expected $NAME or ${NAME} at byte 0"},
+  };
+  const std::string home = std::getenv("HOME") ? std::getenv("HOME") : "";
+  setenv("HOME", "/home/me", 1);
+  setenv("MOEGRAFT_TEST", "/scratch", 1);
+  for (const auto& c : cases) {
+    std::string got;
+    try {
+      const auto read = parse<Paths>(Document::from_string("dir: '" + std::string(c.dir) + "'\nname: '$NOWHERE'\nshards: ['" + c.dir + "']"));
+      got = read.dir;
+      EXPECT_EQ(read.shards, std::vector<std::string>{got});
+      EXPECT_EQ(read.name, "$NOWHERE") << "no path";
+    } catch (const UsageError& e) {
+      got = std::string(e.what()).substr(0, std::string(c.expected).size());
+    }
+    EXPECT_EQ(got, c.expected) << c.dir;
+  }
+  setenv("HOME", home.c_str(), 1);
+  unsetenv("MOEGRAFT_TEST");
 }
 
 TEST(Config, AnchorsWork) {

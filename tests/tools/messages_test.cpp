@@ -51,9 +51,13 @@ const std::vector<Case>& cases() {
   static const std::vector<Case> list{
       {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 1},
       {"a folder of the hub's cache", [](const TinyWorld& w) {
-         fs::create_directories(w.dir / "models--a--b/snapshots/0123");
-         return std::vector<std::string>{"inspect", (w.dir / "models--a--b").string()};
-       }, "snapshots/HASH", 1},
+         const fs::path cache = w.dir / "models--a--b";
+         for (const char* hash : {"0123", "4567", "89ab"}) fs::create_directories(cache / "snapshots" / hash);
+         fs::create_directories(cache / "refs");
+         io::write_file_atomic(cache / "refs/main", "4567\n");
+         return std::vector<std::string>{"inspect", cache.string()};
+       }, "models--a--b/snapshots/4567", 1},
+      {"an id of the hub in a config", [](const TinyWorld& w) { return train_with(w, "model.path=Qwen/Qwen3-30B-A3B"); }, "hf download Qwen/Qwen3-30B-A3B --local-dir models/Qwen3-30B-A3B", 1},
       {"a git-lfs pointer as config", [](const TinyWorld& w) { return inspect_config(w, kPointer); }, "git lfs pull", 1},
       {"a git-lfs pointer as weights", [](const TinyWorld& w) {
          io::write_file_atomic(w.base / "model.safetensors", kPointer);
@@ -62,6 +66,20 @@ const std::vector<Case>& cases() {
       {"a manifest as data", [](const TinyWorld& w) { return train_with(w, "data.train[0].path=" + w.manifest.string()); }, "data prepare shards --manifest", 1},
       {"a dense model", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "llama"})"); }, "moegraft upcycle", 1},
       {"a variable that is not set", [](const TinyWorld& w) { return train_with(w, "run.dir=$MOEGRAFT_NO_SUCH_VARIABLE/x"); }, "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
+      {"a variable that is not set, on the command line", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "${MOEGRAFT_NO_SUCH_VARIABLE}/x"}; },
+       "path: the environment variable MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
+      {"a variable that is not set, of a dry run", [](const TinyWorld& w) { return std::vector<std::string>{"inspect", "-c", w.yaml.string(), "--set", "model.path=$MOEGRAFT_NO_SUCH_VARIABLE/x"}; },
+       "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
+      {"a command that is not known", [](const TinyWorld&) { return std::vector<std::string>{"trian", "-c", "x"}; }, "unknown command trian of moegraft; did you mean train?", 2},
+      {"a command of a command", [](const TinyWorld&) { return std::vector<std::string>{"data", "prepair"}; }, "unknown command prepair of moegraft data; did you mean prepare?", 2},
+      {"no command at all like it", [](const TinyWorld&) { return std::vector<std::string>{"transmogrify"}; }, "expected one of train, generate, ", 2},
+      {"an option that is not known", [](const TinyWorld& w) { return std::vector<std::string>{"train", "--confg=" + w.yaml.string()}; }, "unknown option --confg of moegraft train; did you mean --config?", 2},
+      {"an option of no command", [](const TinyWorld& w) { return std::vector<std::string>{"train", "-c", w.yaml.string(), "-q"}; }, "unknown option -q of moegraft train; see moegraft train --help", 2},
+      {"an argument too many", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "b", "--ids", "x", "-o", "y"}; }, "unknown argument b of moegraft logits", 2},
+      {"launch's option", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nprco", "2", "--", "train"}; }, "unknown option --nprco of moegraft launch; did you mean --nproc?", 2},
+      {"a path where data sources belong", [](const TinyWorld& w) { return train_with(w, "data.train=shards/a"); }, "data.train must be a list, got shards/a (write [{ path: shards/a }])", 2},
+      {"a list of paths", [](const TinyWorld& w) { return train_with(w, "data.train=[shards/a]"); }, "got shards/a (write { path: shards/a })", 2},
+      {"a merge of YAML", [](const TinyWorld& w) { return train_with(w, "train.lora={<<: {lr: 1}}"); }, "write its keys out", 2},
       {"another user's home", [](const TinyWorld& w) { return train_with(w, "run.dir=~nobody/x"); }, "only ~ and ~/", 2},
       {"a codec that is there", [](const TinyWorld& w) {
          io::write_file_atomic(w.dir / "codec.yaml", "dir: " + w.codec.string() + "\ndata: { train: [{ path: " + w.manifest.string() + " }] }\n");
@@ -155,6 +173,30 @@ TEST(Messages, OneLineThatHelpsAndSoon) {
     fs::remove_all(made.dir);
     fs::rename(kept, made.dir);
   }
+}
+
+// The same path in a config, in an override and on the command line, of every command that reads one.
+TEST(Messages, PathsKnowHomeAndVariables) {
+  testing::TemporaryFolder folder;
+  const TinyWorld w = testing::make_tiny_world(folder / "made");
+  const std::string base = fs::relative(w.base, w.dir).string(), codec = fs::relative(w.codec, w.dir).string();
+  const std::vector<std::vector<std::string>> commands = {
+      {"inspect", "$WORLD/" + base},
+      {"inspect", "~/" + base},
+      {"inspect", "-c", "${WORLD}/" + fs::relative(w.yaml, w.dir).string(), "--set", "model.path=~/" + base},
+      {"codec", "eval", "~/" + codec, "--images", "$WORLD/" + fs::relative(w.manifest, w.dir).string()},
+      {"eval", "~/" + base, "--set", "text={shards: [$WORLD/" + fs::relative(w.text_shards, w.dir).string() + "]}"},
+      {"train", "-c", w.yaml.string(), "--set", "run.dir=~/$NAME", "--set", "train.steps=1"},
+  };
+  for (const auto& command : commands) {
+    std::vector<std::string> argv{testing::moegraft_binary().string()};
+    argv.insert(argv.end(), command.begin(), command.end());
+    testing::Process process(argv, {"HOME=" + w.dir.string(), "WORLD=" + w.dir.string(), "NAME=expanded"});
+    const auto r = process.wait();
+    EXPECT_EQ(r.code, 0) << command.front() << ": " << r.err;
+    EXPECT_NE(r.err.find(" is " + w.dir.string()), std::string::npos) << "what a path became is shown: " << r.err;
+  }
+  EXPECT_TRUE(fs::exists(w.dir / "expanded/run.json"));
 }
 
 // Linear in the tensors: quadratic took 29 s of 40,000.

@@ -7,6 +7,7 @@
 #include <new>
 #include <optional>
 
+#include "arguments.h"
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -60,6 +61,7 @@ int run(int argc, char** argv) {
   tools::add_bench_command(app);
   tools::add_summary_command(app);
   tools::add_launch_command(app);
+  tools::expand_paths(app);
   try {
     app.parse(argc, argv);
     return 0;
@@ -68,7 +70,8 @@ int run(int argc, char** argv) {
   } catch (const CLI::RuntimeError& e) {
     return e.get_exit_code();  // a command that ended with a code of its own
   } catch (const CLI::ParseError& e) {
-    app.exit(e);
+    if (const std::string unknown = tools::unknown_word(app); !unknown.empty()) log::error(unknown);
+    else app.exit(e);
     return 2;
   } catch (const UsageError& e) {
     log::error(e.what());

@@ -28,7 +28,7 @@ struct AdapterConfig {
     v("sites", sites, config::any(), "Where it acts: gate, up, down (experts), q, k, v, o (attention).");
     v("layers", layers, config::any(), "Layer indices; empty: all.");
     v("init", init, config::one_of({"kaiming_zero", "gw_subspace"}), "Initialisation of A (B starts at zero).");
-    v("init_from", init_from, config::any(), "Start from the adapter of an earlier run.");
+    v("init_from", init_from, config::path(), "Start from the adapter of an earlier run.");
   }
 };
 

@@ -29,7 +29,7 @@
 
 namespace moegraft::config {
 
-// A path as a shell reads it: ~ at its start, $NAME and ${NAME} anywhere. UsageError names `key` and a variable that is not set.
+// A path as a shell reads it: ~ at its start, $NAME and ${NAME} anywhere. Logs what it becomes, where it changes. UsageError names `key` and a variable that is not set.
 std::string expand_path(const std::string& path, const std::string& key);
 
 // What a value must satisfy besides its type.
@@ -37,12 +37,18 @@ struct Constraint {
   double min = -std::numeric_limits<double>::infinity(), max = std::numeric_limits<double>::infinity();
   std::vector<std::string> choices;
   bool required = false;
+  bool path = false;  // of a file or folder: expand_path where it is read
 };
 inline Constraint any() { return {}; }
 inline Constraint range(double min, double max) { return {min, max, {}, false}; }
 inline Constraint one_of(std::vector<std::string> choices) { return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), std::move(choices), false}; }
 inline Constraint required(Constraint c = {}) {
   c.required = true;
+  return c;
+}
+inline Constraint path() {
+  Constraint c;
+  c.path = true;
   return c;
 }
 

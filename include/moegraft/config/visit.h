@@ -26,9 +26,10 @@ bool read_bool(const Cursor& at);
 int64_t read_int64(const Cursor& at, const Constraint& constraint);
 double read_double(const Cursor& at, const Constraint& constraint);
 std::string read_string(const Cursor& at, const Constraint& constraint);
-std::vector<Cursor> read_list(const Cursor& at);
+// first_key: of the sections that the list holds, for what a single value should have been written as; empty: they are no sections.
+std::vector<Cursor> read_list(const Cursor& at, const std::string& first_key);
 std::vector<std::pair<std::string, Cursor>> read_map(const Cursor& at);
-void check_keys(const Cursor& at, const std::vector<std::string>& known);
+void check_keys(const Cursor& at, const std::vector<std::string>& known, const std::string& first_key);
 
 Tree scalar_tree(bool value);
 Tree scalar_tree(int64_t value);
@@ -66,6 +67,23 @@ template <class T>
 concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || is_vector<T>::value ||
                 is_map<T>::value || is_optional<T>::value || Section<T>;
 
+// The first key of a section where that is text (what a user means by one value in the section's place), else empty.
+struct FirstTextKey {
+  std::string name;
+  bool seen = false;
+  template <class F>
+  void operator()(const char* field, F&, const Constraint&, const char*) {
+    if (std::same_as<F, std::string> && !seen) name = field;
+    seen = true;
+  }
+};
+template <class T>
+std::string first_text_key() {
+  FirstTextKey first;
+  if constexpr (Section<T>) T{}.visit_fields(first);
+  return first.name;
+}
+
 inline Constraint for_elements(Constraint constraint) {
   constraint.required = false;
   return constraint;
@@ -87,7 +105,7 @@ void read(const Cursor& at, const Constraint& constraint, T& value) {
     value = read_string(at, constraint);
   } else if constexpr (is_vector<T>::value) {
     value.clear();
-    for (const Cursor& item : read_list(at)) {
+    for (const Cursor& item : read_list(at, first_text_key<typename T::value_type>())) {
       typename T::value_type element{};
       read(item, for_elements(constraint), element);
       value.push_back(std::move(element));
@@ -133,7 +151,7 @@ void read_section(const Cursor& at, T& value) {
   // Unknown keys first: a misspelt required key is better reported as a typo than as missing.
   FieldNames known;
   value.visit_fields(known);
-  check_keys(at, known.names);
+  check_keys(at, known.names, first_text_key<T>());
   FieldReader reader{at};
   value.visit_fields(reader);
   if constexpr (Validated<T>) std::as_const(value).validate(at.path);

@@ -13,7 +13,7 @@ struct SourceConfig {
   double weight = 1.0;   // relative share of documents drawn from it
   template <class V>
   void visit_fields(V& v) {
-    v("path", path, config::required(), "A shard or a folder of shards.");
+    v("path", path, config::required(config::path()), "A shard or a folder of shards.");
     v("weight", weight, config::range(0.0, 1e6), "Relative share of the documents drawn from this source.");
   }
 };

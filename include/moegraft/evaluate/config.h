@@ -15,7 +15,7 @@ struct TextSection {
   std::string packing = "documents";
   template <class V>
   void visit_fields(V& v) {
-    v("shards", shards, config::required(), "Text shards.");
+    v("shards", shards, config::required(config::path()), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
     v("packing", packing, config::one_of({"documents", "stream"}), "As data.packing of a run.");
   }
@@ -27,7 +27,7 @@ struct ImageSection {
   template <class V>
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
-    v("shards", shards, config::required(), "Shards of captioned pictures.");
+    v("shards", shards, config::required(config::path()), "Shards of captioned pictures.");
     v("max_items", max_items, config::range(2, 1e9), "Pictures to look at, spread evenly over the shards.");
   }
 };
@@ -38,7 +38,7 @@ struct CodecSection {
   template <class V>
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
-    v("pictures", pictures, config::required(), "Manifest, folder of PNG/JPEG files, or one picture.");
+    v("pictures", pictures, config::required(config::path()), "Manifest, folder of PNG/JPEG files, or one picture.");
     v("max_items", max_items, config::range(1, 1e9), "Pictures to look at, spread evenly.");
   }
 };
@@ -50,15 +50,15 @@ struct RetrievalSection {
   template <class V>
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
-    v("manifest", manifest, config::required(), "Manifest whose captions are the prompts.");
-    v("candidates", candidates, config::any(), "Manifest of further pictures to choose among; empty: the manifest's own.");
+    v("manifest", manifest, config::required(config::path()), "Manifest whose captions are the prompts.");
+    v("candidates", candidates, config::path(), "Manifest of further pictures to choose among; empty: the manifest's own.");
     v("n", n, config::range(1, 1e9), "Prompts, drawn from the manifest by `seed`; all when it holds fewer.");
     v("seed", seed, config::range(0, 9e15), "Seed of the choice and of the sampling.");
     v("temperature", temperature, config::range(0.0, 100.0), "0: the likeliest codes.");
     v("top_k", top_k, config::range(0, 1 << 30), "0: off.");
     v("top_p", top_p, config::range(0.0, 1.0), "1: off.");
     v("cfg", cfg, config::range(0.0, 1000.0), "Guidance; 1: off.");
-    v("sheet", sheet, config::any(), "Picture to write: sample beside original. Empty: none.");
+    v("sheet", sheet, config::path(), "Picture to write: sample beside original. Empty: none.");
   }
 };
 
@@ -101,7 +101,7 @@ struct EvalConfig {
     v("sequence_length", sequence_length, config::range(0, 1 << 24), "Longest sequence; 0: the run's, or 512.");
     v("text", text, config::any(), "Text perplexity.");
     v("images", images, config::any(), "Likelihood of pictures, with true, dropped and shuffled captions.");
-    v("unigram", unigram, config::any(), "Shards the unigram baseline is counted on; empty: the run's data.train.");
+    v("unigram", unigram, config::path(), "Shards the unigram baseline is counted on; empty: the run's data.train.");
     v("codec", codec, config::any(), "Reconstruction by the codec.");
     v("retrieval", retrieval, config::any(), "Is the picture nearest to a drawn one the right one?");
     v("drift", drift, config::any(), "Text logits of the graft against its base.");

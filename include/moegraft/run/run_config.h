@@ -20,7 +20,7 @@ struct RunSection {
   int64_t seed = 17;
   template <class V>
   void visit_fields(V& v) {
-    v("dir", dir, config::required(), "The run directory.");
+    v("dir", dir, config::required(config::path()), "The run directory.");
     v("seed", seed, config::range(0, 9e15), "Seed of everything random.");
   }
 };
@@ -39,7 +39,7 @@ struct InitSection {
   template <class V>
   void visit_fields(V& v) {
     v("family", family, config::one_of({"olmoe", "qwen3_moe", "mixtral"}), "Layout of the model to train.");
-    v("tokenizer", tokenizer, config::required(), "Folder of the text tokenizer.");
+    v("tokenizer", tokenizer, config::required(config::path()), "Folder of the text tokenizer.");
     v("vocab_size", vocab_size, config::range(0, 1 << 28), "0: the tokenizer's size.");
     v("hidden_size", hidden_size, config::range(1, 1 << 20), "Model width D.");
     v("num_layers", num_layers, config::range(1, 4096), "Layers.");
@@ -65,7 +65,7 @@ struct ModelSection {
   std::string offload = "none";
   template <class V>
   void visit_fields(V& v) {
-    v("path", path, config::any(), "Hugging Face directory of the base.");
+    v("path", path, config::path(), "Hugging Face directory of the base.");
     v("init", init, config::any(), "Train a base from scratch instead.");
     v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "Compute dtype of the base.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
@@ -78,7 +78,7 @@ struct ModalitySection {
   std::string begin = "<image>", end = "</image>";
   template <class V>
   void visit_fields(V& v) {
-    v("codec", codec, config::required(), "Folder of the image codec.");
+    v("codec", codec, config::required(config::path()), "Folder of the image codec.");
     v("begin", begin, config::any(), "Name of the token that opens a span.");
     v("end", end, config::any(), "Name of the token that closes a span.");
   }

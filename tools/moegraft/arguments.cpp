@@ -1,0 +1,65 @@
+#include "arguments.h"
+
+#include <filesystem>
+#include <set>
+#include <vector>
+
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
+#include "moegraft/config/config.h"
+
+namespace moegraft::tools {
+namespace {
+
+// Options and positionals that name files or folders, by their long name.
+const std::set<std::string> kPaths = {"annotations", "candidates", "checkpoint", "codec",   "config", "dense", "file",      "font", "handbook", "ids",  "image",     "images",     "manifest", "measured", "model",
+                                      "out",         "output",     "path",       "prompts", "resume", "run",   "retrieval", "save", "sheet",    "text", "tokenizer", "with-image", "wordnet",  "x",        "y"};
+
+bool is_path(const CLI::App& command, const std::string& name) {
+  if (name == "text" && command.get_name() == "tokenize") return false;  // the text itself
+  return kPaths.contains(name);
+}
+
+std::vector<std::string> names_of_commands(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) names.push_back(command->get_name());
+  return names;
+}
+
+std::vector<std::string> names_of_options(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : app.get_options())
+    for (const auto& name : option->get_lnames()) names.push_back("--" + name);
+  return names;
+}
+
+}  // namespace
+
+void expand_paths(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    const std::string name = option->get_single_name();
+    // The shell has had its say before: a file of just that name is what is meant.
+    if (is_path(app, name)) option->transform([name](const std::string& path) { return std::filesystem::exists(path) ? path : config::expand_path(path, name); });
+  }
+  for (CLI::App* command : app.get_subcommands([](CLI::App*) { return true; })) expand_paths(*command);
+}
+
+std::string unknown_word(const CLI::App& app) {
+  std::string command = app.get_name();
+  for (const CLI::App* at = &app;; at = at->get_subcommands().front()) {
+    if (at != &app) command += " " + at->get_name();
+    const auto commands = names_of_commands(*at);
+    for (const std::string& word : at->remaining()) {
+      const bool option = word.starts_with("-");
+      const std::string name = word.substr(0, option ? word.find('=') : std::string::npos);
+      const std::string near = !option ? nearest_word(name, commands) : name.starts_with("--") ? nearest_word(name, names_of_options(*at)) : "";
+      if (near.empty() && at->get_prefix_command()) continue;  // another command's
+      const char* kind = option ? "option " : commands.empty() ? "argument " : "command ";
+      const std::string known = !option && !commands.empty() ? "expected one of " + join(commands, ", ") : "see " + command + " --help";
+      return "unknown " + (kind + name) + " of " + command + "; " + (near.empty() ? known : "did you mean " + near + "?");
+    }
+    if (at->get_subcommands().empty()) return "";
+  }
+}
+
+}  // namespace moegraft::tools

@@ -1,0 +1,15 @@
+#pragma once
+// What the arguments of all commands have in common.
+
+#include <CLI/CLI.hpp>
+#include <string>
+
+namespace moegraft::tools {
+
+// ~, $NAME and ${NAME} in every option that names a file or folder (config::expand_path). After all commands are added.
+void expand_paths(CLI::App& app);
+
+// One line about the first word of a failed command line that no command or option knows, with the nearest that one does; empty when all are known.
+std::string unknown_word(const CLI::App& app);
+
+}  // namespace moegraft::tools
