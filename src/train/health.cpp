@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -75,43 +76,37 @@ std::vector<Finding> Health::after_step(const StepFacts& f) {
       if (steps == steps_) idle.push_back(group);
     said.emplace_back("idle_group", idle.empty() ? "" : concat("the group ", join(idle, ", "), " had no gradient in the first ", steps_, " steps: nothing of it takes part in the loss"));
   }
-  said.emplace_back("zero_gradient", f.grad_norm == 0 ? "the gradient is exactly 0: nothing that trains takes part in the loss" : "");
+  // A graft has nothing to learn from a step of text alone, which mixed data may hold.
+  zero_gradients_ = f.grad_norm == 0 ? zero_gradients_ + 1 : 0;
+  const bool should_learn = !is_graft_ || std::any_of(f.labels_M.begin() + std::min<int64_t>(1, int64_t(f.labels_M.size())), f.labels_M.end(), [](int64_t n) { return n > 0; });
+  const bool zero = zero_gradients_ > 0 && (should_learn || zero_gradients_ == kFirstSteps || (f.last && zero_gradients_ == steps_));
+  said.emplace_back("zero_gradient", zero ? "the gradient is exactly 0: nothing that trains takes part in the loss" : "");
   said.emplace_back("constant_loss", same_loss_ >= 5 ? concat("the loss has been ", f.loss, " to the last bit for ", same_loss_ + 1, " steps") : "");
   return once(f.step, std::move(said));
 }
 
-void Health::add_routing(const routing::RoutingReport& report) {
-  if (selections_LME_.size() < report.layers.size()) selections_LME_.resize(report.layers.size());
-  for (size_t l = 0; l < report.layers.size(); ++l) {
-    auto& sums = selections_LME_[l];
-    const auto& modalities = report.layers[l].modalities;
-    sums.resize(std::max(sums.size(), modalities.size()));
-    for (size_t m = 0; m < modalities.size(); ++m) {
-      sums[m].resize(size_t(report.num_experts), 0.0);
-      if (modalities[m].tokens > 0)
-        for (size_t e = 0; e < modalities[m].load_E.size(); ++e) sums[m][e] += modalities[m].load_E[e] * double(modalities[m].tokens);
+std::vector<Finding> Health::after_routing(const routing::RoutingReport& report, int64_t step, bool last) {
+  int64_t idle = 0, all = 0;
+  double most = 0;
+  std::string first;
+  for (const auto& layer : report.layers) {
+    const auto& modalities = layer.modalities;
+    auto& selections_ME = selections_LME_[layer.layer];
+    selections_ME.resize(modalities.size(), std::vector<double>(size_t(report.num_experts), 0.0));
+    for (size_t m = is_graft_; m < modalities.size(); ++m) {
+      auto& sums_E = selections_ME[m];
+      for (size_t e = 0; e < modalities[m].load_E.size() && modalities[m].tokens > 0; ++e) sums_E[e] += modalities[m].load_E[e] * double(modalities[m].tokens);
+      const double seen = std::accumulate(sums_E.begin(), sums_E.end(), 0.0);
+      most = std::max(most, seen);
+      all += report.num_experts;
+      if (seen == 0) continue;
+      for (size_t e = 0; e < sums_E.size(); ++e)
+        if (sums_E[e] == 0 && idle++ == 0) first = concat("layer ", layer.layer, " expert ", e);
     }
   }
-}
-
-std::vector<Finding> Health::at_end(int64_t step) {
-  int64_t idle = 0, all = 0;
-  double tokens = 0;
-  std::string first;
-  for (size_t l = 0; l < selections_LME_.size(); ++l)
-    for (size_t m = 1; m < selections_LME_[l].size(); ++m) {
-      double seen = 0;
-      for (const double n : selections_LME_[l][m]) seen += n;
-      tokens = std::max(tokens, seen);
-      for (size_t e = 0; e < selections_LME_[l][m].size(); ++e) {
-        ++all;
-        if (seen == 0 || selections_LME_[l][m][e] > 0) continue;
-        if (idle++ == 0) first = concat("layer ", l, " expert ", e);
-      }
-    }
-  // Of a few hundred tokens every expert of many cannot have one.
-  const bool enough = all > 0 && tokens > 100.0 * double(selections_LME_.front().back().size());
-  return once(step, {{"idle_experts", enough && idle > 0 ? concat(idle, " of ", all, " experts never got a token of the new modality (the first: ", first, "): their adapters are what they were") : ""}});
+  // Of a few hundred tokens not every expert of many can have one, and while a run goes on one may still come.
+  const bool enough = most > (last ? 100.0 : 1000.0) * double(report.num_experts);
+  return once(step, {{"idle_experts", enough && idle > 0 ? concat(idle, " of ", all, " experts never got a token", is_graft_ ? " of the new modality" : "", " (the first: ", first, "): they do not learn") : ""}});
 }
 
 }  // namespace moegraft::train

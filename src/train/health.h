@@ -38,8 +38,7 @@ class Health {
 
   std::vector<Finding> at_start(const StartFacts& facts);
   std::vector<Finding> after_step(const StepFacts& facts);
-  void add_routing(const routing::RoutingReport& report);
-  std::vector<Finding> at_end(int64_t step);  // after add_routing of the last step
+  std::vector<Finding> after_routing(const routing::RoutingReport& report, int64_t step, bool last);  // report: since the one before
   bool watches_groups() const { return steps_ < kFirstSteps; }
 
  private:
@@ -48,11 +47,11 @@ class Health {
 
   std::vector<std::string> names_;
   bool is_graft_;
-  int64_t steps_ = 0, same_loss_ = 0;
+  int64_t steps_ = 0, same_loss_ = 0, zero_gradients_ = 0;
   double last_loss_ = 0;
   std::vector<int64_t> labels_M_;
   std::map<std::string, int64_t> idle_;  // steps that a group had no gradient in
-  std::vector<std::vector<std::vector<double>>> selections_LME_;
+  std::map<int64_t, std::vector<std::vector<double>>> selections_LME_;  // layers with experts, by their number
   std::set<std::string> said_;
 };
 

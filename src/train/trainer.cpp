@@ -76,6 +76,7 @@ class Trainer {
       log::info("the run has ended before, after step ", state_.step, " (train.steps ", config_.train.steps, "): nothing to do; raise train.steps to go on");
       return {state_.step, state_.last_loss, false, true};
     }
+    first_step_ = state_.step;
     check_start();
     StopSignals signals;
     const auto& t = config_.train;
@@ -308,9 +309,8 @@ class Trainer {
     team_.sum_in_place(routing_.sums(), "routing statistics");
     const auto report = routing_.read();
     journal_.routing(report, state_.step);
-    health_.add_routing(report);
     routing_.reset();
-    if (last) act_on(health_.at_end(state_.step));
+    act_on(health_.after_routing(report, state_.step, last));
   }
 
   // One line each, once; with train.strict the first ends the run.
@@ -320,9 +320,11 @@ class Trainer {
       journal_.note("warnings", {{"step", f.step}, {"check", f.check}, {"text", f.text}});
     }
     if (findings.empty() || !config_.train.strict) return;
-    if (state_.step > 0) save();
+    const bool stepped = state_.step > first_step_;
+    if (stepped) save();
     writer_.wait();
-    fail<UserError>("train.strict: ended after step ", state_.step, " by the warning above (", findings.front().check, "); saved");
+    const std::string when = stepped ? detail::concat("after step ", state_.step, ", saved,") : "before its first step";
+    fail<UserError>("train.strict: ended ", when, " by the warning above (", findings.front().check, ")");
   }
 
   void check_start() {
@@ -408,7 +410,7 @@ class Trainer {
   model::PrefixCache prefix_cache_{config_.train.prefix_cache_mib << 20};
   model::ForwardOptions forward_;
   checkpoint::TrainState state_;
-  Health health_{names_, model_.is_graft()};
+  Health health_{names_, model_.is_graft()};  // what it looks at is equal on every rank, and so is what it ends
   std::vector<int64_t> labels_M_;
   std::set<std::string> idle_groups_;
   std::optional<double> measure_;
@@ -417,7 +419,7 @@ class Trainer {
   double loss_ = 0, grad_norm_ = 0;
   std::vector<double> window_nll_;
   std::vector<int64_t> window_labels_;
-  int64_t window_tokens_ = 0, window_steps_ = 0, first_tokens_ = 0;  // first: seen before this session
+  int64_t window_tokens_ = 0, window_steps_ = 0, first_step_ = 0, first_tokens_ = 0;  // first: seen before this session
   double window_wait_ = 0, window_step_ = 0, window_exchange_ = 0;  // seconds waiting for batches, in steps, waiting for other processes
   int64_t window_bytes_ = 0;                      // handed to collectives
   double window_start_ = 0, earlier_seconds_ = 0;
@@ -429,19 +431,16 @@ class Trainer {
 }  // namespace
 
 void resolve_paths(run::RunConfig& config) {
-  const auto absolute = [](std::string& path, const std::string& key) {
-    if (path.empty()) return;
-    const std::string expanded = config::expand_path(path, key);
-    if (expanded != path) log::info(key, ": ", path, " is ", expanded);
-    path = fs::absolute(expanded).lexically_normal().string();
+  const auto absolute = [](std::string& path) {
+    if (!path.empty()) path = fs::absolute(path).lexically_normal().string();
   };
-  absolute(config.run.dir, "run.dir");
-  absolute(config.model.path, "model.path");
-  if (config.model.init) absolute(config.model.init->tokenizer, "model.init.tokenizer");
-  for (auto& [name, modality] : config.modalities) absolute(modality.codec, "modalities." + name + ".codec");
-  for (size_t i = 0; i < config.adapters.size(); ++i) absolute(config.adapters[i].init_from, detail::concat("adapters[", i, "].init_from"));
-  for (auto& [list, sources] : {std::pair("data.train", &config.data.train), std::pair("data.eval", &config.data.eval)})
-    for (size_t i = 0; i < sources->size(); ++i) absolute((*sources)[i].path, detail::concat(list, "[", i, "].path"));
+  absolute(config.run.dir);
+  absolute(config.model.path);
+  if (config.model.init) absolute(config.model.init->tokenizer);
+  for (auto& [name, modality] : config.modalities) absolute(modality.codec);
+  for (auto& adapter : config.adapters) absolute(adapter.init_from);
+  for (auto* sources : {&config.data.train, &config.data.eval})
+    for (auto& source : *sources) absolute(source.path);
 }
 
 TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world, bool accept_data) {

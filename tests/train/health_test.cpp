@@ -67,6 +67,10 @@ TEST(Health, StepChecks) {
       {"none in a run of three", true, 3, [](StepFacts& f, int64_t) { f.labels_M = {9, 0}; }, {"no_labels"}},
       {"a base has none", false, 20, [](StepFacts& f, int64_t) { f.labels_M = {9, 0}; }, {}},
       {"zero gradient, said once", true, 20, [](StepFacts& f, int64_t step) { f.grad_norm = step > 4 ? 0 : 1; }, {"zero_gradient"}},
+      {"steps of text alone in between", true, 20, [](StepFacts& f, int64_t step) { if (step % 2) f.grad_norm = 0, f.labels_M = {9, 0}; }, {}},
+      {"text alone", true, 3, [](StepFacts& f, int64_t) { f.grad_norm = 0, f.labels_M = {9, 0}; }, {"no_labels", "zero_gradient"}},
+      {"text alone from some step on", true, 30, [](StepFacts& f, int64_t step) { if (step > 15) f.grad_norm = 0, f.labels_M = {9, 0}; }, {"zero_gradient"}},
+      {"a base of text", false, 3, [](StepFacts& f, int64_t step) { if (step == 2) f.grad_norm = 0, f.labels_M = {9, 0}; }, {"zero_gradient"}},
       {"constant loss", true, 20, [](StepFacts& f, int64_t) { f.loss = 3; }, {"constant_loss"}},
       {"a loss that comes back", true, 20, [](StepFacts& f, int64_t step) { f.loss = double(step % 2); }, {}},
       {"a group without gradient", true, 20, [](StepFacts& f, int64_t) { f.idle_groups = {"lora"}; }, {"idle_group"}},
@@ -97,18 +101,32 @@ routing::RoutingReport report(int64_t tokens, std::vector<double> image_load) {
   return r;
 }
 
-TEST(Health, ExpertsThatNeverGotATokenOfTheModality) {
-  Health health({"text", "image"}, true);
-  health.add_routing(report(1000, {0.5, 0.5, 0, 0}));
-  health.add_routing(report(1000, {0.5, 0, 0.5, 0}));
-  const auto found = health.at_end(7);
-  ASSERT_EQ(names(found), Names{"idle_experts"});
-  EXPECT_NE(found[0].text.find("1 of 4 experts never got a token of the new modality (the first: layer 0 expert 3)"), std::string::npos) << found[0].text;
-  Health all({"text", "image"}, true), few({"text", "image"}, true);
-  all.add_routing(report(1000, {0.25, 0.25, 0.25, 0.25}));
-  few.add_routing(report(20, {1, 0, 0, 0}));
-  EXPECT_TRUE(all.at_end(7).empty());
-  EXPECT_TRUE(few.at_end(7).empty()) << "too few tokens to say";
+TEST(Health, ExpertsThatNeverGotAToken) {
+  struct Case {
+    const char* name;
+    bool graft, last;  // last: the second report is the run's last
+    int64_t tokens;
+    std::vector<double> first, second;  // the modality's load
+    const char* text;                   // of the only finding; empty: none
+  };
+  const Case cases[] = {
+      {"one of four", true, true, 1000, {0.5, 0.5, 0, 0}, {0.5, 0, 0.5, 0}, "1 of 4 experts never got a token of the new modality (the first: layer 0 expert 3)"},
+      {"none", true, true, 1000, {0.5, 0.5, 0, 0}, {0, 0, 0.5, 0.5}, ""},
+      {"too few tokens to say", true, true, 20, {1, 0, 0, 0}, {1, 0, 0, 0}, ""},
+      {"while the run goes on", true, false, 1000, {1, 0, 0, 0}, {1, 0, 0, 0}, ""},
+      {"long enough", true, false, 10000, {1, 0, 0, 0}, {0, 0.5, 0.5, 0}, "3 of 4 experts"},  // said after the first report
+      {"a base: text counts", false, true, 1000, {0.25, 0.25, 0.25, 0.25}, {0.25, 0.25, 0.25, 0.25}, "3 of 8 experts never got a token (the first: layer 0 expert 1)"},
+  };
+  for (const auto& c : cases) {
+    Health health({"text", "image"}, c.graft);
+    auto found = health.after_routing(report(c.tokens, c.first), 3, false);
+    for (auto& f : health.after_routing(report(c.tokens, c.second), 7, c.last)) found.push_back(std::move(f));
+    EXPECT_EQ(found.size(), size_t(*c.text != '\0')) << c.name;
+    if (!found.empty()) {
+      EXPECT_EQ(found[0].check, "idle_experts");
+      EXPECT_NE(found[0].text.find(c.text), std::string::npos) << c.name << ": " << found[0].text;
+    }
+  }
 }
 
 }  // namespace

@@ -195,6 +195,13 @@ TEST(Start, StrictEndsWhatLearnsNothing) {
   EXPECT_NE(io::read_file(w.world.run / "run.json").find("\"trainable\""), std::string::npos);
   w.config.train.strict = false;
   EXPECT_EQ(train(w.config, "auto").step, 20) << "what was done is saved";
+
+  World at_once;
+  at_once.config.train.warmup = 100, at_once.config.train.strict = true;
+  const std::string message = error_of([&] { train(at_once.config); });
+  EXPECT_NE(message.find("train.strict: ended before its first step by the warning above (warmup)"), std::string::npos) << message;
+  at_once.config.train.warmup = 0;
+  EXPECT_EQ(train(at_once.config).step, 2) << "nothing was saved: the corrected config takes the directory over";
 }
 
 }  // namespace
