@@ -1,6 +1,7 @@
 #include "moegraft/base/text.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <numeric>
 
 namespace moegraft {
@@ -54,18 +55,28 @@ std::string trim(std::string_view text) {
 std::string printable(std::string_view text) {
   std::string out;
   out.reserve(text.size());
-  for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x20 && byte != 0x7F) {
-      out += c;
-    } else if (c == '\n' || c == '\t' || c == '\r') {
-      out += c == '\n' ? "\\n" : c == '\t' ? "\\t" : "\\r";
-    } else {
-      constexpr const char* kHex = "0123456789abcdef";
-      out += "\\x";
-      out += kHex[byte >> 4];
-      out += kHex[byte & 15];
+  const auto escape = [&](const char* format, unsigned value) {
+    char buffer[12];
+    std::snprintf(buffer, sizeof buffer, format, value);
+    out += buffer;
+  };
+  for (size_t i = 0; i < text.size();) {
+    const auto lead = static_cast<unsigned char>(text[i]);
+    size_t length = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    unsigned c = length > 1 ? lead & (0x7Fu >> length) : lead;
+    for (size_t k = 1; k < length; ++k) {
+      const bool more = i + k < text.size() && (static_cast<unsigned char>(text[i + k]) & 0xC0) == 0x80;
+      if (!more) length = 0;
+      else c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3F);
     }
+    if (length == 0) escape("\\x%02x", lead);
+    else if (c == '\n') out += "\\n";
+    else if (c == '\r') out += "\\r";
+    else if (c == '\t') out += "\\t";
+    else if (c < 0x20 || c == 0x7F) escape("\\x%02x", c);
+    else if ((c >= 0x80 && c < 0xA0) || (c >= 0x200E && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069)) escape("\\u%04x", c);
+    else out += text.substr(i, length);
+    i += std::max<size_t>(length, 1);
   }
   return out;
 }

@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kMaxCachedWords = 1 << 16;
 constexpr size_t kMaxCachedBytes = 128;
+constexpr size_t kMaxAffix = 64;  // bytes; copied for each character
 
 }  // namespace
 
@@ -23,6 +24,8 @@ Bpe::Bpe(const Field& model) : fuse_unk_(model.boolean_or("fuse_unk", false)), i
   }
   prefix_ = model.string_or("continuing_subword_prefix", "");
   suffix_ = model.string_or("end_of_word_suffix", "");
+  for (const auto& [key, text] : {std::pair{"continuing_subword_prefix", &prefix_}, {"end_of_word_suffix", &suffix_}})
+    MOEGRAFT_CHECK(text->size() <= kMaxAffix, model.place(), ".", key, ": expected at most ", kMaxAffix, " bytes, got ", text->size());
   read_vocab(model.at("vocab"));
   read_merges(model.at("merges"));
   if (model.has("unk_token")) {

@@ -11,12 +11,22 @@
 #include "moegraft/base/log.h"
 #include "normalizer.h"
 #include "pre_tokenizer.h"
+#include "regex.h"
 #include "token_decoder.h"
 #include "unicode.h"
 
 namespace moegraft::tokenizer {
 
 namespace {
+
+constexpr size_t kMaxPipeline = 10'000;  // values of one component and all inside it; real ones have a few hundred
+
+size_t count_values(const nlohmann::json& value) {
+  size_t count = 1;
+  if (value.is_structured())
+    for (const auto& part : value) count += count_values(part);
+  return count;
+}
 
 // Ids put before and after a text by the post-processor.
 struct Template {
@@ -69,6 +79,9 @@ Template make_template(const Field& field) {
 class HfTokenizer : public Tokenizer {
  public:
   HfTokenizer(const Field& root, const std::filesystem::path& dir) : bpe_(root.at("model")) {
+    const RegexBudget budget(0);  // added tokens are normalised once
+    for (const char* part : {"normalizer", "pre_tokenizer", "decoder", "post_processor"})
+      if (root.has(part)) root.at(part).expect(count_values(root.at(part).value()) <= kMaxPipeline, "at most " + std::to_string(kMaxPipeline) + " values");
     if (root.has("normalizer")) normalizer_ = make_normalizer(root.at("normalizer"));
     if (root.has("pre_tokenizer")) pre_tokenizer_ = make_pre_tokenizer(root.at("pre_tokenizer"));
     if (root.has("decoder")) decoder_ = make_token_decoder(root.at("decoder"));
@@ -84,6 +97,7 @@ class HfTokenizer : public Tokenizer {
   }
 
   std::vector<int64_t> encode(std::string_view text, bool add_special) const override {
+    const RegexBudget budget(text.size());
     std::string valid;
     if (!is_valid_utf8(text)) text = valid = valid_utf8(text);
     std::vector<int64_t> ids;
@@ -94,6 +108,7 @@ class HfTokenizer : public Tokenizer {
         [&](std::string part, bool at_start) {
           Words words;
           words.ranges = {{0, part.size(), at_start}};
+          words.limit = growth_limit(part.size());
           words.text = std::move(part);
           if (pre_tokenizer_) pre_tokenizer_->apply(words);
           for (const auto& range : words.ranges) bpe_.encode(words.view(range), ids);
@@ -103,6 +118,7 @@ class HfTokenizer : public Tokenizer {
   }
 
   std::string decode(const std::vector<int64_t>& ids, bool skip_special) const override {
+    const RegexBudget budget(ids.size());
     std::vector<std::string> tokens;
     tokens.reserve(ids.size());
     for (const int64_t id : ids) {
@@ -114,7 +130,9 @@ class HfTokenizer : public Tokenizer {
     }
     std::string text;
     if (decoder_) {
-      for (const auto& part : decoder_->apply(std::move(tokens))) text += part;
+      size_t bytes = 0;
+      for (const auto& token : tokens) bytes += token.size();
+      for (const auto& part : decoder_->apply(std::move(tokens), growth_limit(bytes))) text += part;
     } else {
       for (size_t i = 0; i < tokens.size(); ++i) text += (i ? " " : "") + tokens[i];
     }

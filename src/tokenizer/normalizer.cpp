@@ -12,18 +12,18 @@ namespace moegraft::tokenizer {
 
 namespace {
 
-// Normal forms make a text eighteen times as long at most, bytes twice: what grows more is no tokenizer, and would take all memory.
-void check_growth(size_t before, size_t after) {
-  MOEGRAFT_CHECK(after <= (size_t{1} << 16) + 64 * before, "the tokenizer's normalizer or decoder makes more than ", after, " bytes of ", before, ": damaged or hostile tokenizer.json");
-}
-
 class Function : public Normalizer {
  public:
-  explicit Function(std::function<std::string(std::string)> f) : f_(std::move(f)) {}
-  std::string apply(std::string text) const override { return f_(std::move(text)); }
+  using F = std::function<std::string(std::string, size_t)>;
+  explicit Function(F f) : f_(std::move(f)) {}
+  std::string apply(std::string text, size_t limit) const override {
+    text = f_(std::move(text), limit);
+    check_growth(text.size(), limit);
+    return text;
+  }
 
  private:
-  std::function<std::string(std::string)> f_;
+  F f_;
 };
 
 class Sequence : public Normalizer {
@@ -31,12 +31,8 @@ class Sequence : public Normalizer {
   explicit Sequence(const Field& field) {
     for (const auto& item : field.at("normalizers").items()) steps_.push_back(make_normalizer(item));
   }
-  std::string apply(std::string text) const override {
-    const size_t before = text.size();
-    for (const auto& step : steps_) {
-      text = step->apply(std::move(text));
-      check_growth(before, text.size());
-    }
+  std::string apply(std::string text, size_t limit) const override {
+    for (const auto& step : steps_) text = step->apply(std::move(text), limit);
     return text;
   }
 
@@ -60,6 +56,10 @@ std::string strip(std::string_view text, bool left, bool right) {
 
 }  // namespace
 
+void check_growth(size_t bytes, size_t limit) {
+  MOEGRAFT_CHECK(bytes <= limit, "the tokenizer makes more than ", limit, " bytes of one piece of text: steps of tokenizer.json that add to it multiply each other");
+}
+
 Replacer::Replacer(const Field& field) : content_(field.at("content").string()) {
   const Field pattern = field.at("pattern");
   if (pattern.has("String")) {
@@ -72,14 +72,14 @@ Replacer::Replacer(const Field& field) : content_(field.at("content").string()) 
 Replacer::~Replacer() = default;
 Replacer::Replacer(Replacer&&) noexcept = default;
 
-std::string Replacer::apply(std::string_view text) const {
+std::string Replacer::apply(std::string_view text, size_t limit) const {
   std::string out;
   size_t last = 0;
   const auto replace = [&](size_t begin, size_t end) {
     out += text.substr(last, begin - last);
     out += content_;
+    check_growth(out.size(), limit);
     last = end;
-    check_growth(text.size(), out.size());
   };
   if (regex_) {
     regex_->find_all(text, replace);
@@ -92,7 +92,7 @@ std::string Replacer::apply(std::string_view text) const {
 
 std::unique_ptr<Normalizer> make_normalizer(const Field& field) {
   const std::string type = field.type();
-  const auto function = [](auto f) { return std::make_unique<Function>(std::move(f)); };
+  const auto function = [](auto f) { return std::make_unique<Function>([f = std::move(f)](std::string text, size_t) { return f(std::move(text)); }); };
   const auto form = [&](NormalForm f) { return function([f](std::string text) { return normalize(text, f); }); };
   if (type == "Sequence") return std::make_unique<Sequence>(field);
   if (type == "NFC") return form(NormalForm::nfc);
@@ -107,14 +107,15 @@ std::unique_ptr<Normalizer> make_normalizer(const Field& field) {
     return function([=](std::string text) { return strip(text, left, right); });
   }
   if (type == "Prepend") {
-    return function([prefix = field.at("prepend").string()](std::string text) {
-      check_growth(text.size(), text.size() + prefix.size());
-      return text.empty() ? text : prefix + text;
+    return std::make_unique<Function>([prefix = field.at("prepend").string()](std::string text, size_t limit) {
+      if (text.empty()) return text;
+      check_growth(prefix.size() + text.size(), limit);
+      return prefix + text;
     });
   }
   if (type == "Replace") {
     auto replacer = std::make_shared<Replacer>(field);
-    return function([replacer](std::string text) { return replacer->apply(text); });
+    return std::make_unique<Function>([replacer](std::string text, size_t limit) { return replacer->apply(text, limit); });
   }
   field.unsupported("normalizer", "NFC, NFD, NFKC, NFKD, Lowercase, StripAccents, Strip, Prepend, Replace, ByteLevel, Sequence");
 }

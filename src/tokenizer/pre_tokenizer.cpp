@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "byte_level.h"
+#include "normalizer.h"
 #include "regex.h"
 #include "unicode.h"
 
@@ -117,10 +118,12 @@ class Splitter : public PreTokenizer {
 template <class F>
 void rewrite(Words& words, F f) {
   Words out;
+  out.limit = words.limit;
   out.text.reserve(words.text.size() * 3 / 2);
   for (const auto& range : words.ranges) {
     const size_t begin = out.text.size();
     out.text += f(words.view(range), range.at_start);
+    check_growth(out.text.size(), out.limit);
     if (out.text.size() > begin) out.ranges.push_back({begin, out.text.size(), range.at_start});
   }
   words = std::move(out);

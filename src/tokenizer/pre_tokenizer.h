@@ -19,6 +19,7 @@ struct Words {
   };
   std::string text;
   std::vector<Range> ranges;
+  size_t limit = 0;  // what `text` may grow to (growth_limit)
 
   std::string_view view(const Range& r) const { return std::string_view(text).substr(r.begin, r.end - r.begin); }
 };

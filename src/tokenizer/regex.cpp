@@ -2,6 +2,7 @@
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
+#include <time.h>
 
 #include <algorithm>
 #include <array>
@@ -76,9 +77,9 @@ class Translator {
   }
 
   void group() {
-    if (next_is('*')) reject("a verb (*...)");
     groups_.push_back(out_.size());
     out_ += in_[i_++];
+    if (i_ < in_.size() && in_[i_] == '*') reject("a verb (*...)");  // could lift the limits of matching
     if (i_ >= in_.size() || in_[i_] != '?') return;
     // Options: Ruby's m is PCRE2's s.
     size_t end = i_ + 1;
@@ -192,14 +193,35 @@ class Translator {
   std::vector<size_t> groups_;
 };
 
+constexpr size_t kMaxPattern = 1 << 14;   // bytes; the longest of real tokenizers has about 600
+constexpr uint32_t kHeapKib = 256 * 1024;
+
+// PCRE2 counts the steps from one starting position, so three bounds together hold for a text: steps from a position (a few for each byte are usual: a run of
+// spaces is tried by each alternative), positions in one call, and the time that all calls took.
+constexpr size_t kStarts = 512;
+uint32_t steps_for(size_t bytes) { return static_cast<uint32_t>(std::min<size_t>(250'000 + 16 * bytes, 2'000'000'000)); }
+
+// Time that this thread computed; others on the machine do not count.
+double thread_seconds() {
+  timespec time {};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+struct Budget {
+  bool open = false;
+  double end = 0;
+  uint32_t calls = 0;
+
+  // Asks the clock, a system call, once in a while.
+  bool spent() { return ++calls % 16 == 0 && thread_seconds() > end; }
+};
+thread_local Budget budget;
+
 struct JitStack {
   JitStack() : stack(pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, nullptr)), context(pcre2_match_context_create(nullptr)) {
     if (stack && context) pcre2_jit_stack_assign(context, nullptr, stack);
-    if (context) {
-      // A second or so; patterns of real tokenizers take a few steps a character.
-      pcre2_set_match_limit(context, 20'000'000);
-      pcre2_set_heap_limit(context, 256 * 1024);  // KiB
-    }
+    if (context) pcre2_set_heap_limit(context, kHeapKib);
   }
   ~JitStack() {
     pcre2_match_context_free(context);
@@ -209,6 +231,13 @@ struct JitStack {
   pcre2_jit_stack* stack;
   pcre2_match_context* context;
 };
+
+// The position after the character at `at`; beyond the text at its end.
+size_t next_character(std::string_view text, size_t at) {
+  do ++at;
+  while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80);
+  return at;
+}
 
 std::string message_of(int code) {
   PCRE2_UCHAR buffer[256];
@@ -232,14 +261,23 @@ std::string regex_escape(std::string_view literal) {
   return out;
 }
 
+RegexBudget::RegexBudget(size_t text_bytes) : outer_(!budget.open) {
+  if (outer_) budget = {true, thread_seconds() + 1 + 2e-6 * static_cast<double>(text_bytes), 0};
+}
+RegexBudget::~RegexBudget() {
+  if (outer_) budget.open = false;
+}
+
 Regex::Regex(const std::string& pattern, const std::string& place) : place_(place) {
+  MOEGRAFT_CHECK(pattern.size() <= kMaxPattern, place, ": a regular expression of ", pattern.size(), " bytes, expected at most ", kMaxPattern);
   MOEGRAFT_CHECK(is_valid_utf8(pattern), place, ": the regular expression is not valid UTF-8");
   const std::string translated = regex_from_oniguruma(pattern, place);
   const std::unique_ptr<pcre2_compile_context, decltype(&pcre2_compile_context_free)> context(pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
   pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
+  constexpr uint32_t kOptions = PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C | PCRE2_USE_OFFSET_LIMIT;
   int error = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error, &offset, context.get());
+  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), kOptions, &error, &offset, context.get());
   MOEGRAFT_CHECK(code != nullptr, place, ": the regular expression does not compile (", message_of(error), " at byte ", offset, " of ", shortened(translated, 200), ")");
   code_ = std::shared_ptr<const void>(code, [](const void* p) { pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p))); });
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // without JIT pcre2_match interprets: slower, same matches
@@ -250,18 +288,28 @@ void Regex::find_all(std::string_view text, const std::function<void(size_t, siz
   const auto* code = static_cast<const pcre2_code*>(code_.get());
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
+  pcre2_set_match_limit(jit.context, steps_for(text.size()));
+  const RegexBudget own(text.size());
   size_t at = 0, last_end = std::string_view::npos;
   while (at <= text.size()) {
+    const size_t last_start = std::min(at + kStarts, text.size());
+    pcre2_set_offset_limit(jit.context, last_start);
     int rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data.get(), jit.context);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data.get(), jit.context);
-    if (rc == PCRE2_ERROR_NOMATCH) return;
-    MOEGRAFT_CHECK(rc >= 0, place_, ": the regular expression takes too long or too much memory on a text of ", text.size(), " bytes (", message_of(rc), ")");
+    const bool none = rc == PCRE2_ERROR_NOMATCH;
+    if (none && last_start == text.size()) return;
+    const bool slow = rc == PCRE2_ERROR_MATCHLIMIT || rc == PCRE2_ERROR_HEAPLIMIT || rc == PCRE2_ERROR_DEPTHLIMIT || budget.spent();
+    MOEGRAFT_CHECK(!slow, place_, ": the regular expression takes too long or too much memory on a text of ", text.size(), " bytes: it tries too many ways to match");
+    MOEGRAFT_CHECK(none || rc >= 0, place_, ": matching failed: ", message_of(rc));
+    if (none) {
+      at = next_character(text, last_start);
+      continue;
+    }
     const PCRE2_SIZE* span = pcre2_get_ovector_pointer(data.get());
     const size_t begin = span[0], end = span[1];
     if (end > begin || begin != last_end) found(begin, end);
     last_end = end;
-    at = end;
-    if (end == begin) at += end < text.size() ? utf8_length(static_cast<unsigned char>(text[end])) : 1;
+    at = end > begin ? end : next_character(text, end);
   }
 }
 

@@ -15,11 +15,12 @@ using Tokens = std::vector<std::string>;
 
 class Function : public TokenDecoder {
  public:
-  explicit Function(std::function<Tokens(Tokens)> f) : f_(std::move(f)) {}
-  Tokens apply(Tokens tokens) const override { return f_(std::move(tokens)); }
+  using F = std::function<Tokens(Tokens, size_t)>;
+  explicit Function(F f) : f_(std::move(f)) {}
+  Tokens apply(Tokens tokens, size_t limit) const override { return f_(std::move(tokens), limit); }
 
  private:
-  std::function<Tokens(Tokens)> f_;
+  F f_;
 };
 
 class Sequence : public TokenDecoder {
@@ -27,8 +28,8 @@ class Sequence : public TokenDecoder {
   explicit Sequence(const Field& field) {
     for (const auto& item : field.at("decoders").items()) steps_.push_back(make_token_decoder(item));
   }
-  Tokens apply(Tokens tokens) const override {
-    for (const auto& step : steps_) tokens = step->apply(std::move(tokens));
+  Tokens apply(Tokens tokens, size_t limit) const override {
+    for (const auto& step : steps_) tokens = step->apply(std::move(tokens), limit);
     return tokens;
   }
 
@@ -115,7 +116,8 @@ std::string replaced(const std::string& text, const std::string& from, const std
 
 std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field) {
   const std::string type = field.type();
-  const auto function = [](std::function<Tokens(Tokens)> f) { return std::make_unique<Function>(std::move(f)); };
+  // None of these makes a text longer.
+  const auto function = [](auto f) { return std::make_unique<Function>([f](Tokens tokens, size_t) { return f(std::move(tokens)); }); };
   const auto each = [&](auto f) {
     return function([f](Tokens tokens) {
       for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = f(tokens[i], i, tokens.size());
@@ -133,7 +135,14 @@ std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field) {
   }
   if (type == "Replace") {
     auto replacer = std::make_shared<Replacer>(field);
-    return each([replacer](const std::string& token, size_t, size_t) { return replacer->apply(token); });
+    return std::make_unique<Function>([replacer](Tokens tokens, size_t limit) {
+      size_t total = 0;
+      for (auto& token : tokens) {
+        token = replacer->apply(token, limit);
+        check_growth(total += token.size(), limit);
+      }
+      return tokens;
+    });
   }
   if (type == "Metaspace") {
     const std::string mark = one_char(field, "replacement", "\xE2\x96\x81");
@@ -142,6 +151,7 @@ std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field) {
   }
   if (type == "BPEDecoder") {
     const std::string suffix = field.string_or("suffix", "</w>");
+    field.expect(!suffix.empty(), "a suffix that is not empty");
     return each([=](const std::string& token, size_t i, size_t n) { return replaced(token, suffix, i + 1 == n ? "" : " "); });
   }
   field.unsupported("decoder", "ByteLevel, ByteFallback, Fuse, Strip, Replace, Metaspace, BPEDecoder, Sequence");

@@ -12,7 +12,8 @@ namespace moegraft::tokenizer {
 class TokenDecoder {
  public:
   virtual ~TokenDecoder() = default;
-  virtual std::vector<std::string> apply(std::vector<std::string> tokens) const = 0;
+  // UserError when the tokens together outgrow `limit` bytes at any step (growth_limit).
+  virtual std::vector<std::string> apply(std::vector<std::string> tokens, size_t limit) const = 0;
 };
 
 std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field);

@@ -150,6 +150,19 @@ TEST(Text, SplitJoinTrim) {
   EXPECT_EQ(trim("  x y \n"), "x y");
 }
 
+TEST(Text, MessagesAreOneLineThatATerminalDoesNotObey) {
+  const std::pair<std::string, std::string> cases[] = {
+      {"plain text, \u00e9 \U0001F600 \u4e2d", "plain text, \u00e9 \U0001F600 \u4e2d"},
+      {"a\nb\r\n\tc", "a\\nb\\r\\n\\tc"},
+      {"\x1b[31mred\x07\x7f", "\\x1b[31mred\\x07\\x7f"},
+      {std::string("nul\0.", 5), "nul\\x00."},
+      {"\u009b31m\u0085", "\\u009b31m\\u0085"},                  // control characters of two bytes
+      {"\u202egnp.exe\u2066\u200f\u2028", "\\u202egnp.exe\\u2066\\u200f\\u2028"},  // direction, line separator
+      {"\xff\xc3(\xe2\x82", "\\xff\\xc3(\\xe2\\x82"},           // ill-formed
+  };
+  for (const auto& [text, shown] : cases) EXPECT_EQ(printable(text), shown);
+}
+
 TEST(Progress, Formats) {
   EXPECT_EQ(format_seconds(3723), "1:02:03");
   EXPECT_EQ(format_seconds(65.4), "1:05");
