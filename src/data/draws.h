@@ -14,7 +14,8 @@ struct DrawCursor {
   std::vector<int64_t> taken;
 };
 
-// Draw d picks a source by weight, Rng(seed, "data.source", d); source s walks an order that is reshuffled every epoch, Rng(seed, "data.shuffle.<s>", epoch).
+// Draw d picks a source by weight, Rng(seed, "data.source", d); source s walks an order of its documents (or items) that is reshuffled every epoch,
+// Rng(seed, "data.shuffle.<s>", epoch); which document of an item comes is Rng(seed, "data.item", d).
 // Captions are dropped by Rng(seed, "data.caption_dropout", d). Documents are known by their outlines: no id is read.
 class Draws {
  public:
@@ -26,15 +27,19 @@ class Draws {
   void move_to(DrawCursor cursor);  // trusts it
 
   const std::vector<Source>& sources() const { return sources_; }
-  std::vector<int64_t> num_documents() const;  // of each source
+  // Documents of an epoch: of each source, of all, of those with a weight above 0.
+  std::vector<int64_t> num_documents() const;
   int64_t total_documents() const;
-  int64_t reachable_documents() const;  // of sources with a weight above 0
+  int64_t reachable_documents() const;
 
  private:
+  bool by_item(size_t source) const { return configs_[source].sample_by == "item"; }
+  int64_t epoch_size(size_t source) const;
   int64_t pick_source() const;
+  const std::vector<SourceConfig> configs_;
   std::vector<Source> sources_;
   std::vector<double> cumulative_;  // weights
-  const DataConfig& config_;
+  const std::vector<DataConfig> rules_;  // of each source
   const model::Vocabulary& vocabulary_;
   uint64_t seed_;
   DrawCursor cursor_;
@@ -44,6 +49,9 @@ class Draws {
   bool loaded_ = false;
   Document document_;
 };
+
+// `config` as it holds for each source.
+std::vector<DataConfig> rules_of(const std::vector<SourceConfig>& sources, const DataConfig& config);
 
 std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary, const char* key);
 

@@ -63,7 +63,8 @@ Sequence Assembler::make(const PlannedSequence& planned) {
   Sequence out;
   for (const Piece& piece : planned.pieces) {
     if (piece.source != kept_.source || piece.index != kept_.index || piece.drop_caption != kept_.drop_caption) {
-      document_ = assemble(sources_[static_cast<size_t>(piece.source)].document(piece.index), vocabulary_, config_, piece.drop_caption);
+      const auto source = static_cast<size_t>(piece.source);
+      document_ = assemble(sources_[source].document(piece.index), vocabulary_, rules_[source], piece.drop_caption);
       kept_ = piece;
     }
     MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ", piece.begin + piece.count, " of a document of ", document_.size());

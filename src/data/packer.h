@@ -47,16 +47,16 @@ struct Packer {
 // Makes planned sequences; keeps the last document, since the next piece is often of the same.
 class Assembler {
  public:
-  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, const DataConfig& config) : sources_(sources), vocabulary_(vocabulary), config_(config) {}
+  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules)  // of each source
+      : sources_(sources), vocabulary_(vocabulary), rules_(std::move(rules)) {}
   Sequence make(const PlannedSequence& planned);
 
  private:
   const std::vector<Source>& sources_;
   const model::Vocabulary& vocabulary_;
-  const DataConfig& config_;
+  const std::vector<DataConfig> rules_;
   Piece kept_{-1};
   Sequence document_;
 };
-
 
 }  // namespace moegraft::data

@@ -24,7 +24,7 @@ struct Position {
 Position position_of(const BatchFeed& feed) { return {feed.state(), feed.counts(), feed.epochs()}; }
 
 // A step, or the error in its place.
-struct Item {
+struct Ready {
   StepBatch step;
   Position after;
   std::vector<std::string> warnings;
@@ -44,7 +44,7 @@ struct PrefetchStream::Impl {
 
   std::mutex mutex;
   std::condition_variable changed;  // at most one side waits: the queue is never full and empty
-  std::deque<Item> ready;
+  std::deque<Ready> ready;
   bool stopping = false;
   std::thread worker;
 
@@ -53,8 +53,8 @@ struct PrefetchStream::Impl {
   }
   ~Impl() { stop(); }
 
-  Item make() {
-    Item item;
+  Ready make() {
+    Ready item;
     try {
       item.step = feed->next();
       if (pin)
@@ -75,7 +75,7 @@ struct PrefetchStream::Impl {
         changed.wait(lock, [&] { return stopping || ready.size() < depth; });
         if (stopping) return;
       }
-      Item item = make();
+      Ready item = make();
       go_on = item.error == nullptr;
       {
         const std::lock_guard lock(mutex);
@@ -85,9 +85,9 @@ struct PrefetchStream::Impl {
     }
   }
 
-  Item take() {
+  Ready take() {
     if (!worker.joinable()) worker = std::thread([this] { work(); });
-    Item item;
+    Ready item;
     {
       std::unique_lock lock(mutex);
       changed.wait(lock, [&] { return !ready.empty(); });
@@ -121,7 +121,7 @@ PrefetchStream::PrefetchStream(PrefetchStream&&) noexcept = default;
 
 StepBatch PrefetchStream::next() {
   if (impl_->failed) std::rethrow_exception(impl_->failed);
-  Item item = impl_->depth > 0 ? impl_->take() : impl_->make();
+  Ready item = impl_->depth > 0 ? impl_->take() : impl_->make();
   for (const auto& message : item.warnings) impl_->warn(message);
   if (item.error) {
     impl_->failed = item.error;

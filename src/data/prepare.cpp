@@ -75,7 +75,8 @@ class Encoder {
   Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const Codes& codes, ShardWriter& writer, ShardSummary& summary)
       : options_(options), tokenizer_(tokenizer), codes_(codes), writer_(writer), summary_(summary) {}
 
-  void add(const std::vector<ManifestSegment>& segments) {
+  // False: it is skipped.
+  bool add(const std::vector<ManifestSegment>& segments, bool same_item = false) {
     std::vector<std::vector<int32_t>> owned;
     std::vector<int64_t> modality;
     for (const auto& segment : segments) {
@@ -95,21 +96,26 @@ class Encoder {
     std::vector<Segment> document;
     for (size_t i = 0; i < owned.size(); ++i) document.push_back({modality[i], owned[i]});
     if (document.empty()) return skip();
-    writer_.add(document);
+    writer_.add(document, same_item);
+    return true;
   }
 
   void add(const ManifestEntry& entry) {
     const bool captioned = !entry.captions.empty();
     const size_t count = !captioned ? 1 : options_.captions == "all" ? entry.captions.size() : 1;
+    bool begun = false;
     for (size_t i = 0; i < count; ++i) {
       auto segments = entry.segments;
       if (captioned) segments.front().text = options_.prefix + entry.captions[i] + options_.suffix;
-      add(segments);
+      begun |= add(segments, begun);
     }
   }
 
  private:
-  void skip() { ++summary_.skipped_documents; }
+  bool skip() {
+    ++summary_.skipped_documents;
+    return false;
+  }
   const ShardOptions& options_;
   const tokenizer::Tokenizer& tokenizer_;
   const Codes& codes_;

@@ -50,6 +50,16 @@ Schema read_schema(const io::SafetensorsFile& file) {
   return schema;
 }
 
+// Documents or items begin at [0, offsets..., last].
+void check_offsets(const io::SafetensorsFile& file, const char* name, const at::Tensor& tensor, int64_t last, const char* what) {
+  const int64_t n = tensor.numel() - 1;
+  MOEGRAFT_CHECK(n >= 0, file.path().string(), ": \"", name, "\" must have one entry more than there are ", what, "s, got none");
+  const auto* offsets = tensor.const_data_ptr<int64_t>();
+  MOEGRAFT_CHECK(offsets[0] == 0 && offsets[n] == last, file.path().string(), ": \"", name, "\" must go from 0 to ", last, ", got ", offsets[0], " to ", offsets[n]);
+  for (int64_t i = 0; i < n; ++i)
+    MOEGRAFT_CHECK(offsets[i] < offsets[i + 1], file.path().string(), ": \"", name, "\" must rise, but ", what, " ", i, " is [", offsets[i], ", ", offsets[i + 1], ")");
+}
+
 at::Tensor checked_tensor(const io::SafetensorsFile& file, const std::string& name, at::ScalarType dtype) {
   const auto tensor = file.tensor(name);
   MOEGRAFT_CHECK(tensor.scalar_type() == dtype && tensor.dim() == 1, file.path().string(), ": tensor \"", name, "\" must be ", c10::toString(dtype), " with one dimension, got ",
@@ -94,7 +104,7 @@ ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
 }
 
 void ShardSet::open(const std::filesystem::path& path) {
-  Shard shard{io::SafetensorsFile(path), {}, {}, {}, num_documents_, 0};
+  Shard shard{io::SafetensorsFile(path), {}, {}, {}, {}, num_documents_, 0, num_items_};
   const Schema schema = read_schema(shard.file);
   std::map<std::string, std::string> fingerprints;
   for (const auto& [key, value] : shard.file.metadata())
@@ -108,13 +118,14 @@ void ShardSet::open(const std::filesystem::path& path) {
   shard.offsets = checked_tensor(shard.file, "document_offsets", at::kLong);
   const int64_t T = shard.ids_T.numel(), n = shard.offsets.numel() - 1;
   MOEGRAFT_CHECK(shard.modality_T.numel() == T, path.string(), ": \"modality\" must have as many entries as \"ids\" (", T, "), got ", shard.modality_T.numel());
-  MOEGRAFT_CHECK(n >= 0, path.string(), ": \"document_offsets\" must have one entry more than there are documents, got none");
-  const auto* offsets = shard.offsets.const_data_ptr<int64_t>();
-  MOEGRAFT_CHECK(offsets[0] == 0 && offsets[n] == T, path.string(), ": \"document_offsets\" must go from 0 to ", T, ", got ", offsets[0], " to ", offsets[n]);
-  for (int64_t i = 0; i < n; ++i)
-    MOEGRAFT_CHECK(offsets[i] < offsets[i + 1], path.string(), ": \"document_offsets\" must rise, but document ", i, " is [", offsets[i], ", ", offsets[i + 1], ")");
+  check_offsets(shard.file, "document_offsets", shard.offsets, T, "document");
+  if (shard.file.contains("item_offsets")) {
+    shard.item_offsets = checked_tensor(shard.file, "item_offsets", at::kLong);
+    check_offsets(shard.file, "item_offsets", shard.item_offsets, n, "item");
+  }
   shard.num_documents = n;
   num_documents_ += n;
+  num_items_ += shard.item_offsets.defined() ? shard.item_offsets.numel() - 1 : n;
   num_tokens_ += T;
   shards_.push_back(std::move(shard));
 }
@@ -141,6 +152,15 @@ const ShardSet::Shard& ShardSet::shard_of(int64_t& index) const {
   const Shard& shard = *(after - 1);
   index -= shard.first_document;
   return shard;
+}
+
+Item ShardSet::item(int64_t index) const {
+  MOEGRAFT_INVARIANT(index >= 0 && index < num_items_, "item ", index, " of ", num_items_);
+  const auto after = std::upper_bound(shards_.begin(), shards_.end(), index, [](int64_t i, const Shard& shard) { return i < shard.first_item; });
+  const Shard& shard = *(after - 1);
+  if (!shard.item_offsets.defined()) return {shard.first_document + index - shard.first_item, 1};
+  const auto* offsets = shard.item_offsets.const_data_ptr<int64_t>() + (index - shard.first_item);
+  return {shard.first_document + offsets[0], offsets[1] - offsets[0]};
 }
 
 int64_t ShardSet::document_length(int64_t index) const {
@@ -201,8 +221,9 @@ ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, boo
   MOEGRAFT_CHECK(old == 0 || overwrite, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
 }
 
-void ShardWriter::add(const std::vector<Segment>& document) {
-  if (static_cast<int64_t>(ids_.size()) >= max_tokens_) flush();  // not sooner: the last file, which says how many there are, holds a document
+void ShardWriter::add(const std::vector<Segment>& document, bool same_item) {
+  MOEGRAFT_INVARIANT(!same_item || num_documents_ > 0, "the first document begins an item");
+  if (!same_item && static_cast<int64_t>(ids_.size()) >= max_tokens_) flush();  // not sooner: the last file, which says how many there are, holds a document; an item is in one file
   const size_t before = ids_.size();
   for (const auto& segment : document) {
     MOEGRAFT_INVARIANT(segment.modality >= 0 && segment.modality < static_cast<int64_t>(schema_.modalities.size()), "modality ", segment.modality);
@@ -217,6 +238,8 @@ void ShardWriter::add(const std::vector<Segment>& document) {
   }
   MOEGRAFT_CHECK(ids_.size() > before, "document ", num_documents_, " is empty");
   offsets_.push_back(static_cast<int64_t>(ids_.size()));
+  if (same_item) item_offsets_.pop_back();
+  item_offsets_.push_back(static_cast<int64_t>(offsets_.size()) - 1);
   num_tokens_ += static_cast<int64_t>(ids_.size() - before);
   ++num_documents_;
 }
@@ -236,10 +259,13 @@ void ShardWriter::flush(const std::map<std::string, std::string>& further) {
   char name[64];
   std::snprintf(name, sizeof name, "shard-%05lld.safetensors", static_cast<long long>(num_files_++));
   const auto view = [](auto& values, at::ScalarType dtype) { return at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, dtype); };
-  io::save_safetensors(folder_.path() / name, {{"ids", view(ids_, at::kInt)}, {"modality", view(modality_, at::kByte)}, {"document_offsets", view(offsets_, at::kLong)}}, metadata);
+  io::TensorMap tensors{{"ids", view(ids_, at::kInt)}, {"modality", view(modality_, at::kByte)}, {"document_offsets", view(offsets_, at::kLong)}};
+  if (item_offsets_.size() < offsets_.size()) tensors["item_offsets"] = view(item_offsets_, at::kLong);
+  io::save_safetensors(folder_.path() / name, tensors, metadata);
   ids_.clear();
   modality_.clear();
   offsets_.assign(1, 0);
+  item_offsets_.assign(1, 0);
 }
 
 void ShardWriter::finish(const std::map<std::string, std::string>& last_metadata) {

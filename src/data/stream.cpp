@@ -62,7 +62,7 @@ struct BatchStream::Impl : DocumentFeed {
   } window;
 
   Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens, uint64_t run_seed, const Share& part)
-      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, config) {
+      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, rules_of(sources, config)) {
     window.begin = draws.cursor();
   }
   bool by_modality() const { return config.batching == "modality"; }
@@ -243,6 +243,7 @@ struct EvalStream::Impl : DocumentFeed {
   const std::vector<Source> sources;
   const Packer packer;
   const int64_t tokens_per_source;
+  const std::vector<DataConfig> rules;
   Assembler assembler;
   size_t source = 0;
   int64_t index = 0, used = 0, offset = 0;
@@ -251,12 +252,12 @@ struct EvalStream::Impl : DocumentFeed {
 
   Impl(const std::vector<SourceConfig>& from, const DataConfig& data, const model::Vocabulary& tokens, int64_t max_tokens, const Share& part)
       : config(data), vocabulary(tokens), share(part), sources(open_sources(from, vocabulary, "data.eval")), packer(make_packer(config)),
-        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), assembler(sources, vocabulary, config) {}
+        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), rules(rules_of(from, config)), assembler(sources, vocabulary, rules) {}
 
   const Document* current() override {
     while (!loaded && source < sources.size()) {
       if (index < sources[source].num_documents()) {
-        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, config)};
+        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, rules[source])};
         if (index == 0 || tokens_per_source == 0 || used + document.outline.size <= tokens_per_source) {
           loaded = true;
           break;

@@ -109,6 +109,7 @@ void check_train(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(train.base_weights == "full" || !c.modalities.empty() || !c.adapters.empty(),
                        "nothing trains: give `modalities` and `adapters`, or train.base_weights: full with model.init");
   MOEGRAFT_CHECK_USAGE(train.eval_every == 0 || !c.data.eval.empty(), "train.eval_every is ", train.eval_every, " but data.eval names no source");
+  MOEGRAFT_CHECK_USAGE(train.early_stopping_patience == 0 || train.eval_every > 0, "train.early_stopping_patience counts evaluations: set train.eval_every too");
   MOEGRAFT_CHECK_USAGE(train.sample_every == 0 || !train.sample_prompts.empty(), "train.sample_every is ", train.sample_every, " but train.sample_prompts is empty");
 }
 

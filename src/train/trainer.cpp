@@ -98,6 +98,10 @@ class Trainer {
         log::warning("stopped by ", signals.requested() ? signal_name(signals.received()) : "a signal to another process", " after step ", state_.step, "; saved. --resume auto continues.");
         return {state_.step, loss_, true};
       }
+      if (const auto& best = state_.best_step; t.early_stopping_patience > 0 && t.eval_every > 0 && best >= 0 && state_.step - best >= t.early_stopping_patience * t.eval_every) {
+        log::info("train.early_stopping_patience: ended after step ", state_.step, ", for data.eval was best at step ", best, " (", *state_.best_measure, ")");
+        break;
+      }
       if (time_is_up_) {
         log::info("train.max_minutes (", t.max_minutes, ") reached after step ", state_.step);
         break;

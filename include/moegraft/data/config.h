@@ -1,6 +1,7 @@
 #pragma once
 // The `data` section of a run.
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,10 +12,15 @@ namespace moegraft::data {
 struct SourceConfig {
   std::string path;      // a shard (.safetensors) or a folder of shards, as `moegraft data prepare` writes them
   double weight = 1.0;   // relative share of documents drawn from it
+  std::string sample_by = "document";
+  std::optional<bool> add_bos;  // else data.add_bos
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::required(config::path()), "A shard or a folder of shards.");
     v("weight", weight, config::range(0.0, 1e6), "Relative share of the documents drawn from this source.");
+    v("sample_by", sample_by, config::one_of({"document", "item"}),
+      "document: an epoch is every document once. item: every item once (a picture that has several captions, each a document), with one of its documents, drawn anew each epoch.");
+    v("add_bos", add_bos, config::any(), "data.add_bos for this source alone (false where its documents begin with BOS themselves).");
   }
 };
 

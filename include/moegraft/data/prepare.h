@@ -14,7 +14,7 @@ struct ShardOptions {
   std::filesystem::path tokenizer, codec;        // codec: needed when a manifest holds images
   std::filesystem::path output;
   std::string modality = "image";
-  std::string captions = "text";  // text: the main caption; all: one document for each caption
+  std::string captions = "text";  // text: the main caption; all: one document for each caption, those of a picture being one item
   std::string prefix, suffix;     // put around the caption of a captioned picture
   int64_t batch_size = 64;        // images encoded at a time
   int64_t max_tokens = 1 << 26;   // tokens in one shard file

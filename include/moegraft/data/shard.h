@@ -5,6 +5,8 @@
 //   ids               int32   [T]        text: token ids in [0, text_vocab); another modality: the raw code in [0, codes_<name>)
 //   modality          uint8   [T]        index into metadata "modalities"; 0 is text
 //   document_offsets  int64   [n+1]      document i is [offsets[i], offsets[i+1]); offsets[0] = 0, offsets[n] = T, none empty
+//   item_offsets      int64   [m+1]      optional: item j is the documents [offsets[j], offsets[j+1]), such as a picture and each of its captions;
+//                                        offsets[0] = 0, offsets[m] = n, none empty. Without it every document is an item.
 //
 //   metadata (all strings): format = "moegraft.shard", version = "1", modalities = "text,image", text_vocab = "2048",
 //   and for each other modality codes_<name> = "512" (codebook size) and item_length_<name> = "36" (codes of one item).
@@ -47,6 +49,11 @@ struct Schema {
   bool operator==(const Schema&) const = default;
 };
 
+// Documents [first, first + count) of a set: one thing said in several ways.
+struct Item {
+  int64_t first = 0, count = 1;
+};
+
 // A shard file or a folder of them, memory-mapped. Headers, shapes and offsets are checked when opened, a document's ids when it is read.
 class ShardSet {
  public:
@@ -57,6 +64,8 @@ class ShardSet {
   int64_t num_documents() const { return num_documents_; }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t document_length(int64_t index) const;  // stored tokens
+  int64_t num_items() const { return num_items_; }
+  Item item(int64_t index) const;
   // Segments in order, adjacent ones of different modality. UserError names file and document: an id or a modality out of range, a broken item.
   std::vector<Segment> document(int64_t index) const;
   // The same segments with their ids unread: reads the modalities alone. UserError: a modality out of range, a broken item.
@@ -71,18 +80,18 @@ class ShardSet {
  private:
   struct Shard {
     io::SafetensorsFile file;
-    at::Tensor ids_T, modality_T, offsets;
-    int64_t first_document = 0, num_documents = 0;
+    at::Tensor ids_T, modality_T, offsets, item_offsets;  // the last undefined where every document is an item
+    int64_t first_document = 0, num_documents = 0, first_item = 0;
   };
   const Shard& shard_of(int64_t& index) const;  // makes `index` local
   void open(const std::filesystem::path& file);
+  void check_whole() const;
   std::filesystem::path path_;
   Schema schema_;
-  void check_whole() const;
   std::vector<Shard> shards_;
   std::map<std::string, std::string> fingerprints_;
   std::map<std::string, int64_t> counts_;
-  int64_t num_documents_ = 0, num_tokens_ = 0;
+  int64_t num_documents_ = 0, num_tokens_ = 0, num_items_ = 0;
 };
 
 // Writes shard-00000.safetensors, shard-00001.safetensors, … into a folder, which appears whole when it is finished.
@@ -91,8 +100,8 @@ class ShardWriter {
   // UserError when the folder already holds shards and overwrite is false, or holds anything else. max_tokens: a file is closed once it holds so many.
   // metadata: further entries for every file.
   ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26, std::map<std::string, std::string> metadata = {});
-  // UserError on an id out of range; empty documents are refused.
-  void add(const std::vector<Segment>& document);
+  // UserError on an id out of range; empty documents are refused. same_item: it is the item of the document before it.
+  void add(const std::vector<Segment>& document, bool same_item = false);
   // Writes the last file, and puts the folder in the place of what was there. last_metadata: further entries for it. UserError when no document was added.
   void finish(const std::map<std::string, std::string>& last_metadata = {});
   int64_t num_documents() const { return num_documents_; }
@@ -106,7 +115,7 @@ class ShardWriter {
   std::map<std::string, std::string> metadata_;
   std::vector<int32_t> ids_;
   std::vector<uint8_t> modality_;
-  std::vector<int64_t> offsets_{0};
+  std::vector<int64_t> offsets_{0}, item_offsets_{0};
 };
 
 }  // namespace moegraft::data

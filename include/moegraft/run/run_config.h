@@ -138,6 +138,7 @@ struct TrainSection {
   int64_t log_every = 10;
   int64_t eval_every = 0;
   int64_t eval_tokens = 16384;
+  int64_t early_stopping_patience = 0;  // 0: off
   int64_t sample_every = 0;
   std::vector<std::string> sample_prompts;
   bool allow_text_drift = false;
@@ -164,6 +165,8 @@ struct TrainSection {
     v("log_every", log_every, config::range(1, 1e9), "Steps between lines of metrics.jsonl.");
     v("eval_every", eval_every, config::range(0, 1e12), "Steps between evaluations; 0: only at the end.");
     v("eval_tokens", eval_tokens, config::range(1, 1e12), "Tokens per evaluation.");
+    v("early_stopping_patience", early_stopping_patience, config::range(0, 1e9),
+      "End the run, saved, after so many evaluations in a row (eval_every) without a lower loss on data.eval; 0: off. Read the best with --checkpoint best.");
     v("sample_every", sample_every, config::range(0, 1e12), "Steps between sample pictures; 0: only at the end.");
     v("sample_prompts", sample_prompts, config::any(), "Prompts of the sample pictures.");
     v("allow_text_drift", allow_text_drift, config::any(), "Permit what changes text logits.");
