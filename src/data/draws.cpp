@@ -80,7 +80,7 @@ const Document& Draws::current() {
   const DataConfig& rules = rules_[at];
   const bool drop = rules.caption_dropout > 0 && is_captioned_item(segments, vocabulary_) &&
                     Rng(seed_, "data.caption_dropout", static_cast<uint64_t>(cursor_.draws)).uniform() < rules.caption_dropout;
-  document_ = {s, index, drop, outline(segments, vocabulary_, rules, drop)};
+  document_ = {s, index, drop, outline(segments, vocabulary_, rules, drop), cursor_.draws};
   loaded_ = true;
   return document_;
 }

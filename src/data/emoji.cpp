@@ -6,10 +6,12 @@
 #include <fstream>
 
 #include "data/emoji_font.h"
+#include "data/emoji_probes.h"
 #include "data/emoji_splits.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
+#include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
@@ -83,29 +85,59 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   }
   progress.finish();
 
-  std::string train, heldout, compositions, popular_lines, paraphrases;
+  const auto synonyms = options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
+  const auto uses = count_keywords(entries);
+  // The probes of the popular ones, and the words that no training caption of their picture may hold.
+  std::string popular_lines, paraphrases, synonym_lines, templates;
+  std::map<int64_t, std::set<std::string>> withheld;
+  for (int64_t i : popular) {
+    if (!keep[i]) continue;
+    const auto& entry = entries[i];
+    const auto probe = [&](const std::string& text, std::string& lines, int64_t& count) {
+      lines += manifest_line(entry, text, {text});
+      ++count;
+    };
+    if (const auto found = synonyms.find(entry.name); found != synonyms.end()) {
+      withheld[i].merge(words_of(found->second));
+      probe(found->second, synonym_lines, summary.synonyms);
+    }
+    if (const auto chosen = paraphrase(entry, uses, options.seed); !chosen.empty()) {
+      withheld[i].merge(words_of(join(chosen, " ")));
+      probe(join(chosen, ", "), paraphrases, summary.paraphrases);
+    }
+    probe(in_new_sentence(entry.name, summary.popular), templates, summary.templates);
+    popular_lines += manifest_line(entry, entry.name, emoji_captions(entry, withheld[i]));
+    ++summary.popular;
+  }
+
+  std::string train, heldout, compositions;
   for (size_t i = 0; i < entries.size(); ++i) {
     if (!keep[i]) continue;
     ++summary.pictures;
-    const std::string line = manifest_line(entries[i], entries[i].name, emoji_captions(entries[i]));
+    const auto found = withheld.find(static_cast<int64_t>(i));
+    const std::string line = manifest_line(entries[i], entries[i].name, emoji_captions(entries[i], found == withheld.end() ? std::set<std::string>() : found->second));
     switch (splits[i]) {
       case EmojiSplit::train: train += line, ++summary.train; break;
       case EmojiSplit::heldout: heldout += line, ++summary.heldout; break;
       case EmojiSplit::composition: compositions += line, ++summary.compositions; break;
     }
   }
-  for (int64_t i : popular) {
-    if (!keep[i]) continue;
-    const auto captions = emoji_captions(entries[i]);
-    popular_lines += manifest_line(entries[i], entries[i].name, captions);
-    ++summary.popular;
-    if (const std::string other = emoji_paraphrase(entries[i]); !other.empty()) paraphrases += manifest_line(entries[i], other, {other});
-  }
   io::write_file_atomic(options.output / "train.jsonl", train);
   io::write_file_atomic(options.output / "heldout.jsonl", heldout);
   io::write_file_atomic(options.output / "compositions.jsonl", compositions);
   io::write_file_atomic(options.output / "popular.jsonl", popular_lines);
   io::write_file_atomic(options.output / "paraphrases.jsonl", paraphrases);
+  io::write_file_atomic(options.output / "synonyms.jsonl", synonym_lines);
+  io::write_file_atomic(options.output / "templates.jsonl", templates);
+  for (const auto& [language, file] : {std::pair("de", "german.jsonl"), {"fr", "french.jsonl"}}) {
+    if (language == options.language || !std::filesystem::exists(options.annotations / "annotations" / (std::string(language) + ".xml"))) continue;
+    std::map<std::u32string, std::string> names;
+    for (const auto& entry : read_emoji_annotations(options.annotations, language)) names[entry.code_points] = entry.name;
+    std::string lines;
+    for (int64_t i : popular)
+      if (const auto found = names.find(entries[i].code_points); keep[i] && found != names.end()) lines += manifest_line(entries[i], found->second, {found->second});
+    io::write_file_atomic(options.output / file, lines);
+  }
   return summary;
 }
 

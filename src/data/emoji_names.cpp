@@ -4,6 +4,7 @@
 #include <pugixml.hpp>
 #include <set>
 
+#include "data/emoji_probes.h"
 #include "data/unicode.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -76,14 +77,7 @@ std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root
   return out;
 }
 
-std::string emoji_paraphrase(const EmojiEntry& entry) {
-  std::vector<std::string> others;
-  for (const auto& keyword : entry.keywords)
-    if (keyword != entry.name) others.push_back(keyword);
-  return join(others, ", ");
-}
-
-std::vector<std::string> emoji_captions(const EmojiEntry& entry) {
+std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<std::string>& withheld) {
   std::vector<std::string> captions;
   std::set<std::string> seen;
   auto add = [&](const std::string& caption) {
@@ -97,7 +91,7 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry) {
   add("an emoji: " + phrase);
   std::vector<std::string> others;
   for (const auto& keyword : entry.keywords)
-    if (keyword != entry.name) others.push_back(keyword);
+    if (keyword != entry.name && !shares_word(keyword, withheld)) others.push_back(keyword);
   if (!others.empty()) {
     add(join(others, ", "));
     add(phrase + ", " + join(others, ", "));

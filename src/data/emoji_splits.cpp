@@ -25,12 +25,6 @@ constexpr std::array<std::string_view, 96> kWellKnown = {
 
 constexpr std::array<std::string_view, 9> kColours = {"red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white"};
 
-uint64_t hash_text(std::string_view text) {  // FNV-1a
-  uint64_t hash = 14695981039346656037ULL;
-  for (unsigned char c : text) hash = (hash ^ c) * 1099511628211ULL;
-  return hash;
-}
-
 // "blue heart" -> "heart"; empty when the name is not a colour and a thing.
 std::string coloured_thing(const std::string& name) {
   const size_t blank = name.find(' ');
@@ -72,6 +66,12 @@ bool is_short_and_plain(const EmojiEntry& entry) {
 }
 
 }  // namespace
+
+uint64_t hash_text(std::string_view text) {  // FNV-1a
+  uint64_t hash = 14695981039346656037ULL;
+  for (unsigned char c : text) hash = (hash ^ c) * 1099511628211ULL;
+  return hash;
+}
 
 int64_t well_known_rank(const std::string& name) {
   const auto found = std::find(kWellKnown.begin(), kWellKnown.end(), name);

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "moegraft/data/emoji.h"
@@ -14,6 +15,8 @@ std::vector<EmojiSplit> split_emoji(const std::vector<EmojiEntry>& entries, doub
 
 // Indices of the popular subset among training entries: well-known ones first, then by seed.
 std::vector<int64_t> popular_emoji(const std::vector<EmojiEntry>& entries, const std::vector<EmojiSplit>& splits, int64_t count, uint64_t seed);
+
+uint64_t hash_text(std::string_view text);  // FNV-1a
 
 // Position in the list of well-known names, or -1.
 int64_t well_known_rank(const std::string& name);

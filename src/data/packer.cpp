@@ -3,13 +3,14 @@
 #include <algorithm>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/rng.h"
 
 namespace moegraft::data {
 namespace {
 
 void append(PlannedSequence& to, const Document& document, int64_t begin, int64_t count) {
   const Outline& all = document.outline;
-  to.pieces.push_back({document.source, document.index, begin, count, document.drop_caption});
+  to.pieces.push_back({document.source, document.index, begin, count, document.drop_caption, document.draw});
   to.tokens += count;
   to.modalities |= all.modalities;
   to.new_tokens += all.new_tokens;  // cut: text alone
@@ -62,9 +63,13 @@ std::vector<PlannedSequence> Packer::fill(DocumentFeed& feed, int64_t& offset) c
 Sequence Assembler::make(const PlannedSequence& planned) {
   Sequence out;
   for (const Piece& piece : planned.pieces) {
-    if (piece.source != kept_.source || piece.index != kept_.index || piece.drop_caption != kept_.drop_caption) {
+    if (piece.source != kept_.source || piece.index != kept_.index || piece.draw != kept_.draw) {
       const auto source = static_cast<size_t>(piece.source);
       document_ = assemble(sources_[source].document(piece.index), vocabulary_, rules_[source], piece.drop_caption);
+      if (rules_[source].code_noise > 0) {
+        Rng rng(seed_, "data.code_noise", static_cast<uint64_t>(piece.draw));
+        replace_codes(document_, vocabulary_, rules_[source].code_noise, rng);
+      }
       kept_ = piece;
     }
     MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ", piece.begin + piece.count, " of a document of ", document_.size());

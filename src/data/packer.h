@@ -12,6 +12,7 @@ struct Document {
   int64_t source = 0, index = 0;
   bool drop_caption = false;
   Outline outline;
+  int64_t draw = 0;  // number of the draw that it came by
 };
 
 // Where documents come from. current() stays the same until advance(); nullptr: no more.
@@ -28,6 +29,7 @@ class DocumentFeed {
 struct Piece {
   int64_t source = 0, index = 0, begin = 0, count = 0;
   bool drop_caption = false;
+  int64_t draw = 0;
 };
 
 struct PlannedSequence {
@@ -47,14 +49,16 @@ struct Packer {
 // Makes planned sequences; keeps the last document, since the next piece is often of the same.
 class Assembler {
  public:
-  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules)  // of each source
-      : sources_(sources), vocabulary_(vocabulary), rules_(std::move(rules)) {}
+  // rules: of each source. Codes are replaced (data.code_noise) by Rng(seed, "data.code_noise", draw).
+  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules, uint64_t seed)
+      : sources_(sources), vocabulary_(vocabulary), rules_(std::move(rules)), seed_(seed) {}
   Sequence make(const PlannedSequence& planned);
 
  private:
   const std::vector<Source>& sources_;
   const model::Vocabulary& vocabulary_;
   const std::vector<DataConfig> rules_;
+  const uint64_t seed_;
   Piece kept_{-1};
   Sequence document_;
 };

@@ -79,6 +79,16 @@ Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary&
   return out;
 }
 
+void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng) {
+  for (size_t t = 0; t < sequence.ids.size(); ++t) {
+    if (sequence.modality[t] == 0) continue;
+    const auto& tokens = tokens_of(vocabulary, sequence.modality[t]);
+    const int64_t first = tokens.code_id(0), code = sequence.ids[t] - first;
+    if (code < 0 || code >= tokens.num_codes || rng.uniform() >= share) continue;
+    sequence.ids[t] = first + static_cast<int64_t>(rng.below(static_cast<uint64_t>(tokens.num_codes)));
+  }
+}
+
 Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption) {
   Outline out;
   for (const auto& segment : segments) out.text_only &= segment.modality == 0;

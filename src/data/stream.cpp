@@ -29,6 +29,11 @@ model::PackedBatch make_batch(const std::vector<Sequence>& sequences, const mode
   return batch;
 }
 
+DataConfig without_noise(DataConfig config) {
+  config.code_noise = 0;
+  return config;
+}
+
 std::vector<int64_t> lengths_of(const std::vector<PlannedSequence>& sequences) {
   std::vector<int64_t> lengths;
   for (const auto& sequence : sequences) lengths.push_back(sequence.tokens);
@@ -62,7 +67,7 @@ struct BatchStream::Impl : DocumentFeed {
   } window;
 
   Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens, uint64_t run_seed, const Share& part)
-      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, rules_of(sources, config)) {
+      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, rules_of(sources, config), seed) {
     window.begin = draws.cursor();
   }
   bool by_modality() const { return config.batching == "modality"; }
@@ -252,12 +257,12 @@ struct EvalStream::Impl : DocumentFeed {
 
   Impl(const std::vector<SourceConfig>& from, const DataConfig& data, const model::Vocabulary& tokens, int64_t max_tokens, const Share& part)
       : config(data), vocabulary(tokens), share(part), sources(open_sources(from, vocabulary, "data.eval")), packer(make_packer(config)),
-        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), rules(rules_of(from, config)), assembler(sources, vocabulary, rules) {}
+        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), rules(rules_of(from, without_noise(config))), assembler(sources, vocabulary, rules, 0) {}
 
   const Document* current() override {
     while (!loaded && source < sources.size()) {
       if (index < sources[source].num_documents()) {
-        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, rules[source])};
+        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, rules[source]), index};
         if (index == 0 || tokens_per_source == 0 || used + document.outline.size <= tokens_per_source) {
           loaded = true;
           break;

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <tuple>
 
+#include "data/emoji_probes.h"
 #include "data/emoji_splits.h"
 #include "data/unicode.h"
 #include "moegraft/base/check.h"
@@ -230,17 +231,34 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.annotations)) GTEST_SKIP() << "fonts-noto-color-emoji or unicode-cldr-core is not installed";
   Folder folder;
   options.output = folder / "emoji";
-  options.limit = 60, options.popular = 20, options.size = 24;
+  options.limit = 60, options.popular = 30, options.size = 24;
+  write(folder / "synonyms.tsv", "# other words\nDog Face\tpuppy\ncat face\tpet  kitten\nno such emoji\tnothing\n");
+  options.synonyms = folder / "synonyms.tsv";
   const auto summary = prepare_emoji(options);
   EXPECT_EQ(summary.pictures, 60);
-  EXPECT_EQ(summary.popular, 20);
+  EXPECT_EQ(summary.popular, 30);
   EXPECT_EQ(summary.train + summary.heldout + summary.compositions, 60);
   const auto entries = read_manifest(folder / "emoji/popular.jsonl");
   ASSERT_EQ(entries[0].captions[0], "red heart");
-  const auto paraphrases = read_manifest(folder / "emoji/paraphrases.jsonl");
-  ASSERT_FALSE(paraphrases.empty());
-  EXPECT_EQ(paraphrases[0].captions[0], "heart");
-  EXPECT_EQ(paraphrases[0].segments[1].image, entries[0].segments[1].image);
+  // The probes: in captions that no training manifest holds, of words that no training caption of their picture holds.
+  std::map<std::filesystem::path, std::vector<std::string>> trained;
+  for (const char* manifest : {"emoji/train.jsonl", "emoji/popular.jsonl"})
+    for (const auto& entry : read_manifest(folder / manifest)) trained[entry.segments[1].image].insert(trained[entry.segments[1].image].end(), entry.captions.begin(), entry.captions.end());
+  for (const auto& [manifest, count] : {std::pair("emoji/paraphrases.jsonl", summary.paraphrases), {"emoji/synonyms.jsonl", summary.synonyms}, {"emoji/templates.jsonl", summary.templates}}) {
+    const auto probes = read_manifest(folder / manifest);
+    EXPECT_EQ(int64_t(probes.size()), count) << manifest;
+    ASSERT_GT(count, 1) << manifest;
+    for (const auto& probe : probes) {
+      ASSERT_TRUE(trained.contains(probe.segments[1].image)) << manifest;
+      for (const auto& caption : trained.at(probe.segments[1].image)) {
+        EXPECT_NE(caption, probe.captions[0]) << manifest;
+        EXPECT_TRUE(std::string(manifest).find("templates") != std::string::npos || !shares_word(caption, words_of(probe.captions[0]))) << manifest << ": " << caption << " | " << probe.captions[0];
+      }
+    }
+  }
+  EXPECT_EQ(summary.templates, summary.popular);
+  EXPECT_EQ(read_manifest(folder / "emoji/german.jsonl")[0].captions[0], "rotes herz");
+  EXPECT_EQ(read_manifest(folder / "emoji/french.jsonl")[0].captions[0], "cœur rouge");
   const auto heart = io::load_image(entries[0].segments[1].image);
   EXPECT_EQ(heart.sizes(), (at::IntArrayRef{3, 24, 24}));
   const auto centre = heart.slice(1, 9, 15).slice(2, 9, 15).to(at::kFloat).mean({1, 2});
@@ -252,6 +270,18 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   write(folder / "text.ttf", "not a font");
   options.font = folder / "text.ttf";
   EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("is not a font"), std::string::npos);
+}
+
+TEST(Emoji, SynonymsNameTheBrokenLine) {
+  Folder folder;
+  for (const auto& [text, expected] : std::vector<std::pair<std::string, std::string>>{{"pizza", "expected \"name<TAB>other words\", got \"pizza\""},
+                                                                                      {"pizza\t", "expected \"name<TAB>"},
+                                                                                      {"red heart\tHeart of love", "shares a word with its name \"red heart\""},
+                                                                                      {"pizza\tflat cheese\npizza\tslice", "s.tsv:2: \"pizza\" comes twice"}}) {
+    write(folder / "s.tsv", text);
+    EXPECT_NE(error_of([&] { read_synonyms(folder / "s.tsv"); }).find(expected), std::string::npos) << error_of([&] { read_synonyms(folder / "s.tsv"); });
+  }
+  EXPECT_NE(error_of([&] { read_synonyms(folder / "none.tsv"); }).find("none.tsv"), std::string::npos);
 }
 
 TEST(Corpus, SmallWordNet) {
@@ -319,6 +349,8 @@ TEST_F(Prepare, CaptionedPictures) {
   EXPECT_EQ(summary.documents, 10);
   EXPECT_EQ(summary.images, 5);
   const ShardSet shards(options.output);
+  EXPECT_EQ(shards.num_items(), 5);  // the captions of a picture are one
+  EXPECT_EQ(shards.item(2).first, 4);
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
   const auto codec = codec::load_codec(options.codec);
   EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, codec->grid() * codec->grid()}}}));

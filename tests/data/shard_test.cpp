@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "moegraft/base/check.h"
+#include "moegraft/io/safetensors.h"
 #include "tests_data.h"
 
 namespace moegraft::data {
@@ -70,6 +71,32 @@ TEST(Shard, WriterRoundTripsOverSeveralFiles) {
   EXPECT_EQ(ShardSet(folder / "s").num_documents(), 1);
 }
 
+TEST(Shard, ItemsOfSeveralDocuments) {
+  Folder folder;
+  // Items of 1, 2, 3, ... documents; a file ends between two of them.
+  ShardWriter writer(folder / "s", kSchema, false, 6);
+  std::vector<int64_t> sizes{1, 2, 3, 1, 4, 2, 1, 1};
+  for (size_t item = 0; item < sizes.size(); ++item)
+    for (int64_t i = 0; i < sizes[item]; ++i) writer.add(test::to_segments({{0, Ids(1, int32_t(item))}}), i > 0);
+  writer.finish();
+  const ShardSet shards(folder / "s");
+  EXPECT_GT(std::distance(std::filesystem::directory_iterator(folder / "s"), {}), 1);
+  ASSERT_EQ(shards.num_items(), int64_t(sizes.size()));
+  int64_t first = 0;
+  for (size_t item = 0; item < sizes.size(); ++item) {
+    const Item found = shards.item(int64_t(item));
+    EXPECT_EQ(found.first, first) << item;
+    EXPECT_EQ(found.count, sizes[item]) << item;
+    EXPECT_EQ(shards.document(first)[0].ids[0], int32_t(item));
+    first += sizes[item];
+  }
+  EXPECT_EQ(first, shards.num_documents());
+  // Where none has a second document nothing is stored.
+  test::write_shards(folder / "plain", kSchema, {{{0, {1}}}, {{0, {2}}}});
+  EXPECT_EQ(ShardSet(folder / "plain").num_items(), 2);
+  EXPECT_FALSE(io::SafetensorsFile(folder / "plain" / "shard-00000.safetensors").contains("item_offsets"));
+}
+
 TEST(Shard, WriterRefusesBadDocuments) {
   Folder folder;
   ShardWriter writer(folder / "s", kSchema);
@@ -101,6 +128,9 @@ TEST(Shard, NamesWhatIsWrongInAFile) {
       {"go from 0 to 6", {{"document_offsets", longs({1, 6})}}, {}},
       {"must rise", {{"document_offsets", longs({0, 3, 3, 6})}}, {}},
       {"must rise", {{"document_offsets", longs({0, 9, 3, 6})}}, {}},
+      {"\"item_offsets\" must go from 0 to 1", {{"item_offsets", longs({0, 2})}}, {}},
+      {"\"item_offsets\" must rise, but item 1 is [1, 1)", {{"item_offsets", longs({0, 1, 1})}}, {}},
+      {"\"item_offsets\" must have one entry more than there are items, got none", {{"item_offsets", longs({})}}, {}},
       {"text id 11 at token 1", {{"ids", at::tensor(Ids{5, 11, 0, 1, 2, 3}, at::kInt)}}, {}},
       {"image id -1 at token 2", {{"ids", at::tensor(Ids{5, 6, -1, 1, 2, 3}, at::kInt)}}, {}},
       {"modality 2 at token 0", {{"modality", at::tensor(std::vector<uint8_t>{2, 0, 1, 1, 1, 1}, at::kByte)}}, {}},

@@ -194,6 +194,57 @@ TEST_F(Data, WeightsSetTheShares) {
   for (int b = 0; b < 20; ++b) EXPECT_EQ(whole(text.next()).modality_T.sum().item<int64_t>(), 0);
 }
 
+// Item i has i + 1 captions 100 + 10 i + j; by document the last would come five times as often as the first.
+TEST_F(Data, ItemsAreDrawnEquallyOftenWithOneOfTheirDocuments) {
+  ShardWriter writer(folder / "items", test::kSchema, false, 8);
+  for (int32_t i = 0; i < 5; ++i)
+    for (int32_t j = 0; j <= i; ++j) writer.add(test::to_segments({{0, {100 + 10 * i + j}}, {1, {0, 1, i, 0}}}), j > 0);
+  writer.finish();
+  config.train = {{(folder / "items").string(), 1.0, "item"}};
+  auto s = stream();
+  std::map<int64_t, std::map<int64_t, int64_t>> seen;
+  int64_t drawn = 0;
+  const int64_t epochs = 200;
+  std::string middle;
+  std::vector<Longs> after;
+  while (drawn < 5 * epochs) {
+    for (const auto& ids : sequences(whole(s.next()))) {
+      if (!middle.empty() && after.size() < 20) after.push_back(ids);
+      if (drawn < 5 * epochs) ++seen[(ids[1] - 100) / 10][ids[1] - 100], ++drawn;
+    }
+    if (middle.empty() && drawn > 12) middle = s.state();
+  }
+  ASSERT_EQ(seen.size(), 5u);
+  for (const auto& [item, captions] : seen) {
+    int64_t sum = 0;
+    EXPECT_EQ(int64_t(captions.size()), item + 1) << "every caption comes";
+    for (const auto& [caption, count] : captions) {
+      sum += count;
+      EXPECT_NEAR(double(count) / epochs, 1.0 / double(item + 1), 4 * std::sqrt(0.25 / epochs));
+    }
+    EXPECT_EQ(sum, epochs) << "item " << item << " comes once an epoch";
+  }
+  auto again = stream();
+  again.restore(middle);
+  std::vector<Longs> restored;
+  while (restored.size() < after.size())
+    for (const auto& ids : sequences(whole(again.next())))
+      if (restored.size() < after.size()) restored.push_back(ids);
+  EXPECT_EQ(restored, after);
+}
+
+TEST_F(Data, BosOfOneSource) {
+  config.train[1].add_bos = false;
+  config.eval = config.train;
+  auto s = stream();
+  EvalStream eval(config.eval, config, vocabulary());
+  const auto check = [](const std::vector<Longs>& all) {
+    for (const auto& ids : all) EXPECT_EQ(ids[0] == 1, std::none_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; }));
+  };
+  for (int b = 0; b < 20; ++b) check(sequences(whole(s.next())));
+  while (const auto batch = eval.next()) check(sequences(*batch));
+}
+
 TEST_F(Data, CaptionDropoutLeavesBosAndThePicture) {
   config.train = {{(folder / "pictures").string(), 1.0}};
   config.caption_dropout = 0.3;
@@ -207,6 +258,41 @@ TEST_F(Data, CaptionDropoutLeavesBosAndThePicture) {
       EXPECT_EQ(ids.size(), 7u);
     }
   EXPECT_NEAR(static_cast<double>(dropped) / all, 0.3, 4 * std::sqrt(0.3 * 0.7 / all));
+}
+
+TEST_F(Data, CodeNoiseIsReadNotLearnt) {
+  auto plain = stream();
+  config.code_noise = 0.5, config.eval = config.train;
+  auto noisy = stream();
+  int64_t codes = 0, replaced = 0;
+  std::string middle;
+  model::PackedBatch last;
+  for (int b = 0; b < 60; ++b) {
+    if (b == 59) middle = noisy.state();
+    const auto a = whole(plain.next()), n = whole(noisy.next());
+    EXPECT_EQ(values(a.labels_T), values(n.labels_T));
+    EXPECT_EQ(values(a.modality_T), values(n.modality_T));
+    const auto before = values(a.ids_T), after = values(n.ids_T);
+    for (size_t t = 0; t < before.size(); ++t) {
+      const int64_t code = before[t] - vocabulary().modalities[0].code_id(0);
+      if (code < 0) {
+        EXPECT_EQ(before[t], after[t]);  // text, begin and end
+        continue;
+      }
+      EXPECT_TRUE(after[t] >= vocabulary().modalities[0].code_id(0) && after[t] < vocabulary().modalities[0].code_id(5));
+      ++codes, replaced += before[t] != after[t];
+    }
+    last = n;
+  }
+  const double share = 0.5 * 4 / 5;  // one random code of five is the true one
+  EXPECT_NEAR(double(replaced) / double(codes), share, 4 * std::sqrt(share * (1 - share) / double(codes)));
+  auto again = stream();
+  again.restore(middle);
+  expect_equal(whole(again.next()), last);
+  EvalStream eval(config.eval, config, vocabulary());
+  config.code_noise = 0;
+  EvalStream clean(config.eval, config, vocabulary());
+  while (const auto batch = eval.next()) expect_equal(*batch, *clean.next());
 }
 
 TEST_F(Data, StreamPackingJoinsTextAndFillsTheBudget) {

@@ -149,6 +149,21 @@ TEST(Trainer, ABatchWithoutPicturesTrainsNothingAndBreaksNothing) {
   for (const auto& [name, tensor] : first.parameters) EXPECT_TRUE(at::equal(tensor, last.parameters.at(name))) << name;
 }
 
+// Nothing is learnt at a learning rate of 0: the first evaluation stays the best one.
+TEST(Trainer, EndsWhenTheHeldOutLossNoLongerFalls) {
+  TemporaryFolder folder;
+  const TinyWorld world = make_tiny_world(folder.path());
+  run::RunConfig c = config_of(world, "early", 30);
+  c.train.lora.lr = c.train.embeddings.lr = 0;
+  c.train.eval_every = 2, c.train.early_stopping_patience = 3;
+  EXPECT_EQ(train(c).step, 6);
+  EXPECT_EQ(checkpoint::load(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints")).step, 6);
+  EXPECT_EQ(train(c, "auto").step, 6);
+  c.run.dir = (world.dir / "learns").string();
+  c.train.lora.lr = c.train.embeddings.lr = 1e-2;
+  EXPECT_EQ(train(c).step, 30);
+}
+
 TEST(Trainer, Bfloat16KeepsFloat32Masters) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());

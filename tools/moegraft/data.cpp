@@ -39,14 +39,15 @@ void add_emoji(CLI::App& parent) {
   command->add_option("--font", o.font, "Colour-bitmap font")->capture_default_str();
   command->add_option("--annotations", o.annotations, "CLDR folder that holds annotations/ and annotationsDerived/")->capture_default_str();
   command->add_option("--language", o.language, "CLDR language")->capture_default_str();
+  command->add_option("--synonyms", o.synonyms, "Lines \"name<TAB>other words\": synonyms.jsonl, and no training caption of these pictures has the words");
   command->add_flag("--json", state->json, "Print the summary as one JSON object");
-  command->footer("Example:\n  moegraft data prepare emoji -o data/emoji --size 36\n  -> data/emoji/{images/, train,heldout,compositions,popular}.jsonl");
+  command->footer("Example:\n  moegraft data prepare emoji -o data/emoji --size 36\n  -> data/emoji/{images/, train,heldout,compositions,popular}.jsonl, and probes {paraphrases,synonyms,templates,german,french}.jsonl");
   command->callback([state] {
     const auto s = data::prepare_emoji(state->options);
-    report({{"pictures", s.pictures}, {"train", s.train}, {"heldout", s.heldout}, {"compositions", s.compositions}, {"popular", s.popular}, {"without_glyph", s.without_glyph}},
+    report({{"pictures", s.pictures}, {"train", s.train}, {"heldout", s.heldout}, {"compositions", s.compositions}, {"popular", s.popular}, {"paraphrases", s.paraphrases}, {"synonyms", s.synonyms}, {"templates", s.templates}, {"without_glyph", s.without_glyph}},
            state->json,
            detail::concat(s.pictures, " pictures in ", state->options.output.string(), ": ", s.train, " to train (", s.popular, " of them popular), ", s.heldout,
-                          " held out, ", s.compositions, " held-out compositions; ", s.without_glyph, " annotated sequences have no picture"));
+                          " held out, ", s.compositions, " held-out compositions; probes: ", s.paraphrases, " paraphrases, ", s.synonyms, " synonyms, ", s.templates, " new sentences; ", s.without_glyph, " annotated sequences have no picture"));
   });
 }
 

@@ -13,7 +13,7 @@ struct SourceConfig {
   std::string path;      // a shard (.safetensors) or a folder of shards, as `moegraft data prepare` writes them
   double weight = 1.0;   // relative share of documents drawn from it
   std::string sample_by = "document";
-  std::optional<bool> add_bos;  // else data.add_bos
+  std::optional<bool> add_bos = std::nullopt;  // else data.add_bos
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::required(config::path()), "A shard or a folder of shards.");
@@ -32,6 +32,7 @@ struct DataConfig {
   std::string packing = "documents";
   std::string batching = "mixed";
   double caption_dropout = 0.0;
+  double code_noise = 0.0;
   bool caption_labels = false;
   bool add_bos = true;
   bool add_eos = true;
@@ -48,6 +49,9 @@ struct DataConfig {
       "mixed: steps of documents as they are drawn. modality: every step's documents have the same modalities (text, or text and images, ...), so that all "
       "processes do the same work; the documents of up to 64 steps (at most one pass over the data) are drawn ahead, sorted by length and cut into steps, which are shuffled.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");
+    v("code_noise", code_noise, config::range(0.0, 1.0),
+      "Share of another modality's codes that the model reads as random ones of the codebook; it still learns the true ones. What follows is then found from the caption rather than "
+      "from the codes before it, and a wrong code drawn does less harm.");
     v("caption_labels", caption_labels, config::any(), "Also train on the text of documents that hold another modality.");
     v("add_bos", add_bos, config::any(), "Begin documents with the tokenizer's BOS where it has one.");
     v("add_eos", add_eos, config::any(), "End text documents with EOS.");

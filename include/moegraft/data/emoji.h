@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@ struct EmojiOptions {
   std::filesystem::path font = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf";
   std::filesystem::path annotations = "/usr/share/unicode/cldr/common";  // holds annotations/<language>.xml and annotationsDerived/<language>.xml
   std::string language = "en";
+  std::filesystem::path synonyms;  // lines "name<TAB>other words"; empty: none
   std::filesystem::path output;
   int64_t size = 36;       // pixels a side, on white
   int64_t limit = 0;       // 0: all; else the first so many, well-known ones first
@@ -22,6 +24,7 @@ struct EmojiOptions {
 
 struct EmojiSummary {
   int64_t pictures = 0, train = 0, heldout = 0, compositions = 0, popular = 0, without_glyph = 0;
+  int64_t paraphrases = 0, synonyms = 0, templates = 0;  // probes of the popular ones
 };
 
 // One annotated emoji. name and keywords are lower-cased.
@@ -37,14 +40,14 @@ struct EmojiEntry {
 std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root, const std::string& language);
 
 // How a picture may be described: the name first, then sentences and keyword lists made from the same words. Distinct.
-std::vector<std::string> emoji_captions(const EmojiEntry& entry);
+// withheld: words of probes; keywords that hold one of them are left out.
+std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<std::string>& withheld = {});
 
-// The keywords other than the name ("cheese, slice" for pizza): the same picture in other words. Empty when there are none.
-std::string emoji_paraphrase(const EmojiEntry& entry);
-
-// Writes <output>/images/*.png and five manifests (see manifest.h): train.jsonl, heldout.jsonl (whole concepts), compositions.jsonl
+// Writes <output>/images/*.png and manifests (see manifest.h): train.jsonl, heldout.jsonl (whole concepts), compositions.jsonl
 // (skin tone × gesture and colour × thing combinations whose parts are in train.jsonl) and popular.jsonl (a subset of train.jsonl:
-// single code points with short, distinct names), paraphrases.jsonl (the popular ones in other words). Deterministic in the options. UserError: missing files, nothing to write.
+// single code points with short, distinct names); and probes, the popular ones in captions that are in no training manifest: paraphrases.jsonl (keywords) and
+// synonyms.jsonl, whose words are in no training caption of their picture; templates.jsonl (the name in sentences of another form); german.jsonl and french.jsonl
+// where CLDR has these languages. Deterministic in the options. UserError: missing files, a broken line of synonyms, nothing to write.
 EmojiSummary prepare_emoji(const EmojiOptions& options);
 
 }  // namespace moegraft::data

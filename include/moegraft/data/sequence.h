@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/base/rng.h"
 #include "moegraft/data/config.h"
 #include "moegraft/data/shard.h"
 #include "moegraft/model/batch.h"
@@ -41,6 +42,9 @@ class Source {
 // (generation forces it), text only with caption_labels. drop_caption leaves the text segments out.
 // segments: modality ids of the vocabulary, as Source::document gives them.
 Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption = false);
+
+// Replaces each code by a random one of its codebook with probability `share`; begin and end tokens and labels stay (data.code_noise).
+void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng);
 
 // What assemble() would make, known from the lengths of the segments: their ids are not read.
 struct Outline {
