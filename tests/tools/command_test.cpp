@@ -144,6 +144,19 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   }
 }
 
+TEST_F(Command, LogitsOfIdsOnTheCommandLineAreThoseOfTheFile) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  io::save_safetensors(folder / "ids.safetensors", {{"input_ids", at::tensor({3, 14, 15}, at::kLong).unsqueeze(0)}});
+  const auto logits = [&](const std::string& ids) {
+    const auto r = run_moegraft({"logits", world.base.string(), "--ids", ids, "-o", (folder / "logits.safetensors").string()});
+    EXPECT_EQ(r.code, 0) << r.err;
+    return io::load_safetensors(folder / "logits.safetensors").at("logits").clone();
+  };
+  const at::Tensor expected = logits((folder / "ids.safetensors").string());
+  for (const char* ids : {"3,14,15", "3 14 15", "3, 14, 15"}) EXPECT_TRUE(logits(ids).equal(expected)) << ids;
+}
+
 TEST_F(Command, BenchStepEqualsThePlainLoss) {
   testing::TemporaryFolder folder;
   const auto world = testing::make_tiny_world(folder.path());

@@ -65,6 +65,11 @@ const std::vector<Case>& cases() {
        }, "git lfs pull", 1},
       {"a manifest as data", [](const TinyWorld& w) { return train_with(w, "data.train[0].path=" + w.manifest.string()); }, "data prepare shards --manifest", 1},
       {"a dense model", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "llama"})"); }, "moegraft upcycle", 1},
+      {"a dense model of another family", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "mistral"})"); }, "moegraft upcycle", 1},
+      {"a dense model to train", [](const TinyWorld& w) {
+         inspect_config(w, R"({"model_type": "qwen3"})");
+         return train_with(w, "train.steps=1");
+       }, "a dense model becomes a mixture of experts with moegraft upcycle", 1},
       {"a variable that is not set", [](const TinyWorld& w) { return train_with(w, "run.dir=$MOEGRAFT_NO_SUCH_VARIABLE/x"); }, "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
       {"a variable that is not set, on the command line", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "${MOEGRAFT_NO_SUCH_VARIABLE}/x"}; },
        "path: the environment variable MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
@@ -112,6 +117,11 @@ const std::vector<Case>& cases() {
          io::save_safetensors(w.dir / "ids.safetensors", {{"input_ids", at::ones({4, 0}, at::kLong)}});
          return std::vector<std::string>{"logits", w.base.string(), "--ids", (w.dir / "ids.safetensors").string(), "-o", (w.dir / "o").string()};
        }, "input_ids is empty", 1},
+      {"an id outside the vocabulary", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2,99999999", "-o", (w.dir / "o").string()}; },
+       "token id 99999999 is outside the vocabulary", 1},
+      {"ids that are none", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", ", ,", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3", 2},
+      {"an id beyond 64 bits", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,99999999999999999999", "-o", (w.dir / "o").string()}; },
+       "--ids: a number is out of range", 2},
       {"a codec's index that leads out", [](const TinyWorld& w) {
          fs::remove(w.codec / "model.safetensors");
          io::write_json(w.codec / "model.safetensors.index.json", {{"weight_map", {{"a", "../base/model.safetensors"}}}});

@@ -1,11 +1,13 @@
 // moegraft logits: an exact forward pass on given ids, for parity checks.
 #include "libtorch.h"
 
+#include <charconv>
 #include <memory>
 
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/safetensors.h"
 
@@ -22,6 +24,28 @@ model::Gate parse_gate(const std::string& name) {
   if (name == "all") return model::Gate::all;
   if (name == "none") return model::Gate::none;
   fail<UsageError>("--gate must be modality, all or none, got '", name, "'");
+}
+
+// "1,2,3" or "1 2 3" is one sequence; anything else is a file.
+at::Tensor read_ids(const std::string& given) {
+  if (given.find_first_not_of("0123456789, ") == std::string::npos) {
+    std::vector<int64_t> ids;
+    for (const char *at = given.data(), *end = at + given.size(); at < end;) {
+      if (*at == ',' || *at == ' ') {
+        ++at;
+        continue;
+      }
+      const auto read = std::from_chars(at, end, ids.emplace_back());
+      MOEGRAFT_CHECK_USAGE(read.ec == std::errc(), "--ids: a number is out of range in ", shortened(given));
+      at = read.ptr;
+    }
+    MOEGRAFT_CHECK_USAGE(!ids.empty(), "--ids must be ids such as 1,2,3 or a safetensors file with input_ids, got '", given, "'");
+    return at::tensor(ids, at::kLong).unsqueeze(0);
+  }
+  const at::Tensor ids = io::SafetensorsFile(given).tensor("input_ids");
+  MOEGRAFT_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, given, ": input_ids must be int64 [B,S], got ", c10::toString(ids.scalar_type()), " ", ids.sizes().vec());
+  MOEGRAFT_CHECK(ids.numel() > 0, given, ": input_ids is empty: ", ids.sizes().vec());
+  return ids;
 }
 
 at::Tensor modality_of_ids(const model::Vocabulary& vocabulary, const at::Tensor& ids_T) {
@@ -47,16 +71,13 @@ at::Tensor decode_logits(const model::Decoder& decoder, const model::PackedBatch
 
 void run(const Options& o) {
   const model::Gate gate = parse_gate(o.gate);
+  const at::Tensor ids = read_ids(o.ids);
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
   open.device = o.device;
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
   graft::GraftedModel m = graft::open_model(o.model, open);
-  const io::SafetensorsFile file(o.ids);
-  const at::Tensor ids = file.tensor("input_ids");
-  MOEGRAFT_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, o.ids, ": input_ids must be int64 [B,S], got ", c10::toString(ids.scalar_type()), " ", ids.sizes().vec());
-  MOEGRAFT_CHECK(ids.numel() > 0, o.ids, ": input_ids is empty: ", ids.sizes().vec());
   at::NoGradGuard no_grad;
   model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
   if (m.is_graft()) batch.modality_T = modality_of_ids(m.vocabulary, batch.ids_T);
@@ -74,14 +95,14 @@ void add_logits_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* cmd = app.add_subcommand("logits", "Exact logits of a model or run on given ids");
   cmd->add_option("model", o->model, "Hugging Face directory or run")->required();
-  cmd->add_option("--ids", o->ids, "safetensors with input_ids int64 [B,S]")->required();
+  cmd->add_option("--ids", o->ids, "One sequence of ids (1,2,3), or a safetensors file with input_ids int64 [B,S]")->required();
   cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V]; V includes a run's new rows")->required();
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
   cmd->add_option("--gate", o->gate, "modality: adapters act on their modality's tokens; all: on every token; none: on no token")->capture_default_str();
   cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)")->capture_default_str();
   cmd->add_flag("--decode", o->decode, "Token by token through the key/value cache");
-  cmd->footer("Example: moegraft logits models/base --ids ids.safetensors -o logits.safetensors --dtype bfloat16");
+  cmd->footer("Examples:\n  moegraft logits models/base --ids 1,2,3 -o logits.safetensors\n  moegraft logits models/base --ids ids.safetensors -o logits.safetensors --dtype bfloat16");
   cmd->callback([o] { run(*o); });
 }
 
