@@ -159,11 +159,18 @@ TEST(ImportGguf, WhatCannotBeImportedIsNamed) {
     for (size_t at = bytes.find(from); at != std::string::npos; at = bytes.find(from, at + to.size())) bytes.replace(at, from.size(), to);
     return bytes;
   };
+  const auto with_type = [&](const std::string& tensor, char type) {  // of two dimensions: name, u32 2, u64 sizes, u32 type
+    std::string bytes = whole;
+    bytes[bytes.find(tensor) + tensor.size() + 4 + 2 * 8] = type;
+    return bytes;
+  };
   struct Case {
     const char* name;
     std::string bytes, message;
   };
   const std::vector<Case> cases{
+      {"half of the file", whole.substr(0, whole.size() / 2), "truncated"},
+      {"type", with_type("blk.0.ffn_up.weight", 16), "blk.0.ffn_up.weight has type 16, which cannot be read; known: F32"},
       {"architecture", with("llama", "gemma"), "architecture \"gemma\" cannot be imported; known: llama, llama with experts, olmoe with experts"},
       {"pre-tokenizer", with("smollm", "tekken"), "tokenizer.ggml.pre \"tekken\" is not known here; known: gpt-2, smollm"},
       {"tokenizer", with("gpt2", "bert"), "tokenizer.ggml.model \"bert\" is not known here"},

@@ -131,9 +131,12 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
       {"llama", {.method = UpcycleMethod::split, .experts = 3}, "--experts must divide"},
       {"llama", {.method = UpcycleMethod::clone, .redraw = 1.5}, "--redraw lie in [0, 1]"},
       {"mixtral", {}, "mixtral is a mixture of experts already"},
+      {"qwen3_moe", {}, "qwen3_moe is a mixture of experts already"},
       {"olmoe", {}, "model_type \"olmoe\" cannot be upcycled; known: llama, mistral, qwen3"},
   };
   for (const auto& c : cases) EXPECT_NE(error(c.base, c.options).find(c.message), std::string::npos) << c.message << " | " << error(c.base, c.options);
+  upcycle(dense("llama"), root_ / "upcycled", {});
+  EXPECT_NE(error("upcycled", {}).find("mixtral is a mixture of experts already; upcycling starts from a dense model"), std::string::npos);
   EXPECT_THROW(parse_upcycle_method("magic"), UsageError);
 }
 
