@@ -155,6 +155,26 @@ TEST_F(Command, LogitsOfIdsOnTheCommandLineAreThoseOfTheFile) {
   };
   const at::Tensor expected = logits((folder / "ids.safetensors").string());
   for (const char* ids : {"3,14,15", "3 14 15", "3, 14, 15"}) EXPECT_TRUE(logits(ids).equal(expected)) << ids;
+
+  std::string many = "3";  // longer than a file's name may be
+  for (int i = 0; i < 200; ++i) many += ",14";
+  EXPECT_EQ(logits(many).size(1), 201);
+  logits("3,14,15");
+
+  // Against a file whose logits were moved a little, with columns that the model has not.
+  at::Tensor moved = at::cat({expected, at::ones({1, 3, 2})}, 2);
+  moved[0][1][7] += 0.5;
+  io::save_safetensors(folder / "moved.safetensors", {{"logits", moved}});
+  for (const auto& [file, difference] : {std::pair("logits.safetensors", 0.0), std::pair("moved.safetensors", 0.5)}) {
+    const auto r = run_moegraft({"logits", world.base.string(), "--ids", "3,14,15", "--against", (folder / file).string(), "--json"});
+    ASSERT_EQ(r.code, 0) << r.err;
+    const io::Json j = io::Json::parse(r.out);
+    EXPECT_NEAR(j["max_abs_difference"].get<double>(), difference, 1e-5);
+    EXPECT_EQ(j["equal_bits"], difference == 0);
+    EXPECT_EQ(j["positions"], 3);
+  }
+  EXPECT_EQ(run_moegraft({"logits", world.base.string(), "--ids", "3,14", "--against", (folder / "logits.safetensors").string()}).code, 1);
+  EXPECT_EQ(run_moegraft({"logits", world.base.string(), "--ids", "3,14"}).code, 2);
 }
 
 TEST_F(Command, BenchStepEqualsThePlainLoss) {

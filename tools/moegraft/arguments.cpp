@@ -12,8 +12,8 @@ namespace moegraft::tools {
 namespace {
 
 // Options and positionals that name files or folders, by their long name.
-const std::set<std::string> kPaths = {"annotations", "candidates", "checkpoint", "codec",   "config", "dense", "file",      "font", "handbook", "ids",  "image",     "images",     "manifest", "measured", "model",
-                                      "out",         "output",     "path",       "prompts", "resume", "run",   "retrieval", "save", "sheet",    "text", "tokenizer", "with-image", "wordnet",  "x",        "y"};
+const std::set<std::string> kPaths = {"against", "annotations", "candidates", "checkpoint", "codec",     "config", "dense", "eval-text", "file",      "font",       "handbook", "ids", "image", "images", "manifest", "measured",
+                                      "model",   "out",         "output",     "path",       "prompts",   "resume", "run",   "retrieval", "save",      "sheet",      "text",     "tokenizer", "with-image", "wordnet", "x", "y"};
 
 bool is_path(const CLI::App& command, const std::string& name) {
   if (name == "text" && command.get_name() == "tokenize") return false;  // the text itself
@@ -39,7 +39,11 @@ void expand_paths(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
     const std::string name = option->get_single_name();
     // The shell has had its say before: a file of just that name is what is meant.
-    if (is_path(app, name)) option->transform([name](const std::string& path) { return std::filesystem::exists(path) ? path : config::expand_path(path, name); });
+    if (is_path(app, name))
+      option->transform([name](const std::string& path) {
+        std::error_code too_long;  // a list of ids is no name of a file
+        return std::filesystem::exists(path, too_long) ? path : config::expand_path(path, name);
+      });
   }
   for (CLI::App* command : app.get_subcommands([](CLI::App*) { return true; })) expand_paths(*command);
 }

@@ -2,7 +2,9 @@
 #include "libtorch.h"
 
 #include <charconv>
+#include <iostream>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "command.h"
 #include "moegraft/base/check.h"
@@ -14,9 +16,11 @@
 namespace moegraft::tools {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
 struct Options {
-  std::string model, ids, output, dtype = "float32", device = "cpu", gate = "modality", checkpoint = "latest";
-  bool decode = false;
+  std::string model, ids, output, against, dtype = "float32", device = "cpu", gate = "modality", checkpoint = "latest";
+  bool decode = false, json = false;
 };
 
 model::Gate parse_gate(const std::string& name) {
@@ -69,7 +73,26 @@ at::Tensor decode_logits(const model::Decoder& decoder, const model::PackedBatch
   return at::stack(steps, 1);
 }
 
+// How far logits [B,S,V] are from those of a file, in the columns that both have: a graft's new rows come after its base's.
+void compare(const Options& o, const at::Tensor& logits) {
+  const at::Tensor other = io::SafetensorsFile(o.against).tensor("logits");
+  MOEGRAFT_CHECK(other.dim() == 3 && other.size(0) == logits.size(0) && other.size(1) == logits.size(1), o.against, ": logits must be of the same ids, [", logits.size(0), ",", logits.size(1), ",V], got ",
+                 other.sizes().vec());
+  const int64_t V = std::min(logits.size(2), other.size(2));
+  const at::Tensor a = logits.narrow(2, 0, V), b = other.narrow(2, 0, V).to(at::kFloat);
+  const Json result{{"positions", a.size(0) * a.size(1)},
+                    {"max_abs_difference", (a - b).abs().max().item<double>()},
+                    {"max_abs", b.abs().max().item<double>()},
+                    {"same_likeliest_percent", 100 * a.argmax(2).eq(b.argmax(2)).to(at::kDouble).mean().item<double>()},
+                    {"equal_bits", a.equal(b)}};
+  if (o.json) std::cout << result.dump() << '\n';
+  else
+    log::info("against ", o.against, ": largest difference ", result["max_abs_difference"].get<double>(), " of logits up to ", result["max_abs"].get<double>(), ", the same likeliest token at ",
+              result["same_likeliest_percent"].get<double>(), " % of ", result["positions"].get<int64_t>(), " positions", a.equal(b) ? ", equal bits" : "");
+}
+
 void run(const Options& o) {
+  MOEGRAFT_CHECK_USAGE(!o.output.empty() || !o.against.empty(), "logits: give -o FILE to write them, or --against FILE to compare them");
   const model::Gate gate = parse_gate(o.gate);
   const at::Tensor ids = read_ids(o.ids);
   graft::OpenOptions open;
@@ -85,8 +108,11 @@ void run(const Options& o) {
   options.gate = gate;
   const at::Tensor logits = o.decode ? decode_logits(*m.decoder, batch, ids.to(m.device()), options)
                                      : m.decoder->all_logits(m.decoder->forward(batch, options).hidden_TD).view({ids.size(0), ids.size(1), -1});
-  io::save_safetensors(o.output, {{"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
-  log::info("wrote ", o.output, ": logits ", logits.sizes().vec());
+  if (!o.output.empty()) {
+    io::save_safetensors(o.output, {{"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
+    log::info("wrote ", o.output, ": logits ", logits.sizes().vec());
+  }
+  if (!o.against.empty()) compare(o, logits.cpu());
 }
 
 }  // namespace
@@ -96,11 +122,13 @@ void add_logits_command(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("logits", "Exact logits of a model or run on given ids");
   cmd->add_option("model", o->model, "Hugging Face directory or run")->required();
   cmd->add_option("--ids", o->ids, "One sequence of ids (1,2,3), or a safetensors file with input_ids int64 [B,S]")->required();
-  cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V]; V includes a run's new rows")->required();
+  cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V]; V includes a run's new rows");
+  cmd->add_option("--against", o->against, "Such a file of another model, on the same ids: say how far they are apart");
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
   cmd->add_option("--gate", o->gate, "modality: adapters act on their modality's tokens; all: on every token; none: on no token")->capture_default_str();
   cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)")->capture_default_str();
+  cmd->add_flag("--json", o->json, "--against as a JSON object on stdout");
   cmd->add_flag("--decode", o->decode, "Token by token through the key/value cache");
   cmd->footer("Examples:\n  moegraft logits models/base --ids 1,2,3 -o logits.safetensors\n  moegraft logits models/base --ids ids.safetensors -o logits.safetensors --dtype bfloat16");
   cmd->callback([o] { run(*o); });
