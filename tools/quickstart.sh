@@ -3,7 +3,8 @@
 #
 #   tools/quickstart.sh [--recipe NAME] [--runs DIR]
 #
-#   --recipe NAME  configs/NAME: quickstart (default; minutes) or emoji-long (hours on a CPU: all pictures, several captions each)
+#   --recipe NAME  configs/NAME: quickstart (default; minutes), emoji-long (hours on a CPU: all pictures, several captions each),
+#                  or smollm2 (a real pretrained model as base: SmolLM2-135M-Instruct; an hour on a CPU)
 #   --runs DIR     where results go (default: runs/NAME); a repeated call continues where it stopped
 #
 # Ends with a contact sheet, a summary table and DIR/summary.json.
@@ -44,6 +45,7 @@ build_binary() {
 
 data=data/$recipe models=models/$recipe configs=configs/$recipe graft=$runs/graft
 moegraft=$build/moegraft
+. tools/quickstart_smollm2.sh
 prepare_data() {
   "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 600
   "$moegraft" data prepare corpus -o "$data/corpus"
@@ -96,6 +98,10 @@ export_adapter() { "$moegraft" export "$graft" --format peft -o "$runs/peft" --o
 begin=$SECONDS
 stage setup bash tools/setup.sh --runtime
 stage build build_binary
+if [ "$recipe" = smollm2 ]; then
+  smollm2_stages
+  exit
+fi
 stage data prepare_data
 stage tokenizer train_tokenizer
 stage text-shards shard_text
@@ -107,5 +113,6 @@ stage initialisations compare_initialisations
 stage draw draw
 stage evaluate evaluate
 stage export export_adapter
+stage real-base real_base
 "$moegraft" summary "$runs"
 echo "quickstart: finished in $((SECONDS - begin)) s; pictures in $runs/sheet.png"

@@ -53,11 +53,11 @@ void run(const fs::path& dir) {
   }
   std::printf("%-16s %8lld\n\n", "total", static_cast<long long>(total));
   summary["seconds"] = total;
-  for (const char* part : {"codec", "inspect", "initialisations", "eval", "export"})
+  for (const char* part : {"codec", "inspect", "initialisations", "eval", "export", "real_base"})
     if (fs::exists(dir / (std::string(part) + ".json"))) summary[part] = io::read_json(dir / (std::string(part) + ".json"));
   if (fs::exists(dir / "graft" / "init.json")) summary["init"] = io::read_json(dir / "graft" / "init.json");
   io::write_json(dir / "summary.json", summary);
-  for (const char* part : {"codec", "inspect", "initialisations", "eval"}) {
+  for (const char* part : {"codec", "inspect", "initialisations", "eval", "real_base"}) {
     if (!summary.contains(part)) continue;
     std::vector<std::pair<std::string, std::string>> rows;
     flatten(summary[part], part, rows);
