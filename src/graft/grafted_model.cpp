@@ -13,6 +13,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/model/thaw.h"
 #include "moegraft/parallel/part.h"
 #include "moegraft/run/run_dir.h"
 
@@ -161,12 +162,19 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   const bool lower = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
   const at::ScalarType dtype = options.dtype.value_or(lower ? at::kBFloat16 : at::kFloat);
   std::pair<int64_t, int64_t> experts{0, 0};  // here; all
+  const bool base_trains = config.train.base_weights == "full";
+  MOEGRAFT_CHECK_USAGE(!base_trains || (dtype == at::kFloat && device == at::kCPU), "a base that trains runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
   if (config.model.init) {
-    MOEGRAFT_CHECK_USAGE(dtype == at::kFloat && device == at::kCPU, "a base trained from scratch runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
     m.tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
     model::BaseModel base = model::init_base(spec_from_init(*config.model.init, *m.tokenizer), {config.model.init->embedding_std, uint64_t(config.run.seed)});
     model::register_base(base, *m.registry);
     m.decoder = std::make_unique<model::Decoder>(std::move(base));
+  } else if (base_trains) {
+    m.base_path = config.model.path;
+    model::BaseModel base = model::thaw_base(model::load_base(config.model.path));
+    model::register_base(base, *m.registry);
+    m.decoder = std::make_unique<model::Decoder>(std::move(base));
+    m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   } else {
     m.base_path = config.model.path;
     const model::LoadOptions load{dtype, device, config.model.offload == "experts"};

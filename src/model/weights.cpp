@@ -15,6 +15,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/offload.h"
+#include "moegraft/model/thaw.h"
 #include "moegraft/kernels/cpu.h"
 #include "moegraft/kernels/expert_layout.h"
 
@@ -521,6 +522,16 @@ void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
 }
 
 }  // namespace
+
+BaseModel thaw_base(const BaseModel& frozen) {
+  MOEGRAFT_INVARIANT(frozen.weights->dtype() == at::kFloat && frozen.weights->device().is_cpu(), "thaw_base: the base must be float32 on the CPU");
+  BaseModel base = init_base(frozen.spec, {});
+  base.path = frozen.path;
+  std::map<std::string, at::Tensor> leaves;  // of experts: views of the stacked ones
+  for_each_tensor(base, false, [&](const std::string& name, const at::Tensor& t) { leaves.emplace(name, t.detach()); });
+  for_each_tensor(frozen, false, [&](const std::string& name, const at::Tensor& t) { leaves.at(name).copy_(t); });
+  return base;
+}
 
 void register_base(BaseModel& base, ParameterRegistry& registry) {
   MOEGRAFT_INVARIANT(base.weights->trainable(), "register_base: the base is frozen");

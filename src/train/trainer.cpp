@@ -392,7 +392,7 @@ class Trainer {
     if (!journal_.writes()) return;
     const fs::path to = run_path_ / "model";
     model::save_base(model_.decoder->base(), to, at::kFloat);
-    for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}) {
+    for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
       const fs::path from = fs::path(config_.model.init ? config_.model.init->tokenizer : config_.model.path) / name;
       if (fs::exists(from)) io::write_file_atomic(to / name, io::read_file(from));
     }

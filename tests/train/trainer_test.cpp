@@ -54,6 +54,26 @@ run::RunConfig config_of(const TinyWorld& world, const std::string& dir, int64_t
   return c;
 }
 
+// As after a conversion that cost text ability: the whole base goes on from its own weights.
+TEST(Trainer, ABaseOfADirectoryTrainsFromItsWeights) {
+  TemporaryFolder folder;
+  const TinyWorld world = make_tiny_world(folder.path());
+  for (const double lr : {0.0, 1e-2}) {
+    run::RunConfig c = config_of(world, "thawed" + std::to_string(lr > 0), 12);
+    c.modalities.clear(), c.adapters.clear();
+    c.train.base_weights = "full", c.train.allow_text_drift = true;
+    c.train.base = {lr, 0.0};
+    c.train.sample_every = 0, c.train.sample_prompts.clear();
+    c.data.train = {{world.text_shards.string(), 1.0}}, c.data.eval.clear();
+    EXPECT_FALSE(train(c).stopped);
+    const auto before = io::load_safetensors(world.base / "model.safetensors"), after = io::load_safetensors(fs::path(c.run.dir) / "model/model.safetensors");
+    ASSERT_EQ(before.size(), after.size());
+    for (const auto& [name, value] : before) EXPECT_EQ(after.at(name).equal(value), lr == 0) << name;
+    const auto l = losses(c.run.dir);
+    if (lr > 0) EXPECT_LT(l.rbegin()->second, l.begin()->second);
+  }
+}
+
 TEST(Trainer, LearnsThePicturesAndLeavesTheBaseAlone) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());
