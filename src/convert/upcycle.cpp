@@ -4,7 +4,9 @@
 
 #include <numeric>
 #include <set>
+#include <span>
 
+#include "calibrated.h"
 #include "model_writer.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
@@ -21,7 +23,26 @@ struct MethodName {
   UpcycleMethod method;
   const char* name;
 };
-constexpr MethodName kMethods[] = {{UpcycleMethod::virtual_groups, "virtual_groups"}, {UpcycleMethod::clone, "clone"}, {UpcycleMethod::split, "split"}};
+constexpr MethodName kMethods[] = {
+    {UpcycleMethod::virtual_groups, "virtual_groups"}, {UpcycleMethod::clone, "clone"}, {UpcycleMethod::split, "split"}, {UpcycleMethod::cluster, "cluster"}};
+
+struct RouterName {
+  UpcycleRouter router;
+  const char* name;
+};
+constexpr RouterName kRouters[] = {{UpcycleRouter::random, "random"}, {UpcycleRouter::kmeans, "kmeans"}, {UpcycleRouter::analytic, "analytic"}};
+
+template <class Row>
+const Row& find_name(std::span<const Row> table, const std::string& name, const char* option) {
+  std::vector<std::string> known;
+  for (const auto& row : table) {
+    if (name == row.name) return row;
+    known.emplace_back(row.name);
+  }
+  fail<UsageError>(option, " must be one of ", join(known, ", "), ", got ", name);
+}
+
+UpcycleRouter router_of(const UpcycleOptions& o) { return o.router.value_or(o.method == UpcycleMethod::cluster ? UpcycleRouter::analytic : UpcycleRouter::random); }
 
 // Which mixture has a dense model's attention, and what it calls its parts.
 struct Layout {
@@ -73,11 +94,12 @@ class Tensors {
   std::map<std::string, size_t> where_;
 };
 
-// What becomes of a layer's FFN of N neurons: each expert's neurons, factors and router rows.
+// What becomes of a layer's FFN of N neurons: each expert holds `width` of them, of which every expert holds the `shared` first.
 struct Cut {
   int64_t experts, top_k, width;
-  double down_scale;
+  double down_scale;  // of the own neurons
   bool keeps;
+  int64_t shared = 0;
 };
 
 Cut make_cut(const UpcycleOptions& o, int64_t N) {
@@ -90,6 +112,12 @@ Cut make_cut(const UpcycleOptions& o, int64_t N) {
     return {o.shards * o.clones, o.shards, N / o.shards, double(o.shards), true};
   }
   MOEGRAFT_CHECK_USAGE(o.experts > 0 && o.top_k > 0 && o.top_k <= o.experts, "--top-k must be in [1, --experts], got ", o.top_k, " of ", o.experts);
+  if (o.method == UpcycleMethod::cluster) {
+    MOEGRAFT_CHECK_USAGE(o.shared >= 0 && o.shared < 1, "--shared must be in [0, 1), got ", o.shared);
+    const int64_t own = int64_t(double(N) * (1 - o.shared)) / o.experts, shared = N - own * o.experts;
+    MOEGRAFT_CHECK_USAGE(own > 0, "--experts ", o.experts, " leave no neuron for each of the FFN's ", N, ", of which --shared takes ", o.shared);
+    return {o.experts, o.top_k, shared + own, double(o.top_k), false, shared};
+  }
   if (o.method == UpcycleMethod::clone) return {o.experts, o.top_k, N, 1, o.noise == 0 && o.redraw == 0};
   divides(o.experts, "--experts");
   // Weights sum to one: the mean over the active experts times `experts` estimates the sum over all.
@@ -110,7 +138,11 @@ class Upcycling {
   }
 
  private:
-  at::Generator generator(const char* purpose, int64_t l) const { return at::make_generator<at::CPUGeneratorImpl>(Rng(o_.seed, purpose, uint64_t(l)).derive_seed()); }
+  uint64_t derive_seed(const char* purpose, int64_t l) const { return Rng(o_.seed, purpose, uint64_t(l)).derive_seed(); }
+  at::Generator generator(const char* purpose, int64_t l) const { return at::make_generator<at::CPUGeneratorImpl>(derive_seed(purpose, l)); }
+
+  static std::string dense_name(int64_t l, int site) { return "model.layers." + std::to_string(l) + ".mlp." + (site == 0 ? "gate_proj" : site == 1 ? "up_proj" : "down_proj") + ".weight"; }
+  at::Tensor dense(int64_t l, int site) const { return in_.get(dense_name(l, site)); }
 
   // The neurons of each shard: a random deal, sorted within a shard so that reading stays in order.
   at::Tensor shard(int64_t l, int64_t s) const {
@@ -118,19 +150,37 @@ class Upcycling {
     if (o_.contiguous || width == N_) return at::arange(s * width, (s + 1) * width, at::kLong);
     return std::get<0>(at::randperm(N_, generator("upcycle.deal", l), at::TensorOptions(at::kLong)).narrow(0, s * width, width).sort());
   }
+  // Of one layer at a time, the one that is being written.
+  const NeuronGroups& groups(int64_t l) const {
+    if (l != grouped_) groups_ = group_neurons({o_.inputs[size_t(l)], dense(l, 0), dense(l, 1), dense(l, 2)}, cut_.experts, cut_.shared, derive_seed("upcycle.cluster", l)), grouped_ = l;
+    return groups_;
+  }
+  at::Tensor neurons(int64_t l, int64_t e) const {
+    return o_.method == UpcycleMethod::cluster ? at::cat({groups(l).shared_S, groups(l).own_EO[e]}) : shard(l, shard_of(e));
+  }
   int64_t shard_of(int64_t e) const { return o_.method == UpcycleMethod::clone ? 0 : o_.method == UpcycleMethod::split ? e : e % o_.shards; }
 
   at::Tensor router(int64_t l) const {
-    const int64_t shared = o_.method == UpcycleMethod::virtual_groups ? o_.shards : 1;  // experts with one row
-    return at::normal(0.0, o_.router_std, {cut_.experts / shared, D_}, generator("upcycle.router", l), at::TensorOptions(at::kFloat)).repeat_interleave(shared, 0);
+    const int64_t shared = o_.method == UpcycleMethod::virtual_groups ? o_.shards : 1, rows = cut_.experts / shared;  // experts with one row
+    const auto make = [&] {
+      switch (router_of(o_)) {
+        case UpcycleRouter::kmeans: return kmeans_router(o_.inputs[size_t(l)], rows, o_.router_std, derive_seed("upcycle.kmeans", l));
+        case UpcycleRouter::analytic: return analytic_router(o_.inputs[size_t(l)], groups(l).strength_TE);
+        default: return at::normal(0.0, o_.router_std, {rows, D_}, generator("upcycle.router", l), at::TensorOptions(at::kFloat));
+      }
+    };
+    return make().repeat_interleave(shared, 0);
   }
 
   // An expert's copy of a dense matrix. Neurons are rows of gate and up, columns of down.
-  at::Tensor expert(int64_t l, int64_t e, const std::string& name, int site) const {
+  at::Tensor expert(int64_t l, int64_t e, int site) const {
     const int64_t axis = site == 2 ? 1 : 0;
-    const at::Tensor dense = in_.get(name);
-    at::Tensor w = cut_.width == N_ ? dense : dense.index_select(axis, shard(l, shard_of(e)));
-    if (site == 2 && cut_.down_scale != 1) w = w.to(at::kFloat) * cut_.down_scale;
+    at::Tensor w = dense(l, site);
+    if (cut_.width != N_) w = w.index_select(axis, neurons(l, e));
+    if (site == 2 && cut_.down_scale != 1) {
+      w = w.to(at::kFloat).clone();
+      w.narrow(1, cut_.shared, cut_.width - cut_.shared).mul_(cut_.down_scale);
+    }
     if (o_.method != UpcycleMethod::clone || cut_.keeps) return w;
     w = w.to(at::kFloat).clone();
     const double std = w.std().item<double>(), mean = w.mean().item<double>();
@@ -145,15 +195,15 @@ class Upcycling {
   }
 
   void add_layer(int64_t l, std::vector<ModelTensor>& out) const {
-    const std::string dense = "model.layers." + std::to_string(l) + ".mlp.", moe = "model.layers." + std::to_string(l) + "." + layout_.moe + ".";
+    const std::string moe = "model.layers." + std::to_string(l) + "." + layout_.moe + ".";
     out.push_back({moe + "gate.weight", {cut_.experts, D_}, [this, l] { return router(l); }});
-    const char *from[] = {"gate_proj", "up_proj", "down_proj"}, *to[] = {layout_.gate, layout_.up, layout_.down};
+    const char* to[] = {layout_.gate, layout_.up, layout_.down};
     for (int site = 0; site < 3; ++site) {
       const auto shape = [&](int64_t neurons) { return site == 2 ? std::vector<int64_t>{D_, neurons} : std::vector<int64_t>{neurons, D_}; };
-      const std::string name = dense + from[site] + ".weight";
+      const std::string name = dense_name(l, site);
       MOEGRAFT_CHECK(in_.contains(name) && in_.shape(name) == shape(N_), name, " must be there with shape ", shape(N_));
       for (int64_t e = 0; e < cut_.experts; ++e)
-        out.push_back({moe + "experts." + std::to_string(e) + "." + to[site] + ".weight", shape(cut_.width), [this, l, e, name, site] { return expert(l, e, name, site); }});
+        out.push_back({moe + "experts." + std::to_string(e) + "." + to[site] + ".weight", shape(cut_.width), [this, l, e, site] { return expert(l, e, site); }});
     }
   }
 
@@ -162,7 +212,19 @@ class Upcycling {
   const UpcycleOptions& o_;
   Cut cut_;
   int64_t D_, N_;
+  mutable int64_t grouped_ = -1;
+  mutable NeuronGroups groups_;
 };
+
+void check_inputs(const UpcycleOptions& o, int64_t layers, int64_t D) {
+  MOEGRAFT_CHECK_USAGE(router_of(o) != UpcycleRouter::analytic || o.method == UpcycleMethod::cluster, "--router analytic needs --method cluster, whose neurons it is made from");
+  if (!needs_inputs(o)) return;
+  const int64_t rows = o.method == UpcycleMethod::virtual_groups ? o.clones : o.experts;
+  MOEGRAFT_CHECK_USAGE(int64_t(o.inputs.size()) == layers, "--method cluster and --router kmeans look at what a text does in the model's ", layers, " layers: give --text FILE");
+  for (const at::Tensor& x : o.inputs)
+    MOEGRAFT_CHECK(x.dim() == 2 && x.size(1) == D && x.size(0) >= rows && x.scalar_type() == at::kFloat, "calibration: inputs of a layer must be float32 [tokens, ", D, "] with at least ", rows,
+                   " tokens, got ", x.sizes().vec());
+}
 
 int64_t size_of(const Json& config, const char* key, const std::string& where) {
   MOEGRAFT_CHECK(config.contains(key) && config[key].is_number_integer() && config[key].get<int64_t>() > 0, where, ": ", key, " must be a positive integer");
@@ -189,14 +251,9 @@ Json moe_config(Json c, const Layout& layout, const Cut& cut, const std::string&
 
 }  // namespace
 
-UpcycleMethod parse_upcycle_method(const std::string& name) {
-  std::vector<std::string> known;
-  for (const auto& m : kMethods) {
-    if (name == m.name) return m.method;
-    known.emplace_back(m.name);
-  }
-  fail<UsageError>("--method must be one of ", join(known, ", "), ", got ", name);
-}
+UpcycleMethod parse_upcycle_method(const std::string& name) { return find_name<MethodName>(kMethods, name, "--method").method; }
+UpcycleRouter parse_upcycle_router(const std::string& name) { return find_name<RouterName>(kRouters, name, "--router").router; }
+bool needs_inputs(const UpcycleOptions& o) { return o.method == UpcycleMethod::cluster || router_of(o) == UpcycleRouter::kmeans; }
 
 UpcycleReport upcycle(const fs::path& dense, const fs::path& dir, const UpcycleOptions& o) {
   const std::string where = (dense / "config.json").string();
@@ -207,6 +264,7 @@ UpcycleReport upcycle(const fs::path& dense, const fs::path& dir, const UpcycleO
   const int64_t layers = size_of(config, "num_hidden_layers", where), D = size_of(config, "hidden_size", where), N = size_of(config, "intermediate_size", where);
   MOEGRAFT_CHECK(config.value("hidden_act", "silu") == "silu", where, ": hidden_act must be silu, got ", config.value("hidden_act", ""));
   const Cut cut = make_cut(o, N);
+  check_inputs(o, layers, D);
   const Json target = moe_config(config, layout, cut, where);
   const Tensors in(dense);
   const at::ScalarType dtype = in.get("model.embed_tokens.weight").scalar_type();

@@ -69,12 +69,39 @@ void fill_empty(at::Tensor& assignment_N, const at::Tensor& distance_N, at::Tens
   counts_K = counts.to(counts_K.device());
 }
 
+// Each point's centre, sizes differing by one at most, and the squared distance to it. Greedy: points in the order of what their second-best centre would
+// cost them, each takes the nearest centre with room.
+std::pair<at::Tensor, at::Tensor> nearest_with_room(const at::Tensor& x_ND, const at::Tensor& centres_KD) {
+  const int64_t n = x_ND.size(0), k = centres_KD.size(0);
+  const at::Tensor cost_NK = at::addmm(centres_KD.square().sum(1), x_ND, centres_KD.t(), 1.0, -2.0).to(at::kDouble).cpu();
+  const auto [sorted_NK, choices_NK] = cost_NK.sort(/*stable=*/true, 1, /*descending=*/false);
+  const at::Tensor regret_N = sorted_NK.select(1, std::min<int64_t>(1, k - 1)) - sorted_NK.select(1, 0);
+  const at::Tensor order = std::get<1>(regret_N.sort(/*stable=*/true, 0, /*descending=*/true)).contiguous(), choices = choices_NK.contiguous();
+  at::Tensor assignment_N = at::empty({n}, at::kLong);
+  std::vector<int64_t> room(size_t(k), n / k);
+  int64_t larger = n % k;  // clusters that may take one more
+  std::vector<bool> is_larger(size_t(k), false);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t point = order.const_data_ptr<int64_t>()[i];
+    for (const int64_t* choice = choices.const_data_ptr<int64_t>() + point * k;; ++choice) {
+      const auto c = size_t(*choice);
+      if (room[c] == 0 && larger > 0 && !is_larger[c]) ++room[c], --larger, is_larger[c] = true;
+      if (room[c] == 0) continue;
+      --room[c];
+      assignment_N.mutable_data_ptr<int64_t>()[point] = *choice;
+      break;
+    }
+  }
+  assignment_N = assignment_N.to(x_ND.device());
+  return {assignment_N, (x_ND - centres_KD.index_select(0, assignment_N)).square_().sum(1)};
+}
+
 KMeansResult lloyd(const at::Tensor& x_ND, int64_t k, const KMeansSettings& settings, Rng& rng) {
   KMeansResult r;
   r.centres_KD = seed_centres(x_ND, k, rng);
   double previous = std::numeric_limits<double>::infinity();
   for (;;) {
-    auto [assignment, distance] = nearest(x_ND, r.centres_KD);
+    auto [assignment, distance] = settings.balanced ? nearest_with_room(x_ND, r.centres_KD) : nearest(x_ND, r.centres_KD);
     r.assignment_N = assignment;
     r.counts_K = at::bincount(assignment, {}, k);
     fill_empty(r.assignment_N, distance, r.counts_K);
@@ -111,6 +138,7 @@ KMeansResult kmeans(const at::Tensor& points_ND, int64_t k, const KMeansSettings
   MOEGRAFT_CHECK(points_ND.scalar_type() == at::kFloat || points_ND.scalar_type() == at::kDouble, "k-means needs float32 or float64 points, got ", points_ND.dtype().name());
   MOEGRAFT_CHECK(k >= 1 && k <= points_ND.size(0), "k-means needs 1 <= k <= ", points_ND.size(0), " points, got k = ", k);
   MOEGRAFT_CHECK(settings.restarts >= 1 && settings.max_iterations >= 1, "k-means needs at least one restart and one iteration, got ", settings.restarts, " and ", settings.max_iterations);
+  MOEGRAFT_CHECK(!settings.balanced || settings.max_samples == 0, "k-means: balanced clusters need every point, got max_samples ", settings.max_samples);
   const at::Tensor all = points_ND.detach().contiguous();
   MOEGRAFT_CHECK(all.isfinite().all().item<bool>(), "k-means: the points hold NaN or Inf");
   const int64_t n = all.size(0);

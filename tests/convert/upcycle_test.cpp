@@ -77,13 +77,20 @@ TEST_F(UpcycleTest, EveryMethodIsItsDefinition) {
       {{.method = UpcycleMethod::clone, .experts = 4, .top_k = 2, .redraw = 0.5}, 4, 2, 64, false},
       {{.method = UpcycleMethod::split, .experts = 4, .top_k = 2}, 4, 2, 16, false},
       {{.method = UpcycleMethod::split, .experts = 4, .top_k = 4}, 4, 4, 16, false},
+      {{.shards = 2, .clones = 3, .router = UpcycleRouter::kmeans}, 6, 2, 32, true},
+      {{.method = UpcycleMethod::clone, .experts = 5, .top_k = 3, .router = UpcycleRouter::kmeans}, 5, 3, 64, true},
+      {{.method = UpcycleMethod::split, .experts = 4, .top_k = 2, .router = UpcycleRouter::kmeans}, 4, 2, 16, false},
+      {{.method = UpcycleMethod::cluster, .experts = 4, .top_k = 2}, 4, 2, 28, false},
+      {{.method = UpcycleMethod::cluster, .experts = 5, .top_k = 2, .shared = 0}, 5, 2, 16, false},  // four neurons are over: shared
+      {{.method = UpcycleMethod::cluster, .experts = 4, .top_k = 1, .router = UpcycleRouter::random}, 4, 1, 28, false},
   };
   for (const Names& n : kNames) {
     const auto before = io::load_safetensors(dense(n.dense) / "model.safetensors");
     const auto generator = at::make_generator<at::CPUGeneratorImpl>(17);
     const at::Tensor x = at::randn({20, 32}, generator, at::kDouble);
     for (size_t i = 0; i < std::size(cases); ++i) {
-      const Case& c = cases[i];
+      Case c = cases[i];
+      if (needs_inputs(c.options)) c.options.inputs = {x.to(at::kFloat), x.to(at::kFloat)};
       SCOPED_TRACE(std::string(n.dense) + ", case " + std::to_string(i));
       const fs::path dir = root_ / (std::string(n.dense) + std::to_string(i));
       const auto report = upcycle(dense(n.dense), dir, c.options);
@@ -104,6 +111,62 @@ TEST_F(UpcycleTest, EveryMethodIsItsDefinition) {
       }
       EXPECT_TRUE(fs::exists(dir / "tokenizer.json"));
     }
+  }
+}
+
+// 64 neurons: 16 fire on every token, twelve groups of four with one direction each. x: tokens [T, D] of that kind.
+struct Planted {
+  fs::path dir;
+  at::Tensor x;
+};
+Planted plant(const fs::path& dense, const fs::path& dir) {
+  fs::copy(dense, dir);
+  auto tensors = io::load_safetensors(dense / "model.safetensors");
+  const auto generator = at::make_generator<at::CPUGeneratorImpl>(5);
+  const auto uniform = [&](at::IntArrayRef shape) { return at::rand(shape, generator, at::kFloat); };
+  const at::Tensor basis = at::eye(32, at::kFloat).narrow(0, 0, 13), group = at::cat({at::zeros({16}, at::kLong), at::arange(48, at::kLong).remainder(12) + 1});
+  for (int64_t l = 0; l < 2; ++l) {
+    const std::string p = "model.layers." + std::to_string(l) + ".mlp.";
+    const at::Tensor order = at::randperm(64, generator, at::TensorOptions(at::kLong)), directions = basis.index_select(0, group.index_select(0, order));
+    tensors[p + "gate_proj.weight"] = directions * (2 + uniform({64, 1}));
+    tensors[p + "up_proj.weight"] = directions * (2 + uniform({64, 1}));
+    tensors[p + "down_proj.weight"] = uniform({32, 64}) - 0.5;
+  }
+  fs::remove(dir / "model.safetensors");
+  io::save_safetensors(dir / "model.safetensors", tensors);
+  return {dir, 3 * basis[0] + basis.narrow(0, 1, 12).repeat({20, 1}) * (1 + uniform({240, 1}))};
+}
+
+TEST_F(UpcycleTest, NeuronsThatFireTogetherAreOneExpertAndTheRouterKnowsWhen) {
+  const Planted planted = plant(dense("llama"), root_ / "planted");
+  const auto before = io::load_safetensors(planted.dir / "model.safetensors");
+  const at::Tensor x = planted.x.to(at::kDouble);
+  struct Case {
+    int64_t top_k;
+    double tolerance;  // of the mean: with several experts weights are 1 / top_k to a few percent
+  };
+  for (const Case& c : {Case{1, 1e-6}, Case{2, 0.05}, Case{12, 0.05}}) {
+    const fs::path dir = root_ / ("clusters" + std::to_string(c.top_k));
+    upcycle(planted.dir, dir, {.method = UpcycleMethod::cluster, .experts = 12, .top_k = c.top_k, .inputs = {planted.x, planted.x}});
+    const auto after = io::load_safetensors(dir / "model.safetensors");
+    for (int64_t l = 0; l < 2; ++l) {
+      const std::string p = "model.layers." + std::to_string(l) + ".mlp.";
+      const auto m = [&](const char* site) { return before.at(p + site + "_proj.weight").to(at::kDouble); };
+      const at::Tensor expected = ffn(x, m("gate"), m("up"), m("down")), got = mixture(after, kNames[0], l, c.top_k, x);
+      EXPECT_LT((got - expected).abs().mean().item<double>(), c.tolerance * expected.abs().mean().item<double>()) << "top " << c.top_k;
+    }
+  }
+}
+
+TEST_F(UpcycleTest, AKmeansRouterSendsKindsOfInputsToExpertsOfTheirOwn) {
+  const Planted planted = plant(dense("llama"), root_ / "planted");
+  upcycle(planted.dir, root_ / "clones", {.method = UpcycleMethod::clone, .experts = 12, .top_k = 1, .router = UpcycleRouter::kmeans, .inputs = {planted.x, planted.x}});
+  const auto after = io::load_safetensors(root_ / "clones/model.safetensors");
+  for (const char* name : {"model.layers.0.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.gate.weight"}) {
+    const at::Tensor chosen = planted.x.mm(after.at(name).t()).argmax(1).view({20, 12});
+    EXPECT_TRUE(chosen.eq(chosen[0]).all().item<bool>());
+    EXPECT_EQ(std::get<0>(at::_unique(chosen[0])).size(0), 12);
+    EXPECT_NEAR(after.at(name).square().mean().sqrt().item<double>(), 0.02, 1e-6);
   }
 }
 
@@ -130,6 +193,13 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
       {"llama", {.method = UpcycleMethod::clone, .experts = 2, .top_k = 3}, "--top-k must be in [1, --experts], got 3 of 2"},
       {"llama", {.method = UpcycleMethod::split, .experts = 3}, "--experts must divide"},
       {"llama", {.method = UpcycleMethod::clone, .redraw = 1.5}, "--redraw lie in [0, 1]"},
+      {"llama", {.method = UpcycleMethod::cluster}, "the model's 2 layers: give --text FILE"},
+      {"llama", {.router = UpcycleRouter::kmeans}, "give --text FILE"},
+      {"llama", {.method = UpcycleMethod::split, .router = UpcycleRouter::analytic}, "--router analytic needs --method cluster"},
+      {"llama", {.method = UpcycleMethod::cluster, .shared = 1}, "--shared must be in [0, 1), got 1"},
+      {"llama", {.method = UpcycleMethod::cluster, .experts = 60}, "--experts 60 leave no neuron for each of the FFN's 64"},
+      {"llama", {.method = UpcycleMethod::cluster, .inputs = {at::zeros({9, 32}), at::zeros({9, 31})}}, "must be float32 [tokens, 32] with at least 8 tokens, got [9, 31]"},
+      {"llama", {.method = UpcycleMethod::cluster, .inputs = {at::zeros({7, 32}), at::zeros({7, 32})}}, "with at least 8 tokens, got [7, 32]"},
       {"mixtral", {}, "mixtral is a mixture of experts already"},
       {"qwen3_moe", {}, "qwen3_moe is a mixture of experts already"},
       {"olmoe", {}, "model_type \"olmoe\" cannot be upcycled; known: llama, mistral, qwen3"},
@@ -138,6 +208,7 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
   upcycle(dense("llama"), root_ / "upcycled", {});
   EXPECT_NE(error("upcycled", {}).find("mixtral is a mixture of experts already; upcycling starts from a dense model"), std::string::npos);
   EXPECT_THROW(parse_upcycle_method("magic"), UsageError);
+  EXPECT_THROW(parse_upcycle_router("magic"), UsageError);
 }
 
 }  // namespace

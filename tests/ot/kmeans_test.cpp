@@ -53,6 +53,26 @@ TEST(KMeans, DeterministicBySeedAndBetterWithRestarts) {
   EXPECT_EQ(sampled.counts_K.sum().item<int64_t>(), 400);
 }
 
+TEST(KMeans, BalancedClustersDifferByOneAtMost) {
+  Rng rng(3, "test.lopsided");
+  at::Tensor x = at::empty({101, 4}, at::kFloat);
+  for (int64_t i = 0; i < x.numel(); ++i) x.mutable_data_ptr<float>()[i] = float(rng.normal() + (i % 7 == 0 ? 5.0 : 0.0));
+  for (const int64_t k : {1, 2, 7, 13, 101}) {
+    const KMeansResult r = kmeans(x, k, {.balanced = true, .seed = 4}), again = kmeans(x, k, {.balanced = true, .seed = 4});
+    EXPECT_EQ(r.counts_K.min().item<int64_t>(), 101 / k);
+    EXPECT_EQ(r.counts_K.max().item<int64_t>(), (101 + k - 1) / k);
+    EXPECT_TRUE(at::equal(r.assignment_N, again.assignment_N));
+    EXPECT_TRUE(at::equal(r.counts_K, at::bincount(r.assignment_N, {}, k)));
+    // Not worse than equal runs of a random order.
+    const at::Tensor dealt = (at::arange(101) * k).div(101, "floor").to(at::kLong);
+    const at::Tensor means = at::zeros({k, 4}).index_add_(0, dealt, x) / at::bincount(dealt, {}, k).unsqueeze(1);
+    EXPECT_LE(r.inertia, (x - means.index_select(0, dealt)).square().sum(at::kDouble).item<double>() + 1e-9) << k;
+  }
+  // Blobs of equal sizes are the clusters; of unequal sizes they cannot be.
+  EXPECT_NEAR(kmeans(blobs(50, at::kFloat), 3, {.balanced = true}).inertia, kmeans(blobs(50, at::kFloat), 3).inertia, 1e-6);
+  EXPECT_THROW(kmeans(x, 3, {.max_samples = 50, .balanced = true}), UserError);
+}
+
 TEST(KMeans, EmptyClustersAndEdges) {
   // Two distinct points, four clusters: none may stay empty or turn NaN.
   const at::Tensor x = at::tensor({0.0, 0.0, 0.0, 1.0, 1.0}, at::kDouble).unsqueeze(1);
