@@ -1,7 +1,9 @@
-// What we write, transformers loads: a base made from scratch gives the same logits there.
+// What we write, transformers loads: bases made from scratch, and dense models as mixtures of experts, give the same logits there.
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
+#include "moegraft/convert/import_gguf.h"
+#include "moegraft/convert/upcycle.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/decoder.h"
 #include "support/process.h"
@@ -11,12 +13,17 @@
 namespace moegraft {
 namespace {
 
-TEST(Transformers, LoadsABaseTrainedFromScratch) {
-  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "torch, transformers, safetensors");
-  if (python.empty()) GTEST_SKIP() << "no Python with transformers (tools/setup.sh --tests installs one)";
-  at::NoGradGuard no_grad;
-  testing::TemporaryFolder folder;
-  std::vector<std::string> command{python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/model/check_transformers.py"};
+namespace fs = std::filesystem;
+
+// Our logits of `base`, beside the model in `dir` that is to give them.
+void write_golden(const fs::path& dir, model::BaseModel base) {
+  const model::Decoder decoder(std::move(base));
+  const at::Tensor ids = at::arange(3, 33).view({2, 15});
+  io::save_safetensors(dir / "golden.safetensors", {{"input_ids", ids}, {"logits", decoder.all_logits(decoder.forward(model::pack_rows(ids)).hidden_TD).view({2, 15, -1})}});
+}
+
+std::vector<std::string> bases_from_scratch(const fs::path& folder) {
+  std::vector<std::string> dirs;
   for (const std::string family : {"olmoe", "qwen3_moe", "mixtral"})
     for (const bool tied : {false, true}) {
       model::DecoderSpec s;
@@ -40,11 +47,46 @@ TEST(Transformers, LoadsABaseTrainedFromScratch) {
       model::BaseModel base = model::init_base(s, {1.0, 5});
       const auto dir = folder / (family + (tied ? "-tied" : ""));
       model::save_base(base, dir, at::kFloat, tied ? 6000 : int64_t{1} << 30);  // sharded as well
-      const model::Decoder decoder(std::move(base));
-      const at::Tensor ids = at::arange(3, 33).view({2, 15});
-      io::save_safetensors(dir / "golden.safetensors", {{"input_ids", ids}, {"logits", decoder.all_logits(decoder.forward(model::pack_rows(ids)).hidden_TD).view({2, 15, -1})}});
-      command.push_back(dir.string());
+      write_golden(dir, std::move(base));
+      dirs.push_back(dir.string());
     }
+  return dirs;
+}
+
+// The dense model itself must give what its mixture of one expert gives here: no decoder of ours has dense layers alone.
+std::vector<std::string> upcycled_models(const fs::path& folder) {
+  using convert::UpcycleMethod;
+  const at::Tensor x = at::randn({40, 32}, at::make_generator<at::CPUGeneratorImpl>(17), at::kFloat);
+  const convert::UpcycleOptions options[] = {
+      {.shards = 1, .clones = 1},
+      {.shards = 4, .clones = 4},
+      {.method = UpcycleMethod::clone, .experts = 5, .top_k = 3},
+      {.method = UpcycleMethod::split, .experts = 4, .top_k = 2},
+      {.method = UpcycleMethod::cluster, .experts = 4, .top_k = 2, .inputs = {x, x}},
+  };
+  std::vector<std::string> dirs;
+  for (const std::string name : {"llama", "mistral", "qwen3"}) {
+    const fs::path dense = folder / ("dense-" + name);
+    convert::import_gguf(fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert" / (name + ".gguf"), dense, {.dtype = at::kFloat});
+    for (size_t i = 0; i < std::size(options); ++i) {
+      const fs::path dir = folder / (name + std::to_string(i));
+      convert::upcycle(dense, dir, options[i]);
+      write_golden(dir, model::load_base(dir));
+      dirs.push_back(dir.string());
+    }
+    fs::copy(folder / (name + "0") / "golden.safetensors", dense / "golden.safetensors");
+    dirs.push_back(dense.string());
+  }
+  return dirs;
+}
+
+TEST(Transformers, LoadsWhatWeWrite) {
+  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "torch, transformers, safetensors");
+  if (python.empty()) GTEST_SKIP() << "no Python with transformers (tools/setup.sh --tests installs one)";
+  at::NoGradGuard no_grad;
+  testing::TemporaryFolder folder;
+  std::vector<std::string> command{python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/model/check_transformers.py"};
+  for (const auto& dirs : {bases_from_scratch(folder.path()), upcycled_models(folder.path())}) command.insert(command.end(), dirs.begin(), dirs.end());
   const auto result = testing::Process(command, {"HF_HUB_OFFLINE=1"}).wait();
   EXPECT_EQ(result.code, 0) << result.out << result.err;
 }
