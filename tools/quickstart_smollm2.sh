@@ -1,10 +1,11 @@
 # shellcheck shell=bash disable=SC2154,SC2034
 # Sourced by quickstart.sh: a real pretrained model as base. SmolLM2-135M-Instruct, from a pinned wheel, becomes a mixture of experts whose answers are its own.
-# Uses $moegraft, $runs, stage.
-smol=models/smollm2            # dense: as imported; moe: 16 experts, 4 active
-smol_data=data/smollm2
+# Uses $recipe, $moegraft, $runs, stage.
+smol=models/smollm2  # dense: as imported; one: its FFN as one expert; moe: 16 experts, 4 active
 smol_configs=configs/smollm2
-smol_codec=models/quickstart/codec smol_pictures=data/quickstart/emoji  # the quickstart's
+pictures_of=$recipe
+[ "$recipe" != smollm2 ] || pictures_of=quickstart  # which makes pictures and codec
+smol_codec=models/$pictures_of/codec smol_manifest=data/$pictures_of/emoji/popular.jsonl smol_shards=data/smollm2/$pictures_of
 
 # The wheel is read, not installed; pip compares its checksum.
 fetch_smollm2() {
@@ -62,17 +63,17 @@ real_base() {
   show_answers "$proof/moe.json"
   "$moegraft" logits "$one" --ids "$(answer_ids "$proof/dense.json")" -o "$proof/dense.safetensors" || return
   "$moegraft" logits "$smol/moe" --ids "$(answer_ids "$proof/dense.json")" --against "$proof/dense.safetensors" --json | tee "$proof/logits.json" || return
+  grep -q '"same_likeliest_percent":100.0' "$proof/logits.json" || { echo "the upcycled model is not the dense one: see $proof/logits.json" >&2; return 1; }
   local drift=null
-  if [ -e "$smol_codec/config.json" ]; then
+  if [ -e "$smol_codec/config.json" ] && [ -e "$smol_manifest" ]; then
     grafted_drift "$proof" && drift=true || return
   fi
   echo "{\"answers_equal\": true, \"logits\": $(cat "$proof/logits.json"), \"drift_exact\": $drift}" >"$runs/real_base.json"
 }
 # grafted_drift PROOF: text drift of a graft of one step, where the opened gate shows that there could be some.
 grafted_drift() {
-  [ -e "$smol_data/images/popular" ] || smollm2_shards || return
-  "$moegraft" train -c "$smol_configs/graft.yaml" --set "run.dir=$1/one-step" --set "model.path=$smol/moe" --set "modalities.image.codec=$smol_codec" --set train.steps=1 --set train.warmup=1 \
-    --set train.sample_every=0 --set 'train.sample_prompts=[]' --resume auto || return
+  smollm2_shards || return
+  train_smollm2 "$1/one-step" --set train.steps=1 --set train.warmup=1 --set train.sample_every=0 --set 'train.sample_prompts=[]' || return
   "$moegraft" eval "$1/one-step" --drift --json >"$1/drift.json" || return
   exact_drift "$1/drift.json"
 }
@@ -83,7 +84,7 @@ exact_drift() {
 }
 
 smollm2_shards() {
-  "$moegraft" data prepare shards --manifest "$smol_pictures/popular.jsonl" --tokenizer "$smol/moe" --codec "$smol_codec" -o "$smol_data/images/popular" --overwrite
+  "$moegraft" data prepare shards --manifest "$smol_manifest" --tokenizer "$smol/moe" --codec "$smol_codec" -o "$smol_shards" --overwrite
 }
 # What the graft will take on this CPU, from a few steps of its shape.
 smollm2_time() {
@@ -96,7 +97,12 @@ smollm2_time() {
   echo "$(sed -nE 's/^model name\s*: (.*)/\1/p' /proc/cpuinfo | head -n 1), $(nproc) cores: ${tokens_per_s%.*} tokens/s; $steps steps of $tokens tokens take about $minutes minutes$(
     [ "$minutes" -le "$limit" ] || echo ", of which train.max_minutes allows $limit")" | tee "$runs/time.txt"
 }
-train_smollm2() { "$moegraft" train -c "$smol_configs/graft.yaml" --set "run.dir=$runs/graft" --set "model.path=$smol/moe" --set "modalities.image.codec=$smol_codec" --resume auto; }
+# train_smollm2 RUN [OPTION…]
+train_smollm2() {
+  local run=$1
+  shift
+  "$moegraft" train -c "$smol_configs/graft.yaml" --set "run.dir=$run" --set "model.path=$smol/moe" --set "modalities.image.codec=$smol_codec" --set "data.train=[{path: $smol_shards}]" "$@" --resume auto
+}
 # After the graft: the same answers, and the same bits on their ids.
 prove_smollm2() {
   local ids proof=$runs/real-base
@@ -120,10 +126,10 @@ smollm2_stages() {
   local data=data/quickstart models=models/quickstart configs=configs/quickstart begin=$SECONDS  # pictures and codec are the quickstart's
   stage real-base real_base
   stage time smollm2_time
-  [ -e "$smol_pictures/popular.jsonl" ] || stage data prepare_data
+  [ -e "$smol_manifest" ] || stage data prepare_data
   [ -e "$smol_codec/config.json" ] || stage codec train_codec
   stage image-shards smollm2_shards
-  stage graft train_smollm2
+  stage graft train_smollm2 "$runs/graft"
   stage prove prove_smollm2
   stage draw draw_smollm2
   stage evaluate evaluate_smollm2
