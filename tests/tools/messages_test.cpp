@@ -81,6 +81,8 @@ const std::vector<Case>& cases() {
       {"an option that is not known", [](const TinyWorld& w) { return std::vector<std::string>{"train", "--confg=" + w.yaml.string()}; }, "unknown option --confg of moegraft train; did you mean --config?", 2},
       {"an option of no command", [](const TinyWorld& w) { return std::vector<std::string>{"train", "-c", w.yaml.string(), "-q"}; }, "unknown option -q of moegraft train; see moegraft train --help", 2},
       {"an argument too many", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "b", "--ids", "x", "-o", "y"}; }, "unknown argument b of moegraft logits", 2},
+      {"an argument that a list took", [](const TinyWorld& w) { return std::vector<std::string>{"eval", "--text", w.text_shards.string(), w.base.string(), "--drift"}; },
+       "give model first", 2},
       {"launch's option", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nprco", "2", "--", "train"}; }, "unknown option --nprco of moegraft launch; did you mean --nproc?", 2},
       {"a path where data sources belong", [](const TinyWorld& w) { return train_with(w, "data.train=shards/a"); }, "data.train must be a list, got shards/a (write [{ path: shards/a }])", 2},
       {"a list of paths", [](const TinyWorld& w) { return train_with(w, "data.train=[shards/a]"); }, "got shards/a (write { path: shards/a })", 2},

@@ -66,4 +66,16 @@ std::string unknown_word(const CLI::App& app) {
   }
 }
 
+std::string taken_argument(const CLI::App& app) {
+  const CLI::App* at = &app;
+  while (!at->get_subcommands().empty()) at = at->get_subcommands().front();
+  for (const CLI::Option* missing : at->get_options()) {
+    if (!missing->get_positional() || !missing->get_required() || missing->count() > 0) continue;
+    for (const CLI::Option* option : at->get_options())
+      if (option->get_allow_extra_args() && option->count() > 1)
+        return missing->get_name() + " of " + at->get_name() + " is missing, and " + option->get_name() + " took " + join(option->results(), ", ") + "; give " + missing->get_name() + " first";
+  }
+  return "";
+}
+
 }  // namespace moegraft::tools

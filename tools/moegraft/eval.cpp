@@ -73,10 +73,10 @@ void add_eval_command(CLI::App& app) {
   cmd->add_option("model", o->model, "Run or Hugging Face directory")->required();
   cmd->add_option("-c,--config", o->config, "YAML file of what to measure; nothing at all on a run: its data.eval and the drift");
   cmd->add_option("--set", o->set, "Override a key of the YAML (repeatable)")->take_all()->allow_extra_args(false);
-  cmd->add_option("--text", o->text, "Text shards: perplexity, of the graft and of its base")->allow_extra_args(false);
-  cmd->add_option("--images", o->images, "Shards of captioned pictures: likelihood with true, dropped and shuffled captions")->allow_extra_args(false);
-  cmd->add_option("--codec", o->codec, "Pictures (manifest or folder): how well the codec reproduces them")->allow_extra_args(false);
-  cmd->add_option("--retrieval", o->retrieval, "Manifest: draw from its captions, look for the nearest real picture")->allow_extra_args(false);
+  cmd->add_option("--text", o->text, "Text shards (several: after the model): perplexity, of the graft and of its base");
+  cmd->add_option("--images", o->images, "Shards of captioned pictures: likelihood with true, dropped and shuffled captions");
+  cmd->add_option("--codec", o->codec, "Pictures (manifest or folder): how well the codec reproduces them");
+  cmd->add_option("--retrieval", o->retrieval, "Manifest: draw from its captions, look for the nearest real picture");
   cmd->add_option("--candidates", o->candidates, "Manifest of further pictures to look among");
   cmd->add_option("--n", o->n, "Prompts of each retrieval")->check(CLI::PositiveNumber);
   cmd->add_option("--temperature", o->temperature, "Of the retrieval's drawings; 0: the likeliest codes")->check(CLI::NonNegativeNumber);
@@ -90,7 +90,7 @@ void add_eval_command(CLI::App& app) {
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
   cmd->footer("Examples:\n  moegraft eval runs/emoji -c configs/quickstart/eval.yaml --json\n"
               "  moegraft eval runs/emoji --retrieval data/emoji/popular.jsonl --n 120 --sheet sheet.png --drift\n"
-              "  moegraft eval models/base --text data/text/eval");
+              "  moegraft eval models/base --text data/text/eval data/text/other");
   cmd->callback([o] {
     const auto result = evaluate::evaluate_model(o->model, read_config(*o));
     std::cout << (o->json ? result.to_json() + "\n" : result.to_table()) << std::flush;

@@ -71,6 +71,7 @@ int run(int argc, char** argv) {
     return e.get_exit_code();  // a command that ended with a code of its own
   } catch (const CLI::ParseError& e) {
     if (const std::string unknown = tools::unknown_word(app); !unknown.empty()) log::error(unknown);
+    else if (const std::string taken = tools::taken_argument(app); !taken.empty()) log::error(taken);
     else app.exit(e);
     return 2;
   } catch (const UsageError& e) {
