@@ -1,21 +1,29 @@
 #include "moegraft/evaluate/evaluation.h"
 
 #include <algorithm>
+#include <map>
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
 #include "moegraft/checkpoint/checkpoint.h"
+#include "moegraft/checkpoint/parameters.h"
 #include "moegraft/codec/pictures.h"
+#include "moegraft/data/fingerprints.h"
 #include "moegraft/data/stream.h"
 #include "moegraft/evaluate/likelihood.h"
 #include "moegraft/generate/prompt.h"
+#include "moegraft/io/files.h"
+#include "moegraft/io/fingerprint.h"
 #include "moegraft/run/identity.h"
+#include "output.h"
 
 namespace moegraft::evaluate {
 namespace {
 
 namespace fs = std::filesystem;
+using io::Json;
 
 // One model and what of its run the measures need.
 class Evaluator {
@@ -30,6 +38,7 @@ class Evaluator {
   }
 
   graft::GraftedModel& model() { return model_; }
+  int64_t sequence_length() const { return rules_.sequence_length; }
   const model::ModalityTokens& tokens() const { return generate::find_modality(model_, config_.modality); }
 
   TextResult text() {
@@ -38,7 +47,7 @@ class Evaluator {
     data::EvalStream stream(sources(config_.text->shards), rules, model_.vocabulary, config_.text->max_tokens);
     const Likelihood grafted = measure_likelihood(model_, stream);
     MOEGRAFT_CHECK(grafted.labels_M[0] > 0, "text.shards: no text to predict in ", config_.text->shards);
-    TextResult result{grafted.labels_M[0], grafted.nll_M[0], {}};
+    TextResult result{grafted.labels_M[0], rules.packing, rules.sequence_length, grafted.nll_M[0], {}};
     if (model_.is_graft()) {
       const Detached base(model_);
       result.base_nll = measure_likelihood(model_, stream).nll_M[0];
@@ -49,24 +58,31 @@ class Evaluator {
   ImageResult image(const ImageSection& section) {
     const auto items = read_captioned_items(section.shards, model_.vocabulary, tokens(), section.max_items);
     ImageResult result{measure_captions(model_, tokens(), items, rules_, 17), {}};
-    if (!unigram_) {
-      std::vector<std::string> shards = config_.unigram;
-      if (shards.empty() && model_.config)
-        for (const auto& source : model_.config->data.train) shards.push_back(source.path);
-      if (shards.empty()) return result;
-      unigram_ = count_codes(shards, model_.vocabulary, tokens());
-    }
+    const auto shards = unigram_shards();
+    if (shards.empty()) return result;
+    if (!unigram_) unigram_ = count_codes(shards, model_.vocabulary, tokens());
     result.unigram = unigram_->nll(items);
     return result;
   }
 
-  routing::RoutingReport routing() {
-    std::vector<std::string> names{"text"}, shards = config_.text->shards;
-    for (const auto& m : model_.vocabulary.modalities) names.push_back(m.name);
+  std::vector<std::string> unigram_shards() const {
+    std::vector<std::string> shards = config_.unigram;
+    if (shards.empty() && model_.config)
+      for (const auto& source : model_.config->data.train) shards.push_back(source.path);
+    return shards;
+  }
+  std::vector<std::string> routed_shards() const {
+    std::vector<std::string> shards = config_.text->shards;
     for (const auto& section : config_.images) shards.push_back(section.shards);
+    return shards;
+  }
+
+  routing::RoutingReport routing() {
+    std::vector<std::string> names{"text"};
+    for (const auto& m : model_.vocabulary.modalities) names.push_back(m.name);
     const auto& spec = model_.decoder->spec();
     routing::RoutingStats stats(spec.num_layers, spec.num_experts, names, model_.device());
-    data::EvalStream stream(sources(shards), rules_, model_.vocabulary, config_.routing->max_tokens);
+    data::EvalStream stream(sources(routed_shards()), rules_, model_.vocabulary, config_.routing->max_tokens);
     model::ForwardOptions options;
     options.routing = &stats;
     measure_likelihood(model_, stream, options);
@@ -130,6 +146,104 @@ void take_from_run(EvalConfig& config, const graft::GraftedModel& model) {
   MOEGRAFT_CHECK_USAGE(!asks_for_nothing(config), "nothing to measure: the run's data.eval is empty; give -c eval.yaml, --text or --images");
 }
 
+// What is measured together, kept together and printed together.
+struct Section {
+  std::string key, name;          // its place in the JSON: [key][name], or [key] without a name
+  std::string settings;           // what decides the result besides model and data
+  std::vector<std::string> data;  // shards and manifests that it reads
+  std::function<Json()> measure;
+  std::string leaves = {};        // a file that measuring it makes
+  std::string label() const { return name.empty() ? key : key + "." + name; }
+};
+
+Json measure_drift_in(const std::string& dtype, const fs::path& path, const EvalConfig& config, graft::GraftedModel& model) {
+  const uint64_t seed(config.drift->seed);
+  if (dtype == dtype_name(model.decoder->dtype())) return to_json(measure_drift(model, seed));
+  graft::OpenOptions other = open_options(config);
+  other.dtype = graft::parse_dtype(dtype);
+  other.with_codecs = other.check_identity = false;
+  graft::GraftedModel again = graft::open_model(path, other);
+  return to_json(measure_drift(again, seed));
+}
+
+Json measure_routing(const fs::path& path, const EvalConfig& config, Evaluator& evaluator) {
+  Json j{{"now", to_json(evaluator.routing())}};
+  if (config.routing->start && evaluator.model().config) j["start"] = to_json(Evaluator(open_start(path, open_options(config), evaluator.model()), config).routing());
+  return j;
+}
+
+// In the order in which they are measured. Refers to its arguments.
+std::vector<Section> list_sections(const fs::path& path, const EvalConfig& config, Evaluator& evaluator) {
+  std::vector<Section> sections;
+  if (config.text) sections.push_back({"text", "", config::dump(*config.text), config.text->shards, [&] { return to_json(evaluator.text()); }});
+  for (const auto& s : config.images) {
+    std::vector<std::string> data = evaluator.unigram_shards();
+    data.push_back(s.shards);
+    sections.push_back({"images", s.name, config::dump(s), data, [&] { return to_json(evaluator.image(s)); }});
+  }
+  for (const auto& s : config.codec)
+    sections.push_back({"codec", s.name, config::dump(s), {s.pictures}, [&] { return to_json(measure_codec(evaluator.model(), evaluator.tokens(), s)); }});
+  for (const auto& s : config.retrieval)
+    sections.push_back({"retrieval", s.name, config::dump(s), {s.manifest, s.candidates}, [&] {
+                          Json j = to_json(measure_retrieval(evaluator.model(), evaluator.tokens(), s));
+                          if (!s.sheet.empty()) j["sheet"] = s.sheet;
+                          return j;
+                        }, s.sheet});
+  if (config.routing) sections.push_back({"routing", "", config::dump(*config.routing), evaluator.routed_shards(), [&] { return measure_routing(path, config, evaluator); }});
+  if (config.drift)
+    for (const auto& dtype : config.drift->dtypes) sections.push_back({"drift", dtype, config::dump(*config.drift), {}, [&] { return measure_drift_in(dtype, path, config, evaluator.model()); }});
+  return sections;
+}
+
+// Everything outside its section that a result depends on: parameters, what they were grafted onto, and how they are run.
+std::string identify(const graft::GraftedModel& model, const EvalConfig& config, int64_t sequence_length) {
+  std::string text = detail::concat(model.step, ' ', dtype_name(model.decoder->dtype()), ' ', model.device().str(), ' ', sequence_length, ' ', config.modality);
+  if (!model.config) return text + data::base_fingerprint(model.path);
+  for (const auto& [name, fingerprint] : run::recorded_fingerprints(model.path)) text += ' ' + name + ' ' + fingerprint;
+  for (const auto& [name, tensor] : checkpoint::parameter_tensors(*model.registry)) {
+    const at::Tensor host = tensor.to(at::kCPU).contiguous();
+    text += ' ' + name + ' ' + io::checksum_hex({static_cast<const char*>(host.const_data_ptr()), host.nbytes()});
+  }
+  return text;
+}
+
+// A manifest or shards by content; a folder of pictures by nothing but its path, which the settings hold.
+std::string content_of(const std::string& path) {
+  return path.empty() ? "" : io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
+}
+
+// The JSON in `output` as an earlier call left it; an empty object where there is none.
+Json read_earlier(const fs::path& output) {
+  MOEGRAFT_CHECK_USAGE(!fs::is_directory(output), output.string(), " is a folder; give a file, such as ", (output / "eval.json").string());
+  if (!fs::exists(output)) {
+    if (output.has_parent_path()) fs::create_directories(output.parent_path());
+    return Json::object();
+  }
+  Json earlier = io::read_json(output);
+  MOEGRAFT_CHECK(earlier.is_object(), output.string(), " is no result of moegraft eval; give another file or remove it");
+  return earlier;
+}
+
+std::string identify(const Section& s, const std::string& whose) {
+  std::string text = whose + ' ' + s.settings;
+  for (const auto& path : s.data) text += ' ' + content_of(path);
+  return io::checksum_hex(text);
+}
+
+// A section's result of an earlier call, when it would be the same today; else null.
+const Json* find_earlier(const Json& earlier, const Section& s, const std::string& identity) {
+  const Json* at = &earlier;
+  for (const std::string& key : s.name.empty() ? std::vector<std::string>{s.key} : std::vector<std::string>{s.key, s.name}) {
+    if (!at->is_object() || !at->contains(key)) return nullptr;
+    at = &at->at(key);
+  }
+  const auto sections = earlier.find("sections");
+  const bool same = sections != earlier.end() && sections->is_object() && sections->value(s.label(), Json()) == identity;
+  return same && (s.leaves.empty() || fs::exists(s.leaves)) ? at : nullptr;
+}
+
+Json& place_of(Json& j, const Section& s) { return s.name.empty() ? j[s.key] : j[s.key][s.name]; }
+
 }  // namespace
 
 codec::Quality measure_codec(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const CodecSection& section) {
@@ -141,10 +255,11 @@ codec::Quality measure_codec(const graft::GraftedModel& model, const model::Moda
   return codec::measure(*found->second, pictures.pixels_N3HW.index_select(0, chosen));
 }
 
-Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
+std::string evaluate_model(const fs::path& path, EvalConfig config, const EvaluationOptions& options) {
   const at::NoGradGuard no_grad;
-  const graft::OpenOptions open = open_options(config);
-  graft::GraftedModel opened = graft::open_model(path, open);
+  const bool keep = !options.output.empty();
+  Json earlier = keep ? read_earlier(options.output) : Json::object();
+  graft::GraftedModel opened = graft::open_model(path, open_options(config));
   if (asks_for_nothing(config)) take_from_run(config, opened);
   config.validate("");
   const bool needs_images = !config.images.empty() || !config.codec.empty() || !config.retrieval.empty() || config.routing;
@@ -152,47 +267,36 @@ Evaluation evaluate_model(const fs::path& path, EvalConfig config) {
   check_shards(opened, config);
 
   Evaluator evaluator(std::move(opened), config);
-  graft::GraftedModel& model = evaluator.model();
-  Evaluation result;
-  result.model = path.string();
-  result.dtype = dtype_name(model.decoder->dtype());
-  result.device = model.device().str();
-  result.step = model.step;
-  if (config.text) {
-    log::info("text perplexity");
-    result.text = evaluator.text();
-  }
-  for (const auto& section : config.images) {
-    log::info("likelihood of pictures: ", section.name);
-    result.images[section.name] = evaluator.image(section);
-  }
-  for (const auto& section : config.codec) {
-    log::info("codec: ", section.name);
-    result.codec[section.name] = measure_codec(model, evaluator.tokens(), section);
-  }
-  for (const auto& section : config.retrieval) {
-    result.retrieval[section.name] = measure_retrieval(model, evaluator.tokens(), section);
-    if (!section.sheet.empty()) result.sheets[section.name] = section.sheet;
-  }
-  if (config.routing) {
-    log::info("routing");
-    result.routing = evaluator.routing();
-    if (config.routing->start && model.config) result.routing_start = Evaluator(open_start(path, open, model), config).routing();
-  }
-  if (config.drift)
-    for (const auto& name : config.drift->dtypes) {
-      log::info("text drift in ", name);
-      if (name == result.dtype) {
-        result.drift[name] = measure_drift(model, uint64_t(config.drift->seed));
-        continue;
-      }
-      graft::OpenOptions other = open;
-      other.dtype = graft::parse_dtype(name);
-      other.with_codecs = other.check_identity = false;
-      graft::GraftedModel again = graft::open_model(path, other);
-      result.drift[name] = measure_drift(again, uint64_t(config.drift->seed));
+  const graft::GraftedModel& model = evaluator.model();
+  Json result{{"model", path.string()}, {"dtype", dtype_name(model.decoder->dtype())}, {"device", model.device().str()}, {"step", model.step}};
+  const auto sections = list_sections(path, config, evaluator);
+  std::map<std::string, std::string> identities;  // by label
+  std::vector<std::string> kept;
+  if (keep) {
+    const std::string whose = identify(model, config, evaluator.sequence_length());
+    for (const auto& s : sections) {
+      const std::string identity = identities[s.label()] = identify(s, whose);
+      const Json* before = find_earlier(earlier, s, identity);
+      if (!before) continue;
+      place_of(result, s) = *before;
+      result["sections"][s.label()] = identity;
+      kept.push_back(s.label());
     }
-  return result;
+    if (!kept.empty()) log::info(options.output.string(), " holds these already, which are kept: ", join(kept, ", "));
+  }
+  if (options.on_rows) options.on_rows(table_row(path.string(), "step " + std::to_string(model.step), result["dtype"].get<std::string>() + " on " + model.device().str()));
+  for (const auto& s : sections) {
+    if (std::find(kept.begin(), kept.end(), s.label()) == kept.end()) {
+      log::info("measuring ", s.label());
+      place_of(result, s) = s.measure();
+      if (keep) {
+        result["sections"][s.label()] = identities.at(s.label());
+        io::write_json(options.output, result);
+      }
+    }
+    if (options.on_rows) options.on_rows(table_rows(s.key, s.name, place_of(result, s)));
+  }
+  return result.dump();
 }
 
 }  // namespace moegraft::evaluate

@@ -14,7 +14,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, config, checkpoint, dtype, device, sheet, candidates;
+  std::string model, config, checkpoint, dtype, device, sheet, candidates, output;
   std::vector<std::string> set, text, images, codec, retrieval;
   int64_t n = 0, max_items = 0;
   double temperature = -1;
@@ -87,13 +87,16 @@ void add_eval_command(CLI::App& app) {
   cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)");
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16 (default: the run's)")->check(CLI::IsMember({"float32", "bfloat16", "bf16"}));
   cmd->add_option("--device", o->device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
-  cmd->add_flag("--json", o->json, "One JSON object on stdout");
-  cmd->footer("Examples:\n  moegraft eval runs/emoji -c configs/quickstart/eval.yaml --json\n"
+  cmd->add_option("-o,--output", o->output, "File that the JSON is written to after every section; what it holds already of the same parameters, settings and data is kept");
+  cmd->add_flag("--json", o->json, "One JSON object on stdout at the end, instead of the table");
+  cmd->footer("Examples:\n  moegraft eval runs/emoji -c configs/quickstart/eval.yaml -o runs/emoji/eval.json\n"
               "  moegraft eval runs/emoji --retrieval data/emoji/popular.jsonl --n 120 --sheet sheet.png --drift\n"
               "  moegraft eval models/base --text data/text/eval data/text/other");
   cmd->callback([o] {
-    const auto result = evaluate::evaluate_model(o->model, read_config(*o));
-    std::cout << (o->json ? result.to_json() + "\n" : result.to_table()) << std::flush;
+    evaluate::EvaluationOptions options{o->output, {}};
+    if (!o->json) options.on_rows = [](const std::string& rows) { std::cout << rows << std::flush; };
+    const std::string json = evaluate::evaluate_model(o->model, read_config(*o), options);
+    if (o->json) std::cout << json << std::endl;
   });
 }
 

@@ -12,12 +12,12 @@ namespace moegraft::evaluate {
 struct TextSection {
   std::vector<std::string> shards;
   int64_t max_tokens = 32768;
-  std::string packing = "documents";
+  std::string packing = "stream";
   template <class V>
   void visit_fields(V& v) {
     v("shards", shards, config::required(config::path()), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
-    v("packing", packing, config::one_of({"documents", "stream"}), "As data.packing of a run.");
+    v("packing", packing, config::one_of({"documents", "stream"}), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own; short ones have little to go by, so it is much higher.");
   }
 };
 
