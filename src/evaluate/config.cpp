@@ -21,11 +21,13 @@ void EvalConfig::validate(const std::string&) const {
   check_names(images, "images");
   check_names(codec, "codec");
   check_names(retrieval, "retrieval");
+  check_names(ranking, "ranking");
   if (text) MOEGRAFT_CHECK_USAGE(!text->shards.empty(), "text.shards must name at least one shard or folder");
   if (drift) {
     MOEGRAFT_CHECK_USAGE(!drift->dtypes.empty(), "drift.dtypes must name at least one of float32, bfloat16");
     for (const auto& name : drift->dtypes) MOEGRAFT_CHECK_USAGE(name == "float32" || name == "bfloat16", "drift.dtypes must be among float32, bfloat16, got ", name);
   }
+  MOEGRAFT_CHECK_USAGE(!baselines || !retrieval.empty(), "baselines are measured on the prompts and pictures of `retrieval`: give that too");
   MOEGRAFT_CHECK_USAGE(!routing || (text && !images.empty()), "routing compares text with pictures: give `text` and `images` too");
 }
 

@@ -12,7 +12,9 @@
 #include "moegraft/codec/pictures.h"
 #include "moegraft/data/fingerprints.h"
 #include "moegraft/data/stream.h"
+#include "moegraft/evaluate/baselines.h"
 #include "moegraft/evaluate/likelihood.h"
+#include "moegraft/evaluate/likelihood_ranking.h"
 #include "moegraft/generate/prompt.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/fingerprint.h"
@@ -119,7 +121,7 @@ graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, co
   return graft::build_model(config);
 }
 
-bool asks_for_nothing(const EvalConfig& c) { return !c.text && c.images.empty() && c.codec.empty() && c.retrieval.empty() && !c.drift && !c.routing; }
+bool asks_for_nothing(const EvalConfig& c) { return !c.text && c.images.empty() && c.codec.empty() && c.retrieval.empty() && c.ranking.empty() && !c.drift && !c.routing; }
 
 void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
   if (!model.config) return;  // a plain model
@@ -189,6 +191,14 @@ std::vector<Section> list_sections(const fs::path& path, const EvalConfig& confi
                           if (!s.sheet.empty()) j["sheet"] = s.sheet;
                           return j;
                         }, s.sheet});
+  if (config.baselines) {
+    std::string settings = config::dump(*config.baselines);
+    std::vector<std::string> data{config.baselines->manifest};
+    for (auto s : config.retrieval) settings += config::dump(s), data.insert(data.end(), {s.manifest, s.candidates});
+    sections.push_back({"baselines", "", settings, data, [&] { return to_json(measure_baselines(evaluator.model(), evaluator.tokens(), *config.baselines, config.retrieval)); }});
+  }
+  for (const auto& s : config.ranking)
+    sections.push_back({"ranking", s.name, config::dump(s), {s.manifest}, [&] { return to_json(rank_likelihoods(evaluator.model(), evaluator.tokens(), s)); }});
   if (config.routing) sections.push_back({"routing", "", config::dump(*config.routing), evaluator.routed_shards(), [&] { return measure_routing(path, config, evaluator); }});
   if (config.drift)
     for (const auto& dtype : config.drift->dtypes) sections.push_back({"drift", dtype, config::dump(*config.drift), {}, [&] { return measure_drift_in(dtype, path, config, evaluator.model()); }});
@@ -262,7 +272,7 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
   graft::GraftedModel opened = graft::open_model(path, open_options(config));
   if (asks_for_nothing(config)) take_from_run(config, opened);
   config.validate("");
-  const bool needs_images = !config.images.empty() || !config.codec.empty() || !config.retrieval.empty() || config.routing;
+  const bool needs_images = !config.images.empty() || !config.codec.empty() || !config.retrieval.empty() || !config.ranking.empty() || config.routing;
   MOEGRAFT_CHECK_USAGE(opened.is_graft() || (!needs_images && !config.drift), path.string(), " is a plain text model: only text perplexity can be measured");
   check_shards(opened, config);
 

@@ -1,5 +1,6 @@
 #include "output.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -17,6 +18,8 @@ Json number(double value) { return std::isfinite(value) ? Json(value) : Json(nul
 double number(const Json& value) { return value.is_number() ? value.get<double>() : NAN; }
 
 Json to_json(const Ranking& r) { return {{"top1", r.top(1)}, {"top10", r.top(10)}, {"mean_rank", r.mean_rank()}}; }
+
+Json chance(int64_t candidates) { return {{"top1", chance_of_top(1, candidates)}, {"top10", chance_of_top(10, candidates)}}; }
 
 std::string format(const char* pattern, double value) {
   char text[64];
@@ -49,8 +52,27 @@ std::string codec_rows(const std::string& name, const Json& r) {
 
 std::string retrieval_rows(const std::string& name, const Json& r) {
   return table_row("retrieval top-1, " + name, percent(r.at("top1")),
-                   r.at("n").dump() + " prompts among " + r.at("candidates").dump() + " pictures; reconstructions " + percent(r.at("reconstructed").at("top1"))) +
+                   r.at("n").dump() + " prompts among " + r.at("candidates").dump() + " pictures; reconstructions " + percent(r.at("reconstructed").at("top1")) + "; chance " + percent(r.at("chance").at("top1"))) +
          table_row("  top-10", percent(r.at("top10")), "mean rank " + format("%.1f", r.at("mean_rank")) + (r.contains("sheet") ? "; " + r["sheet"].get<std::string>() : ""));
+}
+
+// "bag of words top-1, compositions".
+std::string baseline_rows(const std::string&, const Json& r) {
+  std::string out;
+  for (const auto& [key, title] : {std::pair("bag_of_words", "bag of words"), std::pair("base_states", "base states")})
+    for (const auto& [name, task] : r.at("tasks").items())
+      if (task.contains(key))
+        out += table_row(std::string(title) + " top-1, " + name, percent(task[key].at("top1")), "top-10 " + percent(task[key].at("top10")) + "; chance " + percent(task.at("chance").at("top1")) + ", " + percent(task["chance"].at("top10")));
+  return out;
+}
+
+std::string ranking_rows(const std::string& name, const Json& r) {
+  std::string out;
+  for (const auto& [key, title] : {std::pair("image_to_caption", "likeliest caption, "), std::pair("caption_to_image", "likeliest picture, "), std::pair("caption_to_image_pmi", "  over its likelihood without, ")})
+    if (r.contains(key))
+      out += table_row(title + name, percent(r[key].at("top1")), "top-10 " + percent(r[key].at("top10")) + ", mean rank " + format("%.1f", r[key].at("mean_rank")) + "; " + r.at("n").dump() + " among " + r.at("candidates").dump() + ", chance " +
+                       percent(r.at("chance").at("top1")) + ", " + percent(r["chance"].at("top10")));
+  return out;
 }
 
 std::string drift_rows(const std::string& dtype, const Json& r) {
@@ -93,10 +115,32 @@ Json to_json(const Retrieval& r) {
   j["n"] = r.items.size();
   j["candidates"] = r.candidates;
   j["skipped_pictures"] = r.skipped;
+  j["chance"] = chance(r.candidates);
   j["seconds"] = r.seconds;
   j["reconstructed"] = to_json(r.reconstructed);
   j["items"] = Json::array();
   for (const auto& item : r.items) j["items"].push_back({{"caption", item.caption}, {"image", item.image}, {"rank", item.rank}, {"nearest", item.nearest}});
+  return j;
+}
+
+Json to_json(const Baselines& b) {
+  const auto fit = [](const ProbeFit& p) { return Json{{"features", p.features}, {"lambda", p.lambda}, {"held_out_mse", number(p.held_out_error)}}; };
+  Json j{{"pictures", b.pictures}, {"captions", b.captions}, {"seconds", b.seconds}, {"fit", {{"bag_of_words", fit(b.bag_of_words)}}}};
+  if (b.base_states) j["fit"]["base_states"] = fit(*b.base_states);
+  for (const auto& [name, candidates] : b.candidates) {
+    Json& task = j["tasks"][name];
+    const Ranking& words = b.bag_of_words.rankings.at(name);
+    task = {{"n", words.rank_N.size()}, {"candidates", candidates}, {"chance", chance(candidates)}, {"bag_of_words", to_json(words)}};
+    if (b.base_states) task["base_states"] = to_json(b.base_states->rankings.at(name));
+  }
+  return j;
+}
+
+Json to_json(const LikelihoodRanking& r) {
+  Json j{{"n", r.candidates_N.size()}, {"candidates", *std::max_element(r.candidates_N.begin(), r.candidates_N.end())}, {"chance", {{"top1", r.chance(1)}, {"top10", r.chance(10)}}}, {"seconds", r.seconds}};
+  if (r.captions) j["image_to_caption"] = to_json(*r.captions);
+  if (r.pictures) j["caption_to_image"] = to_json(*r.pictures);
+  if (r.pictures_pmi) j["caption_to_image_pmi"] = to_json(*r.pictures_pmi);
   return j;
 }
 
@@ -123,7 +167,7 @@ std::string table_row(const std::string& measure, const std::string& value, cons
 
 std::string table_rows(const std::string& key, const std::string& name, const Json& result) {
   static const std::map<std::string, std::string (*)(const std::string&, const Json&)> sections{
-      {"text", text_rows}, {"images", image_rows}, {"codec", codec_rows}, {"retrieval", retrieval_rows}, {"drift", drift_rows}, {"routing", routing_rows}};
+      {"text", text_rows}, {"images", image_rows}, {"codec", codec_rows}, {"retrieval", retrieval_rows}, {"baselines", baseline_rows}, {"ranking", ranking_rows}, {"drift", drift_rows}, {"routing", routing_rows}};
   const auto found = sections.find(key);
   MOEGRAFT_INVARIANT(found != sections.end(), "no rows for ", key);
   return found->second(name, result);

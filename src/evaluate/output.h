@@ -5,8 +5,10 @@
 #include <string>
 
 #include "moegraft/codec/train.h"
+#include "moegraft/evaluate/baselines.h"
 #include "moegraft/evaluate/captions.h"
 #include "moegraft/evaluate/drift.h"
+#include "moegraft/evaluate/likelihood_ranking.h"
 #include "moegraft/evaluate/retrieval.h"
 #include "moegraft/io/json.h"
 #include "moegraft/routing/stats.h"
@@ -29,6 +31,8 @@ io::Json to_json(const TextResult& result);
 io::Json to_json(const ImageResult& result);
 io::Json to_json(const codec::Quality& quality);
 io::Json to_json(const Retrieval& retrieval);
+io::Json to_json(const Baselines& baselines);
+io::Json to_json(const LikelihoodRanking& ranking);
 io::Json to_json(const Drift& drift);
 io::Json to_json(const routing::RoutingReport& report);
 

@@ -2,64 +2,20 @@
 
 #include <algorithm>
 #include <chrono>
-#include <map>
 
+#include "gallery.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
-#include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
-#include "moegraft/base/rng.h"
-#include "moegraft/data/manifest.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/image.h"
 
 namespace moegraft::evaluate {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr int64_t kDistances = int64_t{1} << 24;  // pixel differences at a time: 64 MiB
 constexpr int64_t kEncodeBatch = 64;
 constexpr int64_t kPairsPerRow = 6;
-
-// Pictures at the codec's size, each file once.
-struct Gallery {
-  std::vector<std::string> files;
-  std::vector<at::Tensor> pictures_3HW;
-  std::map<std::string, int64_t> index;  // -1: does not decode
-  int64_t skipped = 0;
-
-  int64_t add(const fs::path& file, const codec::ImageCodec& codec) {
-    const auto [at, fresh] = index.emplace(file.lexically_normal().string(), -1);
-    if (!fresh) return at->second;
-    try {
-      pictures_3HW.push_back(codec.prepare(io::load_image(file)).contiguous());
-    } catch (const UserError& e) {
-      log::warning("skipped ", file.string(), ": ", e.what());
-      ++skipped;
-      return -1;
-    }
-    files.push_back(at->first);
-    return at->second = int64_t(files.size()) - 1;
-  }
-};
-
-struct Prompt {
-  std::string caption;
-  int64_t picture;
-};
-
-// Captioned pictures of a manifest; all its pictures go to the gallery.
-std::vector<Prompt> read_prompts(const fs::path& manifest, const codec::ImageCodec& codec, Gallery& gallery) {
-  std::vector<Prompt> prompts;
-  for (const auto& entry : data::read_manifest(manifest)) {
-    int64_t picture = -1;
-    for (const auto& segment : entry.segments)
-      if (segment.is_image()) picture = gallery.add(segment.image, codec);
-    if (picture >= 0 && !entry.captions.empty()) prompts.push_back({entry.captions.front(), picture});
-  }
-  return prompts;
-}
 
 at::Tensor reconstruct(const codec::ImageCodec& codec, const at::Tensor& pictures_M3HW, at::Device device) {
   std::vector<at::Tensor> parts;
@@ -68,6 +24,8 @@ at::Tensor reconstruct(const codec::ImageCodec& codec, const at::Tensor& picture
 }
 
 }  // namespace
+
+double chance_of_top(int64_t k, int64_t candidates) { return std::min(1.0, double(k) / double(candidates)); }
 
 double Ranking::top(int64_t k) const {
   return double(std::count_if(rank_N.begin(), rank_N.end(), [&](int64_t r) { return r <= k; })) / double(std::max<size_t>(1, rank_N.size()));
@@ -107,27 +65,18 @@ Ranking rank_pictures(const at::Tensor& samples_N3HW, const at::Tensor& candidat
 
 Retrieval measure_retrieval(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const RetrievalSection& options) {
   const at::NoGradGuard no_grad;
-  const auto found = model.codecs.find(tokens.name);
-  MOEGRAFT_CHECK(found != model.codecs.end() && found->second, "the codec of ", tokens.name, " is not loaded");
-  const codec::ImageCodec& codec = *found->second;
-  Gallery gallery;
-  std::vector<Prompt> prompts = read_prompts(options.manifest, codec, gallery);
-  MOEGRAFT_CHECK(!prompts.empty(), options.manifest, " holds no picture with a caption that decodes");
-  if (!options.candidates.empty()) read_prompts(options.candidates, codec, gallery);
-
-  std::vector<Prompt> chosen;
-  for (const int64_t i : Rng(uint64_t(options.seed), "evaluate.retrieval").permutation(int64_t(prompts.size())))
-    if (int64_t(chosen.size()) < options.n) chosen.push_back(prompts[size_t(i)]);
+  const codec::ImageCodec& codec = codec_of(model, tokens);
+  const auto [gallery, prompts] = read_task(options, codec);
 
   generate::ImageOptions draw;
   draw.modality = tokens.name;
   draw.cfg = options.cfg;
   draw.sampling = {options.temperature, options.top_k, options.top_p};
   draw.seed = uint64_t(options.seed);
-  Progress progress("drawing " + options.name, int64_t(chosen.size()) * tokens.item_length);
+  Progress progress("drawing " + options.name, int64_t(prompts.size()) * tokens.item_length);
   draw.on_progress = [&](int64_t done, int64_t) { progress.update(done); };
   std::vector<generate::Prompt> texts;
-  for (const auto& prompt : chosen) texts.push_back(generate::text_prompt(prompt.caption));
+  for (const auto& prompt : prompts) texts.push_back(generate::text_prompt(prompt.captions.front()));
   const auto start = std::chrono::steady_clock::now();
   const auto drawn = generate::generate_images(model, texts, draw);
   Retrieval result;
@@ -136,20 +85,20 @@ Retrieval measure_retrieval(const graft::GraftedModel& model, const model::Modal
 
   std::vector<at::Tensor> samples, sheet;
   std::vector<int64_t> targets;
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (size_t i = 0; i < prompts.size(); ++i) {
     samples.push_back(drawn[i].pixels_3HW);
-    targets.push_back(chosen[i].picture);
+    targets.push_back(prompts[i].picture);
     sheet.push_back(drawn[i].pixels_3HW);
-    sheet.push_back(gallery.pictures_3HW[size_t(chosen[i].picture)]);
+    sheet.push_back(gallery.picture(prompts[i].picture));
   }
-  const at::Tensor samples_N3HW = at::stack(samples), real_M3HW = at::stack(gallery.pictures_3HW);
-  result.candidates = real_M3HW.size(0);
-  result.skipped = gallery.skipped;
+  const at::Tensor samples_N3HW = at::stack(samples), real_M3HW = gallery.stacked();
+  result.candidates = gallery.size();
+  result.skipped = gallery.skipped();
   result.real = rank_pictures(samples_N3HW, real_M3HW, targets);
   result.reconstructed = rank_pictures(samples_N3HW, reconstruct(codec, real_M3HW, model.device()), targets);
-  for (size_t i = 0; i < chosen.size(); ++i)
-    result.items.push_back({chosen[i].caption, gallery.files[size_t(targets[i])], gallery.files[size_t(result.real.nearest_N[i])], result.real.rank_N[i]});
-  if (!options.sheet.empty()) io::save_image(options.sheet, io::contact_sheet(sheet, 2 * std::min<int64_t>(kPairsPerRow, int64_t(chosen.size()))));
+  for (size_t i = 0; i < prompts.size(); ++i)
+    result.items.push_back({prompts[i].captions.front(), gallery.file(targets[i]), gallery.file(result.real.nearest_N[i]), result.real.rank_N[i]});
+  if (!options.sheet.empty()) io::save_image(options.sheet, io::contact_sheet(sheet, 2 * std::min<int64_t>(kPairsPerRow, int64_t(prompts.size()))));
   return result;
 }
 

@@ -12,8 +12,9 @@ namespace moegraft::tools {
 namespace {
 
 // Options and positionals that name files or folders, by their long name.
-const std::set<std::string> kPaths = {"against", "annotations", "candidates", "checkpoint", "codec",     "config", "dense", "eval-text", "file",      "font",       "handbook", "ids", "image", "images", "manifest", "measured",
-                                      "model",   "out",         "output",     "path",       "prompts",   "resume", "run",   "retrieval", "save",      "sheet",      "text",     "tokenizer", "with-image", "wordnet", "x", "y"};
+const std::set<std::string> kPaths = {"against", "annotations", "baselines", "candidates", "checkpoint", "codec", "config", "dense", "eval-text", "file", "font", "handbook", "ids", "image",
+                                      "images", "manifest", "measured", "model", "out", "output", "path", "prompts", "ranking", "resume", "run", "retrieval",
+                                      "save", "sheet", "synonyms", "text", "tokenizer", "with-image", "wordnet", "x", "y"};
 
 bool is_path(const CLI::App& command, const std::string& name) {
   if (name == "text" && command.get_name() == "tokenize") return false;  // the text itself

@@ -14,8 +14,8 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, config, checkpoint, dtype, device, sheet, candidates, output;
-  std::vector<std::string> set, text, images, codec, retrieval;
+  std::string model, config, checkpoint, dtype, device, sheet, candidates, baselines, output;
+  std::vector<std::string> set, text, images, codec, retrieval, ranking;
   int64_t n = 0, max_items = 0;
   double temperature = -1;
   bool drift = false, routing = false, json = false;
@@ -52,6 +52,16 @@ evaluate::EvalConfig read_config(const Options& o) {
     r.sheet = o.sheet;
     c.retrieval.push_back(r);
   }
+  for (const auto& path : o.ranking) {
+    evaluate::RankingSection r;
+    r.name = name_of(path, c.ranking);
+    r.manifest = path;
+    c.ranking.push_back(r);
+  }
+  if (!o.baselines.empty()) {
+    if (!c.baselines) c.baselines.emplace();
+    c.baselines->manifest = o.baselines;
+  }
   for (auto& r : c.retrieval) {
     if (o.n > 0) r.n = o.n;
     if (o.temperature >= 0) r.temperature = o.temperature;
@@ -69,7 +79,7 @@ evaluate::EvalConfig read_config(const Options& o) {
 
 void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
-  CLI::App* cmd = app.add_subcommand("eval", "Text perplexity and drift, likelihood of pictures, codec quality, prompt retrieval, routing");
+  CLI::App* cmd = app.add_subcommand("eval", "Text perplexity and drift, likelihood of pictures, codec quality, prompt retrieval, likelihood ranking, baselines, routing");
   cmd->add_option("model", o->model, "Run or Hugging Face directory")->required();
   cmd->add_option("-c,--config", o->config, "YAML file of what to measure; nothing at all on a run: its data.eval and the drift");
   cmd->add_option("--set", o->set, "Override a key of the YAML (repeatable)")->take_all()->allow_extra_args(false);
@@ -77,6 +87,8 @@ void add_eval_command(CLI::App& app) {
   cmd->add_option("--images", o->images, "Shards of captioned pictures: likelihood with true, dropped and shuffled captions");
   cmd->add_option("--codec", o->codec, "Pictures (manifest or folder): how well the codec reproduces them");
   cmd->add_option("--retrieval", o->retrieval, "Manifest: draw from its captions, look for the nearest real picture");
+  cmd->add_option("--ranking", o->ranking, "Manifest: which of its captions is likeliest for a picture, which picture for a caption");
+  cmd->add_option("--baselines", o->baselines, "Manifest of the training pictures: how far linear regression from captions gets on each --retrieval");
   cmd->add_option("--candidates", o->candidates, "Manifest of further pictures to look among");
   cmd->add_option("--n", o->n, "Prompts of each retrieval")->check(CLI::PositiveNumber);
   cmd->add_option("--temperature", o->temperature, "Of the retrieval's drawings; 0: the likeliest codes")->check(CLI::NonNegativeNumber);

@@ -62,6 +62,34 @@ struct RetrievalSection {
   }
 };
 
+struct RankingSection {
+  std::string name, manifest, direction = "both";
+  int64_t n = 64, candidates = 64, seed = 17;
+  template <class V>
+  void visit_fields(V& v) {
+    v("name", name, config::required(), "What the result is called.");
+    v("manifest", manifest, config::required(config::path()), "Manifest of captioned pictures.");
+    v("direction", direction, config::one_of({"both", "image_to_caption", "caption_to_image"}), "Which caption of many a picture has, which picture of many a caption has, or both.");
+    v("n", n, config::range(1, 1e9), "Captions and pictures to ask about, drawn from the manifest by `seed`; all when it holds fewer.");
+    v("candidates", candidates, config::range(2, 1e9), "Captions or pictures to choose among, the right one included. Each pair is a pass over a caption and a picture: about n * candidates of them a direction.");
+    v("seed", seed, config::range(0, 9e15), "Seed of the choice.");
+  }
+};
+
+struct BaselineSection {
+  std::string manifest;
+  bool states = true;
+  int64_t max_pictures = 20000, max_words = 4096, seed = 17;
+  template <class V>
+  void visit_fields(V& v) {
+    v("manifest", manifest, config::required(config::path()), "Manifest of the pictures to learn from, with all their captions: what the graft was trained on.");
+    v("states", states, config::any(), "Also a ridge regression from the base's states of a caption.");
+    v("max_pictures", max_pictures, config::range(10, 1e9), "Pictures to learn from, spread evenly over the manifest.");
+    v("max_words", max_words, config::range(1, 65536), "Most frequent words that the bag of words knows; the normal equations are as wide.");
+    v("seed", seed, config::range(0, 9e15), "Seed of the tenth of the pictures that chooses the penalty.");
+  }
+};
+
 struct DriftSection {
   std::vector<std::string> dtypes = {"float32", "bfloat16"};
   int64_t seed = 17;
@@ -90,6 +118,8 @@ struct EvalConfig {
   std::vector<std::string> unigram;
   std::vector<CodecSection> codec;
   std::vector<RetrievalSection> retrieval;
+  std::optional<BaselineSection> baselines;
+  std::vector<RankingSection> ranking;
   std::optional<DriftSection> drift;
   std::optional<RoutingSection> routing;
   template <class V>
@@ -104,10 +134,12 @@ struct EvalConfig {
     v("unigram", unigram, config::path(), "Shards the unigram baseline is counted on; empty: the run's data.train.");
     v("codec", codec, config::any(), "Reconstruction by the codec.");
     v("retrieval", retrieval, config::any(), "Is the picture nearest to a drawn one the right one?");
+    v("baselines", baselines, config::any(), "How far a linear regression from captions to pictures gets on `retrieval`, on the same prompts and pictures.");
+    v("ranking", ranking, config::any(), "Which of many captions or pictures has the best likelihood?");
     v("drift", drift, config::any(), "Text logits of the graft against its base.");
     v("routing", routing, config::any(), "Routing by modality.");
   }
-  void validate(const std::string& path) const;  // names distinct, dtypes known, routing has data
+  void validate(const std::string& path) const;  // names distinct, dtypes known, routing and baselines have data
 };
 
 }  // namespace moegraft::evaluate

@@ -21,6 +21,9 @@ struct Ranking {
 };
 Ranking rank_pictures(const at::Tensor& samples_N3HW, const at::Tensor& candidates_M3HW, const std::vector<int64_t>& target_N);
 
+// What guessing reaches.
+double chance_of_top(int64_t k, int64_t candidates);
+
 struct RetrievalItem {
   std::string caption, image, nearest;  // nearest: the candidate's file
   int64_t rank = 0;
