@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <fstream>
+#include <regex>
 
 #include "libtorch.h"
 #include "moegraft/config/config.h"
@@ -213,6 +214,30 @@ TEST_F(Command, AnIdOutsideTheVocabularyIsOneClearLine) {
   EXPECT_EQ(r.code, 1);
   EXPECT_NE(r.err.find("token id 1000000 is outside the vocabulary"), std::string::npos) << r.err;
   EXPECT_FALSE(fs::exists(folder / "out.safetensors"));
+}
+
+TEST_F(Command, TheSummaryPutsBaselinesBesideRetrieval) {
+  testing::TemporaryFolder folder;
+  const auto top = [](double top1, double top10) { return io::Json{{"top1", top1}, {"top10", top10}}; };
+  io::Json eval{{"sections", {{"retrieval.heldout", "0123456789abcdef"}}}, {"text", {{"perplexity", 50.25}}}};
+  eval["retrieval"]["heldout"] = top(0.1, 0.3), eval["retrieval"]["heldout"]["chance"] = top(0.001, 0.01);
+  eval["baselines"]["tasks"]["heldout"]["bag_of_words"] = top(0.184, 0.502);
+  eval["ranking"]["heldout"] = {{"caption_to_image_pmi", top(0.5, 1)}, {"chance", top(0.015625, 0.15625)}};
+  eval["ranking"]["templates"]["image_to_caption"] = top(0.25, 0.75);
+  io::write_json(folder / "eval.json", eval);
+  io::write_file_atomic(folder / "stages.tsv", "graft\t660\n");
+  const auto r = run_moegraft({"summary", folder.path().string()});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const auto cells = [&](const std::string& name) {  // of the row that begins with it
+    std::string cells = r.out.substr(r.out.find("\n" + name + " ") + 1);
+    cells.resize(cells.find('\n'));
+    return std::regex_replace(cells, std::regex(" +"), " ");
+  };
+  EXPECT_EQ(cells("heldout"), "heldout 10.0 / 30.0 18.4 / 50.2 - 0.1 / 1.0 - - 50.0 / 100.0 1.6 / 15.6");
+  EXPECT_EQ(cells("templates"), "templates - - - - 25.0 / 75.0 - - -");
+  EXPECT_EQ(cells("eval.text.perplexity"), "eval.text.perplexity 50.25");
+  EXPECT_EQ(r.out.find("0123456789abcdef"), std::string::npos);
+  EXPECT_EQ(io::read_json(folder / "summary.json")["eval"], eval);
 }
 
 // An interrupted disk: a file-size limit stands for a full one.

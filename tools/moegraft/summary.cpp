@@ -3,7 +3,9 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
+#include <set>
 #include <sstream>
+#include <vector>
 
 #include "command.h"
 #include "moegraft/base/check.h"
@@ -42,6 +44,43 @@ void flatten(const Json& j, const std::string& prefix, std::vector<std::pair<std
   }
 }
 
+// Retrieval beside its baselines, and the likelihood rankings: "top-1 / top-10" in percent by kind of prompt.
+void print_understanding(const Json& eval) {
+  struct Column {
+    const char* title;
+    std::vector<std::string> before, after;  // the way to its numbers, around the name of the prompts
+  };
+  static const std::vector<Column> columns{{"drawn", {"retrieval"}, {}},
+                                           {"bag of words", {"baselines", "tasks"}, {"bag_of_words"}},
+                                           {"base states", {"baselines", "tasks"}, {"base_states"}},
+                                           {"chance", {"retrieval"}, {"chance"}},
+                                           {"| its caption", {"ranking"}, {"image_to_caption"}},
+                                           {"its picture", {"ranking"}, {"caption_to_image"}},
+                                           {"... by PMI", {"ranking"}, {"caption_to_image_pmi"}},
+                                           {"chance", {"ranking"}, {"chance"}}};
+  std::set<std::string> names;
+  for (const char* key : {"retrieval", "ranking"})
+    if (eval.contains(key))
+      for (const auto& [name, result] : eval[key].items()) names.insert(name);
+  if (names.empty()) return;
+  std::printf("\n%-24s", "top-1 / top-10, %");
+  for (const auto& column : columns) std::printf(" %15s", column.title);
+  std::printf("\n");
+  for (const auto& name : names) {
+    std::printf("%-24s", name.c_str());
+    for (const auto& column : columns) {
+      Json::json_pointer at;
+      for (const auto& key : column.before) at /= key;
+      at /= name;
+      for (const auto& key : column.after) at /= key;
+      char cell[32] = "-";
+      if (eval.contains(at / "top1") && eval.contains(at / "top10")) std::snprintf(cell, sizeof cell, "%.1f / %.1f", 100 * eval.at(at / "top1").get<double>(), 100 * eval.at(at / "top10").get<double>());
+      std::printf(" %15s", cell);
+    }
+    std::printf("\n");
+  }
+}
+
 void run(const fs::path& dir) {
   Json summary{{"stages", Json::object()}};
   int64_t total = 0;
@@ -61,8 +100,10 @@ void run(const fs::path& dir) {
     if (!summary.contains(part)) continue;
     std::vector<std::pair<std::string, std::string>> rows;
     flatten(summary[part], part, rows);
-    for (const auto& [key, value] : rows) std::printf("%-52s %s\n", key.c_str(), value.c_str());
+    for (const auto& [key, value] : rows)
+      if (!key.starts_with("eval.sections.")) std::printf("%-52s %s\n", key.c_str(), value.c_str());
   }
+  if (summary.contains("eval")) print_understanding(summary["eval"]);
   std::printf("\nwritten: %s\n", (dir / "summary.json").c_str());
 }
 
