@@ -72,6 +72,7 @@ class BaseStates : public Probe {
   int64_t features() const override { return 2 * model_.decoder->spec().hidden_size; }
   at::Tensor encode(const Captions& captions) const override {
     const at::Tensor embedding_VD = model_.decoder->base().weights->embedding_VD();
+    const int64_t most = model_.decoder->spec().max_positions;
     std::vector<at::Tensor> encoded;
     std::vector<data::Sequence> batch;
     int64_t tokens = 0;
@@ -95,6 +96,7 @@ class BaseStates : public Probe {
     for (const auto& caption : captions) {
       auto prompt = generate::tokenize(model_, generate::text_prompt(caption));
       MOEGRAFT_CHECK(prompt.size() > 0, "the caption \"", caption, "\" has no token");
+      if (most > 0 && prompt.size() > most) prompt.ids.resize(size_t(most)), prompt.modality.resize(size_t(most));
       if (!batch.empty() && tokens + prompt.size() > kTokensPerBatch) flush();
       tokens += prompt.size();
       std::vector<int64_t> none(prompt.ids.size(), model::kNoLabel);
@@ -118,7 +120,7 @@ struct Rows {
 
 Rows read_rows(const BaselineSection& section, const codec::ImageCodec& codec) {
   Gallery gallery(codec, kSide);
-  const auto pictures = read_pictures(section.manifest, gallery, section.max_pictures);
+  const auto pictures = read_pictures(section.manifest, gallery, section.max_pictures, section.seed);
   MOEGRAFT_CHECK(pictures.size() > 1, section.manifest, " holds one captioned picture; a regression needs several");
   const int64_t total = int64_t(pictures.size()), held_out = std::max<int64_t>(1, total / 10);
   const auto order = Rng(uint64_t(section.seed), "evaluate.baselines").permutation(total);

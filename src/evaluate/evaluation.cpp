@@ -194,7 +194,10 @@ std::vector<Section> list_sections(const fs::path& path, const EvalConfig& confi
   if (config.baselines) {
     std::string settings = config::dump(*config.baselines);
     std::vector<std::string> data{config.baselines->manifest};
-    for (auto s : config.retrieval) settings += config::dump(s), data.insert(data.end(), {s.manifest, s.candidates});
+    for (const auto& s : config.retrieval) {
+      settings += detail::concat(' ', s.name, ' ', s.n, ' ', s.seed);
+      data.insert(data.end(), {s.manifest, s.candidates});
+    }
     sections.push_back({"baselines", "", settings, data, [&] { return to_json(measure_baselines(evaluator.model(), evaluator.tokens(), *config.baselines, config.retrieval)); }});
   }
   for (const auto& s : config.ranking)
@@ -268,7 +271,7 @@ codec::Quality measure_codec(const graft::GraftedModel& model, const model::Moda
 std::string evaluate_model(const fs::path& path, EvalConfig config, const EvaluationOptions& options) {
   const at::NoGradGuard no_grad;
   const bool keep = !options.output.empty();
-  Json earlier = keep ? read_earlier(options.output) : Json::object();
+  const Json earlier = keep ? read_earlier(options.output) : Json::object();
   graft::GraftedModel opened = graft::open_model(path, open_options(config));
   if (asks_for_nothing(config)) take_from_run(config, opened);
   config.validate("");
@@ -286,9 +289,9 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
     const std::string whose = identify(model, config, evaluator.sequence_length());
     for (const auto& s : sections) {
       const std::string identity = identities[s.label()] = identify(s, whose);
-      const Json* before = find_earlier(earlier, s, identity);
-      if (!before) continue;
-      place_of(result, s) = *before;
+      const Json* found = find_earlier(earlier, s, identity);
+      if (!found) continue;
+      place_of(result, s) = *found;
       result["sections"][s.label()] = identity;
       kept.push_back(s.label());
     }
@@ -306,7 +309,8 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
     }
     if (options.on_rows) options.on_rows(table_rows(s.key, s.name, place_of(result, s)));
   }
-  return result.dump();
+  if (keep && kept.size() == sections.size()) io::write_json(options.output, result);  // without what is not asked for any more
+  return result.dump(-1, ' ', false, Json::error_handler_t::replace);  // names of files need not be UTF-8
 }
 
 }  // namespace moegraft::evaluate

@@ -1,5 +1,7 @@
 #include "gallery.h"
 
+#include <algorithm>
+
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
@@ -33,12 +35,14 @@ int64_t Gallery::add(const fs::path& file) {
   return at->second = size() - 1;
 }
 
-std::vector<CaptionedPicture> read_pictures(const fs::path& manifest, Gallery& gallery, int64_t max_entries) {
+std::vector<CaptionedPicture> read_pictures(const fs::path& manifest, Gallery& gallery, int64_t max_entries, int64_t seed) {
   std::vector<CaptionedPicture> pictures;
   const auto entries = data::read_manifest(manifest);
-  const int64_t total = int64_t(entries.size()), count = max_entries > 0 ? std::min(total, max_entries) : total;
-  for (int64_t k = 0; k < count; ++k) {
-    const auto& entry = entries[size_t(k * total / count)];
+  auto chosen = Rng(uint64_t(seed), "evaluate.pictures").permutation(int64_t(entries.size()));
+  if (max_entries > 0 && int64_t(chosen.size()) > max_entries) chosen.resize(size_t(max_entries));
+  std::sort(chosen.begin(), chosen.end());
+  for (const int64_t index : chosen) {
+    const auto& entry = entries[size_t(index)];
     int64_t picture = -1;
     for (const auto& segment : entry.segments)
       if (segment.is_image()) picture = gallery.add(segment.image);

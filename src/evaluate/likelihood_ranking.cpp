@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kTokensPerBatch = 4096, kEncodeBatch = 64;
 constexpr int64_t kNoCaption = -1;
+constexpr int64_t kSpare = 4;  // times as many pictures are read as are asked for: some are alike
 
 struct Item {
   generate::PromptTokens caption;
@@ -28,7 +29,7 @@ struct Item {
 std::vector<Item> read_items(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const RankingSection& section) {
   const codec::ImageCodec& codec = codec_of(model, tokens);
   Gallery gallery(codec);
-  const auto pictures = read_pictures(section.manifest, gallery);
+  const auto pictures = read_pictures(section.manifest, gallery, kSpare * std::max(section.n, section.candidates), section.seed);
   std::vector<at::Tensor> parts;
   for (const auto& part : gallery.stacked().split(kEncodeBatch)) parts.push_back(codec.encode(part.to(model.device())).to(at::kCPU));
   const at::Tensor ids_ML = at::cat(parts).add_(tokens.code_id(0)).contiguous();

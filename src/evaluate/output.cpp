@@ -68,7 +68,7 @@ std::string baseline_rows(const std::string&, const Json& r) {
 
 std::string ranking_rows(const std::string& name, const Json& r) {
   std::string out;
-  for (const auto& [key, title] : {std::pair("image_to_caption", "likeliest caption, "), std::pair("caption_to_image", "likeliest picture, "), std::pair("caption_to_image_pmi", "  over its likelihood without, ")})
+  for (const auto& [key, title] : {std::pair("image_to_caption", "likeliest caption, "), std::pair("caption_to_image", "likeliest picture, "), std::pair("caption_to_image_pmi", "  against no caption, ")})
     if (r.contains(key))
       out += table_row(title + name, percent(r[key].at("top1")), "top-10 " + percent(r[key].at("top10")) + ", mean rank " + format("%.1f", r[key].at("mean_rank")) + "; " + r.at("n").dump() + " among " + r.at("candidates").dump() + ", chance " +
                        percent(r.at("chance").at("top1")) + ", " + percent(r["chance"].at("top10")));

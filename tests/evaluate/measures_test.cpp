@@ -350,11 +350,12 @@ TEST_F(Measures, BadInputIsRefused) {
 
 TEST_F(Measures, TheCommandPrintsATableOrOneObject) {
   if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
-  const auto json = testing::run_moegraft({"eval", world_->run.string(), "--images", world_->image_shards.string(), "--retrieval", world_->manifest.string(), "--n", "3", "--json"});
+  const auto json = testing::run_moegraft({"eval", world_->run.string(), "--images", world_->image_shards.string(), "--retrieval", world_->manifest.string(), "--ranking", world_->manifest.string(), "--n", "3", "--json"});
   ASSERT_EQ(json.code, 0) << json.err;
   const auto j = io::Json::parse(json.out);
   EXPECT_EQ(j["images"]["image"]["items"], 16);
   EXPECT_EQ(j["retrieval"]["pictures"]["n"], 3);
+  EXPECT_EQ(j["ranking"]["pictures"]["n"], 3);
   EXPECT_FALSE(j.contains("text"));
   EXPECT_EQ(testing::run_moegraft({"eval", world_->run.string(), "--set", "imges=[]"}).code, 2);
   // Several shards, before the model.

@@ -1,6 +1,9 @@
 // Likelihood ranking, and the baselines of retrieval.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <functional>
+
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/data/sequence.h"
@@ -131,7 +134,11 @@ TEST_F(Understanding, TheBagOfWordsFindsPicturesItHasNotSeen) {
   section.manifest = (folder_->path() / "seen.jsonl").string();
   auto unseen_task = retrieval("unseen", folder_->path() / "unseen.jsonl");
   unseen_task.candidates = section.manifest;
-  const Baselines b = measure_baselines(*model_, tokens(), section, {retrieval("seen", section.manifest), unseen_task});
+  // Not a word of it is known.
+  io::write_file_atomic(folder_->path() / "foreign.jsonl", io::Json{{"image", (world_->dir / "images/red-bar.png").string()}, {"text", "xyz"}}.dump() + "\n");
+  auto foreign = retrieval("foreign", folder_->path() / "foreign.jsonl");
+  foreign.candidates = section.manifest;
+  const Baselines b = measure_baselines(*model_, tokens(), section, {retrieval("seen", section.manifest), unseen_task, foreign});
   EXPECT_EQ(b.pictures, 15);
   EXPECT_EQ(b.captions, 30);
   EXPECT_EQ(b.bag_of_words.features, 9);  // "a", four colours, four shapes
@@ -139,6 +146,7 @@ TEST_F(Understanding, TheBagOfWordsFindsPicturesItHasNotSeen) {
   EXPECT_EQ(b.candidates.at("unseen"), 16);
   EXPECT_GE(b.bag_of_words.rankings.at("seen").top(1), 0.6);
   EXPECT_EQ(b.bag_of_words.rankings.at("unseen").rank_N[0], 1);
+  EXPECT_GE(b.bag_of_words.rankings.at("foreign").rank_N[0], 1);
   ASSERT_TRUE(b.base_states.has_value());
   EXPECT_EQ(b.base_states->features, 2 * 32);
   EXPECT_GT(b.base_states->rankings.at("seen").top(1), 0.2);  // of a random base; chance is 1/15

@@ -50,14 +50,14 @@ void print_understanding(const Json& eval) {
     const char* title;
     std::vector<std::string> before, after;  // the way to its numbers, around the name of the prompts
   };
-  static const std::vector<Column> columns{{"drawn", {"retrieval"}, {}},
+  static const std::vector<Column> columns{{"retrieval", {"retrieval"}, {}},
                                            {"bag of words", {"baselines", "tasks"}, {"bag_of_words"}},
                                            {"base states", {"baselines", "tasks"}, {"base_states"}},
                                            {"chance", {"retrieval"}, {"chance"}},
-                                           {"| its caption", {"ranking"}, {"image_to_caption"}},
-                                           {"its picture", {"ranking"}, {"caption_to_image"}},
-                                           {"... by PMI", {"ranking"}, {"caption_to_image_pmi"}},
-                                           {"chance", {"ranking"}, {"chance"}}};
+                                           {"caption by NLL", {"ranking"}, {"image_to_caption"}},
+                                           {"picture by NLL", {"ranking"}, {"caption_to_image"}},
+                                           {"picture by PMI", {"ranking"}, {"caption_to_image_pmi"}},
+                                           {"chance of these", {"ranking"}, {"chance"}}};
   std::set<std::string> names;
   for (const char* key : {"retrieval", "ranking"})
     if (eval.contains(key))

@@ -17,7 +17,7 @@ struct TextSection {
   void visit_fields(V& v) {
     v("shards", shards, config::required(config::path()), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
-    v("packing", packing, config::one_of({"documents", "stream"}), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own; short ones have little to go by, so it is much higher.");
+    v("packing", packing, config::one_of({"documents", "stream"}), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
   }
 };
 
@@ -84,9 +84,9 @@ struct BaselineSection {
   void visit_fields(V& v) {
     v("manifest", manifest, config::required(config::path()), "Manifest of the pictures to learn from, with all their captions: what the graft was trained on.");
     v("states", states, config::any(), "Also a ridge regression from the base's states of a caption.");
-    v("max_pictures", max_pictures, config::range(10, 1e9), "Pictures to learn from, spread evenly over the manifest.");
+    v("max_pictures", max_pictures, config::range(10, 1e9), "Pictures to learn from, drawn by `seed` where the manifest holds more.");
     v("max_words", max_words, config::range(1, 65536), "Most frequent words that the bag of words knows; the normal equations are as wide.");
-    v("seed", seed, config::range(0, 9e15), "Seed of the tenth of the pictures that chooses the penalty.");
+    v("seed", seed, config::range(0, 9e15), "Seed of that, and of the tenth of the pictures that chooses the penalty.");
   }
 };
 

@@ -13,7 +13,7 @@ namespace moegraft::evaluate {
 
 // Rankings of the directions that were asked for; nearest_N as prompt_N. Candidates of a prompt are itself and the first of a shuffled order that differ from it in caption and codes.
 struct LikelihoodRanking {
-  std::vector<int64_t> prompt_N;        // which of the manifest's captioned pictures was asked about
+  std::vector<int64_t> prompt_N;        // which captioned picture was asked about, of those read from the manifest (all in its order, unless it holds far more than needed)
   std::vector<int64_t> candidates_N;    // fewer than asked for where the manifest holds no more
   std::optional<Ranking> captions;      // image -> caption
   std::optional<Ranking> pictures;      // caption -> image
