@@ -1,6 +1,9 @@
 // moegraft upcycle with text: what a conversion costs is measured, and options that would be ignored are refused.
 #include <gtest/gtest.h>
 
+#include "libtorch.h"
+#include "moegraft/convert/import_gguf.h"
+#include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
@@ -12,24 +15,26 @@ namespace fs = std::filesystem;
 
 class Upcycle : public ::testing::Test {
  protected:
-  void SetUp() override {
-    world_ = testing::make_tiny_world(folder_.path());
-    const auto r = testing::run_moegraft({"import", "gguf", (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert/llama.gguf").string(), "-o", dense(), "--dtype", "float32"});
-    ASSERT_EQ(r.code, 0) << r.err;
+  static void SetUpTestSuite() {
+    folder_ = std::make_unique<testing::TemporaryFolder>();
+    convert::import_gguf(fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert/llama.gguf", dense(), {.dtype = at::kFloat});
+    std::string lines;
+    for (int i = 0; i < 40; ++i) lines += "line " + std::to_string(i) + " of a text about hearts and stars\n";
+    io::write_file_atomic(text(), lines);
   }
-  std::string dense() const { return (folder_.path() / "dense").string(); }
-  std::string out() const { return (folder_.path() / "moe").string(); }
-  testing::ProcessResult upcycle(std::vector<std::string> options) {
+  static void TearDownTestSuite() { folder_.reset(); }
+  static fs::path dense() { return *folder_ / "dense"; }
+  static fs::path text() { return *folder_ / "text.txt"; }
+  static fs::path out() { return *folder_ / "moe"; }
+  static testing::ProcessResult upcycle(std::vector<std::string> options) {
     fs::remove_all(out());
-    options.insert(options.begin(), {"upcycle", dense(), "-o", out()});
+    options.insert(options.begin(), {"upcycle", dense().string(), "-o", out().string()});
     return testing::run_moegraft(options);
   }
-  testing::TemporaryFolder folder_;
-  testing::TinyWorld world_;
+  static inline std::unique_ptr<testing::TemporaryFolder> folder_;
 };
 
 TEST_F(Upcycle, PerplexityBeforeAndAfterIsSaid) {
-  const std::string text = world_.text_file.string();
   struct Case {
     std::vector<std::string> options;
     bool keeps;
@@ -43,7 +48,7 @@ TEST_F(Upcycle, PerplexityBeforeAndAfterIsSaid) {
   for (const Case& c : cases) {
     SCOPED_TRACE(c.options[1]);
     auto options = c.options;
-    options.insert(options.end(), {"--text", text});
+    options.insert(options.end(), {"--text", text().string()});
     const auto said = upcycle(options);
     ASSERT_EQ(said.code, 0) << said.err;
     EXPECT_NE(said.err.find(c.options[1] + ": perplexity "), std::string::npos) << said.err;
@@ -57,7 +62,7 @@ TEST_F(Upcycle, PerplexityBeforeAndAfterIsSaid) {
     if (c.keeps) EXPECT_NEAR(after, before, 1e-4 * before);
     else EXPECT_GT(std::abs(after - before), 1e-5 * before);  // of random weights
     EXPECT_GT(p["tokens"].get<int64_t>(), 100);
-    for (const auto& entry : fs::directory_iterator(folder_.path())) EXPECT_FALSE(entry.path().filename().string().starts_with(".")) << entry.path() << " is left";
+    for (const auto& entry : fs::directory_iterator(folder_->path())) EXPECT_FALSE(entry.path().filename().string().starts_with(".")) << entry.path() << " is left";
   }
 }
 
