@@ -127,7 +127,8 @@ Cut make_cut(const UpcycleOptions& o, int64_t N) {
 // Makes the tensors of the mixture; outlives the list of them.
 class Upcycling {
  public:
-  Upcycling(const Tensors& in, const Layout& layout, const UpcycleOptions& o, const Cut& cut, int64_t D, int64_t N) : in_(in), layout_(layout), o_(o), cut_(cut), D_(D), N_(N) {}
+  Upcycling(const Tensors& in, const Layout& layout, const UpcycleOptions& o, const Cut& cut, int64_t D, int64_t N, std::vector<at::Tensor> inputs)
+      : in_(in), layout_(layout), o_(o), cut_(cut), D_(D), N_(N), inputs_(std::move(inputs)) {}
 
   std::vector<ModelTensor> tensors(int64_t layers) const {
     std::vector<ModelTensor> out;
@@ -152,7 +153,7 @@ class Upcycling {
   }
   // Of one layer at a time, the one that is being written.
   const NeuronGroups& groups(int64_t l) const {
-    if (l != grouped_) groups_ = group_neurons({o_.inputs[size_t(l)], dense(l, 0), dense(l, 1), dense(l, 2)}, cut_.experts, cut_.shared, derive_seed("upcycle.cluster", l)), grouped_ = l;
+    if (l != grouped_) groups_ = group_neurons({inputs_[size_t(l)], dense(l, 0), dense(l, 1), dense(l, 2)}, cut_.experts, cut_.shared, derive_seed("upcycle.cluster", l)), grouped_ = l;
     return groups_;
   }
   at::Tensor neurons(int64_t l, int64_t e) const {
@@ -164,8 +165,8 @@ class Upcycling {
     const int64_t shared = o_.method == UpcycleMethod::virtual_groups ? o_.shards : 1, rows = cut_.experts / shared;  // experts with one row
     const auto make = [&] {
       switch (router_of(o_)) {
-        case UpcycleRouter::kmeans: return kmeans_router(o_.inputs[size_t(l)], rows, o_.router_std, derive_seed("upcycle.kmeans", l));
-        case UpcycleRouter::analytic: return analytic_router(o_.inputs[size_t(l)], groups(l).strength_TE);
+        case UpcycleRouter::kmeans: return kmeans_router(inputs_[size_t(l)], rows, o_.router_std, derive_seed("upcycle.kmeans", l));
+        case UpcycleRouter::analytic: return analytic_router(inputs_[size_t(l)], groups(l).strength_TE);
         default: return at::normal(0.0, o_.router_std, {rows, D_}, generator("upcycle.router", l), at::TensorOptions(at::kFloat));
       }
     };
@@ -212,18 +213,25 @@ class Upcycling {
   const UpcycleOptions& o_;
   Cut cut_;
   int64_t D_, N_;
+  std::vector<at::Tensor> inputs_;
   mutable int64_t grouped_ = -1;
   mutable NeuronGroups groups_;
 };
 
-void check_inputs(const UpcycleOptions& o, int64_t layers, int64_t D) {
+void check_router(const UpcycleOptions& o) {
   MOEGRAFT_CHECK_USAGE(router_of(o) != UpcycleRouter::analytic || o.method == UpcycleMethod::cluster, "--router analytic needs --method cluster, whose neurons it is made from");
-  if (!needs_inputs(o)) return;
+  MOEGRAFT_CHECK_USAGE(!needs_inputs(o) || o.inputs, "--method cluster and --router kmeans look at what a text does in the dense model: give --text FILE");
+}
+
+std::vector<at::Tensor> ask_for_inputs(const UpcycleOptions& o, int64_t layers, int64_t D) {
+  if (!needs_inputs(o)) return {};
   const int64_t rows = o.method == UpcycleMethod::virtual_groups ? o.clones : o.experts;
-  MOEGRAFT_CHECK_USAGE(int64_t(o.inputs.size()) == layers, "--method cluster and --router kmeans look at what a text does in the model's ", layers, " layers: give --text FILE");
-  for (const at::Tensor& x : o.inputs)
+  std::vector<at::Tensor> inputs = o.inputs();
+  MOEGRAFT_CHECK(int64_t(inputs.size()) == layers, "calibration: inputs of ", layers, " layers are needed, got ", inputs.size());
+  for (const at::Tensor& x : inputs)
     MOEGRAFT_CHECK(x.dim() == 2 && x.size(1) == D && x.size(0) >= rows && x.scalar_type() == at::kFloat, "calibration: inputs of a layer must be float32 [tokens, ", D, "] with at least ", rows,
                    " tokens, got ", x.sizes().vec());
+  return inputs;
 }
 
 int64_t size_of(const Json& config, const char* key, const std::string& where) {
@@ -264,14 +272,13 @@ UpcycleReport upcycle(const fs::path& dense, const fs::path& dir, const UpcycleO
   const int64_t layers = size_of(config, "num_hidden_layers", where), D = size_of(config, "hidden_size", where), N = size_of(config, "intermediate_size", where);
   MOEGRAFT_CHECK(config.value("hidden_act", "silu") == "silu", where, ": hidden_act must be silu, got ", config.value("hidden_act", ""));
   const Cut cut = make_cut(o, N);
-  check_inputs(o, layers, D);
+  check_router(o);
   const Json target = moe_config(config, layout, cut, where);
   const Tensors in(dense);
   const at::ScalarType dtype = in.get("model.embed_tokens.weight").scalar_type();
-  const Upcycling upcycling(in, layout, o, cut, D, N);
-  const auto tensors = upcycling.tensors(layers);
-
   ModelDirectory out(dir);
+  const Upcycling upcycling(in, layout, o, cut, D, N, ask_for_inputs(o, layers, D));
+  const auto tensors = upcycling.tensors(layers);
   out.write_weights(tensors, {dtype, o.max_shard_bytes});
   for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt"})
     if (fs::exists(dense / name)) out.copy(dense / name);

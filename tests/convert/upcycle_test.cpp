@@ -61,6 +61,11 @@ at::Tensor mixture(const io::TensorMap& t, const Names& n, int64_t layer, int64_
   return out;
 }
 
+// Calibration inputs, the same of both layers.
+std::function<std::vector<at::Tensor>()> both(const at::Tensor& layer) {
+  return [layer] { return std::vector<at::Tensor>(2, layer); };
+}
+
 TEST_F(UpcycleTest, EveryMethodIsItsDefinition) {
   struct Case {
     UpcycleOptions options;
@@ -90,7 +95,7 @@ TEST_F(UpcycleTest, EveryMethodIsItsDefinition) {
     const at::Tensor x = at::randn({20, 32}, generator, at::kDouble);
     for (size_t i = 0; i < std::size(cases); ++i) {
       Case c = cases[i];
-      if (needs_inputs(c.options)) c.options.inputs = {x.to(at::kFloat), x.to(at::kFloat)};
+      c.options.inputs = both(x.to(at::kFloat));
       SCOPED_TRACE(std::string(n.dense) + ", case " + std::to_string(i));
       const fs::path dir = root_ / (std::string(n.dense) + std::to_string(i));
       const auto report = upcycle(dense(n.dense), dir, c.options);
@@ -147,7 +152,7 @@ TEST_F(UpcycleTest, NeuronsThatFireTogetherAreOneExpertAndTheRouterKnowsWhen) {
   };
   for (const Case& c : {Case{1, 1e-6}, Case{2, 0.05}, Case{12, 0.05}}) {
     const fs::path dir = root_ / ("clusters" + std::to_string(c.top_k));
-    upcycle(planted.dir, dir, {.method = UpcycleMethod::cluster, .experts = 12, .top_k = c.top_k, .inputs = {planted.x, planted.x}});
+    upcycle(planted.dir, dir, {.method = UpcycleMethod::cluster, .experts = 12, .top_k = c.top_k, .inputs = both(planted.x)});
     const auto after = io::load_safetensors(dir / "model.safetensors");
     for (int64_t l = 0; l < 2; ++l) {
       const std::string p = "model.layers." + std::to_string(l) + ".mlp.";
@@ -160,7 +165,7 @@ TEST_F(UpcycleTest, NeuronsThatFireTogetherAreOneExpertAndTheRouterKnowsWhen) {
 
 TEST_F(UpcycleTest, AKmeansRouterSendsKindsOfInputsToExpertsOfTheirOwn) {
   const Planted planted = plant(dense("llama"), root_ / "planted");
-  upcycle(planted.dir, root_ / "clones", {.method = UpcycleMethod::clone, .experts = 12, .top_k = 1, .router = UpcycleRouter::kmeans, .inputs = {planted.x, planted.x}});
+  upcycle(planted.dir, root_ / "clones", {.method = UpcycleMethod::clone, .experts = 12, .top_k = 1, .router = UpcycleRouter::kmeans, .inputs = both(planted.x)});
   const auto after = io::load_safetensors(root_ / "clones/model.safetensors");
   for (const char* name : {"model.layers.0.block_sparse_moe.gate.weight", "model.layers.1.block_sparse_moe.gate.weight"}) {
     const at::Tensor chosen = planted.x.mm(after.at(name).t()).argmax(1).view({20, 12});
@@ -193,13 +198,13 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
       {"llama", {.method = UpcycleMethod::clone, .experts = 2, .top_k = 3}, "--top-k must be in [1, --experts], got 3 of 2"},
       {"llama", {.method = UpcycleMethod::split, .experts = 3}, "--experts must divide"},
       {"llama", {.method = UpcycleMethod::clone, .redraw = 1.5}, "--redraw lie in [0, 1]"},
-      {"llama", {.method = UpcycleMethod::cluster}, "the model's 2 layers: give --text FILE"},
+      {"llama", {.method = UpcycleMethod::cluster}, "give --text FILE"},
       {"llama", {.router = UpcycleRouter::kmeans}, "give --text FILE"},
       {"llama", {.method = UpcycleMethod::split, .router = UpcycleRouter::analytic}, "--router analytic needs --method cluster"},
       {"llama", {.method = UpcycleMethod::cluster, .shared = 1}, "--shared must be in [0, 1), got 1"},
       {"llama", {.method = UpcycleMethod::cluster, .experts = 60}, "--experts 60 leave no neuron for each of the FFN's 64"},
-      {"llama", {.method = UpcycleMethod::cluster, .inputs = {at::zeros({9, 32}), at::zeros({9, 31})}}, "must be float32 [tokens, 32] with at least 8 tokens, got [9, 31]"},
-      {"llama", {.method = UpcycleMethod::cluster, .inputs = {at::zeros({7, 32}), at::zeros({7, 32})}}, "with at least 8 tokens, got [7, 32]"},
+      {"llama", {.method = UpcycleMethod::cluster, .inputs = both(at::zeros({9, 31}))}, "must be float32 [tokens, 32] with at least 8 tokens, got [9, 31]"},
+      {"llama", {.method = UpcycleMethod::cluster, .inputs = both(at::zeros({7, 32}))}, "with at least 8 tokens, got [7, 32]"},
       {"mixtral", {}, "mixtral is a mixture of experts already"},
       {"qwen3_moe", {}, "qwen3_moe is a mixture of experts already"},
       {"olmoe", {}, "model_type \"olmoe\" cannot be upcycled; known: llama, mistral, qwen3"},

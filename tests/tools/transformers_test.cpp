@@ -62,7 +62,7 @@ std::vector<std::string> upcycled_models(const fs::path& folder) {
       {.shards = 4, .clones = 4},
       {.method = UpcycleMethod::clone, .experts = 5, .top_k = 3},
       {.method = UpcycleMethod::split, .experts = 4, .top_k = 2},
-      {.method = UpcycleMethod::cluster, .experts = 4, .top_k = 2, .inputs = {x, x}},
+      {.method = UpcycleMethod::cluster, .experts = 4, .top_k = 2, .inputs = [x] { return std::vector<at::Tensor>{x, x}; }},
   };
   std::vector<std::string> dirs;
   for (const std::string name : {"llama", "mistral", "qwen3"}) {

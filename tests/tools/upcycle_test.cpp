@@ -77,6 +77,7 @@ TEST_F(Upcycle, OptionsThatWouldBeIgnoredAreRefused) {
       {{"--method", "split", "--shared", "0.5"}, "--shared is for --method cluster, got --method split"},
       {{"--method", "cluster"}, "give --text FILE"},
       {{"--router", "kmeans"}, "give --text FILE"},
+      {{"--method", "cluster", "--top-k", "9", "--text", text().string()}, "--top-k must be in [1, --experts], got 9 of 8"},
       {{"--router", "best"}, "--router must be one of random, kmeans, analytic, got best"},
   };
   for (const Case& c : cases) {

@@ -23,7 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
-using convert::UpcycleMethod;
 
 struct Options {
   std::string dense, out, method = "virtual_groups", router;
@@ -33,14 +32,14 @@ struct Options {
   bool json = false;
 };
 
-// What an option says nothing to, it would be silent about.
+// Options of some methods alone: elsewhere they would be ignored in silence.
 struct Applies {
   const char* option;
   std::vector<const char*> methods;
 };
 const std::vector<Applies> kApplies = {
-    {"--shards", {"virtual_groups"}},   {"--clones", {"virtual_groups"}}, {"--experts", {"clone", "split", "cluster"}},     {"--top-k", {"clone", "split", "cluster"}},
-    {"--noise", {"clone"}},             {"--redraw", {"clone"}},          {"--contiguous", {"virtual_groups", "split"}}, {"--shared", {"cluster"}},
+    {"--shards", {"virtual_groups"}}, {"--clones", {"virtual_groups"}}, {"--experts", {"clone", "split", "cluster"}},  {"--top-k", {"clone", "split", "cluster"}},
+    {"--noise", {"clone"}},           {"--redraw", {"clone"}},          {"--contiguous", {"virtual_groups", "split"}}, {"--shared", {"cluster"}},
 };
 
 void check_options(const CLI::App& command, const std::string& method) {
@@ -58,7 +57,9 @@ data::EvalStream open_text(const graft::GraftedModel& model, const fs::path& sha
   const int64_t most = model.decoder->spec().max_positions;
   rules.sequence_length = most > 0 ? std::min<int64_t>(512, most) : 512;
   rules.tokens_per_step = std::max<int64_t>(rules.sequence_length, 2048);
-  return data::EvalStream({{shards.string(), 1.0}}, rules, model.vocabulary, tokens);
+  data::SourceConfig source;
+  source.path = shards.string();
+  return data::EvalStream({source}, rules, model.vocabulary, tokens);
 }
 
 struct Perplexity {
@@ -119,31 +120,50 @@ std::string line_of(const Options& o, const Measured& m, bool keeps) {
          (keeps ? "" : " (this method loses text ability; a run to recover it: configs/recovery.yaml)");
 }
 
-// No decoder runs dense layers, but one expert that is always chosen is the dense FFN.
-std::pair<convert::UpcycleReport, std::optional<Measured>> upcycle_on_text(Options& o) {
-  if (o.text.empty() && o.eval_text.empty()) return {convert::upcycle(o.dense, o.out, o.upcycle), {}};
-  const io::StagedFolder scratch(fs::path(o.out).lexically_normal().string() + ".text");
-  const fs::path one = scratch.path() / "one", text = scratch.path() / "text", eval = o.eval_text.empty() ? text : scratch.path() / "eval";
-  Measured measured;
-  {
-    convert::upcycle(o.dense, one, {.shards = 1, .clones = 1});
-    if (!o.text.empty()) prepare_text(o, o.text, text);
-    if (!o.eval_text.empty()) prepare_text(o, o.eval_text, eval);
-    const graft::GraftedModel model = graft::open_model(one);
-    measured.dense = measure(model, eval, o.eval_tokens);
-    if (needs_inputs(o.upcycle) && !o.text.empty()) o.upcycle.inputs = collect_inputs(model, text, o.calibration_tokens);
+// The dense model on text. No decoder runs dense layers, but one expert that is always chosen is the dense FFN.
+class DenseOnText {
+ public:
+  explicit DenseOnText(const Options& o) : o_(o), scratch_(beside(o.out)) {
+    convert::upcycle(o.dense, scratch_.path() / "one", {.shards = 1, .clones = 1});
+    if (!o.text.empty()) prepare_text(o, o.text, scratch_.path() / "text");
+    if (!o.eval_text.empty()) prepare_text(o, o.eval_text, eval());
+    model_.emplace(graft::open_model(scratch_.path() / "one"));
+    measured_.dense = measure(*model_, eval(), o.eval_tokens);
   }
-  const auto report = convert::upcycle(o.dense, o.out, o.upcycle);
-  measured.upcycled = measure(graft::open_model(o.out), eval, o.eval_tokens);
-  return {report, measured};
-}
+  // Once; the dense model has done its part then.
+  std::vector<at::Tensor> inputs() {
+    auto inputs = collect_inputs(*model_, scratch_.path() / "text", o_.calibration_tokens);
+    model_.reset();
+    return inputs;
+  }
+  Measured compare(const fs::path& upcycled) {
+    model_.reset();
+    measured_.upcycled = measure(graft::open_model(upcycled), eval(), o_.eval_tokens);
+    return measured_;
+  }
+
+ private:
+  static fs::path beside(const std::string& out) {
+    const fs::path path = fs::path(out).lexically_normal(), folder = path.has_filename() ? path : path.parent_path();
+    return folder.string() + ".text";
+  }
+  fs::path eval() const { return scratch_.path() / (o_.eval_text.empty() ? "text" : "eval"); }
+
+  const Options& o_;
+  io::StagedFolder scratch_;
+  std::optional<graft::GraftedModel> model_;
+  Measured measured_;
+};
 
 void run(Options o, const CLI::App& command) {
   o.upcycle.method = convert::parse_upcycle_method(o.method);
   if (!o.router.empty()) o.upcycle.router = convert::parse_upcycle_router(o.router);
   check_options(command, o.method);
-  MOEGRAFT_CHECK_USAGE(!needs_inputs(o.upcycle) || !o.text.empty(), "--method cluster and --router kmeans look at what a text does in the dense model: give --text FILE");
-  const auto [r, measured] = upcycle_on_text(o);
+  std::optional<DenseOnText> text;
+  if (!o.text.empty()) o.upcycle.inputs = [&] { return text.emplace(o).inputs(); };
+  const auto r = convert::upcycle(o.dense, o.out, o.upcycle);
+  if (!text && !(o.text.empty() && o.eval_text.empty())) text.emplace(o);
+  const auto measured = text ? std::optional(text->compare(o.out)) : std::nullopt;
   if (o.json) {
     Json out{{"dir", o.out},
              {"from", r.from},

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,9 +36,10 @@ struct UpcycleOptions {
   double shared = 0.25;             // cluster: share of the neurons that every expert holds, or a little more
   double noise = 0, redraw = 0;     // clone
   bool contiguous = false;          // shards are runs of neurons instead of a random deal
-  std::optional<UpcycleRouter> router;  // default: random; cluster: analytic
+  std::optional<UpcycleRouter> router{};  // default: random; cluster: analytic
   double router_std = 0.02;
-  std::vector<at::Tensor> inputs;   // of each layer's FFN on calibration text, float32 [T, D]: for cluster, and kmeans
+  // Inputs of each layer's FFN on calibration text, float32 [T, D]: for cluster, and kmeans. Asked for when everything else is known to be possible.
+  std::function<std::vector<at::Tensor>()> inputs{};
   uint64_t seed = 0;
   int64_t max_shard_bytes = int64_t{2} << 30;
 };
