@@ -94,12 +94,12 @@ void compare(const Options& o, const at::Tensor& logits) {
 void run(const Options& o) {
   MOEGRAFT_CHECK_USAGE(!o.output.empty() || !o.against.empty(), "logits: give -o FILE to write them, or --against FILE to compare them");
   const model::Gate gate = parse_gate(o.gate);
-  const at::Tensor ids = read_ids(o.ids);
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
   open.device = o.device;
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
+  const at::Tensor ids = read_ids(o.ids);
   graft::GraftedModel m = graft::open_model(o.model, open);
   at::NoGradGuard no_grad;
   model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
