@@ -54,8 +54,8 @@ at::Tensor analytic_router(const at::Tensor& x_TD, const at::Tensor& strength_TE
 at::Tensor kmeans_router(const at::Tensor& x_TD, int64_t rows, double std, uint64_t seed) {
   const at::Tensor directions = x_TD / x_TD.norm(2, {1}, true).clamp_min(1e-20);
   const at::Tensor centres = ot::kmeans(directions.contiguous(), rows, {.restarts = 1, .balanced = true, .seed = seed}).centres_KD;
-  const at::Tensor centred = centres - centres.mean(0, true);
-  return centred * (std / centred.square().mean().sqrt().clamp_min(1e-30));  // one row: zeros, as good as any
+  const at::Tensor centred = centres - centres.mean(0, true);  // one row: zeros, as good as any
+  return centred * (std * x_TD.square().sum(1).mean().sqrt() / x_TD.mm(centred.t()).std(0).mean().clamp_min(1e-30));
 }
 
 }  // namespace moegraft::convert

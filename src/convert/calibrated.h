@@ -26,7 +26,8 @@ NeuronGroups group_neurons(const DenseFfn& ffn, int64_t experts, int64_t shared,
 // activation, which is no linear map. Scaled to nearly flat weights, for which experts have the factor top_k: the choice is unchanged by it.
 at::Tensor analytic_router(const at::Tensor& x_TD, const at::Tensor& strength_TE);
 
-// Rows of balanced k-means centres of the inputs' directions (LLaMA-MoE v2, arXiv:2411.15708), less their mean, entries scaled to standard deviation `std`.
+// Rows of balanced k-means centres of the inputs' directions (LLaMA-MoE v2, arXiv:2411.15708), less their mean. Logits vary from
+// token to token as much as those of random rows with entries of standard deviation `std`: centres point where inputs do, and would make weights uneven.
 at::Tensor kmeans_router(const at::Tensor& x_TD, int64_t rows, double std, uint64_t seed);
 
 }  // namespace moegraft::convert

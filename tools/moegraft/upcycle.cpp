@@ -209,7 +209,7 @@ void add_upcycle_command(CLI::App& app) {
   command->add_option("--redraw", u.redraw, "clone: share of each expert's neurons that is drawn anew")->capture_default_str();
   command->add_flag("--contiguous", u.contiguous, "Deal neurons in runs instead of at random");
   command->add_option("--router", o->router, "random, kmeans (balanced clusters of the layers' inputs) or, for cluster, analytic (default: analytic for cluster, else random)");
-  command->add_option("--router-std", u.router_std, "Standard deviation of a random or kmeans router's entries")->capture_default_str();
+  command->add_option("--router-std", u.router_std, "Standard deviation of a random router's entries; a kmeans router's logits vary as much as such a one's")->capture_default_str();
   command->add_option("--seed", u.seed, "Seed of router, deal, clusters and noise")->capture_default_str();
   command->add_option("--text", o->text, "Text files, a document a line: perplexity before and after is measured on them; cluster and kmeans are calibrated on them (repeatable)")->allow_extra_args(false);
   command->add_option("--eval-text", o->eval_text, "Text files to measure on instead, so that it is not the calibration text (repeatable)")->allow_extra_args(false);

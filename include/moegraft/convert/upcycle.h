@@ -24,7 +24,7 @@ namespace moegraft::convert {
 enum class UpcycleMethod { virtual_groups, clone, split, cluster };
 UpcycleMethod parse_upcycle_method(const std::string& name);  // UsageError names those that exist
 //   random    normal entries of standard deviation `router_std`
-//   kmeans    centres of the layer's inputs in balanced clusters, entries of that standard deviation
+//   kmeans    centres of the layer's inputs in balanced clusters; logits vary as much as a random router's
 //   analytic  cluster alone: which experts' neurons add most, by linear regression from the layer's inputs
 enum class UpcycleRouter { random, kmeans, analytic };
 UpcycleRouter parse_upcycle_router(const std::string& name);
