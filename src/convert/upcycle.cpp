@@ -102,15 +102,18 @@ struct Cut {
   int64_t shared = 0;
 };
 
+constexpr int64_t kMostExperts = 4096;  // far above any model
+
 Cut make_cut(const UpcycleOptions& o, int64_t N) {
   const auto divides = [&](int64_t parts, const char* option) {
     MOEGRAFT_CHECK_USAGE(parts > 0 && N % parts == 0, option, " must divide the FFN's ", N, " neurons, got ", parts);
   };
   if (o.method == UpcycleMethod::virtual_groups) {
     divides(o.shards, "--shards");
-    MOEGRAFT_CHECK_USAGE(o.clones > 0, "--clones must be at least 1, got ", o.clones);
+    MOEGRAFT_CHECK_USAGE(o.clones > 0 && o.clones <= kMostExperts / o.shards, "--clones must be at least 1 and make at most ", kMostExperts, " experts with --shards ", o.shards, ", got ", o.clones);
     return {o.shards * o.clones, o.shards, N / o.shards, double(o.shards), true};
   }
+  MOEGRAFT_CHECK_USAGE(o.experts <= kMostExperts, "--experts must be at most ", kMostExperts, ", got ", o.experts);
   MOEGRAFT_CHECK_USAGE(o.experts > 0 && o.top_k > 0 && o.top_k <= o.experts, "--top-k must be in [1, --experts], got ", o.top_k, " of ", o.experts);
   if (o.method == UpcycleMethod::cluster) {
     MOEGRAFT_CHECK_USAGE(o.shared >= 0 && o.shared < 1, "--shared must be in [0, 1), got ", o.shared);

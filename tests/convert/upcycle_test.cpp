@@ -196,6 +196,8 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
       {"llama", {.shards = 5}, "--shards must divide the FFN's 64 neurons, got 5"},
       {"llama", {.shards = 0}, "--shards must divide"},
       {"llama", {.clones = 0}, "--clones must be at least 1"},
+      {"llama", {.clones = int64_t{1} << 62}, "make at most 4096 experts with --shards 4, got 4611686018427387904"},
+      {"llama", {.method = UpcycleMethod::clone, .experts = 100000}, "--experts must be at most 4096, got 100000"},
       {"llama", {.method = UpcycleMethod::clone, .experts = 2, .top_k = 3}, "--top-k must be in [1, --experts], got 3 of 2"},
       {"llama", {.method = UpcycleMethod::split, .experts = 3}, "--experts must divide"},
       {"llama", {.method = UpcycleMethod::clone, .redraw = 1.5}, "--redraw lie in [0, 1]"},
