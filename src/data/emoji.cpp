@@ -38,6 +38,8 @@ void write_picture(const std::filesystem::path& path, const std::string& bytes) 
 EmojiSummary prepare_emoji(const EmojiOptions& options) {
   MOEGRAFT_CHECK_USAGE(options.size >= 4 && options.size <= 4096, "--size must be in [4, 4096], got ", options.size);
   MOEGRAFT_CHECK_USAGE(options.holdout >= 0 && options.holdout < 1, "--holdout must be in [0, 1), got ", options.holdout);
+  MOEGRAFT_CHECK_USAGE(!options.output.empty(), "-o must name a folder to write");
+  const auto synonyms = options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
   const EmojiFont font(options.font);
   EmojiSummary summary;
   std::vector<EmojiEntry> entries;
@@ -85,7 +87,6 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   }
   progress.finish();
 
-  const auto synonyms = options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
   const auto uses = count_keywords(entries);
   // The probes of the popular ones, and the words that no training caption of their picture may hold.
   std::string popular_lines, paraphrases, synonym_lines, templates;
@@ -109,6 +110,9 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
     popular_lines += manifest_line(entry, entry.name, emoji_captions(entry, withheld[i]));
     ++summary.popular;
   }
+
+  if (const int64_t lost = static_cast<int64_t>(synonyms.size()) - summary.synonyms; lost > 0)
+    log::warning(options.synonyms.string(), ": ", lost, " of ", synonyms.size(), " names are of no popular picture, and their synonyms are left out");
 
   std::string train, heldout, compositions;
   for (size_t i = 0; i < entries.size(); ++i) {

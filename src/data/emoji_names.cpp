@@ -87,8 +87,10 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<
   if (const size_t colon = phrase.find(": "); colon != std::string::npos && phrase.find("skin tone") != std::string::npos) phrase.replace(colon, 2, " with ");
   add(entry.name);
   add(phrase);
-  add("a picture of " + phrase);
-  add("an emoji: " + phrase);
+  // Several forms, so that what stands around a name is learnt to be no part of it.
+  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "}) add(sentence + phrase);
+  add(phrase + ", drawn");
+  add("what " + phrase + " looks like");
   std::vector<std::string> others;
   for (const auto& keyword : entry.keywords)
     if (keyword != entry.name && !shares_word(keyword, withheld)) others.push_back(keyword);
@@ -97,6 +99,7 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<
     add(phrase + ", " + join(others, ", "));
     std::reverse(others.begin(), others.end());
     add(join(others, " "));
+    for (size_t i = 0; i + 1 < others.size() && i < 3 && others.size() > 2; ++i) add(others[i] + ", " + others[i + 1]);
     for (size_t i = 0; i < others.size() && i < 3; ++i) add(phrase + " (" + others[i] + ")");
   }
   return captions;

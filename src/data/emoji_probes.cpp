@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <array>
-#include <fstream>
+#include <sstream>
 
 #include "data/emoji_splits.h"
 #include "data/unicode.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
+#include "moegraft/io/files.h"
 
 namespace moegraft::data {
 namespace {
@@ -17,8 +18,8 @@ constexpr size_t kKeywords = 2;  // of a paraphrase: one alone ("fruit") often m
 constexpr double kShare = 1.0 / 3;
 
 // "{}" is the name.
-constexpr std::array<std::string_view, 6> kSentences = {"please draw {} for me", "can you show me {}?", "i would like to see {} here",
-                                                        "here we have {}",       "look, this is {}",    "{} as a small icon"};
+constexpr std::array<std::string_view, 6> kSentences = {"could you paint {} for me?", "can i see {} please", "i would like to have {} here",
+                                                        "here we have got {}",         "look at {}",          "{} as a tiny icon"};
 
 }  // namespace
 
@@ -42,16 +43,17 @@ bool shares_word(const std::string& text, const std::set<std::string>& words) {
 }
 
 std::map<std::string, std::string> read_synonyms(const std::filesystem::path& path) {
-  std::ifstream file(path);
-  MOEGRAFT_CHECK(file.good(), "cannot read the synonyms ", path.string());
+  MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "file of synonyms not found: ", path.string());
+  std::istringstream file(io::read_file(path));
   std::map<std::string, std::string> synonyms;
   int64_t number = 0;
   for (std::string line; std::getline(file, line);) {
-    ++number;
-    if (trim(line).empty() || line[0] == '#') continue;
+    if (++number == 1 && line.starts_with("\xEF\xBB\xBF")) line.erase(0, 3);  // a byte-order mark
+    line = trim(line);
+    if (line.empty() || line[0] == '#') continue;
     const size_t tab = line.find('\t');
     const std::string name = plain_lower(line.substr(0, tab)), other = tab == std::string::npos ? "" : plain_lower(line.substr(tab + 1));
-    MOEGRAFT_CHECK(!name.empty() && !other.empty(), path.string(), ":", number, ": expected \"name<TAB>other words\", got \"", shortened(line), "\"");
+    MOEGRAFT_CHECK(!name.empty() && !other.empty() && other.find('\t') == std::string::npos && line.find('\r') == std::string::npos, path.string(), ":", number, ": expected \"name<TAB>other words\", got \"", shortened(line), "\"");
     MOEGRAFT_CHECK(!shares_word(other, words_of(name)), path.string(), ":", number, ": \"", other, "\" shares a word with its name \"", name, "\"");
     MOEGRAFT_CHECK(synonyms.emplace(name, other).second, path.string(), ":", number, ": \"", name, "\" comes twice");
   }

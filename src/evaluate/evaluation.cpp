@@ -44,6 +44,8 @@ class Evaluator {
   const model::ModalityTokens& tokens() const { return generate::find_modality(model_, config_.modality); }
 
   TextResult text() {
+    for (const auto& path : config_.text->shards)
+      MOEGRAFT_CHECK(data::ShardSet(path).schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
     data::DataConfig rules = rules_;
     rules.packing = config_.text->packing;
     data::EvalStream stream(sources(config_.text->shards), rules, model_.vocabulary, config_.text->max_tokens);
@@ -233,7 +235,7 @@ Json read_earlier(const fs::path& output) {
     return Json::object();
   }
   Json earlier = io::read_json(output);
-  MOEGRAFT_CHECK(earlier.is_object(), output.string(), " is no result of moegraft eval; give another file or remove it");
+  MOEGRAFT_CHECK(earlier.is_object() && earlier.value("sections", Json()).is_object() && earlier.value("of", Json()).is_string(), output.string(), " is no result of moegraft eval; give another file or remove it");
   return earlier;
 }
 
@@ -253,6 +255,19 @@ const Json* find_earlier(const Json& earlier, const Section& s, const std::strin
   const auto sections = earlier.find("sections");
   const bool same = sections != earlier.end() && sections->is_object() && sections->value(s.label(), Json()) == identity;
   return same && (s.leaves.empty() || fs::exists(s.leaves)) ? at : nullptr;
+}
+
+// Takes over what `earlier` holds of the same model that this call does not ask for.
+void keep_others(Json& result, const Json& earlier, const std::vector<Section>& sections) {
+  for (const auto& [label, identity] : earlier.at("sections").items()) {
+    if (std::any_of(sections.begin(), sections.end(), [&](const Section& s) { return s.label() == label; })) continue;
+    const size_t dot = label.find('.');
+    const std::string key = label.substr(0, dot);
+    if (!earlier.contains(key)) continue;
+    if (dot == std::string::npos) result[key] = earlier.at(key);
+    else result[key][label.substr(dot + 1)] = earlier.at(key).value(label.substr(dot + 1), Json());
+    result["sections"][label] = identity;
+  }
 }
 
 Json& place_of(Json& j, const Section& s) { return s.name.empty() ? j[s.key] : j[s.key][s.name]; }
@@ -287,6 +302,10 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
   std::vector<std::string> kept;
   if (keep) {
     const std::string whose = identify(model, config, evaluator.sequence_length());
+    result["of"] = io::checksum_hex(whose);
+    result["sections"] = Json::object();
+    if (earlier.contains("of") && earlier.at("of") == result["of"]) keep_others(result, earlier, sections);
+    else if (!earlier.empty()) log::warning(options.output.string(), " holds results of other parameters, or of another dtype, device or sequence length, which are replaced");
     for (const auto& s : sections) {
       const std::string identity = identities[s.label()] = identify(s, whose);
       const Json* found = find_earlier(earlier, s, identity);
@@ -309,7 +328,6 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
     }
     if (options.on_rows) options.on_rows(table_rows(s.key, s.name, place_of(result, s)));
   }
-  if (keep && kept.size() == sections.size()) io::write_json(options.output, result);  // without what is not asked for any more
   return result.dump(-1, ' ', false, Json::error_handler_t::replace);  // names of files need not be UTF-8
 }
 

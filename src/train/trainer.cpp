@@ -72,8 +72,10 @@ class Trainer {
   }
 
   TrainOutcome run() {
-    if (state_.step >= config_.train.steps && state_.step > 0) {
-      log::info("the run has ended before, after step ", state_.step, " (train.steps ", config_.train.steps, "): nothing to do; raise train.steps to go on");
+    const bool early = ended_early();
+    if (state_.step > 0 && (state_.step >= config_.train.steps || early)) {
+      const std::string why = early ? detail::concat("train.early_stopping_patience ", config_.train.early_stopping_patience) : detail::concat("train.steps ", config_.train.steps);
+      log::info("the run has ended before, after step ", state_.step, " (", why, "): nothing to do; raise it to go on");
       return {state_.step, state_.last_loss, false, true};
     }
     first_step_ = state_.step;
@@ -98,8 +100,9 @@ class Trainer {
         log::warning("stopped by ", signals.requested() ? signal_name(signals.received()) : "a signal to another process", " after step ", state_.step, "; saved. --resume auto continues.");
         return {state_.step, loss_, true};
       }
-      if (const auto& best = state_.best_step; t.early_stopping_patience > 0 && t.eval_every > 0 && best >= 0 && state_.step - best >= t.early_stopping_patience * t.eval_every) {
-        log::info("train.early_stopping_patience: ended after step ", state_.step, ", for data.eval was best at step ", best, " (", *state_.best_measure, ")");
+      if (ended_early()) {
+        log::info("train.early_stopping_patience: ended after step ", state_.step, ", for data.eval was best at step ", state_.best_step, " (", *state_.best_measure, "): --checkpoint best reads that one",
+                  model_.decoder->base().weights->trainable() ? detail::concat("; ", (run_path_ / "model").string(), " is the last") : "");
         break;
       }
       if (time_is_up_) {
@@ -133,6 +136,12 @@ class Trainer {
   }
 
  private:
+  // As many evaluations in a row as train.early_stopping_patience without a lower loss.
+  bool ended_early() const {
+    const auto& t = config_.train;
+    return t.early_stopping_patience > 0 && t.eval_every > 0 && state_.best_step >= 0 && state_.step - state_.best_step >= t.early_stopping_patience * t.eval_every;
+  }
+
   void restore(const checkpoint::Checkpoint& from) {
     optimizer_.load_state(from.optimizer);
     const auto environment = std::move(state_.environment), fingerprints = std::move(state_.fingerprints);

@@ -142,7 +142,7 @@ const std::vector<Case>& cases() {
            for (int i = 0; i < 9; ++i) list.push_back({{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aaaaaaaaaa"}});
            j["normalizer"] = {{"type", "Sequence"}, {"normalizers", list}};
          });
-       }, "damaged or hostile tokenizer.json", 1},
+       }, "steps of tokenizer.json that add to it multiply each other", 1},
       {"a regular expression that takes for ever", [](const TinyWorld& w) {
          return tokenize_changed(w, [](io::Json& j) { j["pre_tokenizer"] = {{"type", "Split"}, {"pattern", {{"Regex", "(?:a?){60}a{60}"}}}, {"behavior", "Isolated"}, {"invert", false}}; }, std::string(60, 'a'));
        }, "takes too long", 1},

@@ -2,6 +2,7 @@
 #include "libtorch.h"
 
 #include <charconv>
+#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -32,7 +33,7 @@ model::Gate parse_gate(const std::string& name) {
 
 // "1,2,3" or "1 2 3" is one sequence; anything else is a file.
 at::Tensor read_ids(const std::string& given) {
-  if (given.find_first_not_of("0123456789, ") == std::string::npos) {
+  if (given.find_first_not_of("0123456789-+., ") == std::string::npos && !std::filesystem::exists(given)) {
     std::vector<int64_t> ids;
     for (const char *at = given.data(), *end = at + given.size(); at < end;) {
       if (*at == ',' || *at == ' ') {
@@ -40,7 +41,8 @@ at::Tensor read_ids(const std::string& given) {
         continue;
       }
       const auto read = std::from_chars(at, end, ids.emplace_back());
-      MOEGRAFT_CHECK_USAGE(read.ec == std::errc(), "--ids: a number is out of range in ", shortened(given));
+      const bool whole = read.ptr == end || *read.ptr == ',' || *read.ptr == ' ';
+      MOEGRAFT_CHECK_USAGE(read.ec == std::errc() && whole && ids.back() >= 0, "--ids must be ids such as 1,2,3, each from 0 up, got ", shortened(given));
       at = read.ptr;
     }
     MOEGRAFT_CHECK_USAGE(!ids.empty(), "--ids must be ids such as 1,2,3 or a safetensors file with input_ids, got '", given, "'");
@@ -74,8 +76,7 @@ at::Tensor decode_logits(const model::Decoder& decoder, const model::PackedBatch
 }
 
 // How far logits [B,S,V] are from those of a file, in the columns that both have: a graft's new rows come after its base's.
-void compare(const Options& o, const at::Tensor& logits) {
-  const at::Tensor other = io::SafetensorsFile(o.against).tensor("logits");
+void compare(const Options& o, const at::Tensor& logits, const at::Tensor& other) {
   MOEGRAFT_CHECK(other.dim() == 3 && other.size(0) == logits.size(0) && other.size(1) == logits.size(1), o.against, ": logits must be of the same ids, [", logits.size(0), ",", logits.size(1), ",V], got ",
                  other.sizes().vec());
   const int64_t V = std::min(logits.size(2), other.size(2));
@@ -91,6 +92,20 @@ void compare(const Options& o, const at::Tensor& logits) {
               result["same_likeliest_percent"].get<double>(), " % of ", result["positions"].get<int64_t>(), " positions", a.equal(b) ? ", equal bits" : "");
 }
 
+// Weights, or what another is compared with, are not replaced.
+void check_output(const Options& o) {
+  namespace fs = std::filesystem;
+  if (o.output.empty() || !fs::exists(o.output)) return;
+  MOEGRAFT_CHECK_USAGE(o.against.empty() || !fs::equivalent(o.output, o.against), "-o and --against are the same file, ", o.output, ": give another for -o");
+  bool ours = false;
+  try {
+    const io::SafetensorsFile file(o.output);
+    ours = file.names() == std::vector<std::string>{"logits"};
+  } catch (const UserError&) {
+  }
+  MOEGRAFT_CHECK_USAGE(ours, "-o: ", o.output, " exists and holds no logits; give another file or remove it");
+}
+
 void run(const Options& o) {
   MOEGRAFT_CHECK_USAGE(!o.output.empty() || !o.against.empty(), "logits: give -o FILE to write them, or --against FILE to compare them");
   const model::Gate gate = parse_gate(o.gate);
@@ -100,6 +115,8 @@ void run(const Options& o) {
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
   const at::Tensor ids = read_ids(o.ids);
+  check_output(o);
+  const at::Tensor other = o.against.empty() ? at::Tensor() : io::SafetensorsFile(o.against).tensor("logits");
   graft::GraftedModel m = graft::open_model(o.model, open);
   at::NoGradGuard no_grad;
   model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
@@ -112,7 +129,7 @@ void run(const Options& o) {
     io::save_safetensors(o.output, {{"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
     log::info("wrote ", o.output, ": logits ", logits.sizes().vec());
   }
-  if (!o.against.empty()) compare(o, logits.cpu());
+  if (!o.against.empty()) compare(o, logits.cpu(), other);
 }
 
 }  // namespace

@@ -159,6 +159,10 @@ void run(Options o, const CLI::App& command) {
   o.upcycle.method = convert::parse_upcycle_method(o.method);
   if (!o.router.empty()) o.upcycle.router = convert::parse_upcycle_router(o.router);
   check_options(command, o.method);
+  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.router_std) && o.upcycle.router_std >= 0 && o.upcycle.router_std <= 100, "--router-std must be in [0, 100], got ", o.upcycle.router_std);
+  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.noise) && o.upcycle.noise >= 0 && o.upcycle.noise <= 10, "--noise must be in [0, 10], got ", o.upcycle.noise);
+  for (const auto* files : {&o.text, &o.eval_text})
+    for (const auto& file : *files) MOEGRAFT_CHECK_USAGE(fs::is_regular_file(file) && fs::file_size(file) > 0, "text file ", file, fs::exists(file) ? " is empty or no file" : " not found");
   std::optional<DenseOnText> text;
   if (!o.text.empty()) o.upcycle.inputs = [&] { return text.emplace(o).inputs(); };
   const auto r = convert::upcycle(o.dense, o.out, o.upcycle);
