@@ -44,8 +44,6 @@ class Evaluator {
   const model::ModalityTokens& tokens() const { return generate::find_modality(model_, config_.modality); }
 
   TextResult text() {
-    for (const auto& path : config_.text->shards)
-      MOEGRAFT_CHECK(data::ShardSet(path).schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
     data::DataConfig rules = rules_;
     rules.packing = config_.text->packing;
     data::EvalStream stream(sources(config_.text->shards), rules, model_.vocabulary, config_.text->max_tokens);
@@ -126,6 +124,9 @@ graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, co
 bool asks_for_nothing(const EvalConfig& c) { return !c.text && c.images.empty() && c.codec.empty() && c.retrieval.empty() && c.ranking.empty() && !c.drift && !c.routing; }
 
 void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
+  if (config.text)
+    for (const auto& path : config.text->shards)
+      MOEGRAFT_CHECK(data::ShardSet(path).schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
   if (!model.config) return;  // a plain model
   std::vector<std::string> sources = config.text ? config.text->shards : std::vector<std::string>();
   for (const auto& section : config.images) sources.push_back(section.shards);

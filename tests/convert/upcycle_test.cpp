@@ -105,7 +105,9 @@ TEST_F(UpcycleTest, EveryMethodIsItsDefinition) {
       EXPECT_EQ(report.keeps_function, c.keeps);
       const auto after = io::load_safetensors(dir / "model.safetensors");
       for (const auto& [name, value] : before)
-        if (name.find(".mlp.") == std::string::npos) EXPECT_TRUE(after.at(name).equal(value)) << name;
+        if (name.find(".mlp.") == std::string::npos) {
+          EXPECT_TRUE(after.at(name).equal(value)) << name;
+        }
       for (int64_t l = 0; l < 2; ++l) {
         const std::string p = "model.layers." + std::to_string(l) + ".mlp.";
         const auto m = [&](const char* site) { return before.at(p + site + "_proj.weight").to(at::kDouble); };

@@ -122,6 +122,25 @@ const std::vector<Case>& cases() {
       {"an id outside the vocabulary", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2,99999999", "-o", (w.dir / "o").string()}; },
        "token id 99999999 is outside the vocabulary", 1},
       {"ids that are none", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", ", ,", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3", 2},
+      {"an id below 0", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,-1", "-o", (w.dir / "x").string()}; }, "each from 0 up, got 1,-1", 2},
+      {"half an id", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1.5", "-o", (w.dir / "x").string()}; }, "each from 0 up, got 1.5", 2},
+      {"weights as an output", [](const TinyWorld& w) {
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2", "-o", (w.base / "model.safetensors").string()};
+       }, "exists and holds no logits; give another file", 2},
+      {"one file to write and to compare with", [](const TinyWorld& w) {
+         const std::string file = (w.base / "model.safetensors").string();
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2", "-o", file, "--against", file};
+       }, "-o and --against are the same file", 2},
+      {"a config as an evaluation's output", [](const TinyWorld& w) {
+         return std::vector<std::string>{"eval", w.base.string(), "--text", w.text_shards.string(), "-o", (w.base / "config.json").string()};
+       }, "is no result of moegraft eval; give another file", 1},
+      {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
+      {"noise without end", [](const TinyWorld& w) {
+         return std::vector<std::string>{"upcycle", w.base.string(), "-o", (w.dir / "u").string(), "--method", "clone", "--noise", "inf"};
+       }, "--noise must be in [0, 10], got inf", 2},
+      {"synonyms that are a folder", [](const TinyWorld& w) {
+         return std::vector<std::string>{"data", "prepare", "emoji", "-o", (w.dir / "e").string(), "--synonyms", w.dir.string()};
+       }, "file of synonyms not found", 2},
       {"an id beyond 64 bits", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,99999999999999999999", "-o", (w.dir / "o").string()}; },
        "--ids: a number is out of range", 2},
       {"a codec's index that leads out", [](const TinyWorld& w) {

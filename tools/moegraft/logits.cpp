@@ -33,7 +33,8 @@ model::Gate parse_gate(const std::string& name) {
 
 // "1,2,3" or "1 2 3" is one sequence; anything else is a file.
 at::Tensor read_ids(const std::string& given) {
-  if (given.find_first_not_of("0123456789-+., ") == std::string::npos && !std::filesystem::exists(given)) {
+  std::error_code no_name;  // a long list of ids
+  if (given.find_first_not_of("0123456789-+., ") == std::string::npos && !std::filesystem::exists(given, no_name)) {
     std::vector<int64_t> ids;
     for (const char *at = given.data(), *end = at + given.size(); at < end;) {
       if (*at == ',' || *at == ' ') {
@@ -42,6 +43,7 @@ at::Tensor read_ids(const std::string& given) {
       }
       const auto read = std::from_chars(at, end, ids.emplace_back());
       const bool whole = read.ptr == end || *read.ptr == ',' || *read.ptr == ' ';
+      MOEGRAFT_CHECK_USAGE(read.ec != std::errc::result_out_of_range, "--ids: a number is out of range in ", shortened(given));
       MOEGRAFT_CHECK_USAGE(read.ec == std::errc() && whole && ids.back() >= 0, "--ids must be ids such as 1,2,3, each from 0 up, got ", shortened(given));
       at = read.ptr;
     }
