@@ -1,24 +1,17 @@
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <map>
 #include <pugixml.hpp>
 #include <set>
 
 #include "data/emoji_probes.h"
-#include "data/emoji_splits.h"
 #include "data/unicode.h"
 #include "moegraft/base/check.h"
-#include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
 #include "moegraft/data/emoji.h"
 
 namespace moegraft::data {
 namespace {
-
-constexpr int64_t kSentences = 7;  // of each picture
-constexpr std::array<std::string_view, 10> kBefore = {"", "a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is ", "make ", "what about ", "show us ", "there is "};
-constexpr std::array<std::string_view, 9> kBehind = {"", "", ", drawn", " on white", " now", " and nothing else", " as an image", ", if you like", " today"};
 
 bool is_skin_tone(char32_t c) { return c >= 0x1F3FB && c <= 0x1F3FF; }
 
@@ -94,12 +87,10 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<
   if (const size_t colon = phrase.find(": "); colon != std::string::npos && phrase.find("skin tone") != std::string::npos) phrase.replace(colon, 2, " with ");
   add(entry.name);
   add(phrase);
-  // Other words before and behind for every name, so that what stands around one is learnt to be no part of it.
-  Rng rng(0, "emoji.captions", hash_text(entry.name));
-  for (int64_t i = 0; i < kSentences; ++i) {
-    const auto before = static_cast<int64_t>(rng.below(kBefore.size())), behind = static_cast<int64_t>(rng.below(kBehind.size()));
-    add(std::string(kBefore[before]) + phrase + std::string(kBehind[behind]));
-  }
+  // Several forms, so that what stands around a name is learnt to be no part of it.
+  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "}) add(sentence + phrase);
+  add(phrase + ", drawn");
+  add("what " + phrase + " looks like");
   std::vector<std::string> others;
   for (const auto& keyword : entry.keywords)
     if (keyword != entry.name && !shares_word(keyword, withheld)) others.push_back(keyword);

@@ -316,6 +316,16 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   EXPECT_EQ(measured(), Labels{});
   fs::remove(config.retrieval[0].sheet);
   EXPECT_EQ(measured(), Labels{"retrieval.r"});
+  // A call that asks for less leaves the rest; a JSON of another kind is no place for results.
+  EvalConfig less;
+  less.text = config.text;
+  evaluate_model(world_->run, less, {output, {}});
+  EXPECT_EQ(io::read_json(output)["sections"].size(), labels.size());
+  EXPECT_EQ(measured(), Labels{});
+  const fs::path foreign = folder_->path() / "foreign.json";
+  io::write_json(foreign, {{"hello", 1}});
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, less, {foreign, {}}); }).find("is no result of moegraft eval"), std::string::npos);
+  EXPECT_EQ(io::read_json(foreign), (io::Json{{"hello", 1}}));
   config.sequence_length = 48;
   EXPECT_EQ(measured(), labels);
   const auto parameters = testing::read_parameters(world_->run);
