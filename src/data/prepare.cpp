@@ -2,6 +2,7 @@
 
 #include <fstream>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 
@@ -127,6 +128,7 @@ class Encoder {
 
 ShardSummary prepare_shards(const ShardOptions& options) {
   MOEGRAFT_CHECK_USAGE(!options.manifests.empty() || !options.texts.empty(), "nothing to prepare: give --manifest or --text");
+  MOEGRAFT_CHECK_USAGE(!options.output.empty(), "-o must name a folder to write");
   MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ", options.captions);
   MOEGRAFT_CHECK_USAGE(options.batch_size > 0, "--batch-size must be positive, got ", options.batch_size);
   MOEGRAFT_CHECK_USAGE(options.max_tokens > 0, "--max-tokens must be positive, got ", options.max_tokens);
@@ -143,17 +145,16 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   const auto files = image_files(entries);
 
   Schema schema{{{"text", tokenizer->size(), 0}}};
-  Codes codes;
+  std::unique_ptr<codec::ImageCodec> codec;
   std::map<std::string, std::string> made_with{{"fingerprint.tokenizer", tokenizer_fingerprint(*tokenizer)}};
   if (!files.empty()) {
     MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
-    const auto codec = codec::load_codec(options.codec);
+    codec = codec::load_codec(options.codec);
     schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
     made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
-    codes = encode_images(files, *codec, options.batch_size, options.strict, summary);
   }
-
-  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);
+  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);  // before the pictures are encoded: a folder in use is said at once
+  const Codes codes = codec ? encode_images(files, *codec, options.batch_size, options.strict, summary) : Codes();
   Encoder encoder(options, *tokenizer, codes, writer, summary);
   for (const auto& entry : entries) encoder.add(entry);
   for (const auto& path : options.texts) {

@@ -134,6 +134,8 @@ const std::vector<Case>& cases() {
       {"a config as an evaluation's output", [](const TinyWorld& w) {
          return std::vector<std::string>{"eval", w.base.string(), "--text", w.text_shards.string(), "-o", (w.base / "config.json").string()};
        }, "is no result of moegraft eval; give another file", 1},
+      {"a number of prompts for nothing", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.text_shards.string(), "--n", "5"}; },
+       "--n is for --retrieval or --ranking: give that too", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
       {"noise without end", [](const TinyWorld& w) {
          return std::vector<std::string>{"upcycle", w.base.string(), "-o", (w.dir / "u").string(), "--method", "clone", "--noise", "inf"};

@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <iostream>
 #include <memory>
+#include <tuple>
 
 #include "command.h"
 #include "moegraft/base/check.h"
@@ -45,6 +46,9 @@ evaluate::EvalConfig read_config(const Options& o) {
   for (const auto& path : o.images) c.images.push_back({name_of(path, c.images), path});
   for (const auto& path : o.codec) c.codec.push_back({name_of(path, c.codec), path});
   MOEGRAFT_CHECK_USAGE(o.sheet.empty() || o.retrieval.size() == 1, "--sheet needs exactly one --retrieval, got ", o.retrieval.size());
+  const bool draws = !o.retrieval.empty() || !c.retrieval.empty(), asks = draws || !o.ranking.empty() || !c.ranking.empty();
+  for (const auto& [given, option, needed, what] : {std::tuple(o.n > 0, "--n", asks, "--retrieval or --ranking"), {o.temperature >= 0, "--temperature", draws, "--retrieval"}, {!o.candidates.empty(), "--candidates", draws, "--retrieval"}})
+    MOEGRAFT_CHECK_USAGE(!given || needed, option, " is for ", what, ": give that too");
   for (const auto& path : o.retrieval) {
     evaluate::RetrievalSection r;
     r.name = name_of(path, c.retrieval);
