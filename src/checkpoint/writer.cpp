@@ -93,7 +93,8 @@ struct CheckpointWriter::Impl {
     }
     return true;
   }
-  std::string patience() const { return detail::concat(std::chrono::duration<double>(peers.timeout).count(), " s"); }
+  // A process that is ending, since another one failed, waits only shortly.
+  std::string patience() const { return leaving ? "the moment that an ending process waits" : detail::concat(std::chrono::duration<double>(peers.timeout).count(), " s"); }
 
   void join() {
     if (thread.joinable()) thread.join();
@@ -121,7 +122,7 @@ struct CheckpointWriter::Impl {
       else
         write_with_others(save);
     } catch (const std::exception& e) {
-      fail<UserError>("cannot save the checkpoint ", save.target.string(), ": ", e.what(), " (earlier checkpoints are untouched; free some space and continue with --resume auto)");
+      fail<UserError>("cannot save the checkpoint ", save.target.string(), ": ", e.what(), " (earlier checkpoints are untouched; mend the cause and continue with --resume auto)");
     }
     if (first()) remove_old(root, config.keep, config.keep_best, lower_is_better);
     write_seconds = seconds_since(save.start);
