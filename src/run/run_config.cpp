@@ -1,6 +1,7 @@
 #include "moegraft/run/run_config.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <set>
 
 #include "moegraft/base/text.h"
@@ -14,9 +15,17 @@ std::vector<std::string> names_of(const std::map<std::string, ModalitySection>& 
   return names;
 }
 
+// Whether `inner` is `outer` or lies in it.
+bool lies_in(const std::string& inner, const std::string& outer) {
+  std::error_code none;
+  const auto a = std::filesystem::weakly_canonical(inner, none), b = std::filesystem::weakly_canonical(outer, none);
+  return !none && std::mismatch(b.begin(), b.end(), a.begin(), a.end()).first == b.end();
+}
+
 void check_model(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(!c.model.path.empty() || c.model.init, "model: give model.path (a Hugging Face directory) or model.init (train a base from scratch), got neither");
   MOEGRAFT_CHECK_USAGE(c.model.path.empty() || !c.model.init, "model: give model.path or model.init, got both (model.path is ", c.model.path, ")");
+  MOEGRAFT_CHECK_USAGE(c.model.path.empty() || c.run.dir.empty() || !lies_in(c.run.dir, c.model.path), "run.dir (", c.run.dir, ") is the base's own folder or lies in it: name another folder for the run");
   MOEGRAFT_CHECK_USAGE(c.model.offload == "none" || c.train.base_weights == "frozen", "model.offload: experts needs a frozen base; train.base_weights is full");
   if (!c.model.init) return;
   const auto& m = *c.model.init;
@@ -87,6 +96,8 @@ void check_data(const RunConfig& c) {
     for (const auto& source : *sources) total += source.weight;
     MOEGRAFT_CHECK_USAGE(sources->empty() || total > 0, key, ": at least one weight must be above 0");
   }
+  for (const auto& [key, share] : {std::pair("data.code_noise", data.code_noise), std::pair("data.caption_dropout", data.caption_dropout)})
+    MOEGRAFT_CHECK_USAGE(share == 0 || !c.modalities.empty(), key, " is for documents of another modality: give `modalities`, or leave it out");
   MOEGRAFT_CHECK_USAGE(data.sequence_length <= data.tokens_per_step, "data.sequence_length (", data.sequence_length, ") must fit data.tokens_per_step (", data.tokens_per_step,
                        "): raise tokens_per_step or lower sequence_length");
 }

@@ -136,6 +136,7 @@ const std::vector<Case>& cases() {
        }, "is no result of moegraft eval; give another file", 1},
       {"a number of prompts for nothing", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.text_shards.string(), "--n", "5"}; },
        "--n is for --retrieval or --ranking: give that too", 2},
+      {"a run in its base's folder", [](const TinyWorld& w) { return train_with(w, "run.dir=" + (w.base / "run").string()); }, "is the base's own folder or lies in it: name another folder", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
       {"noise without end", [](const TinyWorld& w) {
          return std::vector<std::string>{"upcycle", w.base.string(), "-o", (w.dir / "u").string(), "--method", "clone", "--noise", "inf"};
