@@ -96,8 +96,7 @@ void check_data(const RunConfig& c) {
     for (const auto& source : *sources) total += source.weight;
     MOEGRAFT_CHECK_USAGE(sources->empty() || total > 0, key, ": at least one weight must be above 0");
   }
-  for (const auto& [key, share] : {std::pair("data.code_noise", data.code_noise), std::pair("data.caption_dropout", data.caption_dropout)})
-    MOEGRAFT_CHECK_USAGE(share == 0 || !c.modalities.empty(), key, " is for documents of another modality: give `modalities`, or leave it out");
+  MOEGRAFT_CHECK_USAGE(data.code_noise == 0 || !c.modalities.empty(), "data.code_noise is for the codes of another modality: give `modalities`, or leave it out");
   MOEGRAFT_CHECK_USAGE(data.sequence_length <= data.tokens_per_step, "data.sequence_length (", data.sequence_length, ") must fit data.tokens_per_step (", data.tokens_per_step,
                        "): raise tokens_per_step or lower sequence_length");
 }
