@@ -1,6 +1,7 @@
 #include "moegraft/base/text.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <numeric>
 
@@ -50,6 +51,17 @@ std::string trim(std::string_view text) {
   const auto first = text.find_first_not_of(" \t\r\n");
   if (first == std::string_view::npos) return {};
   return std::string(text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1));
+}
+
+std::vector<std::string> words_of(std::string_view text) {
+  std::vector<std::string> words{""};
+  for (const char c : text) {
+    const bool letter = std::isalnum(static_cast<unsigned char>(c)) || static_cast<unsigned char>(c) >= 0x80;
+    if (letter) words.back() += c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
+    else if (!words.back().empty()) words.emplace_back();
+  }
+  if (words.back().empty()) words.pop_back();
+  return words;
 }
 
 std::string printable(std::string_view text) {

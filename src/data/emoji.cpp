@@ -99,11 +99,11 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
       ++count;
     };
     if (const auto found = synonyms.find(entry.name); found != synonyms.end()) {
-      withheld[i].merge(words_of(found->second));
+      withheld[i].merge(word_set(found->second));
       probe(found->second, synonym_lines, summary.synonyms);
     }
     if (const auto chosen = paraphrase(entry, uses, options.seed); !chosen.empty()) {
-      withheld[i].merge(words_of(join(chosen, " ")));
+      withheld[i].merge(word_set(join(chosen, " ")));
       probe(join(chosen, ", "), paraphrases, summary.paraphrases);
     }
     probe(in_new_sentence(entry.name, summary.popular), templates, summary.templates);

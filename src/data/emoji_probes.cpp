@@ -23,18 +23,9 @@ constexpr std::array<std::string_view, 6> kSentences = {"could you paint {} for 
 
 }  // namespace
 
-std::set<std::string> words_of(const std::string& text) {
-  std::set<std::string> words;
-  std::string word;
-  for (const char c : text + " ") {
-    const auto byte = static_cast<unsigned char>(c);
-    if (byte >= 0x80 || std::isalnum(byte)) {
-      word += c;
-    } else if (!word.empty()) {
-      words.insert(std::exchange(word, {}));
-    }
-  }
-  return words;
+std::set<std::string> word_set(const std::string& text) {
+  const auto words = words_of(text);
+  return {words.begin(), words.end()};
 }
 
 bool shares_word(const std::string& text, const std::set<std::string>& words) {
@@ -54,7 +45,7 @@ std::map<std::string, std::string> read_synonyms(const std::filesystem::path& pa
     const size_t tab = line.find('\t');
     const std::string name = plain_lower(line.substr(0, tab)), other = tab == std::string::npos ? "" : plain_lower(line.substr(tab + 1));
     MOEGRAFT_CHECK(!name.empty() && !other.empty() && other.find('\t') == std::string::npos && line.find('\r') == std::string::npos, path.string(), ":", number, ": expected \"name<TAB>other words\", got \"", shortened(line), "\"");
-    MOEGRAFT_CHECK(!shares_word(other, words_of(name)), path.string(), ":", number, ": \"", other, "\" shares a word with its name \"", name, "\"");
+    MOEGRAFT_CHECK(!shares_word(other, word_set(name)), path.string(), ":", number, ": \"", other, "\" shares a word with its name \"", name, "\"");
     MOEGRAFT_CHECK(synonyms.emplace(name, other).second, path.string(), ":", number, ": \"", name, "\" comes twice");
   }
   return synonyms;
@@ -69,7 +60,7 @@ std::map<std::string, int64_t> count_keywords(const std::vector<EmojiEntry>& ent
 
 std::vector<std::string> paraphrase(const EmojiEntry& entry, const std::map<std::string, int64_t>& uses, uint64_t seed) {
   if (Rng(seed, "emoji.paraphrase", hash_text(entry.name)).uniform() >= kShare) return {};
-  const auto name = words_of(entry.name);
+  const auto name = word_set(entry.name);
   std::vector<std::pair<int64_t, std::string>> candidates;
   for (const auto& keyword : entry.keywords) {
     const auto found = uses.find(keyword);

@@ -11,8 +11,7 @@
 
 namespace moegraft::data {
 
-// Words of letters and digits: "jack-o-lantern" has three.
-std::set<std::string> words_of(const std::string& text);
+std::set<std::string> word_set(const std::string& text);  // words_of(), each once
 bool shares_word(const std::string& text, const std::set<std::string>& words);
 
 // Other words for a picture, by its name. UserError: a line that is not "name<TAB>other words", a name that comes twice, a synonym that shares a word with its name.

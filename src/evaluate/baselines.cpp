@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cctype>
 #include <cmath>
 
 #include "gallery.h"
@@ -10,6 +9,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/rng.h"
+#include "moegraft/base/text.h"
 #include "moegraft/data/sequence.h"
 #include "moegraft/evaluate/ridge.h"
 #include "moegraft/generate/prompt.h"
@@ -178,17 +178,6 @@ ProbeFit fit_probe(const Probe& probe, const std::string& name, const Rows& rows
 }
 
 }  // namespace
-
-std::vector<std::string> words_of(const std::string& caption) {
-  std::vector<std::string> words{""};
-  for (const char c : caption) {
-    const bool letter = std::isalnum(static_cast<unsigned char>(c)) || static_cast<unsigned char>(c) >= 0x80;
-    if (letter) words.back() += c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
-    else if (!words.back().empty()) words.emplace_back();
-  }
-  if (words.back().empty()) words.pop_back();
-  return words;
-}
 
 Baselines measure_baselines(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const BaselineSection& section, const std::vector<RetrievalSection>& tasks) {
   const at::NoGradGuard no_grad;

@@ -6,6 +6,7 @@
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/data/sequence.h"
 #include "moegraft/evaluate/baselines.h"
 #include "moegraft/evaluate/captions.h"

@@ -13,6 +13,8 @@ std::string nearest_word(std::string_view word, const std::vector<std::string>& 
 std::string join(const std::vector<std::string>& words, std::string_view separator);
 std::vector<std::string> split(std::string_view text, char separator);
 std::string trim(std::string_view text);
+// Words in their order: runs of ASCII letters and digits in lower case, and of all that is not ASCII ("jack-o-lantern" has three).
+std::vector<std::string> words_of(std::string_view text);
 // Control characters as \n, \t or \xNN: names out of files cannot break a line or colour a terminal.
 std::string printable(std::string_view text);
 // printable(), cut in the middle to about `most` bytes at whole characters: values out of files in error texts.

@@ -12,9 +12,6 @@
 
 namespace moegraft::evaluate {
 
-// Words of a caption: runs of ASCII letters and digits in lower case, and of all that is not ASCII.
-std::vector<std::string> words_of(const std::string& caption);
-
 struct ProbeFit {
   int64_t features = 0;
   double lambda = 0, held_out_error = 0;   // mean squared error of a pixel on the pictures that chose lambda
