@@ -66,10 +66,13 @@ Sequence Assembler::make(const PlannedSequence& planned) {
     if (piece.source != kept_.source || piece.index != kept_.index || piece.draw != kept_.draw) {
       const auto source = static_cast<size_t>(piece.source);
       document_ = assemble(sources_[source].document(piece.index), vocabulary_, rules_[source], piece.drop_caption);
-      if (rules_[source].code_noise > 0) {
-        Rng rng(seed_, "data.code_noise", static_cast<uint64_t>(piece.draw));
-        replace_codes(document_, vocabulary_, rules_[source].code_noise, rng);
-      }
+      const auto add_noise = [&](const char* key, double share, auto replace) {
+        if (share == 0) return;
+        Rng rng(seed_, key, static_cast<uint64_t>(piece.draw));
+        replace(document_, vocabulary_, share, rng);
+      };
+      add_noise("data.caption_noise", rules_[source].caption_noise, replace_caption);
+      add_noise("data.code_noise", rules_[source].code_noise, replace_codes);
       kept_ = piece;
     }
     MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ", piece.begin + piece.count, " of a document of ", document_.size());

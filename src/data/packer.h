@@ -49,7 +49,7 @@ struct Packer {
 // Makes planned sequences; keeps the last document, since the next piece is often of the same.
 class Assembler {
  public:
-  // rules: of each source. Codes are replaced (data.code_noise) by Rng(seed, "data.code_noise", draw).
+  // rules: of each source. What is replaced (data.caption_noise, data.code_noise) is drawn by Rng(seed, its key, draw).
   Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules, uint64_t seed)
       : sources_(sources), vocabulary_(vocabulary), rules_(std::move(rules)), seed_(seed) {}
   Sequence make(const PlannedSequence& planned);

@@ -79,6 +79,15 @@ Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary&
   return out;
 }
 
+void replace_caption(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng) {
+  if (sequence.text_only) return;
+  for (size_t t = 0; t < sequence.ids.size(); ++t) {
+    int64_t& id = sequence.ids[t];
+    if (sequence.modality[t] != 0 || id == vocabulary.bos_id || id == vocabulary.eos_id || rng.uniform() >= share) continue;
+    id = static_cast<int64_t>(rng.below(static_cast<uint64_t>(vocabulary.text_size)));
+  }
+}
+
 void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng) {
   for (size_t t = 0; t < sequence.ids.size(); ++t) {
     if (sequence.modality[t] == 0) continue;

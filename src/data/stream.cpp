@@ -30,7 +30,7 @@ model::PackedBatch make_batch(const std::vector<Sequence>& sequences, const mode
 }
 
 DataConfig without_noise(DataConfig config) {
-  config.code_noise = 0;
+  config.caption_noise = config.code_noise = 0;
   return config;
 }
 

@@ -96,7 +96,8 @@ void check_data(const RunConfig& c) {
     for (const auto& source : *sources) total += source.weight;
     MOEGRAFT_CHECK_USAGE(sources->empty() || total > 0, key, ": at least one weight must be above 0");
   }
-  MOEGRAFT_CHECK_USAGE(data.code_noise == 0 || !c.modalities.empty(), "data.code_noise is for the codes of another modality: give `modalities`, or leave it out");
+  for (const auto& [key, share] : {std::pair("caption_noise", data.caption_noise), std::pair("code_noise", data.code_noise)})
+    MOEGRAFT_CHECK_USAGE(share == 0 || !c.modalities.empty(), "data.", key, " is for training another modality: give `modalities`, or leave it out");
   MOEGRAFT_CHECK_USAGE(data.sequence_length <= data.tokens_per_step, "data.sequence_length (", data.sequence_length, ") must fit data.tokens_per_step (", data.tokens_per_step,
                        "): raise tokens_per_step or lower sequence_length");
 }

@@ -260,6 +260,35 @@ TEST_F(Data, CaptionDropoutLeavesBosAndThePicture) {
   EXPECT_NEAR(static_cast<double>(dropped) / all, 0.3, 4 * std::sqrt(0.3 * 0.7 / all));
 }
 
+TEST_F(Data, CaptionNoiseIsReadBesideAPicture) {
+  auto plain = stream();
+  config.caption_noise = 0.5, config.eval = config.train;
+  auto noisy = stream();
+  int64_t words = 0, replaced = 0;
+  for (int b = 0; b < 60; ++b) {
+    const auto a = whole(plain.next()), n = whole(noisy.next());
+    EXPECT_EQ(values(a.labels_T), values(n.labels_T));
+    const auto before = sequences(a), after = sequences(n);
+    for (size_t s = 0; s < before.size(); ++s) {
+      const bool picture = std::any_of(before[s].begin(), before[s].end(), [](int64_t id) { return id >= kFirst; });
+      for (size_t t = 0; t < before[s].size(); ++t) {
+        if (!picture || t == 0 || before[s][t] >= kFirst || before[s][t] == vocabulary().eos_id) {
+          EXPECT_EQ(before[s][t], after[s][t]);  // documents of text alone, BOS, EOS, the picture
+          continue;
+        }
+        EXPECT_TRUE(after[s][t] >= 0 && after[s][t] < vocabulary().text_size);
+        ++words, replaced += before[s][t] != after[s][t];
+      }
+    }
+  }
+  const double share = 0.5 * (1 - 1.0 / static_cast<double>(vocabulary().text_size));
+  EXPECT_NEAR(double(replaced) / double(words), share, 4 * std::sqrt(share * (1 - share) / double(words)));
+  EvalStream eval(config.eval, config, vocabulary());
+  config.caption_noise = 0;
+  EvalStream clean(config.eval, config, vocabulary());
+  while (const auto batch = eval.next()) expect_equal(*batch, *clean.next());
+}
+
 TEST_F(Data, CodeNoiseIsReadNotLearnt) {
   auto plain = stream();
   config.code_noise = 0.5, config.eval = config.train;

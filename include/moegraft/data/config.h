@@ -32,6 +32,7 @@ struct DataConfig {
   std::string packing = "documents";
   std::string batching = "mixed";
   double caption_dropout = 0.0;
+  double caption_noise = 0.0;
   double code_noise = 0.0;
   bool caption_labels = false;
   bool add_bos = true;
@@ -49,6 +50,9 @@ struct DataConfig {
       "mixed: steps of documents as they are drawn. modality: every step's documents have the same modalities (text, or text and images, ...), so that all "
       "processes do the same work; the documents of up to 64 steps (at most one pass over the data) are drawn ahead, sorted by length and cut into steps, which are shuffled.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");
+    v("caption_noise", caption_noise, config::range(0.0, 1.0),
+      "Share of the text tokens beside another modality that the model reads as random ones of the text vocabulary, so that a picture is found from some of the words of its caption, "
+      "in any words around them.");
     v("code_noise", code_noise, config::range(0.0, 1.0),
       "Share of another modality's codes that the model reads as random ones of the codebook; it still learns the true ones. What follows is then found from the caption rather than "
       "from the codes before it, and a wrong code drawn does less harm.");

@@ -43,6 +43,9 @@ class Source {
 // segments: modality ids of the vocabulary, as Source::document gives them.
 Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption = false);
 
+// Replaces each text token of a sequence that holds another modality by a random one with probability `share`; BOS, EOS and labels stay (data.caption_noise).
+void replace_caption(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng);
+
 // Replaces each code by a random one of its codebook with probability `share`; begin and end tokens and labels stay (data.code_noise).
 void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, double share, Rng& rng);
 
