@@ -278,7 +278,10 @@ UpcycleReport upcycle(const fs::path& dense, const fs::path& dir, const UpcycleO
   check_router(o);
   const Json target = moe_config(config, layout, cut, where);
   const Tensors in(dense);
-  const at::ScalarType dtype = in.get("model.embed_tokens.weight").scalar_type();
+  const at::Tensor embedding_VD = in.get("model.embed_tokens.weight");
+  const std::vector<int64_t> rows{size_of(config, "vocab_size", where), D};
+  MOEGRAFT_CHECK(embedding_VD.sizes() == rows, where, ": vocab_size and hidden_size say ", rows, ", model.embed_tokens.weight is ", embedding_VD.sizes().vec());
+  const at::ScalarType dtype = embedding_VD.scalar_type();
   ModelDirectory out(dir);
   const Upcycling upcycling(in, layout, o, cut, D, N, ask_for_inputs(o, layers, D));
   const auto tensors = upcycling.tensors(layers);

@@ -209,6 +209,7 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
     return m;
   }
   MOEGRAFT_CHECK(fs::exists(path / "config.json"), path.string(), " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
+  MOEGRAFT_CHECK_USAGE(options.checkpoint == "latest", path.string(), " is a model, not a run: it has no checkpoint \"", options.checkpoint, "\"; leave --checkpoint out");
   GraftedModel m;
   m.path = m.base_path = path;
   m.registry = std::make_unique<model::ParameterRegistry>();

@@ -215,6 +215,12 @@ TEST_F(UpcycleTest, ImpossibleOnesAreRefused) {
       {"olmoe", {}, "model_type \"olmoe\" cannot be upcycled; known: llama, mistral, qwen3"},
   };
   for (const auto& c : cases) EXPECT_NE(error(c.base, c.options).find(c.message), std::string::npos) << c.message << " | " << error(c.base, c.options);
+  dense("llama");
+  fs::copy(root_ / "llama", root_ / "fewer");
+  auto config = io::read_json(root_ / "fewer/config.json");
+  config["vocab_size"] = config["vocab_size"].get<int64_t>() - 1;
+  io::write_json(root_ / "fewer/config.json", config);
+  EXPECT_NE(error("fewer", {}).find("vocab_size and hidden_size say ["), std::string::npos) << error("fewer", {});
   upcycle(dense("llama"), root_ / "upcycled", {});
   EXPECT_NE(error("upcycled", {}).find("mixtral is a mixture of experts already; upcycling starts from a dense model"), std::string::npos);
   EXPECT_THROW(parse_upcycle_method("magic"), UsageError);

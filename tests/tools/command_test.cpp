@@ -145,6 +145,21 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   }
 }
 
+TEST_F(Command, LaunchTakesACommandWithItsOptions) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  for (const std::vector<std::string>& own : {std::vector<std::string>{"--nproc", "1"}, {"--nproc=1", "--max-restarts", "0"}})
+    for (const bool separated : {true, false}) {
+      std::vector<std::string> argv{"launch"};
+      argv.insert(argv.end(), own.begin(), own.end());
+      if (separated) argv.push_back("--");
+      argv.insert(argv.end(), {"inspect", "-c", world.yaml.string(), "--json"});
+      const auto r = run_moegraft(argv);
+      EXPECT_EQ(r.code, 0) << r.err;
+      EXPECT_TRUE(r.out.starts_with("{")) << r.out;
+    }
+}
+
 TEST_F(Command, LogitsOfIdsOnTheCommandLineAreThoseOfTheFile) {
   testing::TemporaryFolder folder;
   const auto world = testing::make_tiny_world(folder.path());
@@ -176,6 +191,9 @@ TEST_F(Command, LogitsOfIdsOnTheCommandLineAreThoseOfTheFile) {
   }
   EXPECT_EQ(run_moegraft({"logits", world.base.string(), "--ids", "3,14", "--against", (folder / "logits.safetensors").string()}).code, 1);
   EXPECT_EQ(run_moegraft({"logits", world.base.string(), "--ids", "3,14"}).code, 2);
+  const auto others = run_moegraft({"logits", world.base.string(), "--ids", "3,15,14", "--against", (folder / "logits.safetensors").string()});
+  EXPECT_EQ(others.code, 1);
+  EXPECT_NE(others.err.find("its logits are of other ids"), std::string::npos) << others.err;
 }
 
 TEST_F(Command, BenchStepEqualsThePlainLoss) {

@@ -84,6 +84,7 @@ const std::vector<Case>& cases() {
       {"an argument that a list took", [](const TinyWorld& w) { return std::vector<std::string>{"eval", "--text", w.text_shards.string(), w.base.string(), "--drift"}; },
        "give model first", 2},
       {"launch's option", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nprco", "2", "--", "train"}; }, "unknown option --nprco of moegraft launch; did you mean --nproc?", 2},
+      {"an option without its command's name", [](const TinyWorld&) { return std::vector<std::string>{"data", "prepare", "emoji"}; }, "is required; see moegraft data prepare emoji --help", 2},
       {"a path where data sources belong", [](const TinyWorld& w) { return train_with(w, "data.train=shards/a"); }, "data.train must be a list, got shards/a (write [{ path: shards/a }])", 2},
       {"a list of paths", [](const TinyWorld& w) { return train_with(w, "data.train=[shards/a]"); }, "got shards/a (write { path: shards/a })", 2},
       {"a merge of YAML", [](const TinyWorld& w) { return train_with(w, "train.lora={<<: {lr: 1}}"); }, "write its keys out", 2},
@@ -136,6 +137,12 @@ const std::vector<Case>& cases() {
        }, "is no result of moegraft eval; give another file", 1},
       {"a number of prompts for nothing", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.text_shards.string(), "--n", "5"}; },
        "--n is for --retrieval or --ranking: give that too", 2},
+      {"a negative temperature", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--retrieval", "m.jsonl", "--temperature", "-1"}; }, "must be a number, 0 or more, got -1", 2},
+      {"no prompts", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--retrieval", "m.jsonl", "--n", "0"}; }, "must be a number, above 0, got 0", 2},
+      {"a checkpoint of a model", [](const TinyWorld& w) {
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2", "-o", (w.dir / "o").string(), "--checkpoint", "7"};
+       }, "is a model, not a run: it has no checkpoint", 2},
+      {"a packing of no text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--set", "text.packing=documents"}; }, "text.shards must name at least one", 2},
       {"a run in its base's folder", [](const TinyWorld& w) { return train_with(w, "run.dir=" + (w.base / "run").string()); }, "is the base's own folder or lies in it: name another folder", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
       {"noise without end", [](const TinyWorld& w) {

@@ -58,13 +58,19 @@ std::string unknown_word(const CLI::App& app) {
       const bool option = word.starts_with("-");
       const std::string name = word.substr(0, option ? word.find('=') : std::string::npos);
       const std::string near = !option ? nearest_word(name, commands) : name.starts_with("--") ? nearest_word(name, names_of_options(*at)) : "";
-      if (near == name || (near.empty() && at->get_prefix_command())) continue;  // another command's, or behind --
+      if (near == name) continue;  // another command's
       const char* kind = option ? "option " : commands.empty() ? "argument " : "command ";
       const std::string known = !option && !commands.empty() ? "expected one of " + join(commands, ", ") : "see " + command + " --help";
       return "unknown " + (kind + name) + " of " + command + "; " + (near.empty() ? known : "did you mean " + near + "?");
     }
     if (at->get_subcommands().empty()) return "";
   }
+}
+
+std::string called_command(const CLI::App& app) {
+  std::string name = app.get_name();
+  for (const CLI::App* at = &app; !at->get_subcommands().empty();) name += " " + (at = at->get_subcommands().front())->get_name();
+  return name;
 }
 
 std::string taken_argument(const CLI::App& app) {

@@ -96,8 +96,8 @@ void add_eval_command(CLI::App& app) {
   cmd->add_option("--ranking", o->ranking, "Manifest: which of its captions is likeliest for a picture, which picture for a caption");
   cmd->add_option("--baselines", o->baselines, "Manifest of the training pictures: how far linear regression from captions gets on each --retrieval");
   cmd->add_option("--candidates", o->candidates, "Manifest of further pictures to look among");
-  cmd->add_option("--n", o->n, "Prompts of each retrieval and ranking")->check(CLI::PositiveNumber);
-  cmd->add_option("--temperature", o->temperature, "Of the retrieval's drawings; 0: the likeliest codes")->check(CLI::NonNegativeNumber);
+  cmd->add_option("--n", o->n, "Prompts of each retrieval and ranking")->check(positive());
+  cmd->add_option("--temperature", o->temperature, "Of the retrieval's drawings; 0: the likeliest codes")->check(not_negative());
   cmd->add_option("--sheet", o->sheet, "Picture to write: drawn beside original");
   cmd->add_option("--max-items", o->max_items, "Pictures of each --images")->check(CLI::Range(int64_t{2}, int64_t{1000000000}));
   cmd->add_flag("--drift", o->drift, "Text logits of the graft against its base, in float32 and bfloat16");

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -229,6 +230,15 @@ int launch(const Options& o, const std::vector<std::string>& arguments) {
 
 }  // namespace
 
+std::vector<std::string> separate_launched(std::vector<std::string> arguments) {
+  auto at = std::find_if(arguments.begin(), arguments.end(), [](const std::string& a) { return !a.starts_with("-"); });
+  if (at == arguments.end() || *at != "launch") return arguments;
+  for (++at; at < arguments.end() && at->starts_with("--") && *at != "--"; ++at)
+    if (at->find('=') == std::string::npos && *at != "--help" && ++at == arguments.end()) return arguments;
+  if (at < arguments.end() && !at->starts_with("-")) arguments.insert(at, "--");
+  return arguments;
+}
+
 void add_launch_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   auto* command = app.add_subcommand("launch", "Run a command as several processes on this machine");
@@ -236,14 +246,11 @@ void add_launch_command(CLI::App& app) {
       "Example:\n  moegraft launch --nproc 4 --max-restarts 3 -- train -c configs/quickstart/graft.yaml\n"
       "Several machines: torchrun --no-python --nnodes 2 --nproc-per-node 8 … moegraft train -c …, srun moegraft train …, or mpirun.");
   command->add_option("--nproc", o->processes, "Number of processes")->required()->check(CLI::Range(1, 4096));
-  command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")->check(CLI::NonNegativeNumber)->capture_default_str();
+  command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")->check(not_negative())->capture_default_str();
   command->add_option("--master-port", o->port, "Port where they meet (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
   command->add_option("command", o->command, "What each process runs: a moegraft command with its options, after --");
-  command->prefix_command();  // without --: everything from the first option that is not ours belongs to the command
-  command->callback([o, command] {
+  command->callback([o] {
     auto arguments = o->command;
-    const auto rest = command->remaining();
-    arguments.insert(arguments.end(), rest.begin(), rest.end());
     MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);

@@ -77,10 +77,17 @@ at::Tensor decode_logits(const model::Decoder& decoder, const model::PackedBatch
   return at::stack(steps, 1);
 }
 
-// How far logits [B,S,V] are from those of a file, in the columns that both have: a graft's new rows come after its base's.
+// Logits [B,S,V] of a file, which must be of the ids [B,S].
+at::Tensor read_other(const std::string& path, const at::Tensor& ids) {
+  const io::SafetensorsFile file(path);
+  const at::Tensor other = file.tensor("logits");
+  MOEGRAFT_CHECK(other.dim() == 3 && other.size(0) == ids.size(0) && other.size(1) == ids.size(1), path, ": logits must be of the same ids, [", ids.size(0), ",", ids.size(1), ",V], got ", other.sizes().vec());
+  MOEGRAFT_CHECK(!file.contains("input_ids") || file.tensor("input_ids").equal(ids), path, ": its logits are of other ids than --ids names: compare on the same");
+  return other;
+}
+
+// How far logits [B,S,V] are from another model's, in the columns that both have: a graft's new rows come after its base's.
 void compare(const Options& o, const at::Tensor& logits, const at::Tensor& other) {
-  MOEGRAFT_CHECK(other.dim() == 3 && other.size(0) == logits.size(0) && other.size(1) == logits.size(1), o.against, ": logits must be of the same ids, [", logits.size(0), ",", logits.size(1), ",V], got ",
-                 other.sizes().vec());
   const int64_t V = std::min(logits.size(2), other.size(2));
   const at::Tensor a = logits.narrow(2, 0, V), b = other.narrow(2, 0, V).to(at::kFloat);
   const Json result{{"positions", a.size(0) * a.size(1)},
@@ -102,7 +109,8 @@ void check_output(const Options& o) {
   bool ours = false;
   try {
     const io::SafetensorsFile file(o.output);
-    ours = file.names() == std::vector<std::string>{"logits"};
+    const auto names = file.names();
+    ours = file.contains("logits") && names.size() == (file.contains("input_ids") ? 2u : 1u);
   } catch (const UserError&) {
   }
   MOEGRAFT_CHECK_USAGE(ours, "-o: ", o.output, " exists and holds no logits; give another file or remove it");
@@ -118,7 +126,7 @@ void run(const Options& o) {
   open.with_codecs = false;
   const at::Tensor ids = read_ids(o.ids);
   check_output(o);
-  const at::Tensor other = o.against.empty() ? at::Tensor() : io::SafetensorsFile(o.against).tensor("logits");
+  const at::Tensor other = o.against.empty() ? at::Tensor() : read_other(o.against, ids);
   graft::GraftedModel m = graft::open_model(o.model, open);
   at::NoGradGuard no_grad;
   model::PackedBatch batch = model::pack_rows(ids.to(m.device()));
@@ -128,7 +136,7 @@ void run(const Options& o) {
   const at::Tensor logits = o.decode ? decode_logits(*m.decoder, batch, ids.to(m.device()), options)
                                      : m.decoder->all_logits(m.decoder->forward(batch, options).hidden_TD).view({ids.size(0), ids.size(1), -1});
   if (!o.output.empty()) {
-    io::save_safetensors(o.output, {{"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
+    io::save_safetensors(o.output, {{"input_ids", ids}, {"logits", logits}}, {{"gate", o.gate}, {"dtype", o.dtype}});
     log::info("wrote ", o.output, ": logits ", logits.sizes().vec());
   }
   if (!o.against.empty()) compare(o, logits.cpu(), other);
@@ -141,7 +149,7 @@ void add_logits_command(CLI::App& app) {
   CLI::App* cmd = app.add_subcommand("logits", "Exact logits of a model or run on given ids");
   cmd->add_option("model", o->model, "Hugging Face directory or run")->required();
   cmd->add_option("--ids", o->ids, "One sequence of ids (1,2,3), or a safetensors file with input_ids int64 [B,S]")->required();
-  cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V]; V includes a run's new rows");
+  cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V], V with a run's new rows, and their input_ids");
   cmd->add_option("--against", o->against, "Such a file of another model, on the same ids: say how far they are apart");
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();

@@ -1,6 +1,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/Logging.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -63,7 +64,9 @@ int run(int argc, char** argv) {
   tools::add_launch_command(app);
   tools::expand_paths(app);
   try {
-    app.parse(argc, argv);
+    auto arguments = tools::separate_launched({argv + 1, argv + argc});
+    std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes them
+    app.parse(std::move(arguments));
     return 0;
   } catch (const CLI::Success& e) {
     return app.exit(e);
@@ -72,7 +75,7 @@ int run(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     if (const std::string unknown = tools::unknown_word(app); !unknown.empty()) log::error(unknown);
     else if (const std::string taken = tools::taken_argument(app); !taken.empty()) log::error(taken);
-    else app.exit(e);
+    else log::error(shortened(e.what(), 400), "; see ", tools::called_command(app), " --help");
     return 2;
   } catch (const UsageError& e) {
     log::error(e.what());

@@ -98,12 +98,12 @@ void add_ot_command(CLI::App& app) {
   ot->add_option("--epsilon", options->epsilon, "Regularisation of the scaled costs, annealed from first to last")->delimiter(',')->capture_default_str();
   ot->add_option("--scaling", options->scaling, "Divide each cost by its max or mean")->check(CLI::IsMember({"max", "mean", "none"}))->capture_default_str();
   ot->add_option("--cost", options->cost, "sqeuclidean (factored) | euclidean")->check(CLI::IsMember({"sqeuclidean", "euclidean"}))->capture_default_str();
-  ot->add_option("--clusters", options->clusters, "Couple this many k-means centres instead of the points; 0: the points")->check(CLI::NonNegativeNumber)->capture_default_str();
-  ot->add_option("--max-iterations", options->max_iterations, "Outer iterations per epsilon")->check(CLI::PositiveNumber)->capture_default_str();
-  ot->add_option("--sinkhorn-iterations", options->sinkhorn_iterations, "Inner iterations per outer one")->check(CLI::PositiveNumber)->capture_default_str();
-  ot->add_option("--tolerance", options->tolerance, "Change of the plan (Frobenius) that counts as stationary")->check(CLI::NonNegativeNumber)->capture_default_str();
-  ot->add_option("--slack", options->slack, "Inner tolerance as a share of the last change; 0: always exact")->check(CLI::NonNegativeNumber)->capture_default_str();
-  ot->add_option("--sharpen", options->sharpen, "Halve epsilon up to this often until the plan is sharp")->check(CLI::NonNegativeNumber)->capture_default_str();
+  ot->add_option("--clusters", options->clusters, "Couple this many k-means centres instead of the points; 0: the points")->check(not_negative())->capture_default_str();
+  ot->add_option("--max-iterations", options->max_iterations, "Outer iterations per epsilon")->check(positive())->capture_default_str();
+  ot->add_option("--sinkhorn-iterations", options->sinkhorn_iterations, "Inner iterations per outer one")->check(positive())->capture_default_str();
+  ot->add_option("--tolerance", options->tolerance, "Change of the plan (Frobenius) that counts as stationary")->check(not_negative())->capture_default_str();
+  ot->add_option("--slack", options->slack, "Inner tolerance as a share of the last change; 0: always exact")->check(not_negative())->capture_default_str();
+  ot->add_option("--sharpen", options->sharpen, "Halve epsilon up to this often until the plan is sharp")->check(not_negative())->capture_default_str();
   ot->add_option("--seed", options->seed, "Seed of k-means")->capture_default_str();
   ot->add_option("-o,--output", options->output, "Write the plan (and centres) as safetensors");
   ot->add_flag("--json", options->json, "Print one JSON object");

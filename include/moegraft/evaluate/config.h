@@ -15,7 +15,7 @@ struct TextSection {
   std::string packing = "stream";
   template <class V>
   void visit_fields(V& v) {
-    v("shards", shards, config::required(config::path()), "Text shards.");
+    v("shards", shards, config::path(), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
     v("packing", packing, config::one_of({"documents", "stream"}), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
   }
