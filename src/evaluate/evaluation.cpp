@@ -133,6 +133,19 @@ void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
   run::check_shards(sources, run::recorded_fingerprints(model.path), *model.config);  // these were compared when the run was opened
 }
 
+// What would otherwise be found out after hours of other sections.
+void check_files(const EvalConfig& config) {
+  const auto readable = [](const std::string& path, const char* of) { MOEGRAFT_CHECK(path.empty() || fs::exists(path), of, ": ", path, " does not exist"); };
+  for (const auto& s : config.codec) readable(s.pictures, "codec.pictures");
+  for (const auto& s : config.ranking) readable(s.manifest, "ranking.manifest");
+  if (config.baselines) readable(config.baselines->manifest, "baselines.manifest");
+  for (const auto& s : config.retrieval) {
+    readable(s.manifest, "retrieval.manifest"), readable(s.candidates, "retrieval.candidates");
+    MOEGRAFT_CHECK_USAGE(!fs::is_directory(s.sheet), "retrieval.sheet: ", s.sheet, " is a folder; give a file, such as sheet.png");
+    if (const fs::path folder = fs::path(s.sheet).parent_path(); !folder.empty()) fs::create_directories(folder);
+  }
+}
+
 std::string dtype_name(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : "bfloat16"; }
 
 // What a run was set up with: its held-out data.
@@ -294,6 +307,7 @@ std::string evaluate_model(const fs::path& path, EvalConfig config, const Evalua
   const bool needs_images = !config.images.empty() || !config.codec.empty() || !config.retrieval.empty() || !config.ranking.empty() || config.routing;
   MOEGRAFT_CHECK_USAGE(opened.is_graft() || (!needs_images && !config.drift), path.string(), " is a plain text model: only text perplexity can be measured");
   check_shards(opened, config);
+  check_files(config);
 
   Evaluator evaluator(std::move(opened), config);
   const graft::GraftedModel& model = evaluator.model();

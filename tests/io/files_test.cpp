@@ -1,12 +1,16 @@
 #include "moegraft/io/files.h"
 
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <filesystem>
+#include <set>
 
 #include "moegraft/base/check.h"
 #include "moegraft/io/json.h"
+#include "moegraft/io/staged_folder.h"
 
 namespace moegraft::io {
 namespace {
@@ -78,6 +82,57 @@ TEST_F(Files, JsonErrorsNameLineAndColumn) {
   EXPECT_EQ(error.find((dir_ / "j").string() + ":3:8: not valid JSON"), 0u) << error;
   write_file_atomic(dir_ / "j", "");
   EXPECT_NE(error_of([&] { read_json(dir_ / "j"); }).find("the file is empty"), std::string::npos);
+}
+
+// Ends a process while it stages `target`; false when it could not begin.
+bool kill_while_staging(const fs::path& target) {
+  int ready[2];
+  if (::pipe(ready) != 0) return false;
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const StagedFolder staged(target);
+    write_file_atomic(staged.path() / "f", "half");
+    if (::write(ready[1], "x", 1) == 1) ::pause();
+    ::_exit(1);
+  }
+  ::close(ready[1]);
+  char byte;
+  const bool staged = ::read(ready[0], &byte, 1) == 1;
+  ::close(ready[0]);
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+  return staged;
+}
+
+TEST_F(Files, WhatAKilledProcessStagedIsRemovedByTheNext) {
+  const auto names = [&] {
+    std::set<std::string> found;
+    for (const auto& entry : fs::directory_iterator(dir_)) found.insert(entry.path().filename().string());
+    return found;
+  };
+  ASSERT_TRUE(kill_while_staging(dir_ / "set"));
+  ASSERT_TRUE(kill_while_staging(dir_ / "settee"));
+  ASSERT_EQ(names().size(), 2u);
+  const auto other = [&] {
+    for (const auto& name : names())
+      if (name.starts_with(".settee.")) return name;
+    return std::string();
+  }();
+  fs::create_directories(dir_ / ".set.part-1");      // between the two steps of publish(), where a file system exchanges nothing
+  fs::create_directories(dir_ / ".set.part-1.old");
+  StagedFolder staged(dir_ / "set");
+  const std::set<std::string> expected{other, ".set.part-1", ".set.part-1.old", staged.path().filename().string()};
+  EXPECT_EQ(names(), expected);
+  // What a living process stages stays.
+  if (::fork() == 0) {
+    const StagedFolder beside(dir_ / "set");
+    ::_exit(0);
+  }
+  ::wait(nullptr);
+  EXPECT_TRUE(fs::exists(staged.path()));
+  write_file_atomic(staged.path() / "f", "whole");
+  staged.publish();
+  EXPECT_EQ(read_file(dir_ / "set/f"), "whole");
 }
 
 }  // namespace

@@ -142,6 +142,14 @@ const std::vector<Case>& cases() {
       {"a checkpoint of a model", [](const TinyWorld& w) {
          return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2", "-o", (w.dir / "o").string(), "--checkpoint", "7"};
        }, "is a model, not a run: it has no checkpoint", 2},
+      {"a sheet that is a folder", [](const TinyWorld& w) {
+         testing::write_run(w);
+         return std::vector<std::string>{"eval", w.run.string(), "--retrieval", w.manifest.string(), "--sheet", w.dir.string()};
+       }, "is a folder; give a file, such as sheet.png", 2},
+      {"a baseline's pictures that are not there", [](const TinyWorld& w) {
+         testing::write_run(w);
+         return std::vector<std::string>{"eval", w.run.string(), "--retrieval", w.manifest.string(), "--baselines", (w.dir / "none.jsonl").string()};
+       }, "baselines.manifest: ", 1},
       {"a packing of no text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--set", "text.packing=documents"}; }, "text.shards must name at least one", 2},
       {"a run in its base's folder", [](const TinyWorld& w) { return train_with(w, "run.dir=" + (w.base / "run").string()); }, "is the base's own folder or lies in it: name another folder", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},

@@ -7,7 +7,7 @@ namespace moegraft::io {
 
 class StagedFolder {
  public:
-  // Makes ".NAME.part-PID" beside `target`, and the folders above it. UserError when it cannot.
+  // Makes ".NAME.part-PID" beside `target`, and the folders above it; removes such folders of processes that were killed. UserError when it cannot.
   explicit StagedFolder(std::filesystem::path target);
   ~StagedFolder();  // without publish(): removes what was written
   StagedFolder(const StagedFolder&) = delete;
@@ -20,6 +20,7 @@ class StagedFolder {
 
  private:
   std::filesystem::path target_, staged_;
+  int lock_ = -1;
 };
 
 }  // namespace moegraft::io
