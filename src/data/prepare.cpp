@@ -22,45 +22,43 @@ namespace moegraft::data {
 namespace {
 
 constexpr int64_t kNamed = 5;  // of things that are skipped, each kind
-using Codes = std::map<std::filesystem::path, std::vector<int32_t>>;  // absent: the file did not decode
+using Codes = std::map<io::Picture, std::vector<int32_t>>;  // absent: the picture did not decode
 
-std::vector<std::filesystem::path> image_files(const std::vector<ManifestEntry>& entries) {
-  std::set<std::filesystem::path> files;
+std::vector<io::Picture> all_pictures(const std::vector<ManifestEntry>& entries) {
+  std::set<io::Picture> pictures;
   for (const auto& entry : entries)
     for (const auto& segment : entry.segments)
-      if (segment.is_image() && !files.contains(segment.image)) {
-        files.insert(segment.image);
-      }
-  return {files.begin(), files.end()};
+      if (segment.is_image()) pictures.insert(segment.image);
+  return {pictures.begin(), pictures.end()};
 }
 
-Codes encode_images(const std::vector<std::filesystem::path>& files, const codec::ImageCodec& codec, int64_t batch_size, bool strict, ShardSummary& summary) {
+Codes encode_images(const std::vector<io::Picture>& pictures, const codec::ImageCodec& codec, int64_t batch_size, bool strict, ShardSummary& summary) {
   at::NoGradGuard no_grad;
   Codes codes;
-  std::vector<std::filesystem::path> names;
+  std::vector<io::Picture> places;
   std::vector<at::Tensor> batch;
   auto flush = [&] {
     if (batch.empty()) return;
     const auto ids_BL = codec.encode(at::stack(batch)).to(at::kCPU, at::kInt).contiguous();
     const int64_t length = ids_BL.size(1);
     const auto* ids = ids_BL.const_data_ptr<int32_t>();
-    for (size_t i = 0; i < names.size(); ++i) codes[names[i]].assign(ids + i * length, ids + (i + 1) * length);
-    summary.images += static_cast<int64_t>(names.size());
-    names.clear();
+    for (size_t i = 0; i < places.size(); ++i) codes[places[i]].assign(ids + i * length, ids + (i + 1) * length);
+    summary.images += static_cast<int64_t>(places.size());
+    places.clear();
     batch.clear();
   };
-  Progress progress("images", static_cast<int64_t>(files.size()));
-  for (size_t i = 0; i < files.size(); ++i) {
+  Progress progress("images", static_cast<int64_t>(pictures.size()));
+  for (size_t i = 0; i < pictures.size(); ++i) {
     std::optional<at::Tensor> pixels;
     try {
-      pixels = codec.prepare(io::load_image(files[i]));
+      pixels = codec.prepare(io::load_image(pictures[i]));
     } catch (const UserError& e) {
       if (strict) throw;
       if (summary.skipped_images < kNamed) log::warning("skipped: ", e.what());
       ++summary.skipped_images;
     }
     if (pixels) {
-      names.push_back(files[i]);
+      places.push_back(pictures[i]);
       batch.push_back(*pixels);
     }
     if (static_cast<int64_t>(batch.size()) >= batch_size) flush();
@@ -142,19 +140,19 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     });
     std::move(read.begin(), read.end(), std::back_inserter(entries));
   }
-  const auto files = image_files(entries);
+  const auto pictures = all_pictures(entries);
 
   Schema schema{{{"text", tokenizer->size(), 0}}};
   std::unique_ptr<codec::ImageCodec> codec;
   std::map<std::string, std::string> made_with{{"fingerprint.tokenizer", tokenizer_fingerprint(*tokenizer)}};
-  if (!files.empty()) {
+  if (!pictures.empty()) {
     MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
     codec = codec::load_codec(options.codec);
     schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
     made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
   }
   ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);  // before the pictures are encoded: a folder in use is said at once
-  const Codes codes = codec ? encode_images(files, *codec, options.batch_size, options.strict, summary) : Codes();
+  const Codes codes = codec ? encode_images(pictures, *codec, options.batch_size, options.strict, summary) : Codes();
   Encoder encoder(options, *tokenizer, codes, writer, summary);
   for (const auto& entry : entries) encoder.add(entry);
   for (const auto& path : options.texts) {

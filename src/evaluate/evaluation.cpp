@@ -18,6 +18,7 @@
 #include "moegraft/generate/prompt.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/fingerprint.h"
+#include "moegraft/io/rows.h"
 #include "moegraft/run/identity.h"
 #include "output.h"
 
@@ -236,9 +237,11 @@ std::string identify(const graft::GraftedModel& model, const EvalConfig& config,
   return text;
 }
 
-// A manifest or shards by content; a folder of pictures by nothing but its path, which the settings hold.
+// A manifest, a tar, a Parquet or Arrow file or shards by content; a folder of pictures by nothing but its path, which the settings hold.
 std::string content_of(const std::string& path) {
-  return path.empty() ? "" : io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
+  if (path.empty()) return "";
+  const std::string rows = io::fingerprint_rows(path);
+  return !rows.empty() ? rows : io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
 }
 
 // The JSON in `output` as an earlier call left it; an empty object where there is none.

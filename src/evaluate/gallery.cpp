@@ -19,15 +19,15 @@ const codec::ImageCodec& codec_of(const graft::GraftedModel& model, const model:
   return *found->second;
 }
 
-int64_t Gallery::add(const fs::path& file) {
-  const auto [at, fresh] = index_.emplace(file.lexically_normal().string(), -1);
+int64_t Gallery::add(const io::Picture& picture) {
+  const auto [at, fresh] = index_.emplace(fs::path(picture.name()).lexically_normal().string(), -1);
   if (!fresh) return at->second;
   try {
-    at::Tensor picture_3HW = codec_->prepare(io::load_image(file)).contiguous();
+    at::Tensor picture_3HW = codec_->prepare(io::load_image(picture)).contiguous();
     if (most_side_ > 0 && most_side_ < picture_3HW.size(-1)) picture_3HW = at::adaptive_avg_pool2d(picture_3HW, {most_side_, most_side_});
     pictures_3HW_.push_back(std::move(picture_3HW));
   } catch (const UserError& e) {
-    log::warning("skipped ", file.string(), ": ", e.what());
+    log::warning("skipped ", picture.name(), ": ", e.what());
     ++skipped_;
     return -1;
   }

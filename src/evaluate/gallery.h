@@ -10,18 +10,19 @@
 
 #include "moegraft/evaluate/config.h"
 #include "moegraft/graft/grafted_model.h"
+#include "moegraft/io/picture.h"
 
 namespace moegraft::evaluate {
 
 // UserError when it is not loaded.
 const codec::ImageCodec& codec_of(const graft::GraftedModel& model, const model::ModalityTokens& tokens);
 
-// Pictures at the codec's size, or averaged down to most_side pixels a side where that is smaller; each file once.
+// Pictures at the codec's size, or averaged down to most_side pixels a side where that is smaller; each once.
 class Gallery {
  public:
   explicit Gallery(const codec::ImageCodec& codec, int64_t most_side = 0) : codec_(&codec), most_side_(most_side) {}
 
-  int64_t add(const std::filesystem::path& file);  // its index; -1, and a warning the first time, when it does not decode
+  int64_t add(const io::Picture& picture);  // its index; -1, and a warning the first time, when it does not decode
   int64_t size() const { return static_cast<int64_t>(files_.size()); }
   int64_t skipped() const { return skipped_; }
   const std::string& file(int64_t index) const { return files_[size_t(index)]; }

@@ -91,6 +91,7 @@ bool has_picture_extension(std::string_view name) {
 }
 
 at::Tensor load_image(const std::filesystem::path& path) { return decode_image(read_file(path), path.string()); }
+at::Tensor load_image(const Picture& picture) { return decode_image(picture.read(), picture.name()); }
 
 void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW) {
   std::string extension = path.extension().string();

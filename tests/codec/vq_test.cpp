@@ -334,7 +334,7 @@ TEST_F(CodecTest, BadPicturesAreSkippedAndCounted) {
   EXPECT_EQ(load_pictures(dir_ / "m.jsonl", 6, "crop").pixels_N3HW.size(3), 6);
 
   io::write_file_atomic(dir_ / "bad.jsonl", "{\"image\": \"p2.png\"}\n[1]\n");
-  EXPECT_SAYS("bad.jsonl:2: expected a JSON object", load_pictures(dir_ / "bad.jsonl", 12, "pad"));
+  EXPECT_EQ(load_pictures(dir_ / "bad.jsonl", 12, "pad").skipped, 1);
   io::write_file_atomic(dir_ / "none.jsonl", "{\"image\": \"broken.png\"}\n");
   EXPECT_SAYS("none of its 1 pictures decodes", load_pictures(dir_ / "none.jsonl", 12, "pad"));
   io::write_file_atomic(dir_ / "empty.jsonl", "");

@@ -70,11 +70,11 @@ TEST(Manifest, EveryShape) {
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
   auto shape = [&](const ManifestEntry& entry) {
     std::string out;
-    for (const auto& s : entry.segments) out += s.is_image() ? "[" + s.image.filename().string() + "]" : s.text;
+    for (const auto& s : entry.segments) out += s.is_image() ? "[" + std::filesystem::path(s.image.name()).filename().string() + "]" : s.text;
     return out;
   };
   EXPECT_EQ(shape(entries[0]), "red heart[a.png]");
-  EXPECT_EQ(entries[0].segments[1].image, folder / "a.png");
+  EXPECT_EQ(entries[0].segments[1].image.name(), (folder / "a.png").string());
   EXPECT_EQ(shape(entries[1]), "look: [b.png]nice");
   EXPECT_EQ(shape(entries[2]), "[c.png]\nwhat?\na dog");
   EXPECT_EQ(shape(entries[3]), "1 [d.png] 2 [e.png]");
@@ -95,19 +95,17 @@ TEST(Manifest, ImageFolders) {
   const auto table = read_manifest(folder / "table");
   ASSERT_EQ(table.size(), 2u);
   EXPECT_EQ(table[0].captions.front(), "one, \"two\"\nthree");
-  EXPECT_EQ(table[1].segments.back().image, folder / "table/b.png");
+  EXPECT_EQ(table[1].segments.back().image.name(), (folder / "table/b.png").string());
   const auto labels = read_manifest(folder / "labels");
   ASSERT_EQ(labels.size(), 2u);
   EXPECT_EQ(labels[0].captions.front(), "cat");
-  EXPECT_EQ(labels[1].segments.back().image, folder / "labels/dog/b.JPG");
+  EXPECT_EQ(labels[1].segments.back().image.name(), (folder / "labels/dog/b.JPG").string());
 }
 
 TEST(Manifest, FoldersThatAreNoImageFolder) {
   const std::vector<std::tuple<std::vector<std::string>, std::string>> cases = {
       {{"train/cat/a.png", "test/cat/b.png"}, "holds ImageFolders (splits?), not a folder for each label: name one of them, such as "},
       {{"train/metadata.jsonl", "train/a.png"}, "holds ImageFolders (splits?)"},
-      {{"data-00000-of-00001.arrow", "state.json", "dataset_info.json"}, "is a data set of data-00000-of-00001.arrow; make it files: python -c"},
-      {{"data/train-00000-of-00001.parquet"}, "datasets.Dataset.from_parquet('"},
       {{"cat/a.png", "loose.png"}, "the picture has no text"},
       {{"notes.txt"}, "has no document that can be read"}};
   for (const auto& [files, expected] : cases) {
@@ -126,7 +124,6 @@ TEST(Manifest, NamesTheBrokenLine) {
       {"{\"text\": \"a\"}\n{\"text\":", "m.jsonl:2: not valid JSON"},
       {"7", "must be a JSON object, got number"},
       {"[{\"text\": \"a\"}]", "is one JSON list; one object a line is expected"},
-      {"PAR1\x15", "is a Parquet file; make it files: python -c"},
       {"{\"title\": \"a\"}", "expected \"image\" and \"text\""},
       {"{\"text\": 3}", "\"text\" must be a string, got number"},
       {"{\"text\": \"\"}", "the document is empty"},
@@ -158,7 +155,7 @@ TEST(Manifest, NamesTheBrokenLine) {
     EXPECT_EQ(error.find('\n'), std::string::npos) << error;
   }
   EXPECT_NE(error_of([&] { read_manifest(folder / "none.jsonl"); }).find("none.jsonl"), std::string::npos);
-  EXPECT_NE(error_of([&] { read_manifest(folder / "set-0000.tar"); }).find("is an archive"), std::string::npos);
+  EXPECT_NE(error_of([&] { read_manifest(folder / "set-0000.tar"); }).find("cannot read " + (folder / "set-0000.tar").string()), std::string::npos);
 }
 
 TEST(Manifest, OneBadRowDoesNotEndTheJob) {
@@ -241,7 +238,7 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   const auto entries = read_manifest(folder / "emoji/popular.jsonl");
   ASSERT_EQ(entries[0].captions[0], "red heart");
   // The probes: in captions that no training manifest holds, of words that no training caption of their picture holds.
-  std::map<std::filesystem::path, std::vector<std::string>> trained;
+  std::map<io::Picture, std::vector<std::string>> trained;
   for (const char* manifest : {"emoji/train.jsonl", "emoji/popular.jsonl"})
     for (const auto& entry : read_manifest(folder / manifest)) trained[entry.segments[1].image].insert(trained[entry.segments[1].image].end(), entry.captions.begin(), entry.captions.end());
   for (const auto& [manifest, count] : {std::pair("emoji/paraphrases.jsonl", summary.paraphrases), {"emoji/synonyms.jsonl", summary.synonyms}, {"emoji/templates.jsonl", summary.templates}}) {

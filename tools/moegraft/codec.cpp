@@ -177,7 +177,7 @@ void add_codec_command(CLI::App& app) {
 
   auto* v = codec->add_subcommand("eval", "How well a codec reproduces pictures: PSNR, code use");
   v->add_option("codec", o->codec_dir, "Codec folder")->required();
-  v->add_option("--images", o->images, "Folder of PNG/JPEG files, or a JSONL manifest")->required();
+  v->add_option("--images", o->images, "Folder of PNG/JPEG files, or a manifest of any kind that `data prepare shards` reads")->required();
   v->add_option("--sheet", o->sheet, "Write a contact sheet of original | reconstruction pairs here");
   v->add_flag("--json", o->json, "Print a JSON object");
   v->footer("Example: moegraft codec eval models/codec --images data/emoji/eval.jsonl --sheet sheet.png --json");

@@ -101,8 +101,8 @@ void add_shard_options(CLI::App& command, const std::shared_ptr<ShardState>& sta
 void add_shards(CLI::App& parent) {
   auto state = std::make_shared<ShardState>();
   auto& o = state->options;
-  auto* command = parent.add_subcommand("shards", "Captioned images (JSONL manifests) and text to pre-tokenised shards");
-  command->add_option("--manifest", o.manifests, "JSONL manifests of captioned images, segments, messages or conversations; or ImageFolder directories");
+  auto* command = parent.add_subcommand("shards", "Captioned images and text to pre-tokenised shards");
+  command->add_option("--manifest", o.manifests, "Captioned images, segments, messages or conversations: JSONL, CSV, ImageFolder directories, WebDataset tars (also x-{000..123}.tar and folders of them), Hugging Face Parquet and Arrow files and their folders");
   command->add_flag("--strict", o.strict, "End at the first row or picture that cannot be read, instead of skipping it");
   command->add_option("--text", o.texts, "Text files, one document a line");
   command->add_option("--codec", o.codec, "Folder of the image codec");
@@ -112,7 +112,7 @@ void add_shards(CLI::App& parent) {
   command->add_option("--suffix", o.suffix, "Text behind each caption");
   command->add_option("--batch-size", o.batch_size, "Images encoded at a time")->capture_default_str();
   add_shard_options(*command, state);
-  command->footer("Example:\n  moegraft data prepare shards --manifest data/emoji/popular.jsonl --tokenizer models/base --codec models/codec -o data/shards/popular");
+  command->footer("Example:\n  moegraft data prepare shards --manifest data/emoji/popular.jsonl --tokenizer models/base --codec models/codec -o data/shards/popular\n  moegraft data prepare shards --manifest 'cc3m-{000000..000331}.tar' --tokenizer models/base --codec models/codec -o data/shards/cc3m");
 }
 
 void add_text(CLI::App& parent) {

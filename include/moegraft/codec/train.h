@@ -15,7 +15,7 @@ struct CodecSourceConfig {
   int64_t repeat = 1;
   template <class V>
   void visit_fields(V& v) {
-    v("path", path, config::required(config::path()), "JSONL manifest, or a folder of PNG/JPEG files.");
+    v("path", path, config::required(config::path()), "Folder of PNG/JPEG files, or a manifest: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
     v("repeat", repeat, config::range(1, 1e6), "How often each of its pictures comes in an epoch.");
   }
 };
@@ -26,7 +26,7 @@ struct CodecDataConfig {
   template <class V>
   void visit_fields(V& v) {
     v("train", train, config::required(), "Sources of pictures.");
-    v("eval", eval, config::path(), "Held-out pictures, a manifest or folder; empty: none.");
+    v("eval", eval, config::path(), "Held-out pictures, the same kinds; empty: none.");
   }
 };
 

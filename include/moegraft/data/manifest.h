@@ -1,6 +1,6 @@
 #pragma once
-// JSONL manifests: one document a line, in any of these shapes. Image paths are relative to the manifest's folder, or absolute; they may lead out of it ("../"): a manifest
-// reads whatever its user may read.
+// Manifests: one document a row, in any of these shapes, written as lines of JSONL. Image paths are relative to the manifest's folder, or absolute; they may lead out of it
+// ("../"): a manifest reads whatever its user may read.
 //   {"image": "images/x.png", "text": "red heart", "captions": ["red heart", "a picture of a red heart"], …}
 //   {"segments": [{"text": "look: "}, {"image": "x.png"}, {"text": "nice"}]}
 //   {"image": "x.png", "conversations": [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}
@@ -8,31 +8,34 @@
 //   {"text": "no picture at all"}
 // "file_name" may stand for "image" and "caption" for "text" (Hugging Face's ImageFolder); "images": [...] for "image" in conversations and messages. Turns are joined by
 // line ends, without their roles. Other keys are left alone ("keywords", "emoji", …) unless they look like one of these misspelt, or hold the picture that a document lacks.
-// Instead of a file: an ImageFolder directory, with metadata.jsonl or metadata.csv, or with a folder for each label (its text).
+// Rows come out of any format that io/rows.h lists: JSONL, CSV, ImageFolder, WebDataset tars, Parquet and Arrow. The keys and their rules are the same in all of them.
 
 #include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "moegraft/io/picture.h"
+
 namespace moegraft::data {
 
 struct ManifestSegment {
-  std::string text;             // set, or
-  std::filesystem::path image;  // set, resolved against the manifest's folder
+  std::string text;   // set, or
+  io::Picture image;  // set: a file (resolved against the manifest's folder), or a place in a tar, Parquet or Arrow file
   bool is_image() const { return !image.empty(); }
 };
 
 struct ManifestEntry {
   std::vector<ManifestSegment> segments;  // a captioned picture: its text, then the picture
   std::vector<std::string> captions;      // every caption of a captioned picture, "text" first; empty in the other shapes
-  int64_t line = 0;                       // 1-based
+  int64_t line = 0;                       // of its row, 1-based
 };
 
-// A row that cannot be read, or whose picture is not there: "file:line: why".
+// A row that cannot be read, or whose picture is not there: "file:line: why", "x.tar: key: why".
 using BadRow = std::function<void(const std::string& why)>;
 
-// bad: told of each such row, which is left out; without it the first one is an error. UserError: a missing file, another format than JSONL, no entry.
+// bad: told of each such row, which is left out; without it the first one is an error. UserError: a missing file, a file that is
+// damaged as a whole, no entry.
 std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path, const BadRow& bad = {});
 
 }  // namespace moegraft::data

@@ -50,7 +50,7 @@ struct RetrievalSection {
   template <class V>
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
-    v("manifest", manifest, config::required(config::path()), "Manifest whose captions are the prompts.");
+    v("manifest", manifest, config::required(config::path()), "Manifest whose captions are the prompts: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
     v("candidates", candidates, config::path(), "Manifest of further pictures to choose among; empty: the manifest's own.");
     v("n", n, config::range(1, 1e9), "Prompts, drawn from the manifest by `seed`; all when it holds fewer.");
     v("seed", seed, config::range(0, 9e15), "Seed of the choice and of the sampling.");

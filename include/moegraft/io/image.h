@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "moegraft/io/picture.h"
+
 namespace moegraft::io {
 
 // Whether a name ends like that of a picture load_image() reads (.png, .JPG, .webp, …).
@@ -15,6 +17,7 @@ bool has_picture_extension(std::string_view name);
 
 // uint8 [3,H,W]. UserError names the file when it does not decode.
 at::Tensor load_image(const std::filesystem::path& path);
+at::Tensor load_image(const Picture& picture);
 at::Tensor decode_image(std::string_view bytes, const std::string& name);  // by magic number
 void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW);  // .png or .jpg by extension; uint8, or float in [0,1]
 std::string png_bytes(const at::Tensor& image_3HW);  // the PNG file as a string: for many small files that need no fsync each, or for embedding
