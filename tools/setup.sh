@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs what moegraft needs to build and run. Safe to repeat: it only adds what is missing.
 #
-#   tools/setup.sh [--runtime | --tests] [--cuda | --no-cuda] [--check]
+#   tools/setup.sh [--runtime | --tests] [--arrow] [--cuda | --no-cuda] [--check]
 #
 #   --runtime   (default) compiler, libraries, data packages, and LibTorch in the project-local environment .venv
-#   --tests     also the Python packages that the golden tests compare with
+#   --tests     also the Python packages that the golden tests compare with, and Apache Arrow
+#   --arrow     also Apache Arrow (the pyarrow wheel, 55 MB to load, 170 MB on disk): Hugging Face data sets as Parquet and Arrow files are read directly
 #   --cuda      also LibTorch's CUDA libraries, and a CUDA compiler if the machine has none (default: only if a GPU is there)
 #   --no-cuda   not those, even with a GPU
 #   --check     install nothing, say what is missing; exit 1 if something is
@@ -13,11 +14,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${MOEGRAFT_VENV:-.venv}
-profile=runtime cuda=auto check=0
+profile=runtime arrow=0 cuda=auto check=0
 for arg in "$@"; do
   case $arg in
     --runtime) profile=runtime ;;
-    --tests) profile=tests ;;
+    --tests) profile=tests arrow=1 ;;
+    --arrow) arrow=1 ;;
     --cuda) cuda=1 ;;
     --no-cuda) cuda=0 ;;
     --check) check=1 ;;
@@ -82,6 +84,7 @@ case $profile in
   runtime) [ -n "$own_torch" ] || requirements=(third_party/requirements-runtime.txt) ;;
   tests) requirements=(third_party/requirements-tests.txt) ;;
 esac
+[ "$arrow" = 0 ] || requirements+=(third_party/requirements-arrow.txt)
 if [ "$cuda" = 1 ] && [ -z "$own_torch" ]; then
   [ "$profile" = tests ] || requirements+=(third_party/requirements-cuda.txt)
   [ -n "${CUDACXX:-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || requirements+=(third_party/requirements-cuda-toolkit.txt)
@@ -91,7 +94,7 @@ fi
 # pins FILE: the pins of the file that the environment does not meet.
 pins() { "$venv/bin/python" third_party/check_requirements.py "$1"; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check -q --no-input "$@"; }
-if [ ${#requirements[@]} -gt 0 ] && [ ! -x "$venv/bin/python" ] && need "environment $venv (LibTorch)"; then
+if [ ${#requirements[@]} -gt 0 ] && [ ! -x "$venv/bin/python" ] && need "environment $venv ($([ "$profile" = runtime ] && [ -n "$own_torch" ] && echo Arrow || echo LibTorch))"; then
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed, got $(python3 --version)"
   say "making the environment $venv"
   python3 -m venv "$venv"
@@ -102,6 +105,7 @@ if [ -x "$venv/bin/python" ]; then
     if [ -z "$unmet" ] || ! need "in $venv: $(echo "$unmet" | paste -sd ';')"; then continue; fi
     case $file in
       *runtime*) needed=3000 size="0.6 GB to load" options=(--no-deps) ;;
+      *arrow*) needed=400 size="55 MB to load" options=(--no-deps) ;;
       *cuda-toolkit*) needed=1000 size="0.2 GB to load" options=(--no-deps) ;;
       *cuda*) needed=6000 size="1.6 GB to load" options=(--no-deps) ;;
       *) needed=12000 size="2.5 GB to load, a few minutes" options=(-c third_party/constraints.txt) ;;
@@ -131,4 +135,4 @@ for library in "$venv"/lib/python3*/site-packages/torch/lib/libtorch_cpu.so; do
   "$venv/bin/python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" || { say "$library does not load"; missing=1; }
 done
 [ "$missing" = 0 ] || die "something is missing; run tools/setup.sh${profile:+ --$profile} without --check"
-say "ready ($profile$([ "$cuda" = 1 ] && echo ", cuda")) in $((SECONDS - begin)) s"
+say "ready ($profile$([ "$arrow" = 1 ] && echo ", arrow")$([ "$cuda" = 1 ] && echo ", cuda")) in $((SECONDS - begin)) s"

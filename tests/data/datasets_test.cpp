@@ -90,6 +90,28 @@ TEST(DataSets, PlacesAreNamedAndInOrder) {
   for (const size_t i : {4u, 0u, 3u, 1u, 2u, 2u}) EXPECT_EQ(rows[i].segments[1].image.read(), others[i].segments[1].image.read()) << i;
 }
 
+TEST(ArrowFiles, RowGroupsLongerThanWhatIsDecodedAtATime) {
+  if (!io::reads_arrow()) GTEST_SKIP() << "built without Apache Arrow (tools/setup.sh --arrow)";
+  const auto entries = read_manifest(kSets / "long.parquet");
+  ASSERT_EQ(entries.size(), 40u);
+  for (const size_t i : {0u, 15u, 16u, 39u, 17u, 33u, 1u, 1u}) EXPECT_EQ(entries[i].segments[1].image.read(), "picture " + std::to_string(i));
+}
+
+TEST(ArrowFiles, CellsAndColumnsThatHoldSomethingElse) {
+  if (!io::reads_arrow()) GTEST_SKIP() << "built without Apache Arrow (tools/setup.sh --arrow)";
+  std::vector<std::string> bad;
+  const auto entries = read_manifest(kSets / "nulls.parquet", [&](const std::string& why) { bad.push_back(why); });
+  ASSERT_EQ(entries.size(), 3u);
+  EXPECT_EQ(entries[0].segments.size(), 1u) << "no picture: text alone, as in a manifest";
+  EXPECT_NE(error_of([&] { entries[1].segments[1].image.read(); }).find("nulls.parquet: row 1, image: there is no picture in this cell"), std::string::npos);
+  EXPECT_EQ(entries[2].segments[1].image.read(), io::read_file(kSets / "images/0.png"));
+  ASSERT_EQ(bad.size(), 1u);
+  EXPECT_NE(bad[0].find("nulls.parquet: row 2: the picture has no text"), std::string::npos) << bad[0];
+  EXPECT_NE(error_of([&] { read_manifest(kSets / "renamed.parquet"); }).find("renamed.parquet: row 0: \"img\" holds a picture, which is read from \"image\""), std::string::npos);
+  EXPECT_NE(error_of([&] { read_manifest(kSets / "bare.parquet", [](const std::string&) {}); }).find("column images is list<element: binary>, expected list<struct<bytes: binary, path: string>>"), std::string::npos)
+      << error_of([&] { read_manifest(kSets / "bare.parquet", [](const std::string&) {}); });
+}
+
 TEST(DataSets, TheSameShards) {
   Folder folder;
   std::string text;
@@ -316,6 +338,18 @@ TEST(Tars, AChangedTarIsNotReadFurther) {
   EXPECT_EQ(entries[0].segments[1].image.read(), "x");
   write(folder / "x.tar", tar_of({{"c.png", "zz"}, {"b.txt", "t"}, {"b.png", "y"}}));
   EXPECT_NE(error_of([&] { entries[0].segments[1].image.read(); }).find("was changed while it is in use"), std::string::npos);
+}
+
+TEST(ArrowFiles, AStreamWithoutItsEndIsSaid) {
+  if (!io::reads_arrow()) GTEST_SKIP() << "built without Apache Arrow (tools/setup.sh --arrow)";
+  Folder folder;
+  const std::string whole = io::read_file(kSets / "stream.arrow");
+  for (const size_t cut : {0u, 8u}) {
+    write(folder / "x.arrow", whole.substr(0, whole.size() - cut));
+    ::testing::internal::CaptureStderr();
+    EXPECT_EQ(read_manifest(folder / "x.arrow").size(), 5u);
+    EXPECT_EQ(::testing::internal::GetCapturedStderr().find("x.arrow has no end mark behind its 3 batches: it may be cut short") != std::string::npos, cut > 0);
+  }
 }
 
 TEST(ArrowFiles, DamagedOnesAreNamed) {

@@ -126,3 +126,12 @@ table = pa.table({
 })
 pq.write_table(table, out / "chat.parquet")
 arrow("chat.arrow", table)
+
+# More rows in a row group than are decoded at a time; cells without a picture or text; columns under other names and of other types.
+pq.write_table(pa.table({"image": pa.array([{"bytes": b"picture %d" % i, "path": None} for i in range(40)], image), "text": [f"text {i}" for i in range(40)]}), out / "long.parquet")
+pq.write_table(pa.table({
+    "image": pa.array([None, {"bytes": None, "path": None}, {"bytes": b"x", "path": None}, {"bytes": None, "path": "images/0.png"}], image),
+    "text": ["alone", "empty", None, "by path"],
+}), out / "nulls.parquet")
+pq.write_table(pa.table({"img": table["images"].combine_chunks().flatten(), "text": texts[:3]}), out / "renamed.parquet")
+pq.write_table(pa.table({"images": pa.array([[b"x"]], pa.list_(pa.binary())), "text": ["bare"]}), out / "bare.parquet")

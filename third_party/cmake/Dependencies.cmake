@@ -42,3 +42,4 @@ if(NOT TARGET moegraft::sentencepiece)
 endif()
 
 include(${CMAKE_CURRENT_LIST_DIR}/LibTorch.cmake)
+include(${CMAKE_CURRENT_LIST_DIR}/Arrow.cmake)

@@ -15,5 +15,5 @@ configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/moegraftConfig.cmake.in 
                               INSTALL_DESTINATION ${package_dir})
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/moegraftConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/moegraftConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/moegraftConfigVersion.cmake
-              ${CMAKE_CURRENT_LIST_DIR}/Dependencies.cmake ${CMAKE_CURRENT_LIST_DIR}/LibTorch.cmake ${CMAKE_CURRENT_LIST_DIR}/Cuda.cmake
+              ${CMAKE_CURRENT_LIST_DIR}/Dependencies.cmake ${CMAKE_CURRENT_LIST_DIR}/LibTorch.cmake ${CMAKE_CURRENT_LIST_DIR}/Arrow.cmake ${CMAKE_CURRENT_LIST_DIR}/Cuda.cmake
         DESTINATION ${package_dir})

@@ -1,0 +1,28 @@
+# moegraft::arrow, optional: Apache Arrow's C++ libraries, which read Parquet and Arrow files, out of the pyarrow wheel as LibTorch comes out of the torch wheel. MOEGRAFT_ARROW_ROOT,
+# else the environment that tools/setup.sh --arrow makes (for an installed package: what it was built with); -DMOEGRAFT_ARROW_ROOT=OFF builds without.
+if(CMAKE_FIND_PACKAGE_NAME STREQUAL "moegraft")
+  set(arrow_hints ${MOEGRAFT_BUILT_WITH_ARROW})
+else()
+  file(GLOB arrow_hints ${venv}/lib/python3*/site-packages/pyarrow)  # venv: LibTorch.cmake
+endif()
+find_path(MOEGRAFT_ARROW_ROOT include/parquet/arrow/reader.h HINTS ${arrow_hints} NO_DEFAULT_PATH DOC "Folder of the pyarrow wheel; OFF: none")
+if(MOEGRAFT_ARROW_ROOT)
+  # Wheels carry libarrow.so.2600 alone, without the name that a linker looks for.
+  file(GLOB arrow_library ${MOEGRAFT_ARROW_ROOT}/libarrow.so.*)
+  file(GLOB parquet_library ${MOEGRAFT_ARROW_ROOT}/libparquet.so.*)
+  if(NOT arrow_library OR NOT parquet_library)
+    message(FATAL_ERROR "MOEGRAFT_ARROW_ROOT=${MOEGRAFT_ARROW_ROOT} has no libarrow.so.* and libparquet.so.*: name the folder pyarrow of the wheel, or OFF.")
+  endif()
+  list(GET arrow_library 0 arrow_library)
+  list(GET parquet_library 0 parquet_library)
+  message(STATUS "Apache Arrow: ${MOEGRAFT_ARROW_ROOT}")
+  list(APPEND CMAKE_BUILD_RPATH ${MOEGRAFT_ARROW_ROOT})
+  list(APPEND CMAKE_INSTALL_RPATH ${MOEGRAFT_ARROW_ROOT})
+  if(NOT TARGET moegraft::arrow)
+    add_library(moegraft::arrow INTERFACE IMPORTED)
+    target_include_directories(moegraft::arrow SYSTEM INTERFACE ${MOEGRAFT_ARROW_ROOT}/include)
+    target_link_libraries(moegraft::arrow INTERFACE ${parquet_library} ${arrow_library})
+  endif()
+elseif(MOEGRAFT_BUILT_WITH_ARROW)
+  message(FATAL_ERROR "moegraft was built with Apache Arrow at ${MOEGRAFT_BUILT_WITH_ARROW}, which is not there: put it back, or name the folder pyarrow with -DMOEGRAFT_ARROW_ROOT=….")
+endif()
