@@ -31,6 +31,12 @@ void read_at(int fd, char* into, int64_t bytes, int64_t offset, const std::strin
   }
 }
 
+// libarchive has failures without a text.
+std::string reason(archive* a) {
+  const char* text = ::archive_error_string(a);
+  return text != nullptr ? text : "unreadable";
+}
+
 // For large files that need not survive a restart (Filesystem Hierarchy Standard 3.0, 5.15): /tmp is often memory.
 fs::path spool_folder() {
   const char* chosen = std::getenv("TMPDIR");
@@ -76,7 +82,7 @@ TarReader::TarReader(const fs::path& path) : path_(path), fd_(::open(path.c_str(
     ::archive_read_support_filter_zstd(archive_);
     ::archive_read_support_filter_bzip2(archive_);
     ::archive_read_support_filter_xz(archive_);
-    if (::archive_read_open_fd(archive_, fd_, kBlock) != ARCHIVE_OK) damaged(::archive_error_string(archive_));
+    if (::archive_read_open_fd(archive_, fd_, kBlock) != ARCHIVE_OK) damaged(reason(archive_));
   } catch (...) {
     if (archive_ != nullptr) ::archive_read_free(archive_);
     ::close(fd_);
@@ -102,7 +108,7 @@ bool TarReader::next() {
       log::warning(path_.string(), " has no end mark behind its ", members_, " members: it may be cut short");
     return false;
   }
-  if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(::archive_error_string(archive_) ? ::archive_error_string(archive_) : "unreadable");
+  if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(reason(archive_));
   const char* name = ::archive_entry_pathname(entry_);
   if (name == nullptr) name = ::archive_entry_pathname_utf8(entry_);
   name_ = name != nullptr ? name : "";
@@ -134,7 +140,7 @@ std::string TarReader::read_text(int64_t most) {
   std::string text(size_t(size_), '\0');
   for (size_t done = 0; done < text.size();) {
     const auto n = ::archive_read_data(archive_, text.data() + done, text.size() - done);
-    if (n <= 0) damaged(n < 0 && ::archive_error_string(archive_) ? ::archive_error_string(archive_) : "it ends early");
+    if (n <= 0) damaged(n < 0 ? reason(archive_) : "it ends early");
     done += size_t(n);
   }
   return text;
@@ -146,7 +152,7 @@ void TarReader::spool(Spool& into) {
   la_int64_t at = 0;
   int64_t done = 0;
   for (int result; (result = ::archive_read_data_block(archive_, &data, &bytes, &at)) != ARCHIVE_EOF;) {
-    if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(::archive_error_string(archive_) ? ::archive_error_string(archive_) : "unreadable");
+    if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(reason(archive_));
     into.append(data, bytes, path_.string());
     done += int64_t(bytes);
   }

@@ -10,6 +10,7 @@
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/image.h"
+#include "moegraft/io/rows.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_config.h"
 
@@ -57,6 +58,19 @@ TEST(Fuzz, RunConfig) {
 TEST(Fuzz, Manifest) {
   run({"manifest.jsonl", {"{\"text\": \"a\"}\n{\"segments\": [{\"text\": \"b\"}]}\n", "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"x\"}]}]}\n", "{\"conversations\": [{\"from\": \"human\", \"value\": \"what?\"}]}\n"}},
       [](const Scratch& dir, const std::string& text) { data::read_manifest(dir.write("m.jsonl", text), [](const std::string&) {}); });
+}
+
+// Every document of a data set with all its pictures.
+void read_set(const std::filesystem::path& path) {
+  for (const auto& entry : data::read_manifest(path, [](const std::string&) {}))
+    for (const auto& segment : entry.segments)
+      if (segment.is_image()) segment.image.read();
+}
+
+TEST(Fuzz, DataSets) {
+  std::vector<std::string> names{"shards-000001.tar", "set.tar.gz", "set.tar.zst"};
+  if (io::reads_arrow()) names.insert(names.end(), {"set.parquet", "chat.parquet", "stream.arrow", "file.arrow", "chat.arrow"});
+  for (const auto& name : names) run({name.c_str(), {golden("data/sets/" + name)}}, [&](const Scratch& dir, const std::string& text) { read_set(dir.write(name, text)); });
 }
 
 TEST(Fuzz, Vocabulary) {
