@@ -89,7 +89,7 @@ smollm2_shards() {
 # What the graft will take on this CPU, from a few steps of its shape.
 smollm2_time() {
   local tokens_per_s steps tokens minutes limit
-  tokens_per_s=$("$moegraft" bench step "$smol/moe" --dtype float32 --rank 8 --sites gate up down q v --batch 11 --seq 46 --image-share 0.8 --codes 512 --labels image --steps 2 --json |
+  tokens_per_s=$("$moegraft" bench step "$smol/moe" --dtype bf16 --rank 8 --sites gate up down q v --batch 11 --seq 46 --image-share 0.8 --codes 512 --labels image --steps 2 --json |
     sed -nE 's/.*"tokens_per_s":([0-9.]+).*/\1/p')
   steps=$(sed -nE 's/^  steps: ([0-9]+).*/\1/p' "$smol_configs/graft.yaml") tokens=$(sed -nE 's/^  tokens_per_step: ([0-9]+).*/\1/p' "$smol_configs/graft.yaml")
   limit=$(sed -nE 's/^  max_minutes: ([0-9]+).*/\1/p' "$smol_configs/graft.yaml")
