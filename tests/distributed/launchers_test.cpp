@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -30,7 +31,9 @@ int run_launch(int argc, char** argv) {
   app.add_subcommand("train", "a sibling with the name of what is launched");
   tools::add_launch_command(app);
   try {
-    app.parse(argc, argv);
+    auto arguments = tools::separate_launched({argv + 1, argv + argc});
+    std::reverse(arguments.begin(), arguments.end());
+    app.parse(std::move(arguments));
     return 0;
   } catch (const CLI::RuntimeError& e) {
     return e.get_exit_code();
