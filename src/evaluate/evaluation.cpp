@@ -18,6 +18,7 @@
 #include "moegraft/generate/prompt.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/fingerprint.h"
+#include "moegraft/io/image.h"
 #include "moegraft/io/rows.h"
 #include "moegraft/run/identity.h"
 #include "output.h"
@@ -237,11 +238,37 @@ std::string identify(const graft::GraftedModel& model, const EvalConfig& config,
   return text;
 }
 
-// A manifest, a tar, a Parquet or Arrow file or shards by content; a folder of pictures by nothing but its path, which the settings hold.
+// A file that may be large, by size and time of change: pictures are exchanged, not edited in their place.
+std::string stamp_of(const std::string& file) {
+  std::error_code error;
+  const auto bytes = fs::file_size(file, error);
+  if (error) return file + " none\n";
+  return detail::concat(file, ' ', bytes, ' ', fs::last_write_time(file, error).time_since_epoch().count(), '\n');
+}
+
+std::vector<std::string> pictures_behind(const fs::path& path) {
+  std::vector<std::string> files;
+  if (fs::is_directory(path)) {
+    for (const auto& entry : fs::recursive_directory_iterator(path))
+      if (io::has_picture_extension(entry.path().filename().string())) files.push_back(entry.path().string());
+    std::sort(files.begin(), files.end());
+  } else if (const std::string name = path.filename().string(); !name.ends_with(".safetensors") && !io::has_picture_extension(name)) {
+    io::read_rows(path, [&](const io::Row& row) {
+      const Json strings = row.json.flatten();  // whatever its shape
+      for (const auto& value : strings)
+        if (value.is_string() && io::has_picture_extension(value.get_ref<const std::string&>())) files.push_back((row.folder / value.get<std::string>()).string());
+    }, [](const std::string&) {});
+  }
+  return files;
+}
+
+// Shards, manifests, tars, Parquet and Arrow files by content, and the picture files that these name by their stamps.
 std::string content_of(const std::string& path) {
   if (path.empty()) return "";
-  const std::string rows = io::fingerprint_rows(path);
-  return !rows.empty() ? rows : io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
+  if (const std::string rows = io::fingerprint_rows(path); !rows.empty()) return rows;
+  std::string text = io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
+  for (const auto& file : pictures_behind(path)) text += stamp_of(file);
+  return io::checksum_hex(text);
 }
 
 // The JSON in `output` as an earlier call left it; an empty object where there is none.

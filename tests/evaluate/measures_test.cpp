@@ -314,6 +314,10 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   EXPECT_NE(message_of([&] { evaluate_model(world_->run, config, {output, {}}); }), "no error");  // other data of the same name: measured, not kept
   fs::copy(world_->image_shards, shards, fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   EXPECT_EQ(measured(), Labels{});
+  const std::string lines = io::read_file(world_->manifest);
+  const fs::path picture = world_->manifest.parent_path() / io::Json::parse(lines.substr(0, lines.find('\n')))["image"].get<std::string>();
+  fs::last_write_time(picture, fs::last_write_time(picture) + std::chrono::seconds(1));  // another picture behind the same manifest
+  EXPECT_EQ(measured(), Labels{"retrieval.r"});
   fs::remove(config.retrieval[0].sheet);
   EXPECT_EQ(measured(), Labels{"retrieval.r"});
   // A call that asks for less leaves the rest; a JSON of another kind is no place for results.
