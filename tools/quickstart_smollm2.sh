@@ -36,7 +36,7 @@ answers() {
   while IFS= read -r question; do
     prompts+=(--prompt $'system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n'"$question"$'<|im_end|>\n<|im_start|>assistant\n')
   done <"$smol_configs/questions.txt"
-  "$moegraft" generate "$1" --text --temperature 0 --max-tokens 40 --json "${prompts[@]}" >"$2"
+  "$moegraft" generate "$1" --text --dtype float32 --temperature 0 --max-tokens 40 --json "${prompts[@]}" >"$2"
 }
 texts_of() { sed -E 's/.*("texts":\[.*\]),"seconds".*/\1/' "$1"; }
 show_answers() {
