@@ -269,6 +269,18 @@ TEST_F(Measures, TextSaysHowItWasPacked) {
   EXPECT_NE(table.find("tokens, documents\n"), std::string::npos) << table;
 }
 
+TEST_F(Measures, BracesNameSeveralManifests) {
+  const fs::path folder = world_->manifest.parent_path();
+  for (const char* name : {"part-0.jsonl", "part-1.jsonl"}) fs::copy_file(world_->manifest, folder / name);
+  EvalConfig config;
+  config.retrieval.emplace_back();
+  config.retrieval[0].name = "r", config.retrieval[0].manifest = text_of(folder / "part-{0..1}.jsonl"), config.retrieval[0].n = 2;
+  EXPECT_EQ(io::Json::parse(evaluate_model(world_->run, config))["retrieval"]["r"]["n"], 2);
+  fs::remove(folder / "part-1.jsonl");
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config); }).find("stands for 2 files, of which"), std::string::npos);
+  fs::remove(folder / "part-0.jsonl");
+}
+
 // Sections that a repeated call measures again, by what changed in between.
 TEST_F(Measures, FinishedSectionsAreKept) {
   const fs::path output = folder_->path() / "kept" / "eval.json", shards = folder_->path() / "kept-shards";
