@@ -53,11 +53,18 @@ std::string trim(std::string_view text) {
   return std::string(text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1));
 }
 
+std::string lower_case(std::string_view text) {
+  std::string lower(text);
+  for (char& c : lower)
+    if (c >= 'A' && c <= 'Z') c = char(c - 'A' + 'a');
+  return lower;
+}
+
 std::vector<std::string> words_of(std::string_view text) {
   std::vector<std::string> words{""};
-  for (const char c : text) {
+  for (const char c : lower_case(text)) {
     const bool letter = std::isalnum(static_cast<unsigned char>(c)) || static_cast<unsigned char>(c) >= 0x80;
-    if (letter) words.back() += c >= 'A' && c <= 'Z' ? char(c - 'A' + 'a') : c;
+    if (letter) words.back() += c;
     else if (!words.back().empty()) words.emplace_back();
   }
   if (words.back().empty()) words.pop_back();

@@ -37,8 +37,7 @@ std::string as_element(const std::string& text, const std::string& first_key) { 
 bool parse_double(std::string text, double& value) {
   if (!text.empty() && text.front() == '+') text.erase(0, 1);
   const bool negative = !text.empty() && text.front() == '-';
-  std::string magnitude = negative ? text.substr(1) : text;
-  std::transform(magnitude.begin(), magnitude.end(), magnitude.begin(), [](unsigned char c) { return std::tolower(c); });
+  const std::string magnitude = lower_case(negative ? text.substr(1) : text);
   if (magnitude == ".inf") {
     value = negative ? -INFINITY : INFINITY;
     return true;
@@ -61,8 +60,7 @@ bool plain_is_safe(const std::string& text) {
   if (text.empty() || !(std::isalpha(static_cast<unsigned char>(text[0])) || text[0] == '/' || text[0] == '_')) return false;
   for (const unsigned char c : text)
     if (!std::isalnum(c) && std::string_view("_./@+-").find(static_cast<char>(c)) == std::string_view::npos) return false;
-  std::string lower = text;
-  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  const std::string lower = lower_case(text);
   for (const char* word : {"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
     if (lower == word) return false;
   return true;

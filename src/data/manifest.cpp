@@ -1,7 +1,6 @@
 #include "moegraft/data/manifest.h"
 
 #include <algorithm>
-#include <cctype>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -37,9 +36,8 @@ const std::vector<std::string>& known_keys() {
 bool is_picture(const io::Row& row, const io::Json& value) {
   if (!value.is_string()) return false;
   if (row.pictures.contains(value.get_ref<const std::string&>())) return true;
-  std::string start = value.get<std::string>().substr(0, 11);
-  std::transform(start.begin(), start.end(), start.begin(), [](unsigned char c) { return char(std::tolower(c)); });
-  return start == "data:image/" || io::has_picture_extension(value.get_ref<const std::string&>());
+  const auto& text = value.get_ref<const std::string&>();
+  return lower_case(text.substr(0, 11)) == "data:image/" || io::has_picture_extension(text);
 }
 
 // Where a key stands for another: {"file_name": …} reads as {"image": …}. A key that is nearly one of ours, or that holds the picture a document lacks, is not passed over.

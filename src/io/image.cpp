@@ -3,11 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 
 #include "image_codec.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
 
 namespace moegraft::io {
@@ -83,8 +83,7 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
 }
 
 bool has_picture_extension(std::string_view name) {
-  std::string lower(name);
-  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  const std::string lower = lower_case(name);
   for (const char* extension : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
     if (lower.ends_with(extension)) return true;
   return false;
@@ -94,8 +93,7 @@ at::Tensor load_image(const std::filesystem::path& path) { return decode_image(r
 at::Tensor load_image(const Picture& picture) { return decode_image(picture.read(), picture.name()); }
 
 void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW) {
-  std::string extension = path.extension().string();
-  std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return std::tolower(c); });
+  const std::string extension = lower_case(path.extension().string());
   const bool png = extension == ".png", jpeg = extension == ".jpg" || extension == ".jpeg";
   MOEGRAFT_CHECK(png || jpeg, "cannot write ", path.string(), ": expected a name ending in .png or .jpg");
   const Pixels pixels = to_pixels(image_3HW, "save_image");

@@ -8,6 +8,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
 #include "moegraft/io/json.h"
+#include "moegraft/io/rows.h"
 
 namespace moegraft::io {
 namespace {
@@ -90,15 +91,10 @@ std::string split_of(const fs::path& file) {
 
 }  // namespace
 
-std::string lower_case(std::string text) {
-  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return char(std::tolower(c)); });
-  return text;
-}
-
 std::vector<fs::path> expand_braces(const fs::path& path) {
+  if (!is_file_pattern(path)) return {path};
   const std::string text = path.string();
   std::error_code error;
-  if (text.find('{') == std::string::npos || fs::exists(path, error)) return {path};
   std::vector<fs::path> files;
   for (auto& name : expand(text, text)) files.emplace_back(std::move(name));
   for (const auto& file : files) MOEGRAFT_CHECK(fs::exists(file, error), text, " stands for ", files.size(), " files, of which ", file.string(), " is not there");

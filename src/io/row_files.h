@@ -7,8 +7,6 @@
 
 namespace moegraft::io {
 
-std::string lower_case(std::string text);
-
 // "x-{000..123}.tar" and "{a,b}.tar" as WebDataset's users write them (braceexpand: the shell's rules), nested too; every file must be there. A path without braces, or
 // that exists as it is, stands for itself.
 std::vector<std::filesystem::path> expand_braces(const std::filesystem::path& path);

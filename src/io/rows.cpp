@@ -61,15 +61,20 @@ std::vector<fs::path> whole_files_in(const fs::path& folder) {
 
 // Tars, Parquet or Arrow files that a folder is made of; empty: it is something else.
 std::vector<fs::path> files_of_folder(const fs::path& folder) {
-  MOEGRAFT_CHECK(!fs::exists(folder / "dataset_dict.json"), folder.string(), " holds the splits of a data set, ", join(splits_of_dict(folder), ", "), ": name one of them, such as ",
-                 (folder / (splits_of_dict(folder).empty() ? "train" : splits_of_dict(folder).front())).string());
+  if (fs::exists(folder / "dataset_dict.json")) {
+    const auto splits = splits_of_dict(folder);
+    fail(folder.string(), " holds the splits of a data set, ", join(splits, ", "), ": name one of them, such as ", (folder / (splits.empty() ? "train" : splits.front())).string());
+  }
   if (fs::exists(folder / "state.json")) return files_of_state(folder);
   for (const auto& place : {folder, folder / "data"}) {
     if (!fs::is_directory(place)) continue;
     const auto files = whole_files_in(place);
     if (files.empty()) continue;
-    for (const auto& file : files)
-      MOEGRAFT_CHECK(&format_of(file) == &format_of(files.front()), place.string(), " holds ", format_of(files.front()).name, " and ", format_of(file).name, " files: name those that are meant, such as ", files.front().string());
+    const Format& first = format_of(files.front());
+    for (const auto& file : files) {
+      const Format& other = format_of(file);
+      MOEGRAFT_CHECK(&other == &first, place.string(), " holds ", first.name, " and ", other.name, " files: name those that are meant, such as ", files.front().string());
+    }
     check_one_split(place, files);
     return files;
   }

@@ -21,22 +21,12 @@ namespace moegraft::data {
 namespace {
 
 namespace fs = std::filesystem;
+using test::error_of;
 using test::Folder;
+using test::write;
 
 const fs::path kSets = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/data/sets";
 
-std::string error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const UserError& e) {
-    return e.what();
-  }
-  return "";
-}
-void write(const fs::path& path, const std::string& bytes) {
-  fs::create_directories(path.parent_path());
-  std::ofstream(path, std::ios::binary) << bytes;
-}
 
 struct Kind {
   const char* path;

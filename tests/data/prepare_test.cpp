@@ -26,20 +26,10 @@
 namespace moegraft::data {
 namespace {
 
+using test::error_of;
 using test::Folder;
+using test::write;
 
-std::string error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const UserError& e) {
-    return e.what();
-  }
-  return "";
-}
-void write(const std::filesystem::path& path, const std::string& text) {
-  std::filesystem::create_directories(path.parent_path());
-  std::ofstream(path) << text;
-}
 std::vector<std::string> lines(const std::filesystem::path& path) {
   std::istringstream in(io::read_file(path));
   std::vector<std::string> out;

@@ -12,19 +12,12 @@
 namespace moegraft::data {
 namespace {
 
+using test::error_of;
 using test::Folder;
 using Ids = std::vector<int32_t>;
 
 const Schema kSchema{{{"text", 11, 0}, {"image", 5, 4}}};
 
-std::string error_of(const std::function<void()>& act) {
-  try {
-    act();
-  } catch (const UserError& e) {
-    return e.what();
-  }
-  return "";
-}
 
 void write(const std::filesystem::path& path, io::TensorMap tensors, std::map<std::string, std::string> changes = {}) {
   std::map<std::string, std::string> metadata = {{"format", "moegraft.shard"}, {"version", "1"}, {"modalities", "text,image"}, {"text_vocab", "11"}, {"codes_image", "5"}, {"item_length_image", "4"}};

@@ -5,10 +5,13 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "moegraft/base/check.h"
 #include "moegraft/data/shard.h"
 
 namespace moegraft::data::test {
@@ -26,6 +29,19 @@ class Folder {
  private:
   std::filesystem::path path_;
 };
+
+inline std::string error_of(const std::function<void()>& act) {
+  try {
+    act();
+  } catch (const UserError& e) {
+    return e.what();
+  }
+  return "";
+}
+inline void write(const std::filesystem::path& path, const std::string& bytes) {
+  std::filesystem::create_directories(path.parent_path());
+  std::ofstream(path, std::ios::binary) << bytes;
+}
 
 // (modality, ids) runs by value.
 using Lists = std::vector<std::pair<int64_t, std::vector<int32_t>>>;

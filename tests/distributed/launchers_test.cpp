@@ -31,9 +31,7 @@ int run_launch(int argc, char** argv) {
   app.add_subcommand("train", "a sibling with the name of what is launched");
   tools::add_launch_command(app);
   try {
-    auto arguments = tools::separate_launched({argv + 1, argv + argc});
-    std::reverse(arguments.begin(), arguments.end());
-    app.parse(std::move(arguments));
+    tools::parse(app, argc, argv);
     return 0;
   } catch (const CLI::RuntimeError& e) {
     return e.get_exit_code();

@@ -21,8 +21,8 @@ void add_launch_command(CLI::App& app);
 void add_import_command(CLI::App& app);
 void add_upcycle_command(CLI::App& app);
 
-// `launch --nproc 2 train -c x` as `launch --nproc 2 -- train -c x`: CLI11 would read the command's options as launch's.
-std::vector<std::string> separate_launched(std::vector<std::string> arguments);
+// app.parse() of all commands; what `launch` starts may stand behind -- or without it.
+void parse(CLI::App& app, int argc, char** argv);
 
 // Checks of an option's number: CLI11's own name the largest double in 310 digits.
 CLI::Validator positive();

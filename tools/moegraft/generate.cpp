@@ -80,8 +80,7 @@ fs::path numbered(const fs::path& path, size_t number) {
 }
 
 void check_target(const fs::path& path) {
-  std::string extension = path.extension().string();
-  std::transform(extension.begin(), extension.end(), extension.begin(), [](unsigned char c) { return std::tolower(c); });
+  const std::string extension = lower_case(path.extension().string());
   MOEGRAFT_CHECK_USAGE(extension == ".png" || extension == ".jpg" || extension == ".jpeg", "--image must end in .png or .jpg, got ", path.string());
   const fs::path folder = path.parent_path();
   std::error_code error;

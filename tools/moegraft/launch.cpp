@@ -228,8 +228,7 @@ int launch(const Options& o, const std::vector<std::string>& arguments) {
   }
 }
 
-}  // namespace
-
+// `launch --nproc 2 train -c x` as `launch --nproc 2 -- train -c x`: CLI11 would read the command's options as launch's.
 std::vector<std::string> separate_launched(std::vector<std::string> arguments) {
   auto at = std::find_if(arguments.begin(), arguments.end(), [](const std::string& a) { return !a.starts_with("-"); });
   if (at == arguments.end() || *at != "launch") return arguments;
@@ -237,6 +236,14 @@ std::vector<std::string> separate_launched(std::vector<std::string> arguments) {
     if (at->find('=') == std::string::npos && *at != "--help" && ++at == arguments.end()) return arguments;
   if (at < arguments.end() && !at->starts_with("-")) arguments.insert(at, "--");
   return arguments;
+}
+
+}  // namespace
+
+void parse(CLI::App& app, int argc, char** argv) {
+  auto arguments = separate_launched({argv + 1, argv + argc});
+  std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes them
+  app.parse(std::move(arguments));
 }
 
 void add_launch_command(CLI::App& app) {

@@ -1,7 +1,6 @@
 #include <c10/util/Exception.h>
 #include <c10/util/Logging.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -64,9 +63,7 @@ int run(int argc, char** argv) {
   tools::add_launch_command(app);
   tools::expand_paths(app);
   try {
-    auto arguments = tools::separate_launched({argv + 1, argv + argc});
-    std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes them
-    app.parse(std::move(arguments));
+    tools::parse(app, argc, argv);
     return 0;
   } catch (const CLI::Success& e) {
     return app.exit(e);

@@ -13,6 +13,7 @@ std::string nearest_word(std::string_view word, const std::vector<std::string>& 
 std::string join(const std::vector<std::string>& words, std::string_view separator);
 std::vector<std::string> split(std::string_view text, char separator);
 std::string trim(std::string_view text);
+std::string lower_case(std::string_view text);  // of ASCII letters; the rest stays
 // Words in their order: runs of ASCII letters and digits in lower case, and of all that is not ASCII ("jack-o-lantern" has three).
 std::vector<std::string> words_of(std::string_view text);
 // Control characters as \n, \t or \xNN: names out of files cannot break a line or colour a terminal.
