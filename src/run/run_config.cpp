@@ -42,6 +42,7 @@ void check_modalities(const RunConfig& c) {
   for (const auto& [name, modality] : c.modalities) {
     const std::string key = "modalities." + name;
     MOEGRAFT_CHECK_USAGE(!name.empty() && name != "text", "modalities: \"", name, "\" cannot name a new modality: text is the base's own");
+    MOEGRAFT_CHECK_USAGE(name.find(',') == std::string::npos, "modalities: \"", name, "\" cannot name a modality: shards list them with commas between");
     for (const auto& [field, token] : {std::pair(key + ".begin", modality.begin), std::pair(key + ".end", modality.end)}) {
       MOEGRAFT_CHECK_USAGE(!token.empty(), field, " must not be empty");
       const auto [at, fresh] = owner.emplace(token, field);

@@ -90,7 +90,7 @@ std::map<std::string, std::string> flat_config(const RunConfig& config) {
 bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
 
 RunConfig load_run_config(const fs::path& dir) {
-  MOEGRAFT_CHECK(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
+  MOEGRAFT_CHECK_USAGE(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
   return config::parse<RunConfig>(config::Document::from_file((dir / kConfig).string()));
 }
 
@@ -111,6 +111,11 @@ std::vector<ConfigChange> compare_configs(const RunConfig& before, const RunConf
   for (const auto& [key, value] : new_values)
     if (!old_values.contains(key)) changes.push_back({key, "nothing", value, is_free(key)});
   return changes;
+}
+
+bool RunDir::has_trained(const fs::path& dir) {
+  const auto all = checkpoint::list_checkpoints(dir / "checkpoints");
+  return std::any_of(all.begin(), all.end(), [](const fs::path& one) { return one.filename() != checkpoint::step_name(0); });
 }
 
 RunDir::RunDir(fs::path dir) : metrics(dir / "metrics.jsonl"), routing(dir / "routing.jsonl"), dir_(std::move(dir)) {
@@ -144,17 +149,22 @@ RunDir::~RunDir() {
 RunDir::RunDir(RunDir&& other) noexcept
     : metrics(std::move(other.metrics)), routing(std::move(other.routing)), dir_(std::move(other.dir_)), lock_(std::exchange(other.lock_, -1)) {}
 
-RunDir RunDir::open_new(const RunConfig& config) {
+RunDir RunDir::open_new(const RunConfig& config, bool over_untrained) {
   const fs::path dir = config.run.dir;
   // Before the constructor makes anything, and again under the lock.
   const auto refuse = [&] {
-    if (checkpoint::list_checkpoints(dir / "checkpoints").empty()) return;
+    if (over_untrained ? !has_trained(dir) : checkpoint::list_checkpoints(dir / "checkpoints").empty()) return;
     MOEGRAFT_CHECK_USAGE(is_run(dir), "the directory ", dir.string(), " holds checkpoints but no ", kConfig, " that says what they are of: put it back, or name another run.dir");
-    fail<UsageError>("the directory ", dir.string(), " already holds a run: continue it with --resume auto, or name another run.dir");
+    fail<UsageError>("the directory ", dir.string(), " already holds a run: continue it with --resume auto", has_trained(dir) ? "" : " (it has trained no step yet, so a corrected config begins anew there)", ", or name another run.dir");
   };
   refuse();
   RunDir run(dir);
   refuse();
+  std::error_code error;
+  for (const auto& untrained : checkpoint::list_checkpoints(run.checkpoints())) {
+    fs::remove_all(untrained, error);
+    MOEGRAFT_CHECK(!error, "cannot remove ", untrained.string(), ", which has trained no step: ", error.message());
+  }
   return run;
 }
 
@@ -174,8 +184,8 @@ void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, co
   io::write_file_atomic(dir_ / kConfig, config::dump(config));  // last: it makes the directory a run
 }
 
-RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device) {
-  RunDir run = open_new(config);
+RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, bool over_untrained) {
+  RunDir run = open_new(config, over_untrained);
   run.metrics.cut_back(-1), run.routing.cut_back(-1);  // of a start that saved nothing
   run.begin(config, fingerprints, session(0, device, {}, {}, {}).dump());
   return run;
@@ -183,18 +193,29 @@ RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints,
 
 namespace {
 
-// recorded: a thing that is compared by content may lie elsewhere.
-std::vector<ConfigChange> allowed_changes(const RunConfig& before, const RunConfig& after, const Fingerprints& recorded, const Fingerprints& now, const std::string& remedy) {
-  const auto changes = compare_configs(before, after);
+// What may not change on resume, and did: "key (was …, is …)". recorded: a thing that is compared by content may lie elsewhere.
+std::vector<std::string> refused_changes(const std::vector<ConfigChange>& changes, const Fingerprints& recorded, const Fingerprints& now) {
   std::vector<std::string> refused;
   const auto moved = [&](const ConfigChange& change) { return recorded.contains(content_of(change.key)) && now.contains(content_of(change.key)); };
   for (const auto& change : changes)
     if (!change.allowed && !moved(change)) refused.push_back(change.key + " (was " + change.before + ", is " + change.after + ")");
+  return refused;
+}
+
+std::vector<ConfigChange> allowed_changes(const RunConfig& before, const RunConfig& after, const Fingerprints& recorded, const Fingerprints& now, const std::string& remedy) {
+  const auto changes = compare_configs(before, after);
+  const auto refused = refused_changes(changes, recorded, now);
   MOEGRAFT_CHECK_USAGE(refused.empty(), "a resumed run must keep ", join(refused, ", "), "; only these keys may change: ", join(keys_free_on_resume(), ", "), ". ", remedy);
   return changes;
 }
 
 }  // namespace
+
+bool RunDir::would_resume(const RunConfig& config, const Fingerprints& fingerprints) {
+  const fs::path dir = config.run.dir;
+  const Fingerprints was = recorded_fingerprints(dir);
+  return was == fingerprints && refused_changes(compare_configs(load_run_config(dir), config), was, fingerprints).empty();
+}
 
 RunDir RunDir::resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step, const std::string& device, bool accept_data) {
   const fs::path dir = config.run.dir;

@@ -70,15 +70,18 @@ Origin find_origin(const run::RunConfig& config, const std::string& resume) {
 run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, const Origin& origin, const std::optional<checkpoint::Checkpoint>& from, const run::Fingerprints& fingerprints,
                      const std::string& device, bool accept_data) {
   if (origin.branches) return run::RunDir::branch(config, fingerprints, *origin.checkpoint, from->step, device, accept_data);
-  // A run without a checkpoint has nothing to keep to: a corrected config may take it over.
+  // A run that has trained nothing has nothing to keep to: a corrected config may take it over.
   if (resume != "none" && from) return run::RunDir::resume(config, fingerprints, from->step, device, accept_data);
-  return run::RunDir::create(config, fingerprints, device);
+  return run::RunDir::create(config, fingerprints, device, resume != "none");
 }
 
 // What is wrong with paths and sizes shows before the run's directory is made.
 void check_inputs(const run::RunConfig& config) {
   MOEGRAFT_CHECK_USAGE(!config.run.dir.empty(), "run.dir is required: the directory of the run");
-  if (!config.model.init) model::read_spec(config.model.path);
+  if (!config.model.init) {
+    MOEGRAFT_CHECK_USAGE(fs::is_directory(config.model.path), "model.path: ", config.model.path, fs::exists(config.model.path) ? " is no folder" : " does not exist", "; expected a Hugging Face model's folder");
+    model::read_spec(config.model.path);
+  }
   for (const auto& [name, modality] : config.modalities) codec::load_codec(modality.codec);
 }
 
@@ -152,8 +155,12 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
   const bool first = mesh.world->rank() == 0;
   const auto open = [&] {
     check_inputs(config);
-    const Origin origin = find_origin(config, resume);
+    Origin origin = find_origin(config, resume);
     start.fingerprints = run::take_fingerprints(config, run::Parts::all);
+    if (resume != "none" && origin.checkpoint && !origin.branches && !run::RunDir::has_trained(config.run.dir) && !run::RunDir::would_resume(config, start.fingerprints)) {
+      log::info(config.run.dir, " has trained no step yet, and its config or what it reads has changed: it begins anew");
+      origin = {};
+    }
     std::vector<std::string> sources;
     for (const auto* list : {&config.data.train, &config.data.eval})
       for (const auto& source : *list) sources.push_back(source.path);

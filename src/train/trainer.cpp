@@ -149,8 +149,17 @@ class Trainer {
     if (state_.step > 0)
       for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
         log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
+    const bool other_data = std::any_of(fingerprints.begin(), fingerprints.end(), [&](const auto& now) {
+      const auto was = state_.fingerprints.find(now.first);
+      return now.first.starts_with("data.train") && was != state_.fingerprints.end() && was->second != now.second;
+    });
     state_.environment = environment, state_.fingerprints = fingerprints;
-    stream_.restore(state_.data_cursor);
+    try {
+      stream_.restore(state_.data_cursor);
+    } catch (const UserError& e) {
+      if (!other_data) throw;  // that it is other data was accepted (--accept-changed data)
+      log::warning("data.train is read from its beginning: ", e.what());
+    }
     writer_.set_aside_after(from.step);
   }
 

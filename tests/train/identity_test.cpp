@@ -113,6 +113,38 @@ TEST(Identity, ChangedDataCanBeAccepted) {
   EXPECT_NE(io::read_file(w.world.run / "run.json").find("\"accepted\""), std::string::npos);
 }
 
+TEST(Identity, AcceptedDataMayHaveMoreDocuments) {
+  World w;
+  train(w.config);
+  const std::string text = io::read_file(w.world.manifest);
+  io::write_file_atomic(w.world.manifest, text + text);
+  w.make_other_data();
+  w.config.train.steps = 4;
+  const std::string refused = error_of([&] { train(w.config, "auto"); });
+  EXPECT_NE(refused.find("--accept-changed data"), std::string::npos) << refused;
+  ::testing::internal::CaptureStderr();
+  EXPECT_EQ(train(w.config, "auto", nullptr, /*accept_data=*/true).step, 4);
+  EXPECT_NE(::testing::internal::GetCapturedStderr().find("data.train is read from its beginning"), std::string::npos);
+  w.config.train.steps = 6;
+  EXPECT_EQ(train(w.config, "auto").step, 6) << "the accepted data is the run's from now on";
+}
+
+// A run that saved step 0 and failed before it trained: what is wrong with its config is mended where it is.
+TEST(Identity, ARunThatTrainedNothingIsTakenOverByACorrectedConfig) {
+  World w;
+  std::erase_if(w.config.data.train, [&](const data::SourceConfig& source) { return source.path != w.world.image_shards.string(); });
+  ASSERT_EQ(w.config.data.train.size(), 1u);
+  w.config.data.sequence_length = 4;
+  EXPECT_NE(error_of([&] { train(w.config); }).find("no document fits"), std::string::npos);
+  ASSERT_FALSE(checkpoint::list_checkpoints(w.world.run / "checkpoints").empty()) << "else this shows nothing";
+  w.config.data.sequence_length = 64;
+  const std::string refused = error_of([&] { train(w.config); });
+  EXPECT_NE(refused.find("it has trained no step yet, so a corrected config begins anew there"), std::string::npos) << refused;
+  EXPECT_EQ(train(w.config, "auto").step, 2);
+  w.config.data.sequence_length = 32;
+  EXPECT_NE(error_of([&] { train(w.config, "auto"); }).find("must keep data.sequence_length"), std::string::npos);
+}
+
 TEST(Identity, ShardsOfAnotherCodecAreRefused) {
   World w;
   change_one_value(w.world.codec / "model.safetensors");

@@ -61,9 +61,14 @@ class LineLog {
 // Owns the directory until destroyed: one process at a time, held by a file lock that the system releases when the process ends.
 class RunDir {
  public:
-  // A new run in config.run.dir. What an earlier start left there without a checkpoint is taken over. UsageError when a run is there already (the remedy,
+  // A new run in config.run.dir. What an earlier start left there without a checkpoint is taken over; over_untrained: that of step 0 too. UsageError when a run is there already (the remedy,
   // --resume auto, is named); UserError when another process has it.
-  static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu");
+  static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu", bool over_untrained = false);
+
+  // Whether a checkpoint of a step lies there: that of step 0 holds nothing learned, and a corrected config may take the directory over.
+  static bool has_trained(const std::filesystem::path& dir);
+  // Whether resume() would go on with the run in config.run.dir, data included.
+  static bool would_resume(const RunConfig& config, const Fingerprints& fingerprints);
 
   // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the others), stores the new config,
   // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back. Fingerprints that changed are refused (identity.h), data's unless accept_data;
@@ -90,7 +95,7 @@ class RunDir {
 
  private:
   explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
-  static RunDir open_new(const RunConfig& config);
+  static RunDir open_new(const RunConfig& config, bool over_untrained = false);
   void begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from = {});
   std::filesystem::path dir_;
   int lock_ = -1;
