@@ -50,13 +50,20 @@ std::vector<io::Picture> folder_pictures(const fs::path& folder) {
 std::vector<io::Picture> list_pictures(const fs::path& source, Pictures& out) {
   if (!fs::is_directory(source)) return is_picture(source) ? std::vector<io::Picture>{source} : named_pictures(source, out);
   auto pictures = folder_pictures(source);
-  return pictures.empty() ? named_pictures(source, out) : pictures;
+  if (pictures.empty()) return named_pictures(source, out);
+  int64_t folders = 0;
+  for (const auto& item : fs::directory_iterator(source)) {
+    MOEGRAFT_CHECK(!io::is_row_format(item.path()), source.string(), " holds pictures and the data set ", item.path().filename().string(), ": name the one that is meant");
+    if (item.is_directory() && !item.path().filename().string().starts_with(".")) folders += !folder_pictures(item.path()).empty();
+  }
+  if (folders > 0) log::warning(source.string(), ": the pictures in ", folders, " folders within it are passed over; name them for themselves");
+  return pictures;
 }
 
 }  // namespace
 
 Pictures load_pictures(const fs::path& source, int64_t size, const std::string& fit, int64_t max_bytes) {
-  MOEGRAFT_CHECK(fs::exists(source) || io::is_file_pattern(source), "pictures ", source.string(), " do not exist; expected a manifest, a folder of pictures, or a data set (tar, Parquet, Arrow)");
+  MOEGRAFT_CHECK_USAGE(fs::exists(source) || io::is_file_pattern(source), "pictures ", source.string(), " do not exist; expected a manifest, a folder of pictures, or a data set (tar, Parquet, Arrow)");
   Pictures out;
   const auto pictures = list_pictures(source, out);
   const int64_t total = int64_t(pictures.size()) + out.skipped;
@@ -72,6 +79,8 @@ Pictures load_pictures(const fs::path& source, int64_t size, const std::string& 
       const auto fitted = exact ? image : (fit == "pad" ? io::resize_and_pad(image, size) : io::resize_and_crop(image, size)).mul(255).round_().clamp_(0, 255).to(at::kByte);
       out.pixels_N3HW[int64_t(out.paths.size())].copy_(fitted);
       out.paths.push_back(picture.name());
+    } catch (const io::SourceChanged&) {
+      throw;
     } catch (const UserError& e) {
       log::warning("skipped ", picture.name(), ": ", e.what());
       ++out.skipped;

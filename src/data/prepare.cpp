@@ -16,12 +16,18 @@
 #include "moegraft/data/manifest.h"
 #include "moegraft/data/shard.h"
 #include "moegraft/io/image.h"
+#include "moegraft/io/rows.h"
 #include "moegraft/tokenizer/tokenizer.h"
 
 namespace moegraft::data {
 namespace {
 
-constexpr int64_t kNamed = 5;  // of things that are skipped, each kind
+// The first few of things that are skipped, each kind, are warnings; the rest is for who wants to know (-v).
+void tell_skipped(int64_t before, const std::string& why) {
+  constexpr int64_t kNamed = 5;
+  if (before < kNamed) log::warning("skipped: ", why);
+  else log::debug("skipped: ", why);
+}
 using Codes = std::map<io::Picture, std::vector<int32_t>>;  // absent: the picture did not decode
 
 std::vector<io::Picture> all_pictures(const std::vector<ManifestEntry>& entries) {
@@ -52,10 +58,11 @@ Codes encode_images(const std::vector<io::Picture>& pictures, const codec::Image
     std::optional<at::Tensor> pixels;
     try {
       pixels = codec.prepare(io::load_image(pictures[i]));
+    } catch (const io::SourceChanged&) {
+      throw;
     } catch (const UserError& e) {
       if (strict) throw;
-      if (summary.skipped_images < kNamed) log::warning("skipped: ", e.what());
-      ++summary.skipped_images;
+      tell_skipped(summary.skipped_images++, e.what());
     }
     if (pixels) {
       places.push_back(pictures[i]);
@@ -130,14 +137,16 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ", options.captions);
   MOEGRAFT_CHECK_USAGE(options.batch_size > 0, "--batch-size must be positive, got ", options.batch_size);
   MOEGRAFT_CHECK_USAGE(options.max_tokens > 0, "--max-tokens must be positive, got ", options.max_tokens);
+  MOEGRAFT_CHECK_USAGE(!options.modality.empty() && options.modality != "text" && options.modality.find_first_of(",\"\\\n") == std::string::npos, "--modality must name the pictures' modality as the run's `modalities` does, other than text and without a comma, got \"", options.modality, "\"");
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
-  for (const auto& path : options.texts) MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "text file not found: ", path.string());
+  for (const auto& path : options.texts) {
+    MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "text file not found: ", path.string());
+    MOEGRAFT_CHECK_USAGE(!io::is_row_format(path), path.string(), " is a data set, whose rows are not lines of text: name it by --manifest");
+  }
   ShardSummary summary;
   std::vector<ManifestEntry> entries;
   for (const auto& path : options.manifests) {
-    auto read = read_manifest(path, options.strict ? BadRow() : [&](const std::string& why) {
-      if (summary.bad_rows++ < kNamed) log::warning("skipped: ", why);
-    });
+    auto read = read_manifest(path, options.strict ? BadRow() : [&](const std::string& why) { tell_skipped(summary.bad_rows++, why); }, options.columns);
     std::move(read.begin(), read.end(), std::back_inserter(entries));
   }
   const auto pictures = all_pictures(entries);
@@ -171,7 +180,7 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   }
   const int64_t lost = summary.bad_rows + summary.skipped_documents;
   if (lost > 0)
-    log::warning(lost, " documents are skipped: ", summary.bad_rows, " rows that cannot be read, ", summary.skipped_documents, " with pictures that do not decode or without a token (--strict ends at the first)");
+    log::warning(lost, " documents are skipped: ", summary.bad_rows, " rows that cannot be read, ", summary.skipped_documents, " with pictures that do not decode or without a token (moegraft -v names all of them, --strict ends at the first)");
   MOEGRAFT_CHECK(lost <= writer.num_documents(), lost, " of ", lost + writer.num_documents(), " documents would be skipped, more than half: nothing is written; mend the data, or take the bad rows out");
   writer.finish({{"counts.bad_rows", std::to_string(summary.bad_rows)}, {"counts.skipped_images", std::to_string(summary.skipped_images)}, {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
   summary.documents = writer.num_documents();

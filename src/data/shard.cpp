@@ -84,7 +84,7 @@ bool is_shard(const std::filesystem::path& path) {
 }  // namespace
 
 ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
-  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
+  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
   std::vector<std::filesystem::path> files;
   if (std::filesystem::is_directory(path)) {
     for (const auto& item : std::filesystem::directory_iterator(path))
@@ -211,14 +211,14 @@ ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, boo
     : folder_(folder), schema_(std::move(schema)), max_tokens_(max_tokens), metadata_(std::move(metadata)) {
   MOEGRAFT_INVARIANT(!schema_.modalities.empty() && schema_.modalities[0].name == "text", "a schema begins with text");
   if (!std::filesystem::exists(folder)) return;
-  MOEGRAFT_CHECK(std::filesystem::is_directory(folder), folder.string(), " is a file; shards are written into a folder");
+  MOEGRAFT_CHECK_USAGE(std::filesystem::is_directory(folder), folder.string(), " is a file; shards are written into a folder");
   // The whole folder is exchanged at the end: nothing but shards may lie in it.
   int64_t old = 0;
   for (const auto& item : std::filesystem::directory_iterator(folder)) {
-    MOEGRAFT_CHECK(is_shard(item.path()), folder.string(), " holds ", item.path().filename().string(), ", which is no shard: name a folder of their own for shards");
+    MOEGRAFT_CHECK_USAGE(is_shard(item.path()), folder.string(), " holds ", item.path().filename().string(), ", which is no shard: name a folder of their own for shards");
     ++old;
   }
-  MOEGRAFT_CHECK(old == 0 || overwrite, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
+  MOEGRAFT_CHECK_USAGE(old == 0 || overwrite, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
 }
 
 void ShardWriter::add(const std::vector<Segment>& document, bool same_item) {

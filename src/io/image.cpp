@@ -84,7 +84,7 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
 
 bool has_picture_extension(std::string_view name) {
   const std::string lower = lower_case(name);
-  for (const char* extension : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+  for (const char* extension : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"})
     if (lower.ends_with(extension)) return true;
   return false;
 }

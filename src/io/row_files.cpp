@@ -4,6 +4,8 @@
 #include <cctype>
 #include <charconv>
 #include <map>
+#include <regex>
+#include <set>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -111,6 +113,21 @@ void check_one_split(const fs::path& folder, const std::vector<fs::path>& files)
   const auto& first = splits.contains("train") ? splits.at("train") : splits.begin()->second;
   fail(folder.string(), " holds the splits ", join(names, ", "), ", which do not belong together: name the files of one, such as ", first.front().string(),
        first.size() > 1 ? " (several by braces: x-{00000.." + std::to_string(first.size() - 1) + "}…)" : "");
+}
+
+void check_numbering(const std::vector<fs::path>& files) {
+  std::map<std::string, std::set<std::string>> present;  // by what such names have in common: "train-?-of-00002.parquet"
+  for (const auto& file : files) {
+    static const std::regex numbered("(.*-)([0-9]{1,9})(-of-([0-9]{1,9})[^0-9].*)");
+    std::smatch part;
+    const std::string name = file.filename().string();
+    if (std::regex_match(name, part, numbered)) present[part[1].str() + "?" + part[3].str()].insert(part[2]);
+  }
+  for (const auto& [name, numbers] : present) {
+    const size_t at = name.find("?-of-");
+    const auto expected = std::stoul(name.substr(at + 5));
+    MOEGRAFT_CHECK(numbers.size() >= expected, files.front().parent_path().string(), " holds ", numbers.size(), " of the ", expected, " files ", name, " that their names speak of: fetch the rest, or name those that are meant");
+  }
 }
 
 std::vector<fs::path> files_of_state(const fs::path& folder) {

@@ -43,6 +43,9 @@ void read_tar(const std::filesystem::path& path, Rows& rows);
 void read_parquet(const std::filesystem::path& path, Rows& rows);
 void read_arrow(const std::filesystem::path& path, Rows& rows);
 
+// "." where the name has none: what rows name lies there.
+inline std::filesystem::path folder_of(const std::filesystem::path& file) { return file.has_parent_path() ? file.parent_path() : "."; }
+
 // JSON that nests no deeper than its parser and printers stand.
 Json parse_row(const std::string& text, const std::string& where);
 void check_utf8(const std::string& text, const std::string& where);

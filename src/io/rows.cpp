@@ -34,29 +34,47 @@ const std::vector<Format>& formats() {
   return all;
 }
 
-const Format& format_of(const fs::path& file) {
+bool is_named_as(const fs::path& file, const Format& format) {
   const std::string name = lower_case(file.filename().string());
+  return std::any_of(format.endings.begin(), format.endings.end(), [&](const auto& ending) { return name.ends_with(ending); });
+}
+
+const Format& format_of(const fs::path& file) {
+  std::error_code error;
+  const auto type = fs::status(file, error).type();  // opening a pipe waits for who writes into it
+  MOEGRAFT_CHECK(type != fs::file_type::fifo && type != fs::file_type::socket && type != fs::file_type::character && type != fs::file_type::block, file.string(), " is a pipe or a device, expected a file");
   std::string start(8, '\0');
   std::ifstream(file, std::ios::binary).read(start.data(), std::streamsize(start.size()));
   for (const auto& format : formats())  // an ending may lie, these do not
     if (!format.magic.empty() && start.starts_with(format.magic)) return format;
   for (const auto& format : formats())
-    for (const auto& ending : format.endings)
-      if (name.ends_with(ending)) return format;
+    if (is_named_as(file, format)) return format;
   return formats().back();
 }
 
 bool is_whole(const fs::path& file) {
-  const std::string name = lower_case(file.filename().string());
-  return std::any_of(formats().begin(), formats().end(), [&](const Format& f) { return f.whole && std::any_of(f.endings.begin(), f.endings.end(), [&](const auto& e) { return name.ends_with(e); }); });
+  return std::any_of(formats().begin(), formats().end(), [&](const Format& f) { return f.whole && is_named_as(file, f); });
 }
 
 std::vector<fs::path> whole_files_in(const fs::path& folder) {
   std::vector<fs::path> files;
   for (const auto& item : fs::directory_iterator(folder))
-    if (item.is_regular_file() && is_whole(item.path())) files.push_back(item.path());
+    if (!item.is_directory() && is_whole(item.path())) files.push_back(item.path());  // a link that leads nowhere is an error, not a smaller data set
   std::sort(files.begin(), files.end());
   return files;
+}
+
+// What lies beside the files of `place` and would not be read with them: rows elsewhere in the folder, downloads that have not ended.
+void check_whole_folder(const fs::path& folder, const fs::path& place) {
+  for (const auto& at : {folder, place})
+    for (const auto& item : fs::directory_iterator(at)) {
+      const std::string name = item.path().filename().string();
+      if (name.starts_with(".") || item.path() == place) continue;
+      MOEGRAFT_CHECK(!item.is_directory() || whole_files_in(item.path()).empty(), folder.string(), " holds data in ", at == place ? "itself" : place.filename().string(), " and in ", name, ": name the folder that is meant");
+      for (const char* begun : {".incomplete", ".part", ".crdownload", ".aria2"})
+        MOEGRAFT_CHECK(!name.ends_with(begun) || !is_whole(name.substr(0, name.size() - std::string_view(begun).size())), at.string(), " holds ", name, ", a download that has not ended: finish or remove it");
+      if (name.ends_with(".jsonl") || name.ends_with(".csv")) log::warning((at / name).string(), " is passed over beside the data files of its folder; name it alone if it is meant");
+    }
 }
 
 // Tars, Parquet or Arrow files that a folder is made of; empty: it is something else.
@@ -75,7 +93,9 @@ std::vector<fs::path> files_of_folder(const fs::path& folder) {
       const Format& other = format_of(file);
       MOEGRAFT_CHECK(&other == &first, place.string(), " holds ", first.name, " and ", other.name, " files: name those that are meant, such as ", files.front().string());
     }
+    check_whole_folder(folder, place);
     check_one_split(place, files);
+    check_numbering(files);
     return files;
   }
   for (const auto& item : fs::directory_iterator(folder))
@@ -84,6 +104,8 @@ std::vector<fs::path> files_of_folder(const fs::path& folder) {
 }
 
 void read_folder(const fs::path& folder, Rows& rows) {
+  for (const char* metadata : {"metadata.jsonl", "metadata.csv"})
+    MOEGRAFT_CHECK(!fs::exists(folder / metadata) || whole_files_in(folder).empty(), folder.string(), " holds ", metadata, " and ", whole_files_in(folder).front().filename().string(), ": name the one that is meant");
   if (fs::exists(folder / "metadata.jsonl")) return read_lines(folder / "metadata.jsonl", rows);
   if (fs::exists(folder / "metadata.csv")) return read_csv(folder / "metadata.csv", rows);
   const auto files = files_of_folder(folder);
@@ -136,6 +158,10 @@ void read_rows(const fs::path& path, const TakeRow& take, const RefuseRow& refus
   std::vector<std::string> passed_over;
   for (const auto& [extension, count] : rows.open()->passed_over) passed_over.push_back(extension + " (" + std::to_string(count) + ")");
   if (!passed_over.empty()) log::info(path.string(), ": files that are neither picture nor text are passed over: ", shortened(join(passed_over, ", "), 200));
+}
+
+bool is_row_format(const fs::path& file) {
+  return std::any_of(formats().begin(), formats().end(), [&](const Format& f) { return std::string_view(f.name) != "CSV" && is_named_as(file, f); });
 }
 
 bool is_file_pattern(const fs::path& path) {

@@ -14,6 +14,7 @@ namespace moegraft::io {
 namespace {
 
 constexpr int64_t kMostText = 16 << 20;  // bytes of one .txt or .json: held in memory
+constexpr int64_t kMostPicture = 1 << 30;
 
 struct Sample {
   std::string key, problem;                 // problem: the first one; empty: none
@@ -75,6 +76,7 @@ class SampleReader {
     sample.suffixes.push_back(suffix);
     const std::string kind = last_suffix(suffix);
     if (has_picture_extension("." + kind)) {
+      if (tar_.size() > kMostPicture) return wrong(detail::concat(".", suffix, " is a picture of ", tar_.size(), " bytes, at most ", kMostPicture, " are read"));
       sample.pictures.push_back(add_picture());
     } else if (kind == "json" || kind == "txt" || kind == "text" || kind == "caption") {
       if (tar_.size() > kMostText) return wrong(detail::concat(".", suffix, " is a text of ", tar_.size(), " bytes, at most ", kMostText, " are read"));
@@ -129,8 +131,8 @@ class SampleReader {
       else if (one && json["images"].is_array() && json["images"].size() == 1) json["images"] = names;
       return;
     }
-    MOEGRAFT_CHECK(one || json.contains("image") || json.contains("file_name"), row.where, ": it has ", names.size(), " pictures, and no .json with \"image\", \"segments\" or \"messages\" says which one or where each belongs");
-    if (one) json.erase("file_name"), json["image"] = names[0];
+    MOEGRAFT_CHECK(one || json.contains("image") || json.contains("images") || json.contains("file_name"), row.where, ": it has ", names.size(), " pictures, and no .json with \"image\", \"segments\" or \"messages\" says which one or where each belongs");
+    if (one) json.erase("file_name"), json.erase("images"), json["image"] = names[0];
   }
 
   // The first text is the caption, what the .json says besides another one (img2dataset writes the same into both).

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
@@ -13,24 +14,25 @@ std::string_view without_byte_order_mark(std::string_view text) { return text.st
 
 Row row_of_line(const std::filesystem::path& file, int64_t number, const std::string& where) {
   Row row;
-  row.where = where, row.number = number, row.folder = file.parent_path();
+  row.where = where, row.number = number, row.folder = folder_of(file);
   return row;
 }
 
-// Fields of a row of comma-separated values: quotes may hold commas, line ends and doubled quotes (RFC 4180).
+// Fields of a row of comma-separated values: a quote that opens a field makes it hold commas, line ends and doubled quotes (RFC 4180); within a field it is a character (as Python's csv reads it).
 std::vector<std::string> read_csv_row(std::string_view& rest, const std::string& where) {
   std::vector<std::string> fields(1);
-  bool quoted = false;
+  bool quoted = false, begins = true;
   for (; !rest.empty(); rest.remove_prefix(1)) {
     const char c = rest[0];
+    const bool opens = std::exchange(begins, false) && c == '"';
     if (quoted) {
       if (c != '"') fields.back() += c;
       else if (rest.size() > 1 && rest[1] == '"') fields.back() += '"', rest.remove_prefix(1);
       else quoted = false;
-    } else if (c == '"') {
+    } else if (opens) {
       quoted = true;
     } else if (c == ',') {
-      fields.emplace_back();
+      fields.emplace_back(), begins = true;
     } else if (c == '\n') {
       rest.remove_prefix(1);
       break;
@@ -109,6 +111,7 @@ void read_labels(const std::filesystem::path& folder, Rows& rows) {
       take(item.path());
       continue;
     }
+    if (item.path().filename().string().starts_with(".")) continue;  // thumbnails and the like
     for (const auto& inner : std::filesystem::directory_iterator(item)) {
       const std::string name = inner.path().filename().string();
       MOEGRAFT_CHECK(!inner.is_directory() && name != "metadata.jsonl" && name != "metadata.csv", folder.string(), " holds ImageFolders (splits?), not a folder for each label: name one of them, such as ",

@@ -118,10 +118,11 @@ bool TarReader::next() {
   size_ = ::archive_entry_size(entry_);
   compressed_ = ::archive_filter_code(archive_, 0) != ARCHIVE_FILTER_NONE;
   offset_ = ::archive_filter_bytes(archive_, 0);  // what the tar reader has taken so far: all headers of this member
-  end_ = offset_ + (size_ + 511) / 512 * 512;
   if (size_ < 0) damaged("a negative size");
+  const bool holes = ::archive_entry_sparse_count(entry_) > 0;  // fewer bytes lie there than it says; refused by who takes it (strange)
+  end_ = holes ? offset_ : offset_ + (size_ + 511) / 512 * 512;
   // libarchive seeks over what is not asked for, beyond the end too.
-  if (!compressed_ && size_ > file_bytes_ - offset_) damaged(detail::concat("it says ", size_, " bytes, ", std::max<int64_t>(0, file_bytes_ - offset_), " are there"));
+  if (!compressed_ && !holes && size_ > file_bytes_ - offset_) damaged(detail::concat("it says ", size_, " bytes, ", std::max<int64_t>(0, file_bytes_ - offset_), " are there"));
   return true;
 }
 
@@ -174,13 +175,13 @@ std::string TarStore::read(int64_t index) const {
   }
   // Opened for each picture: a data set may have more tars than a process may have files open.
   const int fd = ::open(path().c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) fail("cannot read ", name(index), ": ", std::strerror(errno));
+  if (fd < 0) fail<SourceChanged>(path().string(), " cannot be read any more: ", std::strerror(errno), "; start again");
   struct Close {
     int fd;
     ~Close() { ::close(fd); }
   } close{fd};
   struct stat info {};
-  MOEGRAFT_CHECK(::fstat(fd, &info) == 0 && info.st_size == file_bytes_ && nanoseconds(info) == modified_ns_, path().string(), " was changed while it is in use: start again");
+  if (::fstat(fd, &info) != 0 || info.st_size != file_bytes_ || nanoseconds(info) != modified_ns_) fail<SourceChanged>(path().string(), " was changed while it is in use: start again");
   read_at(fd, bytes.data(), member.bytes, member.offset, name(index));
   return bytes;
 }

@@ -1,6 +1,7 @@
 // Data sets as people have them (io/rows.h): the same documents, picture bytes and shards as the JSONL manifest of the same set; and damaged and hostile ones.
 // tests/golden/make_datasets.py made the sets.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -91,15 +92,49 @@ TEST(ArrowFiles, CellsAndColumnsThatHoldSomethingElse) {
   if (!io::reads_arrow()) GTEST_SKIP() << "built without Apache Arrow (tools/setup.sh --arrow)";
   std::vector<std::string> bad;
   const auto entries = read_manifest(kSets / "nulls.parquet", [&](const std::string& why) { bad.push_back(why); });
-  ASSERT_EQ(entries.size(), 3u);
-  EXPECT_EQ(entries[0].segments.size(), 1u) << "no picture: text alone, as in a manifest";
-  EXPECT_NE(error_of([&] { entries[1].segments[1].image.read(); }).find("nulls.parquet: row 1, image: there is no picture in this cell"), std::string::npos);
-  EXPECT_EQ(entries[2].segments[1].image.read(), io::read_file(kSets / "images/0.png"));
-  ASSERT_EQ(bad.size(), 1u);
-  EXPECT_NE(bad[0].find("nulls.parquet: row 2: the picture has no text"), std::string::npos) << bad[0];
+  ASSERT_EQ(entries.size(), 2u);
+  EXPECT_NE(error_of([&] { entries[0].segments[1].image.read(); }).find("nulls.parquet: row 1, image: there is no picture in this cell"), std::string::npos);
+  EXPECT_EQ(entries[1].segments[1].image.read(), io::read_file(kSets / "images/0.png"));
+  ASSERT_EQ(bad.size(), 2u);
+  EXPECT_NE(bad[0].find("nulls.parquet: row 0: the document's picture is missing: \"image\" is null"), std::string::npos) << bad[0];
+  EXPECT_NE(bad[1].find("nulls.parquet: row 2: the picture has no text"), std::string::npos) << bad[1];
   EXPECT_NE(error_of([&] { read_manifest(kSets / "renamed.parquet"); }).find("renamed.parquet: row 0: \"img\" holds a picture, which is read from \"image\""), std::string::npos);
   EXPECT_NE(error_of([&] { read_manifest(kSets / "bare.parquet", [](const std::string&) {}); }).find("column images is list<element: binary>, expected list<struct<bytes: binary, path: string>>"), std::string::npos)
       << error_of([&] { read_manifest(kSets / "bare.parquet", [](const std::string&) {}); });
+}
+
+TEST(ArrowFiles, EveryTypeOfColumn) {
+  if (!io::reads_arrow()) GTEST_SKIP() << "built without Apache Arrow (tools/setup.sh --arrow)";
+  struct Case {
+    const char *name, *error;  // of each row; empty: it reads as the plain one does
+  };
+  const Case cases[] = {{"plain", ""},      {"large", ""},  {"view", ""},         {"fixed", ""},
+                        {"dictionary", ""}, {"struct", ""}, {"two_pictures", ""}, {"bytes_as_text", "\"text\" is a column of bytes, expected text: cast it to string"},
+                        {"number_as_text", ""}, {"map_as_captions", "\"captions\" must be a list of strings"}};
+  for (const auto& c : cases)
+    for (const char* ending : {".parquet", ".arrow"}) {
+      SCOPED_TRACE(std::string(c.name) + ending);
+      if (std::string_view(c.name) == "dictionary" && std::string_view(ending) == ".arrow") {
+        EXPECT_NE(error_of([&] { read_manifest(kSets / "types/dictionary.arrow"); }).find("holds dictionary-encoded columns in a stream, which are not read: write it as Parquet"), std::string::npos);
+        continue;
+      }
+      const bool number = std::string_view(c.name) == "number_as_text";
+      const std::string expected = !number ? c.error : std::string_view(ending) == ".arrow" ? "\"text\" must be a string, got number" : "";  // Parquet's numbers are not decoded: the captions are left
+      std::vector<std::string> bad;
+      ::testing::internal::CaptureStderr();
+      std::vector<ManifestEntry> entries;
+      const auto error = error_of([&] { entries = read_manifest(kSets / "types" / (std::string(c.name) + ending), [&](const std::string& why) { bad.push_back(why); }); });
+      const auto said = ::testing::internal::GetCapturedStderr();
+      EXPECT_EQ(said.find("the pictures under \"mask\" are not read") != std::string::npos, std::string_view(c.name) == "two_pictures") << said;
+      if (!expected.empty()) {
+        ASSERT_EQ(bad.size(), 2u) << error;
+        EXPECT_NE(bad[0].find(expected), std::string::npos) << bad[0];
+        continue;
+      }
+      ASSERT_EQ(entries.size(), 2u) << error;
+      EXPECT_EQ(entries[1].segments.back().image.read(), "picture 1");
+      EXPECT_EQ(entries[1].captions, number ? (std::vector<std::string>{"three", "four"}) : (std::vector<std::string>{"a cat", "three", "four"}));
+    }
 }
 
 TEST(DataSets, TheSameShards) {
@@ -166,6 +201,11 @@ TEST(DataSets, FoldersAndPatternsThatCouldMeanSeveralThings) {
       {{"d/dataset_dict.json={\"splits\": [\"train\", \"test\"]}", "d/train/state.json"}, "d", "holds the splits of a data set, train, test: name one of them, such as "},
       {{"d/state.json={\"_data_files\": [{\"filename\": \"../x.arrow\"}]}"}, "d", "must be a file of this folder"},
       {{"d/state.json={}"}, "d", "lists no \"_data_files\""},
+      {{"d/train-00000-of-00002.parquet"}, "d", "holds 1 of the 2 files train-?-of-00002.parquet that their names speak of"},
+      {{"d/a.parquet", "d/data/b.parquet"}, "d", "holds data in itself and in data"},
+      {{"d/a.parquet", "d/more/b.parquet"}, "d", "holds data in itself and in more"},
+      {{"d/a.parquet", "d/b.parquet.incomplete"}, "d", "holds b.parquet.incomplete, a download that has not ended"},
+      {{"d/a.parquet", "d/metadata.jsonl"}, "d", "holds metadata.jsonl and a.parquet: name the one that is meant"},
       {{"x-0.tar", "x-1.tar"}, "x-{0..3}.tar", "stands for 4 files, of which "},
       {{}, "x-{3..0}.tar", "{3..0} counts down"},
       {{}, "x-{0..3.tar", "a brace opens and never closes"},
@@ -327,7 +367,19 @@ TEST(Tars, AChangedTarIsNotReadFurther) {
   const auto entries = read_manifest(folder / "x.tar");
   EXPECT_EQ(entries[0].segments[1].image.read(), "x");
   write(folder / "x.tar", tar_of({{"c.png", "zz"}, {"b.txt", "t"}, {"b.png", "y"}}));
+  EXPECT_THROW(entries[0].segments[1].image.read(), io::SourceChanged);
   EXPECT_NE(error_of([&] { entries[0].segments[1].image.read(); }).find("was changed while it is in use"), std::string::npos);
+  fs::remove(folder / "x.tar");
+  EXPECT_THROW(entries[0].segments[1].image.read(), io::SourceChanged) << "the job ends: one picture after the other is not skipped";
+}
+
+// A pipe makes whoever opens it wait for ever.
+TEST(DataSets, APipeIsRefusedAtOnce) {
+  Folder folder;
+  for (const char* name : {"x.tar", "x.parquet", "x.jsonl", "x.csv"}) {
+    ASSERT_EQ(::mkfifo((folder / name).c_str(), 0600), 0);
+    EXPECT_NE(error_of([&] { read_manifest(folder / name); }).find("is a pipe or a device, expected a file"), std::string::npos) << name;
+  }
 }
 
 TEST(ArrowFiles, AStreamWithoutItsEndIsSaid) {

@@ -54,9 +54,18 @@ TEST(Manifest, EveryShape) {
         R"({"text": "words"})" "\r\n"
         R"({"file_name": "a.png", "caption": "hugging face", "width": 12})" "\n"
         R"({"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "a dog"}]})" "\n"
-        R"({"images": ["c.png"], "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image"}]}]})" "\n");
+        R"({"images": ["c.png"], "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image"}]}]})" "\n"
+        R"({"images": ["c.png"], "messages": [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a dog"}]})" "\n"
+        R"({"image": "d.png", "messages": [{"role": "user", "content": "what?"}]})" "\n"
+        R"({"image": null, "messages": [{"role": "user", "content": "no picture here"}]})" "\n"
+        R"({"images": ["d.png", "e.png"], "text": "<image> beside <image>!"})" "\n"
+        R"({"images": ["d.png"], "text": "dog"})" "\n"
+        R"({"image": ["d.png", "e.png"], "caption": ["dogs", "two"]})" "\n"
+        R"({"image": "a.png", "text": "x", "caption": "y", "captions": ["z"], "sentence": "s", "texts": "t", "image2": 3, "message": "m"})" "\n"
+        R"({"text": "<image> is a tag of HTML"})" "\n"
+        R"({"messages": [{"content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": " <image> is text here"}]}]})" "\n");
   const auto entries = read_manifest(folder / "m.jsonl");
-  ASSERT_EQ(entries.size(), 8u);
+  ASSERT_EQ(entries.size(), 17u);
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
   auto shape = [&](const ManifestEntry& entry) {
     std::string out;
@@ -73,6 +82,16 @@ TEST(Manifest, EveryShape) {
   EXPECT_EQ(entries[5].captions, (std::vector<std::string>{"hugging face"}));
   EXPECT_EQ(shape(entries[6]), "[b.png]what?\na dog");
   EXPECT_EQ(shape(entries[7]), "see [c.png]");
+  EXPECT_EQ(shape(entries[8]), "[c.png]what?\na dog");
+  EXPECT_EQ(shape(entries[9]), "[d.png]what?");
+  EXPECT_EQ(shape(entries[10]), "no picture here");
+  EXPECT_EQ(shape(entries[11]), "[d.png] beside [e.png]!");
+  EXPECT_EQ(shape(entries[12]), "dog[d.png]");
+  EXPECT_EQ(shape(entries[13]), "dogs[d.png][e.png]");
+  EXPECT_EQ(entries[13].captions, (std::vector<std::string>{"dogs", "two"}));
+  EXPECT_EQ(entries[14].captions, (std::vector<std::string>{"x", "z", "y"}));
+  EXPECT_EQ(shape(entries[15]), "<image> is a tag of HTML");
+  EXPECT_EQ(shape(entries[16]), "[b.png] <image> is text here");
   EXPECT_EQ(entries[1].line, 3);
 }
 
@@ -130,9 +149,24 @@ TEST(Manifest, NamesTheBrokenLine) {
       {"{\"image\": \"a.png\", \"captoin\": \"x\"}", "did you mean \"caption"},
       {"{\"img_path\": \"a.png\", \"text\": \"x\"}", "\"img_path\" holds a picture"},
       {"{\"segments\": [{\"sound\": \"a\"}]}", "a segment must be"},
-      {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}", "2 <image> placeholders for 1 image"},
-      {"{\"messages\": [{\"content\": [{\"type\": \"image\"}]}]}", "names no picture"},
-      {"{\"messages\": [{\"content\": [{\"type\": \"audio\"}]}]}", "must be of type text or image"},
+      {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}", "2 places for pictures (<image>, or parts of type image), and 1 picture(s)"},
+      {"{\"messages\": [{\"content\": [{\"type\": \"image\"}]}]}", "1 places for pictures"},
+      {"{\"messages\": [{\"content\": \"<image>\"}]}", "1 places for pictures"},
+      {"{\"messages\": [{\"content\": [{\"type\": \"image\", \"image\": \"\"}]}]}", "an image path is empty"},
+      {"{\"messages\": [{\"content\": [{\"type\": \"audio\"}]}]}", "got the type audio"},
+      {"{\"images\": [\"a.png\"], \"text\": \"<image> and <image>\"}", "2 places for pictures"},
+      {"{\"images\": [\"a.png\"], \"text\": \"<image>\", \"captions\": [\"x\"]}", "\"captions\" do not go with a text that says where its pictures stand"},
+      {"{\"image\": null, \"text\": \"x\"}", "the document's picture is missing: \"image\" is null"},
+      {"{\"images\": [], \"text\": \"x\"}", "the document's picture is missing: \"images\" is []"},
+      {"{\"images\": [null], \"text\": \"x\"}", "\"images\" must hold strings, got null"},
+      {"{\"picture\": {\"path\": \"a.png\"}, \"text\": \"x\"}", "\"picture\" holds a picture"},
+      {"{\"pictures\": [\"a.png\"], \"text\": \"x\"}", "\"pictures\" holds a picture"},
+      {"{\"url\": \"https://example.org/a.png\", \"text\": \"x\"}", "\"url\" is the address of a picture"},
+      {"{\"image\": \"a.png\", \"segments\": [{\"text\": \"x\"}]}", "leave \"image\" out"},
+      {"{\"segments\": [{\"text\": \"x\", \"images\": \"a.png\"}]}", "a segment holds a picture under \"images\""},
+      {"{\"image\": \"a.png\", \"prompt\": \"x\"}", "the row has \"image\", \"prompt\""},
+      {"{\"image\": \"a.png\", \"text\": \"x\", \"captoins\": [\"y\"]}", "did you mean \"captions\"?"},
+      {"{\"image\": \"a.png\", \"test\": \"x\"}", "did you mean \"text\"?"},
       {"{\"image\": \"a.png\", \"captions\": \"a\"}", "\"captions\" must be a list"},
       {"\n", "has no document that can be read"}};
   Folder folder;
@@ -146,6 +180,39 @@ TEST(Manifest, NamesTheBrokenLine) {
   }
   EXPECT_NE(error_of([&] { read_manifest(folder / "none.jsonl"); }).find("none.jsonl"), std::string::npos);
   EXPECT_NE(error_of([&] { read_manifest(folder / "set-0000.tar"); }).find("cannot read " + (folder / "set-0000.tar").string()), std::string::npos);
+}
+
+TEST(Manifest, ColumnsByAnotherName) {
+  Folder folder;
+  write(folder / "a.png", ""), write(folder / "b.png", "");
+  write(folder / "m.jsonl", R"({"jpg": "a.png", "en": "dog", "text": "Hund", "image": "b.png"})" "\n" R"({"jpg": "b.png", "de": "Katze"})");
+  std::vector<std::string> bad;
+  const auto entries = read_manifest(folder / "m.jsonl", [&](const std::string& why) { bad.push_back(why); }, {"jpg", "en"});
+  ASSERT_EQ(entries.size(), 1u);
+  EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"dog"}));
+  EXPECT_EQ(entries[0].segments[1].image.name(), (folder / "a.png").string());
+  ASSERT_EQ(bad.size(), 1u);
+  EXPECT_NE(bad[0].find("m.jsonl:2: has no \"en\" (--text-column), it has \"de\", \"jpg\""), std::string::npos) << bad[0];
+  EXPECT_NE(error_of([&] { read_manifest(folder / "m.jsonl", [](const std::string&) {}, {"none", ""}); }).find("none of its 2 rows can be read; the first: "), std::string::npos);
+}
+
+// Named as it lies in the folder where one is: no folder in the name.
+TEST(Manifest, InTheCurrentFolder) {
+  Folder folder;
+  write(folder / "img/a.png", ""), write(folder / "m.jsonl", R"({"image": "img/a.png", "text": "x"})"), write(folder / "m.csv", "image,text\nimg/a.png,x\n");
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(folder / "");
+  for (const char* name : {"m.jsonl", "m.csv"}) EXPECT_EQ(error_of([&] { read_manifest(name); }), "") << name;
+  std::filesystem::current_path(before);
+}
+
+TEST(Manifest, QuotesWithinAField) {
+  Folder folder;
+  write(folder / "a.png", "");
+  write(folder / "m.csv", "image,text\na.png,5\" pipe\na.png,\"6\"\" pipe, long\"\na.png,a \"red\" heart\na.png,\"\"\n");
+  std::vector<std::string> texts;
+  for (const auto& entry : read_manifest(folder / "m.csv", [](const std::string&) {})) texts.push_back(entry.captions.front());
+  EXPECT_EQ(texts, (std::vector<std::string>{"5\" pipe", "6\" pipe, long", "a \"red\" heart"}));
 }
 
 TEST(Manifest, OneBadRowDoesNotEndTheJob) {
@@ -221,6 +288,8 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   options.limit = 60, options.popular = 30, options.size = 24;
   write(folder / "synonyms.tsv", "# other words\nDog Face\tpuppy\ncat face\tpet  kitten\nno such emoji\tnothing\n");
   options.synonyms = folder / "synonyms.tsv";
+  write(folder / "text.txt", "\n  An old Puppy sleeps under (the) table beside a kitten\n");
+  options.running_text = folder / "text.txt";
   const auto summary = prepare_emoji(options);
   EXPECT_EQ(summary.pictures, 60);
   EXPECT_EQ(summary.popular, 30);
@@ -244,6 +313,16 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
     }
   }
   EXPECT_EQ(summary.templates, summary.popular);
+  // Only what trains is described in running text.
+  const auto in_text = [&](const char* manifest) {
+    int64_t count = 0;
+    if (std::filesystem::file_size(folder / manifest) == 0) return count;
+    for (const auto& entry : read_manifest(folder / manifest))
+      for (const auto& caption : entry.captions) count += std::set<std::string>{"sleeps", "old", "beside"}.contains(caption.substr(0, caption.find(' '))) || caption.ends_with(" sleeps");
+    return count;
+  };
+  EXPECT_GE(in_text("emoji/train.jsonl"), summary.train / 2);
+  EXPECT_EQ(in_text("emoji/heldout.jsonl") + in_text("emoji/compositions.jsonl"), 0);
   EXPECT_EQ(read_manifest(folder / "emoji/german.jsonl")[0].captions[0], "rotes herz");
   EXPECT_EQ(read_manifest(folder / "emoji/french.jsonl")[0].captions[0], "cœur rouge");
   const auto heart = io::load_image(entries[0].segments[1].image);
@@ -252,11 +331,35 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   EXPECT_GT(centre[0].item<float>(), 180);  // red inside, white in the corner
   EXPECT_LT(centre[1].item<float>(), 90);
   EXPECT_EQ(heart.select(1, 0).select(1, 0).min().item<int>(), 255);
+  options.running_text = folder / "none.txt";
+  EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("--running-text: no such file"), std::string::npos);
+  options.running_text.clear();
   options.font = folder / "none.ttf";
   EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("emoji font not found"), std::string::npos);
   write(folder / "text.ttf", "not a font");
   options.font = folder / "text.ttf";
   EXPECT_NE(error_of([&] { prepare_emoji(options); }).find("is not a font"), std::string::npos);
+}
+
+TEST(Emoji, CaptionsInRunningText) {
+  EmojiEntry entry;
+  entry.name = "waving hand: dark skin tone";
+  entry.keywords = {"hello", "hand", "waving hand: dark skin tone", "good bye"};
+  const std::vector<std::string> lines = {"one, two three four \"five\" six", "seven"};
+  const auto captions = captions_in_text(entry, {"two", "bye"}, lines, 17);
+  EXPECT_EQ(captions, captions_in_text(entry, {"two", "bye"}, lines, 17));
+  EXPECT_NE(captions, captions_in_text(entry, {"two", "bye"}, lines, 18));
+  std::set<std::string> within, sets;
+  for (const auto& caption : captions) {
+    auto& kind = caption.find("waving hand with dark skin tone") == std::string::npos ? sets : within;
+    EXPECT_TRUE(kind.insert(caption).second) << caption;
+    for (const char* never : {"two", "one,", "five", "bye", "  "}) EXPECT_EQ(caption.find(never), std::string::npos) << caption;
+  }
+  EXPECT_GE(within.size(), 4u);
+  EXPECT_TRUE(std::any_of(within.begin(), within.end(), [](const std::string& caption) { return !caption.starts_with("waving") && !caption.ends_with("tone"); }));
+  for (const auto& set : sets) EXPECT_TRUE((std::set<std::string>{"hello", "hand", "hello, hand", "hand, hello", "hello hand", "hand hello"}.contains(set))) << set;
+  EXPECT_GE(sets.size(), 2u);
+  EXPECT_TRUE(captions_in_text(EmojiEntry(), {}, {}, 17).empty());
 }
 
 TEST(Emoji, SynonymsNameTheBrokenLine) {
@@ -384,11 +487,18 @@ TEST_F(Prepare, PlainText) {
   EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, {ids.begin(), ids.end()}}}));
   options.texts = {folder / "none.txt"};
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("text file not found"), std::string::npos);
+  write(folder / "rows.jsonl", "{}");
+  options.texts = {folder / "rows.jsonl"};
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("rows.jsonl is a data set, whose rows are not lines of text: name it by --manifest"), std::string::npos);
   options.texts.clear();
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("nothing to prepare"), std::string::npos);
   write(folder / "m.jsonl", R"({"image": "images/1.png", "text": "green"})");
   options.manifests = {folder / "m.jsonl"};
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec"), std::string::npos);
+  for (const char* name : {"", "text", "a,b", "a\"b"}) {
+    options.modality = name;
+    EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--modality must name"), std::string::npos) << name;
+  }
 }
 
 }  // namespace

@@ -135,3 +135,22 @@ pq.write_table(pa.table({
 }), out / "nulls.parquet")
 pq.write_table(pa.table({"img": table["images"].combine_chunks().flatten(), "text": texts[:3]}), out / "renamed.parquet")
 pq.write_table(pa.table({"images": pa.array([[b"x"]], pa.list_(pa.binary())), "text": ["bare"]}), out / "bare.parquet")
+
+# The same two rows in every type that a column may have.
+(out / "types").mkdir(exist_ok=True)
+plain = {"image": pa.array([b"picture 0", b"picture 1"], pa.binary()), "text": pa.array(["a dog", "a cat"]), "captions": pa.array([["one", "two"], ["three", "four"]])}
+for name, changed in {
+    "plain": {},
+    "large": {"image": plain["image"].cast(pa.large_binary()), "text": plain["text"].cast(pa.large_string()), "captions": plain["captions"].cast(pa.large_list(pa.large_string()))},
+    "view": {"image": plain["image"].cast(pa.binary_view()), "text": plain["text"].cast(pa.string_view())},
+    "fixed": {"image": plain["image"].cast(pa.binary(9)), "captions": plain["captions"].cast(pa.list_(pa.string(), 2))},
+    "dictionary": {"image": plain["image"].dictionary_encode(), "text": plain["text"].dictionary_encode()},
+    "struct": {"image": pa.array([{"bytes": b"picture 0", "path": None}, {"bytes": b"picture 1", "path": "x.png"}], image)},
+    "bytes_as_text": {"text": plain["text"].cast(pa.binary())},
+    "number_as_text": {"text": pa.array([1, 2])},
+    "map_as_captions": {"captions": pa.array([[("a", "b")], []], pa.map_(pa.string(), pa.string()))},
+    "two_pictures": {"mask": plain["image"]},
+}.items():
+    table = pa.table(plain | changed)
+    pq.write_table(table, out / f"types/{name}.parquet")
+    arrow(f"types/{name}.arrow", table)

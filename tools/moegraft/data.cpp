@@ -39,6 +39,7 @@ void add_emoji(CLI::App& parent) {
   command->add_option("--font", o.font, "Colour-bitmap font")->capture_default_str();
   command->add_option("--annotations", o.annotations, "CLDR folder that holds annotations/ and annotationsDerived/")->capture_default_str();
   command->add_option("--language", o.language, "CLDR language")->capture_default_str();
+  command->add_option("--running-text", o.running_text, "Text file: what trains is also described within pieces of its lines, and by more sets of keywords");
   command->add_option("--synonyms", o.synonyms, "Lines \"name<TAB>other words\": synonyms.jsonl, and no training caption of these pictures has the words");
   command->add_flag("--json", state->json, "Print the summary as one JSON object");
   command->footer("Example:\n  moegraft data prepare emoji -o data/emoji --size 36\n  -> data/emoji/{images/, train,heldout,compositions,popular}.jsonl, and probes {paraphrases,synonyms,templates,german,french}.jsonl");

@@ -36,7 +36,7 @@ std::vector<std::string> read_prompts(const Options& o) {
     std::ifstream file;
     if (o.prompt_file != "-") {
       file.open(o.prompt_file);
-      MOEGRAFT_CHECK(file, o.prompt_file, ": cannot read the prompts");
+      MOEGRAFT_CHECK_USAGE(file, o.prompt_file, ": cannot read the prompts");
     }
     std::istream& in = o.prompt_file == "-" ? std::cin : file;
     for (std::string line; std::getline(in, line);)

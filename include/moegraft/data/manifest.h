@@ -6,8 +6,12 @@
 //   {"image": "x.png", "conversations": [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}
 //   {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it?"}]}, {"role": "assistant", "content": "a dog"}]}
 //   {"text": "no picture at all"}
-// "file_name" may stand for "image" and "caption" for "text" (Hugging Face's ImageFolder); "images": [...] for "image" in conversations and messages. Turns are joined by
-// line ends, without their roles. Other keys are left alone ("keywords", "emoji", …) unless they look like one of these misspelt, or hold the picture that a document lacks.
+//   {"images": ["x.png", "y.png"], "text": "<image> and <image> are alike"}
+//   {"images": ["x.png"], "messages": [{"role": "user", "content": "<image> what is it?"}, {"role": "assistant", "content": "a dog"}]}
+// "file_name" may stand for "image" and "caption" for "text" (Hugging Face's ImageFolder), "images": [...] for "image", a list under "text" for "captions". Every <image> in a text, and
+// every part of type image that names none, takes the next picture that is listed: as many as there are, or none at all (then pictures precede turns and follow captions). A picture that is
+// null is a lost one beside a caption, and none beside turns. Turns are joined by line ends, without their roles. Other keys are left alone ("keywords", "emoji", …) unless they look like
+// the one that a document lacks misspelt, or hold the picture that it lacks.
 // Rows come out of any format that io/rows.h lists: JSONL, CSV, ImageFolder, WebDataset tars, Parquet and Arrow. The keys and their rules are the same in all of them.
 
 #include <filesystem>
@@ -34,8 +38,13 @@ struct ManifestEntry {
 // A row that cannot be read, or whose picture is not there: "file:line: why", "x.tar: key: why".
 using BadRow = std::function<void(const std::string& why)>;
 
+// Names of a data set's own columns, which stand for "image" and "text". Empty: ours.
+struct ManifestColumns {
+  std::string image, text;
+};
+
 // bad: told of each such row, which is left out; without it the first one is an error. UserError: a missing file, a file that is
 // damaged as a whole, no entry.
-std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path, const BadRow& bad = {});
+std::vector<ManifestEntry> read_manifest(const std::filesystem::path& path, const BadRow& bad = {}, const ManifestColumns& columns = {});
 
 }  // namespace moegraft::data

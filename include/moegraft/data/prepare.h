@@ -6,10 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/data/manifest.h"
+
 namespace moegraft::data {
 
 struct ShardOptions {
   std::vector<std::filesystem::path> manifests;  // JSONL, see manifest.h
+  ManifestColumns columns;                       // of theirs
   std::vector<std::filesystem::path> texts;      // one document a line
   std::filesystem::path tokenizer, codec;        // codec: needed when a manifest holds images
   std::filesystem::path output;
@@ -27,7 +30,7 @@ struct ShardSummary {
   int64_t documents = 0, tokens = 0, images = 0, text_tokens = 0;
   int64_t skipped_images = 0;     // did not decode; named in the log
   int64_t skipped_documents = 0;  // held such an image, or no token
-  int64_t bad_rows = 0;           // of manifests: could not be read; the first few are named in the log
+  int64_t bad_rows = 0;           // of manifests: could not be read; named in the log
 };
 
 // Tokenises text, encodes images through the codec (each file once) and writes shards. An image that does not decode, or a row

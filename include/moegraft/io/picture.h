@@ -6,7 +6,14 @@
 #include <memory>
 #include <string>
 
+#include "moegraft/base/check.h"
+
 namespace moegraft::io {
+
+// A file of a data set is not what it was when its rows were read: the whole job is wrong, not one picture.
+struct SourceChanged : UserError {
+  using UserError::UserError;
+};
 
 // A file that holds many pictures, kept alive by the Pictures in it. Several threads may read.
 class PictureStore {
@@ -15,7 +22,7 @@ class PictureStore {
   virtual ~PictureStore() = default;
   const std::filesystem::path& path() const { return path_; }
   virtual std::string name(int64_t index) const = 0;  // unique, for people: "x.tar: 0001.png"
-  virtual std::string read(int64_t index) const = 0;  // a PNG, JPEG, … as a string. UserError: cannot be read, or is not what it was
+  virtual std::string read(int64_t index) const = 0;  // a PNG, JPEG, … as a string. UserError: cannot be read; SourceChanged
 
  private:
   std::filesystem::path path_;

@@ -35,6 +35,8 @@ using RefuseRow = std::function<void(const std::string& why)>;  // "where: why"
 // (what follows is lost), a folder that could mean several things.
 void read_rows(const std::filesystem::path& path, const TakeRow& take, const RefuseRow& refuse = {});
 
+// Whether a file's name says that it is a tar, Parquet, Arrow or JSONL file: rows, not lines of text.
+bool is_row_format(const std::filesystem::path& file);
 // Whether this says several files by braces.
 bool is_file_pattern(const std::filesystem::path& path);
 // 16 hex digits of all that a tar, Parquet or Arrow set or a pattern of files holds: every byte counts. Empty for the other kinds.

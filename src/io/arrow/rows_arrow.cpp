@@ -11,10 +11,14 @@ namespace fs = std::filesystem;
 
 constexpr int kMostDepth = 64;
 
-bool is_bytes(const arrow::DataType& type) { return type.id() == arrow::Type::BINARY || type.id() == arrow::Type::LARGE_BINARY; }
+bool is_bytes(const arrow::DataType& type) {
+  using arrow::Type;
+  return type.id() == Type::BINARY || type.id() == Type::LARGE_BINARY || type.id() == Type::BINARY_VIEW || type.id() == Type::FIXED_SIZE_BINARY;
+}
 
 // datasets' Image: struct<bytes: binary, path: string>, of which a pass over Parquet sees the path alone; or just bytes.
 bool is_picture(const arrow::DataType& type) {
+  if (type.id() == arrow::Type::DICTIONARY) return is_picture(*static_cast<const arrow::DictionaryType&>(type).value_type());
   if (type.id() != arrow::Type::STRUCT) return is_bytes(type);
   for (const auto& field : type.fields())
     if (field->name() != "bytes" && field->name() != "path") return false;
@@ -33,12 +37,13 @@ using OnPicture = std::function<Json(const arrow::Array& array, int64_t i)>;
 template <class A>
 Json list_of(const A& array, int64_t i, const OnPicture& on_picture, int depth);
 
-// A value as JSON; pictures in it as on_picture says, in their order. Null: absent, or of a type that means nothing.
+// A value as JSON; pictures in it as on_picture says, in their order. Null: absent, or of a scalar type that means nothing.
 Json to_json(const arrow::Array& array, int64_t i, const OnPicture& on_picture, int depth = 0) {
   if (array.IsNull(i) || depth > kMostDepth) return nullptr;
-  if (is_picture(*array.type())) return on_picture(array, i);
+  if (array.type_id() != arrow::Type::DICTIONARY && is_picture(*array.type())) return on_picture(array, i);
   switch (array.type_id()) {
     case arrow::Type::STRING: return std::string(static_cast<const arrow::StringArray&>(array).GetView(i));
+    case arrow::Type::STRING_VIEW: return std::string(static_cast<const arrow::StringViewArray&>(array).GetView(i));
     case arrow::Type::LARGE_STRING: return std::string(static_cast<const arrow::LargeStringArray&>(array).GetView(i));
     case arrow::Type::DICTIONARY: {
       const auto& coded = static_cast<const arrow::DictionaryArray&>(array);
@@ -46,6 +51,13 @@ Json to_json(const arrow::Array& array, int64_t i, const OnPicture& on_picture, 
     }
     case arrow::Type::LIST: return list_of(static_cast<const arrow::ListArray&>(array), i, on_picture, depth);
     case arrow::Type::LARGE_LIST: return list_of(static_cast<const arrow::LargeListArray&>(array), i, on_picture, depth);
+    case arrow::Type::FIXED_SIZE_LIST: return list_of(static_cast<const arrow::FixedSizeListArray&>(array), i, on_picture, depth);
+    case arrow::Type::LIST_VIEW: return list_of(static_cast<const arrow::ListViewArray&>(array), i, on_picture, depth);
+    case arrow::Type::LARGE_LIST_VIEW: return list_of(static_cast<const arrow::LargeListViewArray&>(array), i, on_picture, depth);
+    case arrow::Type::BOOL: return static_cast<const arrow::BooleanArray&>(array).Value(i);
+    case arrow::Type::INT32: return static_cast<const arrow::Int32Array&>(array).Value(i);
+    case arrow::Type::INT64: return static_cast<const arrow::Int64Array&>(array).Value(i);
+    case arrow::Type::DOUBLE: return static_cast<const arrow::DoubleArray&>(array).Value(i);
     case arrow::Type::STRUCT: {
       const auto& fields = static_cast<const arrow::StructArray&>(array);
       Json json = Json::object();
@@ -53,7 +65,7 @@ Json to_json(const arrow::Array& array, int64_t i, const OnPicture& on_picture, 
         if (Json value = to_json(*fields.field(f), i, on_picture, depth + 1); !value.is_null()) json[array.type()->field(f)->name()] = std::move(value);
       return json;
     }
-    default: return nullptr;
+    default: return arrow::is_nested(array.type_id()) ? Json::object() : Json();  // not null: who takes text there says that it is none
   }
 }
 
@@ -72,6 +84,8 @@ void check_text(const Json& json, const std::string& where) {
 
 std::string bytes_at(const arrow::Array& array, int64_t i) {
   if (array.IsNull(i)) return {};
+  if (array.type_id() == arrow::Type::BINARY_VIEW) return std::string(static_cast<const arrow::BinaryViewArray&>(array).GetView(i));
+  if (array.type_id() == arrow::Type::FIXED_SIZE_BINARY) return std::string(static_cast<const arrow::FixedSizeBinaryArray&>(array).GetView(i));
   if (array.type_id() == arrow::Type::BINARY || array.type_id() == arrow::Type::STRING) return std::string(static_cast<const arrow::BinaryArray&>(array).GetView(i));
   if (array.type_id() == arrow::Type::LARGE_BINARY || array.type_id() == arrow::Type::LARGE_STRING) return std::string(static_cast<const arrow::LargeBinaryArray&>(array).GetView(i));
   return {};
@@ -98,9 +112,10 @@ class TableStore : public PictureStore {
 
   std::string read(int64_t index) const override {
     const std::lock_guard lock(files_->lock);
+    std::error_code error;
+    if (fs::file_size(path(), error) != bytes_ || fs::last_write_time(path(), error) != modified_) fail<SourceChanged>(path().string(), " was changed while it is in use: start again");
     if (files_->table_owner != this) {
       files_->table_owner = nullptr;
-      MOEGRAFT_CHECK(fs::file_size(path()) == bytes_ && fs::last_write_time(path()) == modified_, path().string(), " was changed while it is in use: start again");
       files_->table = open_(path());
       files_->table_owner = this;
     }
@@ -141,12 +156,13 @@ void read_table(const fs::path& path, Rows& rows, OpenFunction open) {
   MOEGRAFT_CHECK(fs::is_regular_file(path, error), "cannot read ", path.string(), ": no such file");
   const auto table = open(path);
   const auto& schema = table->schema();
+  for (const auto& field : schema.fields()) MOEGRAFT_CHECK(schema.GetAllFieldIndices(field->name()).size() == 1, path.string(), ": column ", shortened(field->name()), " comes twice; rename one");
   const auto store = std::make_shared<TableStore>(path, open, rows.open());
   store->name_columns(schema);
   int64_t number = 0;
   const auto row_of = [&](int64_t part, int64_t first, const arrow::RecordBatch& batch, int64_t i, const std::string& where) {
     Row row;
-    row.where = where, row.number = number + 1, row.folder = path.parent_path();
+    row.where = where, row.number = number + 1, row.folder = folder_of(path);
     row.json = Json::object();
     for (int column = 0; column < schema.num_fields(); ++column) {
       const auto& field = *schema.field(column);
@@ -161,7 +177,7 @@ void read_table(const fs::path& path, Rows& rows, OpenFunction open) {
       Json value = values ? to_json(*values, i, [&](const arrow::Array&, int64_t) { return place(); }) : Json();
       if (!values && is_picture(*field.type())) value = place();  // bytes that a pass does not decode: whether there are any shows when they are read
       check_text(value, where);
-      if (!value.is_null()) row.json[field.name()] = std::move(value);
+      if (!value.is_null() || (values && is_picture(*field.type()))) row.json[field.name()] = std::move(value);  // a picture that is lost is not one that never was
     }
     return row;
   };

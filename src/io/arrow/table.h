@@ -48,6 +48,8 @@ auto guarded(const std::filesystem::path& path, const F& f) {
     throw;
   } catch (const InvariantError&) {
     throw;
+  } catch (const std::bad_alloc&) {
+    fail(path.string(), ": a batch of its rows does not fit in memory");
   } catch (const std::exception& e) {
     damaged(path, e.what());
   }
