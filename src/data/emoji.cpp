@@ -8,6 +8,7 @@
 #include "data/emoji_font.h"
 #include "data/emoji_probes.h"
 #include "data/emoji_splits.h"
+#include "data/unicode.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
@@ -33,6 +34,15 @@ void write_picture(const std::filesystem::path& path, const std::string& bytes) 
   MOEGRAFT_CHECK(file.good(), "cannot write ", path.string(), " (is the disk full?)");
 }
 
+std::vector<std::string> read_text_lines(const std::filesystem::path& path) {
+  MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "--running-text: no such file: ", path.string());
+  std::vector<std::string> lines;
+  for (const auto& line : split(io::read_file(path), '\n'))
+    if (auto text = trim(plain_lower(line)); !text.empty()) lines.push_back(std::move(text));
+  MOEGRAFT_CHECK_USAGE(!lines.empty(), "--running-text: ", path.string(), " holds no text");
+  return lines;
+}
+
 }  // namespace
 
 EmojiSummary prepare_emoji(const EmojiOptions& options) {
@@ -40,6 +50,7 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   MOEGRAFT_CHECK_USAGE(options.holdout >= 0 && options.holdout < 1, "--holdout must be in [0, 1), got ", options.holdout);
   MOEGRAFT_CHECK_USAGE(!options.output.empty(), "-o must name a folder to write");
   const auto synonyms = options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
+  const auto running_text = options.running_text.empty() ? std::vector<std::string>() : read_text_lines(options.running_text);
   const EmojiFont font(options.font);
   EmojiSummary summary;
   std::vector<EmojiEntry> entries;
@@ -119,7 +130,12 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
     if (!keep[i]) continue;
     ++summary.pictures;
     const auto found = withheld.find(static_cast<int64_t>(i));
-    const std::string line = manifest_line(entries[i], entries[i].name, emoji_captions(entries[i], found == withheld.end() ? std::set<std::string>() : found->second));
+    const auto& not_said = found == withheld.end() ? std::set<std::string>() : found->second;
+    auto captions = emoji_captions(entries[i], not_said);
+    if (splits[i] == EmojiSplit::train && !running_text.empty())
+      for (auto& caption : captions_in_text(entries[i], not_said, running_text, options.seed))
+        if (std::find(captions.begin(), captions.end(), caption) == captions.end()) captions.push_back(std::move(caption));
+    const std::string line = manifest_line(entries[i], entries[i].name, captions);
     switch (splits[i]) {
       case EmojiSplit::train: train += line, ++summary.train; break;
       case EmojiSplit::heldout: heldout += line, ++summary.heldout; break;

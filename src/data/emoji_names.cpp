@@ -1,12 +1,15 @@
 #include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <map>
 #include <pugixml.hpp>
 #include <set>
 
 #include "data/emoji_probes.h"
+#include "data/emoji_splits.h"
 #include "data/unicode.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
 #include "moegraft/data/emoji.h"
 
@@ -49,6 +52,37 @@ std::string without_skin_tones(const std::string& name) {
   return kept.empty() ? name.substr(0, colon) : name.substr(0, colon + 2) + join(kept, ", ");
 }
 
+// As sentences take it: "waving hand: dark skin tone" reads "waving hand with dark skin tone".
+std::string phrase_of(const std::string& name) {
+  std::string phrase = name;
+  if (const size_t colon = phrase.find(": "); colon != std::string::npos && phrase.find("skin tone") != std::string::npos) phrase.replace(colon, 2, " with ");
+  return phrase;
+}
+
+// Those that a caption may hold beside the name.
+std::vector<std::string> other_keywords(const EmojiEntry& entry, const std::set<std::string>& withheld) {
+  std::vector<std::string> others;
+  for (const auto& keyword : entry.keywords)
+    if (keyword != entry.name && !shares_word(keyword, withheld)) others.push_back(keyword);
+  return others;
+}
+
+// Captions in the order they are made, each once.
+class Captions {
+ public:
+  void add(const std::string& caption) {
+    if (seen_.insert(caption).second) list_.push_back(caption);
+  }
+  std::vector<std::string> take() { return std::move(list_); }
+
+ private:
+  std::vector<std::string> list_;
+  std::set<std::string> seen_;
+};
+
+constexpr int kInText = 10, kKeywordSets = 6;
+constexpr uint64_t kMostBeside = 8, kMostInSet = 3;
+
 }  // namespace
 
 std::string EmojiEntry::file_stem() const {
@@ -78,31 +112,46 @@ std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root
 }
 
 std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<std::string>& withheld) {
-  std::vector<std::string> captions;
-  std::set<std::string> seen;
-  auto add = [&](const std::string& caption) {
-    if (seen.insert(caption).second) captions.push_back(caption);
-  };
-  std::string phrase = entry.name;  // "waving hand: dark skin tone" reads "waving hand with dark skin tone"
-  if (const size_t colon = phrase.find(": "); colon != std::string::npos && phrase.find("skin tone") != std::string::npos) phrase.replace(colon, 2, " with ");
-  add(entry.name);
-  add(phrase);
+  Captions captions;
+  const std::string phrase = phrase_of(entry.name);
+  captions.add(entry.name);
+  captions.add(phrase);
   // Several forms, so that what stands around a name is learnt to be no part of it.
-  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "}) add(sentence + phrase);
-  add(phrase + ", drawn");
-  add("what " + phrase + " looks like");
-  std::vector<std::string> others;
-  for (const auto& keyword : entry.keywords)
-    if (keyword != entry.name && !shares_word(keyword, withheld)) others.push_back(keyword);
+  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "}) captions.add(sentence + phrase);
+  captions.add(phrase + ", drawn");
+  captions.add("what " + phrase + " looks like");
+  std::vector<std::string> others = other_keywords(entry, withheld);
   if (!others.empty()) {
-    add(join(others, ", "));
-    add(phrase + ", " + join(others, ", "));
+    captions.add(join(others, ", "));
+    captions.add(phrase + ", " + join(others, ", "));
     std::reverse(others.begin(), others.end());
-    add(join(others, " "));
-    for (size_t i = 0; i + 1 < others.size() && i < 3 && others.size() > 2; ++i) add(others[i] + ", " + others[i + 1]);
-    for (size_t i = 0; i < others.size() && i < 3; ++i) add(phrase + " (" + others[i] + ")");
+    captions.add(join(others, " "));
+    for (size_t i = 0; i + 1 < others.size() && i < 3 && others.size() > 2; ++i) captions.add(others[i] + ", " + others[i + 1]);
+    for (size_t i = 0; i < others.size() && i < 3; ++i) captions.add(phrase + " (" + others[i] + ")");
   }
-  return captions;
+  return captions.take();
+}
+
+std::vector<std::string> captions_in_text(const EmojiEntry& entry, const std::set<std::string>& withheld, const std::vector<std::string>& lines, uint64_t seed) {
+  Rng rng(seed, "emoji.captions", hash_text(entry.name));
+  Captions captions;
+  const auto plain = [](const std::string& word) { return std::all_of(word.begin(), word.end(), [](unsigned char c) { return std::isalnum(c) || c >= 0x80 || c == '-' || c == '\''; }); };
+  for (int i = 0; i < kInText && !lines.empty(); ++i) {
+    const auto words = split(lines[rng.below(lines.size())], ' ');
+    const uint64_t length = 1 + rng.below(std::min<uint64_t>(kMostBeside, words.size())), first = rng.below(words.size() - length + 1), place = rng.below(length + 1);
+    std::vector<std::string> text(words.begin() + static_cast<int64_t>(first), words.begin() + static_cast<int64_t>(first + length));
+    std::erase_if(text, [&](const std::string& word) { return word.empty() || !plain(word) || shares_word(word, withheld); });
+    text.insert(text.begin() + static_cast<int64_t>(std::min<uint64_t>(place, text.size())), phrase_of(entry.name));
+    captions.add(join(text, " "));
+  }
+  const auto others = other_keywords(entry, withheld);
+  for (int i = 0; i < kKeywordSets && !others.empty(); ++i) {
+    std::vector<std::string> set;
+    for (const int64_t k : rng.permutation(static_cast<int64_t>(others.size()))) set.push_back(others[k]);
+    set.resize(std::min<uint64_t>(set.size(), 1 + rng.below(kMostInSet)));
+    captions.add(join(set, rng.below(2) == 0 ? ", " : " "));
+  }
+  return captions.take();
 }
 
 }  // namespace moegraft::data

@@ -104,6 +104,8 @@ void add_shards(CLI::App& parent) {
   auto& o = state->options;
   auto* command = parent.add_subcommand("shards", "Captioned images and text to pre-tokenised shards");
   command->add_option("--manifest", o.manifests, "Captioned images, segments, messages or conversations: JSONL, CSV, ImageFolder directories, WebDataset tars (also x-{000..123}.tar and folders of them), Hugging Face Parquet and Arrow files and their folders");
+  command->add_option("--image-column", o.columns.image, "Column or key that holds the picture, where it is not called image");
+  command->add_option("--text-column", o.columns.text, "Column or key that holds its text (or a list of captions), where it is not called text");
   command->add_flag("--strict", o.strict, "End at the first row or picture that cannot be read, instead of skipping it");
   command->add_option("--text", o.texts, "Text files, one document a line");
   command->add_option("--codec", o.codec, "Folder of the image codec");

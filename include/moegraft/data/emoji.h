@@ -14,6 +14,7 @@ struct EmojiOptions {
   std::filesystem::path annotations = "/usr/share/unicode/cldr/common";  // holds annotations/<language>.xml and annotationsDerived/<language>.xml
   std::string language = "en";
   std::filesystem::path synonyms;  // lines "name<TAB>other words"; empty: none
+  std::filesystem::path running_text;  // lines of text: what trains is also described within pieces of it (captions_in_text); empty: not
   std::filesystem::path output;
   int64_t size = 36;       // pixels a side, on white
   int64_t limit = 0;       // 0: all; else the first so many, well-known ones first
@@ -42,6 +43,10 @@ std::vector<EmojiEntry> read_emoji_annotations(const std::filesystem::path& root
 // How a picture may be described: the name first, then sentences and keyword lists made from the same words. Distinct.
 // withheld: words of probes; keywords that hold one of them are left out.
 std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<std::string>& withheld = {});
+
+// More of them, by seed, so that names are found among other words and keywords in any company: the name at some place of up to eight words that follow each other in
+// one of `lines` (words beside punctuation and withheld ones are not taken), and sets of up to three keywords. Distinct.
+std::vector<std::string> captions_in_text(const EmojiEntry& entry, const std::set<std::string>& withheld, const std::vector<std::string>& lines, uint64_t seed);
 
 // Writes <output>/images/*.png and manifests (see manifest.h): train.jsonl, heldout.jsonl (whole concepts), compositions.jsonl
 // (skin tone × gesture and colour × thing combinations whose parts are in train.jsonl) and popular.jsonl (a subset of train.jsonl:
