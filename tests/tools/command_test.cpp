@@ -87,6 +87,25 @@ TEST(Configs, EveryShippedRunParses) {
   EXPECT_GE(runs, 7);
 }
 
+TEST_F(Command, DataCheckShowsDocumentsAsTheyRead) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  const auto r = run_moegraft({"data", "check", world.image_shards.string(), "--show", "2", "--tokenizer", world.tokenizer.string(), "--json"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  const auto first = io::Json::parse(io::read_file(world.manifest).substr(0, io::read_file(world.manifest).find('\n')));
+  EXPECT_EQ(r.out.find("0\t" + first.at("text").get<std::string>() + "<image: "), 0u) << r.out;
+  EXPECT_EQ(std::count(r.out.begin(), r.out.end(), '\n'), 3) << r.out;
+  EXPECT_EQ(run_moegraft({"data", "check", world.image_shards.string(), "--show", "2"}).code, 2);
+  const auto other = run_moegraft({"data", "check", world.image_shards.string(), "--show", "2", "--tokenizer", (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string()});
+  EXPECT_NE(other.code, 0);
+}
+
+TEST_F(Command, EveryKeyOfTheConfigIsListed) {
+  const auto r = run_moegraft({"train", "--keys"});
+  ASSERT_EQ(r.code, 0) << r.err;
+  for (const char* key : {"`run.dir`", "`data.train[].sample_by`", "`train.lora.lr`", "`adapters[].rank`", "`parallel.expert`"}) EXPECT_NE(r.out.find(key), std::string::npos) << key;
+}
+
 TEST_F(Command, DataDealSaysHowEvenlyStepsAreShared) {
   testing::TemporaryFolder folder;
   const auto world = testing::make_tiny_world(folder.path());

@@ -1,14 +1,19 @@
+#include <algorithm>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "command.h"
 #include "data_deal.h"
+#include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
 #include "moegraft/data/corpus.h"
 #include "moegraft/data/emoji.h"
+#include "moegraft/data/fingerprints.h"
 #include "moegraft/data/prepare.h"
 #include "moegraft/data/shard.h"
+#include "moegraft/tokenizer/tokenizer.h"
 
 namespace moegraft::tools {
 namespace {
@@ -126,19 +131,38 @@ void add_text(CLI::App& parent) {
   command->footer("Example:\n  moegraft data prepare text data/corpus/train.txt --tokenizer models/tokenizer -o data/shards/text");
 }
 
+// A document as it reads, with "<image: 36 codes>" in a picture's place.
+std::string shown(const data::ShardSet& shards, const tokenizer::Tokenizer& tokenizer, int64_t index) {
+  std::string text;
+  for (const auto& segment : shards.document(index)) {
+    if (segment.modality == 0) text += tokenizer.decode({segment.ids.begin(), segment.ids.end()});
+    else text += detail::concat("<", shards.schema().modalities[static_cast<size_t>(segment.modality)].name, ": ", segment.ids.size(), " codes>");
+  }
+  return printable(text);
+}
+
 void add_check(CLI::App& parent) {
   struct State {
-    std::string path;
+    std::string path, tokenizer;
+    int64_t show = 0;
     bool json = false;
   };
   auto state = std::make_shared<State>();
   auto* command = parent.add_subcommand("check", "Read every document of a shard or a folder of shards, and say what it holds");
   command->add_option("path", state->path, "Shard or folder")->required();
+  command->add_option("--show", state->show, "Print the first so many documents as they read")->check(CLI::NonNegativeNumber);
+  command->add_option("--tokenizer", state->tokenizer, "With --show: folder of the tokenizer (or of the model) that made the shards");
   command->add_flag("--json", state->json, "Print the summary as one JSON object");
-  command->footer("Example:\n  moegraft data check data/shards/popular");
+  command->footer("Examples:\n  moegraft data check data/shards/popular\n  moegraft data check data/shards/popular --show 5 --tokenizer models/base");
   command->callback([state] {
+    MOEGRAFT_CHECK_USAGE(state->show == 0 || !state->tokenizer.empty(), "--show needs --tokenizer DIR, the tokenizer that made the shards");
+    const auto tokenizer = state->show > 0 ? tokenizer::load_tokenizer(state->tokenizer) : nullptr;
     const data::ShardSet shards(state->path);
     shards.validate();
+    if (tokenizer)
+      if (const auto made = shards.fingerprints().find("tokenizer"); made != shards.fingerprints().end())
+        MOEGRAFT_CHECK_USAGE(made->second == data::tokenizer_fingerprint(*tokenizer), state->path, " was made with another tokenizer than ", state->tokenizer, ": name the one that made it");
+    for (int64_t i = 0; i < std::min(state->show, shards.num_documents()); ++i) std::cout << i << "\t" << shown(shards, *tokenizer, i) << "\n";
     Json modalities = Json::array();
     std::string names;
     for (const auto& m : shards.schema().modalities) {
