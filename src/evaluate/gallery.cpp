@@ -26,6 +26,8 @@ int64_t Gallery::add(const io::Picture& picture) {
     at::Tensor picture_3HW = codec_->prepare(io::load_image(picture)).contiguous();
     if (most_side_ > 0 && most_side_ < picture_3HW.size(-1)) picture_3HW = at::adaptive_avg_pool2d(picture_3HW, {most_side_, most_side_});
     pictures_3HW_.push_back(std::move(picture_3HW));
+  } catch (const io::SourceChanged&) {
+    throw;
   } catch (const UserError& e) {
     log::warning("skipped ", picture.name(), ": ", e.what());
     ++skipped_;
