@@ -208,8 +208,13 @@ void ShardSet::validate() const {
 }
 
 ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite, int64_t max_tokens, std::map<std::string, std::string> metadata)
-    : folder_(folder), schema_(std::move(schema)), max_tokens_(max_tokens), metadata_(std::move(metadata)) {
+    : folder_(folder), schema_(std::move(schema)), overwrite_(overwrite), max_tokens_(max_tokens), metadata_(std::move(metadata)) {
   MOEGRAFT_INVARIANT(!schema_.modalities.empty() && schema_.modalities[0].name == "text", "a schema begins with text");
+  check_replace();
+}
+
+void ShardWriter::check_replace() const {
+  const auto& folder = folder_.target();
   if (!std::filesystem::exists(folder)) return;
   MOEGRAFT_CHECK_USAGE(std::filesystem::is_directory(folder), folder.string(), " is a file; shards are written into a folder");
   // The whole folder is exchanged at the end: nothing but shards may lie in it.
@@ -218,7 +223,7 @@ ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, boo
     MOEGRAFT_CHECK_USAGE(is_shard(item.path()), folder.string(), " holds ", item.path().filename().string(), ", which is no shard: name a folder of their own for shards");
     ++old;
   }
-  MOEGRAFT_CHECK_USAGE(old == 0 || overwrite, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
+  MOEGRAFT_CHECK_USAGE(old == 0 || overwrite_, folder.string(), " already holds ", old, " shard(s); give --overwrite to replace them, or another folder");
 }
 
 void ShardWriter::add(const std::vector<Segment>& document, bool same_item) {
@@ -273,7 +278,7 @@ void ShardWriter::finish(const std::map<std::string, std::string>& last_metadata
   std::map<std::string, std::string> last = last_metadata;
   last[kCount] = std::to_string(num_files_ + 1);
   flush(last);
-  folder_.publish();
+  folder_.publish([this] { check_replace(); });
 }
 
 }  // namespace moegraft::data

@@ -239,6 +239,31 @@ TEST(ShardWriter, WhatIsNoShardIsNeverReplaced) {
   EXPECT_TRUE(std::filesystem::exists(folder / "model/model.safetensors"));
 }
 
+// Of two jobs at once, and of what somebody puts there meanwhile, nothing is lost.
+TEST(ShardWriter, WhatWasMadeMeanwhileIsNotReplaced) {
+  const Folder folder;
+  const auto finish = [&](const std::string& name, bool overwrite, const std::function<void()>& meanwhile) {
+    ShardWriter writer(folder / name, kSchema, overwrite);
+    writer.add(test::to_segments({{0, {5, 6}}}));
+    meanwhile();
+    return error_of([&] { writer.finish(); });
+  };
+  EXPECT_EQ(finish("other", false, [] {}), "");
+  for (const bool overwrite : {false, true}) {
+    const std::string name = overwrite ? "allowed" : "refused";
+    const std::string error = finish(name, overwrite, [&] { std::filesystem::rename(folder / "other", folder / name); });
+    if (overwrite) EXPECT_EQ(error, "");
+    else EXPECT_NE(error.find("already holds 1 shard(s); give --overwrite"), std::string::npos) << error;
+    std::filesystem::rename(folder / name, folder / "other");
+    const std::string notes = finish(name, overwrite, [&] {
+      std::filesystem::create_directories(folder / name);
+      std::ofstream(folder / name / "notes.txt") << "mine";
+    });
+    EXPECT_NE(notes.find("holds notes.txt, which is no shard"), std::string::npos) << notes;
+    EXPECT_TRUE(std::filesystem::exists(folder / name / "notes.txt"));
+  }
+}
+
 TEST(ShardWriter, AnUnfinishedSetIsNotThere) {
   const Folder folder;
   {

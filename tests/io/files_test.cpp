@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <functional>
 #include <set>
 
 #include "moegraft/base/check.h"
@@ -120,8 +121,9 @@ TEST_F(Files, WhatAKilledProcessStagedIsRemovedByTheNext) {
   }();
   fs::create_directories(dir_ / ".set.part-1");      // between the two steps of publish(), where a file system exchanges nothing
   fs::create_directories(dir_ / ".set.part-1.old");
+  for (const char* name : {".set.part-mynotes", ".set.part-", ".set.part-07", ".set.part-7a"}) fs::create_directories(dir_ / name);  // somebody's own
   StagedFolder staged(dir_ / "set");
-  const std::set<std::string> expected{other, ".set.part-1", ".set.part-1.old", staged.path().filename().string()};
+  const std::set<std::string> expected{other, ".set.part-1", ".set.part-1.old", ".set.part-mynotes", ".set.part-", ".set.part-07", ".set.part-7a", staged.path().filename().string()};
   EXPECT_EQ(names(), expected);
   // What a living process stages stays.
   if (::fork() == 0) {
@@ -133,6 +135,56 @@ TEST_F(Files, WhatAKilledProcessStagedIsRemovedByTheNext) {
   write_file_atomic(staged.path() / "f", "whole");
   staged.publish();
   EXPECT_EQ(read_file(dir_ / "set/f"), "whole");
+}
+
+// What is there when the folder is published counts, not what was there when it was begun.
+TEST_F(Files, WhatIsThereByNowIsReplacedByPermissionOnly) {
+  const auto refuse = [] { fail("refused"); };
+  const auto allow = [] {};
+  const struct {
+    const char *name, *meanwhile, *error, *content;  // what somebody else makes of the target
+    std::function<void()> check;
+  } cases[] = {{"absent", "", "no error", "new", {}},          {"absent, refused", "", "no error", "new", refuse},     {"empty", "folder", "no error", "new", {}},
+               {"taken", "file in folder", "name another folder, or remove it first", "old", {}}, {"taken, refused", "file in folder", "refused", "old", refuse},
+               {"taken, allowed", "file in folder", "no error", "new", allow}, {"a file", "file", "name another folder, or remove it first", "", {}}};
+  for (const auto& c : cases) {
+    SCOPED_TRACE(c.name);
+    const fs::path parent = dir_ / c.name, target = parent / "set";
+    {
+      StagedFolder staged(target);
+      write_file_atomic(staged.path() / "f", "new");
+      const std::string meanwhile = c.meanwhile;
+      if (meanwhile.ends_with("folder")) fs::create_directories(target);
+      if (meanwhile == "file in folder") write_file_atomic(target / "f", "old");
+      if (meanwhile == "file") write_file_atomic(target, "old");
+      const std::string error = error_of([&] { staged.publish(c.check); });
+      EXPECT_NE(error.find(c.error), std::string::npos) << error;
+    }
+    EXPECT_EQ(read_file(*c.content ? target / "f" : target), *c.content ? c.content : "old");
+    EXPECT_EQ(std::distance(fs::directory_iterator(parent), {}), 1) << "what was staged is removed";
+  }
+}
+
+TEST_F(Files, ALinkIsFollowedAndTheCurrentDirectoryStays) {
+  fs::create_directories(dir_ / "real");
+  fs::create_directory_symlink("real", dir_ / "link");
+  fs::create_directory_symlink("link", dir_ / "link2");
+  fs::create_directory_symlink("absent/deep", dir_ / "dangling");
+  fs::create_directory_symlink("loop", dir_ / "loop");
+  for (const auto& [link, real] : {std::pair("link2", "real"), std::pair("dangling/", "absent/deep")}) {
+    StagedFolder staged(dir_ / link);
+    write_file_atomic(staged.path() / "f", "new");
+    staged.publish();
+    EXPECT_TRUE(fs::is_symlink(fs::path((dir_ / link).string().substr(0, (dir_ / link).string().find_last_not_of('/') + 1))));
+    EXPECT_EQ(read_file(dir_ / real / "f"), "new");
+  }
+  EXPECT_NE(error_of([&] { StagedFolder(dir_ / "loop"); }).find("leads to itself"), std::string::npos);
+  const fs::path before = fs::current_path();
+  fs::create_directories(dir_ / "here/below");
+  fs::current_path(dir_ / "here/below");
+  for (const char* name : {".", "..", "../below/"}) EXPECT_NE(error_of([&] { StagedFolder{fs::path(name)}; }).find("is the current directory or holds it"), std::string::npos) << name;
+  EXPECT_EQ(error_of([&] { StagedFolder{fs::path("../beside")}; }), "no error");
+  fs::current_path(before);
 }
 
 }  // namespace

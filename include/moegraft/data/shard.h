@@ -102,15 +102,18 @@ class ShardWriter {
   ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26, std::map<std::string, std::string> metadata = {});
   // UserError on an id out of range; empty documents are refused. same_item: it is the item of the document before it.
   void add(const std::vector<Segment>& document, bool same_item = false);
-  // Writes the last file, and puts the folder in the place of what was there. last_metadata: further entries for it. UserError when no document was added.
+  // Writes the last file, and puts the folder in the place of what was there, if that may still be replaced. last_metadata: further entries for it. UserError when no
+  // document was added, or when the folder holds by now what the constructor refuses.
   void finish(const std::map<std::string, std::string>& last_metadata = {});
   int64_t num_documents() const { return num_documents_; }
   int64_t num_tokens() const { return num_tokens_; }
 
  private:
+  void check_replace() const;
   void flush(const std::map<std::string, std::string>& further = {});
   io::StagedFolder folder_;
   Schema schema_;
+  bool overwrite_;
   int64_t max_tokens_, num_files_ = 0, num_documents_ = 0, num_tokens_ = 0;
   std::map<std::string, std::string> metadata_;
   std::vector<int32_t> ids_;
