@@ -18,6 +18,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+const std::vector<std::string> kFiles{"adapter_model.safetensors", "adapter_config.json", "moegraft.json", "vocabulary.json", "README.md"};
+
 fs::path check_output(const PeftOptions& options) {
   MOEGRAFT_CHECK_USAGE(!options.output.empty(), "the export needs a folder to write: -o DIR");
   fs::path output = fs::absolute(options.output).lexically_normal();
@@ -26,6 +28,8 @@ fs::path check_output(const PeftOptions& options) {
   if (!fs::exists(output)) return output;
   MOEGRAFT_CHECK_USAGE(options.overwrite, output.string(), " exists; choose another folder or pass --overwrite");
   MOEGRAFT_CHECK_USAGE(fs::exists(output / "moegraft.json") && fs::exists(output / "adapter_config.json"), output.string(), " exists and is no earlier export; --overwrite replaces only those");
+  const std::string foreign = io::find_foreign(output, kFiles);
+  MOEGRAFT_CHECK_USAGE(foreign.empty(), output.string(), " holds ", foreign, ", which no export wrote and --overwrite would remove: move it away or choose another folder");
   return output;
 }
 
@@ -82,7 +86,7 @@ PeftReport export_peft(const graft::GraftedModel& m, const PeftOptions& options)
   io::write_file_atomic(folder.path() / "README.md", readme(m, base_name));
 
   PeftReport report = verify_peft(m, folder.path());
-  folder.publish();
+  folder.publish([&] { check_output(options); });
   report.output = output;
   if (report.silent_experts > 0) log::warning(report.silent_experts, " of ", report.experts, " expert deltas are zero: those experts' adapters were never trained");
   return report;

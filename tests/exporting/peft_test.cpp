@@ -395,6 +395,11 @@ TEST_F(Export, RefusesWhatItMustNotReplace) {
   PeftOptions mine = to("mine");
   mine.overwrite = true;
   EXPECT_THROW(export_peft(m, mine), UsageError);
+  options.overwrite = true;
+  export_peft(m, options);
+  io::write_file_atomic(options.output / "notes.txt", "mine");
+  EXPECT_THROW(export_peft(m, options), UsageError) << "a file beside the earlier export's";
+  EXPECT_TRUE(fs::exists(options.output / "notes.txt"));
   EXPECT_THROW(export_peft(m, to("no/such/parent")), UsageError);
   graft::OpenOptions open_options;
   open_options.device = "cpu";
