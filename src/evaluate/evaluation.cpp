@@ -246,29 +246,44 @@ std::string stamp_of(const std::string& file) {
   return detail::concat(file, ' ', bytes, ' ', fs::last_write_time(file, error).time_since_epoch().count(), '\n');
 }
 
-std::vector<std::string> pictures_behind(const fs::path& path) {
-  std::vector<std::string> files;
-  if (fs::is_directory(path)) {
-    for (const auto& entry : fs::recursive_directory_iterator(path))
-      if (io::has_picture_extension(entry.path().filename().string())) files.push_back(entry.path().string());
-    std::sort(files.begin(), files.end());
-  } else if (const std::string name = path.filename().string(); !name.ends_with(".safetensors") && !io::has_picture_extension(name)) {
+// What is read of a data set: its rows, and the files that they name by their stamps. Empty for what has none, or cannot be read: that is told when it is measured.
+std::string rows_of(const fs::path& path) {
+  std::string text;
+  try {
     io::read_rows(path, [&](const io::Row& row) {
-      const Json strings = row.json.flatten();  // whatever its shape
-      for (const auto& value : strings)
-        if (value.is_string() && io::has_picture_extension(value.get_ref<const std::string&>())) files.push_back((row.folder / value.get<std::string>()).string());
+      text += row.json.dump(-1, ' ', false, Json::error_handler_t::replace);
+      const Json values = row.json.flatten();  // whatever its shape
+      for (const auto& value : values) {
+        if (row.folder.empty() || !value.is_string() || row.pictures.contains(value.get_ref<const std::string&>())) continue;
+        std::error_code none;  // a caption is no name of a file
+        if (const fs::path file = row.folder / value.get_ref<const std::string&>(); fs::is_regular_file(file, none)) text += stamp_of(file.string());
+      }
+      text = io::checksum_hex(text);
     }, [](const std::string&) {});
+  } catch (const UserError&) {
   }
-  return files;
+  return text;
+}
+
+// Pictures in a folder, which `codec.pictures` reads without rows.
+std::string pictures_in(const fs::path& folder) {
+  std::vector<std::string> files;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (io::has_picture_extension(entry.path().filename().string())) files.push_back(entry.path().string());
+  std::sort(files.begin(), files.end());
+  std::string text;
+  for (const auto& file : files) text += stamp_of(file);
+  return text;
 }
 
 // Shards, manifests, tars, Parquet and Arrow files by content, and the picture files that these name by their stamps.
 std::string content_of(const std::string& path) {
   if (path.empty()) return "";
-  if (const std::string rows = io::fingerprint_rows(path); !rows.empty()) return rows;
-  std::string text = io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
-  for (const auto& file : pictures_behind(path)) text += stamp_of(file);
-  return io::checksum_hex(text);
+  std::string text = io::fingerprint_rows(path);
+  if (text.empty()) text = io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors") || name.starts_with("metadata."); });
+  if (fs::is_directory(path)) text += pictures_in(path);
+  else if (path.ends_with(".safetensors") || io::has_picture_extension(path)) return text;
+  return io::checksum_hex(text + rows_of(path));
 }
 
 // The JSON in `output` as an earlier call left it; an empty object where there is none.
@@ -289,6 +304,17 @@ std::string identify(const Section& s, const std::string& whose) {
   return io::checksum_hex(text);
 }
 
+// Whether a result has all that its rows are made of: files of results are edited by hand.
+bool is_whole(const Section& s, const Json& result) {
+  try {
+    table_rows(s.key, s.name, result);
+    return true;
+  } catch (const Json::exception&) {
+    log::warning(s.label(), " of the earlier results is not as moegraft eval writes it, and is measured again");
+    return false;
+  }
+}
+
 // A section's result of an earlier call, when it would be the same today; else null.
 const Json* find_earlier(const Json& earlier, const Section& s, const std::string& identity) {
   const Json* at = &earlier;
@@ -298,7 +324,7 @@ const Json* find_earlier(const Json& earlier, const Section& s, const std::strin
   }
   const auto sections = earlier.find("sections");
   const bool same = sections != earlier.end() && sections->is_object() && sections->value(s.label(), Json()) == identity;
-  return same && (s.leaves.empty() || fs::exists(s.leaves)) ? at : nullptr;
+  return same && (s.leaves.empty() || fs::exists(s.leaves)) && is_whole(s, *at) ? at : nullptr;
 }
 
 // Takes over what `earlier` holds of the same model that this call does not ask for.
@@ -307,7 +333,7 @@ void keep_others(Json& result, const Json& earlier, const std::vector<Section>& 
     if (std::any_of(sections.begin(), sections.end(), [&](const Section& s) { return s.label() == label; })) continue;
     const size_t dot = label.find('.');
     const std::string key = label.substr(0, dot);
-    if (!earlier.contains(key)) continue;
+    if (!earlier.contains(key) || !earlier.at(key).is_object()) continue;
     if (dot == std::string::npos) result[key] = earlier.at(key);
     else result[key][label.substr(dot + 1)] = earlier.at(key).value(label.substr(dot + 1), Json());
     result["sections"][label] = identity;

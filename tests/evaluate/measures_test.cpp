@@ -356,6 +356,66 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->run, config, {output.parent_path(), {}}); }).find("is a folder; give a file"), std::string::npos);
 }
 
+// A result is kept while the pictures are the same, however they are named.
+TEST_F(Measures, AnotherPictureBehindAnyKindOfManifestIsMeasured) {
+  const fs::path dir = folder_->path() / "behind";
+  const std::string first = io::read_file(world_->manifest);
+  const fs::path picture = world_->manifest.parent_path() / io::Json::parse(first.substr(0, first.find('\n')))["image"].get<std::string>();
+  for (const char* folder : {"pics", "bare", "f", "red", "labels", "flat"}) fs::create_directories(dir / folder);
+  for (const char* copy : {"pics/a.png", "pics/b.png", "bare/a", "red/a.png", "flat/a.png"}) fs::copy_file(picture, dir / copy);
+  fs::create_directory_symlink("../red", dir / "labels/red");
+  io::write_file_atomic(dir / "m-0.jsonl", R"({"image": "pics/a.png", "text": "x"})");
+  io::write_file_atomic(dir / "m-1.jsonl", R"({"image": "pics/b.png", "text": "x"})");
+  io::write_file_atomic(dir / "f/metadata.jsonl", R"({"file_name": "../pics/a.png", "text": "x"})");
+  io::write_file_atomic(dir / "bare.jsonl", R"({"image": "bare/a", "text": "a text that is longer than the name of a file may be )" + std::string(5000, '.') + "\"}");
+  io::write_file_atomic(dir / "list.csv", "file_name,text\npics/b.png,x\n");
+  for (const auto& [pictures, changed] : {std::pair("m-{0,1}.jsonl", "pics/b.png"), {"f", "pics/a.png"}, {"bare.jsonl", "bare/a"}, {"list.csv", "pics/b.png"}, {"labels", "red/a.png"}, {"flat", "flat/a.png"},
+                                          {"flat/a.png", "flat/a.png"}}) {
+    SCOPED_TRACE(pictures);
+    EvalConfig config;
+    config.codec = {{"c", text_of(dir / pictures)}};
+    const fs::path output = dir / "eval.json";
+    fs::remove(output);
+    const auto kept = [&] {  // a mark is lost by what is measured again
+      auto j = fs::exists(output) ? io::read_json(output) : io::Json::object();
+      if (!j.empty()) j["codec"]["c"]["mark"] = true, io::write_json(output, j);
+      return io::Json::parse(evaluate_model(world_->run, config, {output, {}}))["codec"]["c"].contains("mark");
+    };
+    EXPECT_FALSE(kept());
+    EXPECT_TRUE(kept());
+    if (std::string(pictures) == changed) io::write_file_atomic(dir / changed, io::read_file(dir / changed) + "x");  // itself, by its content
+    else fs::last_write_time(dir / changed, fs::last_write_time(dir / changed) + std::chrono::seconds(1));
+    EXPECT_FALSE(kept());
+    EXPECT_TRUE(kept());
+  }
+}
+
+TEST_F(Measures, ResultsThatWereEditedAreMeasuredAgain) {
+  const fs::path output = folder_->path() / "edited.json";
+  EvalConfig config;
+  config.text.emplace().shards = {text_of(world_->text_shards)};
+  config.codec = {{"c", text_of(world_->manifest)}};
+  const std::string whole = evaluate_model(world_->run, config, {output, {}});
+  const auto edited = [&](const char* at, const io::Json& value) {
+    io::Json j = io::Json::parse(whole);
+    j[io::Json::json_pointer(at)] = value;
+    return j;
+  };
+  for (const auto& j : {edited("/text", 5), edited("/text/packing", 5), edited("/text", io::Json::object()), edited("/codec", "none"), edited("/codec/c", io::Json::array()), edited("/sections/codec.c", 1),
+                        edited("/sections/images.all", "00"), edited("/sections/images", "00")}) {
+    io::write_json(output, j);
+    std::string table;
+    EXPECT_EQ(message_of([&] { evaluate_model(world_->run, config, {output, [&](const std::string& rows) { table += rows; }}); }), "no error") << j["sections"];
+    EXPECT_NE(table.find("codec PSNR, c"), std::string::npos);
+    for (const char* key : {"text", "codec"}) EXPECT_EQ(io::read_json(output)[key], io::Json::parse(whole)[key]) << j["sections"];
+  }
+  auto images = edited("/images", 5);
+  images["sections"]["images.all"] = "00";
+  io::write_json(output, images);
+  config.images = {{"b", text_of(world_->image_shards)}};
+  EXPECT_EQ(message_of([&] { evaluate_model(world_->run, config, {output, {}}); }), "no error");
+}
+
 TEST_F(Measures, BadInputIsRefused) {
   const auto parse = [](const std::string& yaml) { return message_of<UsageError>([&] { config::parse<EvalConfig>(config::Document::from_string(yaml)); }); };
   EXPECT_NE(parse("txt: {}\n").find("text"), std::string::npos);
