@@ -23,7 +23,8 @@ std::string nearest_word(std::string_view word, const std::vector<std::string>& 
         diagonal = above;
       }
     }
-    if (row.back() < best_distance) best_distance = row.back(), best = candidate;
+    const bool near = 2 * row.back() <= std::max(word.size(), candidate.size());  // or little but the length is alike: foo and ot
+    if (near && row.back() < best_distance) best_distance = row.back(), best = candidate;
   }
   return best;
 }

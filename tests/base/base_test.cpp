@@ -143,6 +143,8 @@ TEST(Rng, PermutationHoldsEachIndexOnce) {
 TEST(Text, NearestWord) {
   EXPECT_EQ(nearest_word("warm_up", {"warmup", "steps", "lr"}), "warmup");
   EXPECT_EQ(nearest_word("zzzzzz", {"warmup", "steps", "lr"}), "");
+  EXPECT_EQ(nearest_word("img", {"image"}), "image");
+  EXPECT_EQ(nearest_word("foo", {"ot", "run", "model"}), "") << "one letter of three in common is not near";
 }
 
 TEST(Text, SplitJoinTrim) {

@@ -46,7 +46,6 @@ std::vector<std::string> tokenize_changed(const TinyWorld& w, const std::functio
   return {"tokenize", w.tokenizer.string(), "--text", text};
 }
 std::vector<std::string> train_with(const TinyWorld& w, const std::string& set) { return {"train", "-c", w.yaml.string(), "--set", set}; }
-
 const std::vector<Case>& cases() {
   static const std::vector<Case> list{
       {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 2},
@@ -196,6 +195,8 @@ const std::vector<Case>& cases() {
          io::write_json(w.run / "vocabulary.json", j);
          return std::vector<std::string>{"generate", w.run.string(), "--prompt", "a", "--image", "o.png"};
        }, "vocabulary.json: image: num_codes or item_length is out of range", 1},
+      {"a short word like nothing", [](const TinyWorld&) { return std::vector<std::string>{"foo"}; }, "unknown command foo of moegraft; expected one of train, ", 2},
+      {"a short key like nothing", [](const TinyWorld& w) { return train_with(w, "foo=3"); }, "foo is not a known key; ", 2},
       {"a run without a whole checkpoint", [](const TinyWorld& w) {
          testing::write_run(w);
          for (const auto& dir : fs::directory_iterator(w.run / "checkpoints")) fs::remove(dir.path() / "manifest.json");
