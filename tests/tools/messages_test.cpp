@@ -195,6 +195,11 @@ const std::vector<Case>& cases() {
          io::write_json(w.run / "vocabulary.json", j);
          return std::vector<std::string>{"generate", w.run.string(), "--prompt", "a", "--image", "o.png"};
        }, "vocabulary.json: image: num_codes or item_length is out of range", 1},
+      {"no process", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nproc", "0", "tokenize", "x"}; }, "--nproc: Value 0 not in range 1 to 4096; see moegraft launch --help", 2},
+      {"a number of processes that is none", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nproc", "x", "--", "tokenize", "x"}; }, "--nproc: Value x not in range 1 to 4096", 2},
+      {"a port beyond the last", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nproc", "1", "--master-port", "70000", "tokenize"}; }, "--master-port: Value 70000 not in range 0 to 65535", 2},
+      {"fewer restarts than none", [](const TinyWorld&) { return std::vector<std::string>{"launch", "--nproc", "1", "--max-restarts", "-1", "tokenize"}; }, "--max-restarts: must be a number, 0 or more, got -1", 2},
+      {"launch's option behind the command", [](const TinyWorld&) { return std::vector<std::string>{"launch", "tokenize", "--nproc", "1"}; }, "--nproc N, from 1 to 4096, must be given before the command", 2},
       {"a short word like nothing", [](const TinyWorld&) { return std::vector<std::string>{"foo"}; }, "unknown command foo of moegraft; expected one of train, ", 2},
       {"a short key like nothing", [](const TinyWorld& w) { return train_with(w, "foo=3"); }, "foo is not a known key; ", 2},
       {"a run without a whole checkpoint", [](const TinyWorld& w) {

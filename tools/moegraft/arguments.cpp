@@ -55,6 +55,7 @@ std::string unknown_word(const CLI::App& app) {
     if (at != &app) command += " " + at->get_name();
     const auto commands = names_of_commands(*at);
     for (const std::string& word : at->remaining()) {
+      if (word == "--") continue;  // what separates a launched command
       const bool option = word.starts_with("-");
       const std::string name = word.substr(0, option ? word.find('=') : std::string::npos);
       const std::string near = !option ? nearest_word(name, commands) : name.starts_with("--") ? nearest_word(name, names_of_options(*at)) : "";

@@ -252,12 +252,14 @@ void add_launch_command(CLI::App& app) {
   command->footer(
       "Example:\n  moegraft launch --nproc 4 --max-restarts 3 -- train -c configs/quickstart/graft.yaml\n"
       "Several machines: torchrun --no-python --nnodes 2 --nproc-per-node 8 … moegraft train -c …, srun moegraft train …, or mpirun.");
-  command->add_option("--nproc", o->processes, "Number of processes")->required()->check(CLI::Range(1, 4096));
+  command->add_option("--nproc", o->processes, "Number of processes; required")->check(CLI::Range(1, 4096));
   command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")->check(not_negative())->capture_default_str();
   command->add_option("--master-port", o->port, "Port where they meet (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
   command->add_option("command", o->command, "What each process runs: a moegraft command with its options, after --");
   command->callback([o] {
     auto arguments = o->command;
+    // Not required(): CLI11 would not say that it stands in the wrong place.
+    MOEGRAFT_CHECK_USAGE(o->processes > 0, "launch: --nproc N, from 1 to 4096, must be given before the command, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);
