@@ -202,6 +202,21 @@ const std::vector<Case>& cases() {
       {"launch's option behind the command", [](const TinyWorld&) { return std::vector<std::string>{"launch", "tokenize", "--nproc", "1"}; }, "--nproc N, from 1 to 4096, must be given before the command", 2},
       {"a short word like nothing", [](const TinyWorld&) { return std::vector<std::string>{"foo"}; }, "unknown command foo of moegraft; expected one of train, ", 2},
       {"a short key like nothing", [](const TinyWorld& w) { return train_with(w, "foo=3"); }, "foo is not a known key; ", 2},
+      {"an id that is missing", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,,2", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3, each from 0 up, got 1,,2", 2},
+      {"an id that is missing at the end", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2,", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3", 2},
+      {"logits that are no numbers", [](const TinyWorld& w) {
+         io::save_safetensors(w.dir / "nan.safetensors", {{"logits", at::full({1, 2, 300}, NAN)}});
+         return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2", "--against", (w.dir / "nan.safetensors").string()};
+       }, "nan.safetensors: its logits are not all finite", 1},
+      {"something else where ids are written", [](const TinyWorld& w) {
+         return std::vector<std::string>{"codec", "encode", w.codec.string(), "--image", "x.png", "-o", (w.base / "config.json").string()};
+       }, "config.json exists and holds no ids; give another file or remove it", 2},
+      {"a file beside an earlier codec", [](const TinyWorld& w) {
+         io::write_file_atomic(w.dir / "codec.yaml", "dir: " + w.codec.string() + "\ndata: { train: [{ path: " + w.manifest.string() + " }] }\n");
+         io::write_file_atomic(w.codec / "codec.yaml", "");
+         io::write_file_atomic(w.codec / "notes.txt", "mine");
+         return std::vector<std::string>{"codec", "train", "-c", (w.dir / "codec.yaml").string(), "--overwrite"};
+       }, "holds notes.txt, which no training wrote and --overwrite would remove", 2},
       {"a run without a whole checkpoint", [](const TinyWorld& w) {
          testing::write_run(w);
          for (const auto& dir : fs::directory_iterator(w.run / "checkpoints")) fs::remove(dir.path() / "manifest.json");

@@ -52,12 +52,14 @@ struct Options {
   bool json = false, overwrite = false;
 };
 
-// Before an hour's training: what may be replaced at its end.
+// Before an hour's training, and at its end: what may be replaced.
 void check_target(const std::filesystem::path& dir, bool overwrite) {
   MOEGRAFT_CHECK_USAGE(!dir.empty(), "dir is required: the folder that the codec is written to");
   if (!std::filesystem::exists(dir) || (std::filesystem::is_directory(dir) && std::filesystem::is_empty(dir))) return;
   MOEGRAFT_CHECK_USAGE(std::filesystem::exists(dir / "config.json") && std::filesystem::exists(dir / "codec.yaml"), dir.string(), " exists and is no codec trained here; name another dir");
   MOEGRAFT_CHECK_USAGE(overwrite, dir.string(), " holds a codec, and runs and shards made with it need it as it is: name another dir, or replace it with --overwrite");
+  const std::string foreign = io::find_foreign(dir, {"config.json", "model.safetensors", "codec.yaml", "report.json", "sheet.png"});
+  MOEGRAFT_CHECK_USAGE(foreign.empty(), dir.string(), " holds ", foreign, ", which no training wrote and --overwrite would remove: move it away or name another dir");
 }
 
 void train(const Options& o) {
@@ -99,11 +101,12 @@ void train(const Options& o) {
   }
   write_sheet(*model, sources.back(), (dir / "sheet.png").string());
   io::write_json(dir / "report.json", report);
-  folder.publish();
+  folder.publish([&] { check_target(config.dir, o.overwrite); });
   if (o.json) std::cout << report.dump() << "\n";
 }
 
 void encode(const Options& o) {
+  check_tensor_output(o.output, {"ids"});
   const auto codec = codec::load_codec(o.codec_dir);
   std::vector<at::Tensor> pixels;
   for (const auto& path : o.pictures) pixels.push_back(codec->prepare(io::load_image(path)));

@@ -3,6 +3,9 @@
 
 #include <CLI/CLI.hpp>
 
+#include <string>
+#include <vector>
+
 namespace moegraft::tools {
 
 void add_train_command(CLI::App& app);
@@ -27,5 +30,8 @@ void parse(CLI::App& app, int argc, char** argv);
 // Checks of an option's number: CLI11's own name the largest double in 310 digits.
 CLI::Validator positive();
 CLI::Validator not_negative();
+
+// UsageError when `file` exists and is no safetensors file of the first of `tensors`, with or without the others: something else is not replaced.
+void check_tensor_output(const std::string& file, const std::vector<std::string>& tensors);
 
 }  // namespace moegraft::tools

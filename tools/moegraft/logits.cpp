@@ -36,8 +36,10 @@ at::Tensor read_ids(const std::string& given) {
   std::error_code no_name;  // a long list of ids
   if (given.find_first_not_of("0123456789-+., ") == std::string::npos && !std::filesystem::exists(given, no_name)) {
     std::vector<int64_t> ids;
+    bool after_id = false;  // where a comma may stand
     for (const char *at = given.data(), *end = at + given.size(); at < end;) {
-      if (*at == ',' || *at == ' ') {
+      if (*at == ' ' || (*at == ',' && after_id)) {
+        after_id = after_id && *at == ' ';
         ++at;
         continue;
       }
@@ -45,9 +47,9 @@ at::Tensor read_ids(const std::string& given) {
       const bool whole = read.ptr == end || *read.ptr == ',' || *read.ptr == ' ';
       MOEGRAFT_CHECK_USAGE(read.ec != std::errc::result_out_of_range, "--ids: a number is out of range in ", shortened(given));
       MOEGRAFT_CHECK_USAGE(read.ec == std::errc() && whole && ids.back() >= 0, "--ids must be ids such as 1,2,3, each from 0 up, got ", shortened(given));
-      at = read.ptr;
+      at = read.ptr, after_id = true;
     }
-    MOEGRAFT_CHECK_USAGE(!ids.empty(), "--ids must be ids such as 1,2,3 or a safetensors file with input_ids, got '", given, "'");
+    MOEGRAFT_CHECK_USAGE(after_id, "--ids must be ids such as 1,2,3 or a safetensors file with input_ids, got '", given, "'");
     return at::tensor(ids, at::kLong).unsqueeze(0);
   }
   const at::Tensor ids = io::SafetensorsFile(given).tensor("input_ids");
@@ -83,14 +85,18 @@ at::Tensor read_other(const std::string& path, const at::Tensor& ids) {
   const at::Tensor other = file.tensor("logits");
   MOEGRAFT_CHECK(other.dim() == 3 && other.size(0) == ids.size(0) && other.size(1) == ids.size(1), path, ": logits must be of the same ids, [", ids.size(0), ",", ids.size(1), ",V], got ", other.sizes().vec());
   MOEGRAFT_CHECK(!file.contains("input_ids") || file.tensor("input_ids").equal(ids), path, ": its logits are of other ids than --ids names: compare on the same");
+  MOEGRAFT_CHECK(at::isfinite(other).all().item<bool>(), path, ": its logits are not all finite: nothing can be compared with them");
   return other;
 }
 
 // How far logits [B,S,V] are from another model's, in the columns that both have: a graft's new rows come after its base's.
 void compare(const Options& o, const at::Tensor& logits, const at::Tensor& other) {
   const int64_t V = std::min(logits.size(2), other.size(2));
+  if (logits.size(2) != other.size(2)) log::warning("the vocabularies have ", logits.size(2), " and ", other.size(2), " ids: compared are the first ", V, " of both");
+  MOEGRAFT_CHECK(at::isfinite(logits).all().item<bool>(), "the logits of ", o.model, " are not all finite: nothing can be compared with them (a damaged model, or --dtype float32 is needed)");
   const at::Tensor a = logits.narrow(2, 0, V), b = other.narrow(2, 0, V).to(at::kFloat);
   const Json result{{"positions", a.size(0) * a.size(1)},
+                    {"ids", V},
                     {"max_abs_difference", (a - b).abs().max().item<double>()},
                     {"max_abs", b.abs().max().item<double>()},
                     {"same_likeliest_percent", 100 * a.argmax(2).eq(b.argmax(2)).to(at::kDouble).mean().item<double>()},
@@ -106,14 +112,7 @@ void check_output(const Options& o) {
   namespace fs = std::filesystem;
   if (o.output.empty() || !fs::exists(o.output)) return;
   MOEGRAFT_CHECK_USAGE(o.against.empty() || !fs::equivalent(o.output, o.against), "-o and --against are the same file, ", o.output, ": give another for -o");
-  bool ours = false;
-  try {
-    const io::SafetensorsFile file(o.output);
-    const auto names = file.names();
-    ours = file.contains("logits") && names.size() == (file.contains("input_ids") ? 2u : 1u);
-  } catch (const UserError&) {
-  }
-  MOEGRAFT_CHECK_USAGE(ours, "-o: ", o.output, " exists and holds no logits; give another file or remove it");
+  check_tensor_output(o.output, {"logits", "input_ids"});
 }
 
 void run(const Options& o) {
