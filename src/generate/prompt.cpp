@@ -2,10 +2,12 @@
 
 #include "libtorch.h"
 
+#include <algorithm>
 #include <cctype>
 #include <deque>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/data/sequence.h"
 #include "moegraft/io/image.h"
@@ -23,6 +25,15 @@ bool is_name(std::string_view text) {
   for (const char c : text)
     if (!std::isalnum(static_cast<unsigned char>(c)) && c != '_' && c != '-') return false;
   return !text.empty();
+}
+
+// What was probably meant as a picture: <imag:x.png>, or <image:x.png without its end. "a <b: c" is text like any other.
+bool looks_like_picture(const std::string& piece, const model::Vocabulary& vocabulary) {
+  std::vector<std::string> names;
+  for (const auto& tokens : vocabulary.modalities) names.push_back(tokens.name);
+  const size_t colon = piece.find(':');
+  const std::string name = trim(std::string_view(piece).substr(1, colon == std::string::npos ? 0 : colon - 1));
+  return !names.empty() && is_name(name) && (!nearest_word(lower_case(name), names).empty() || io::has_picture_extension(trim(piece.substr(colon + 1))));
 }
 
 data::DataConfig token_rules(const graft::GraftedModel& model) {
@@ -65,6 +76,13 @@ Prompt parse_prompt(const std::string& text, const model::Vocabulary& vocabulary
     if (!known) {
       MOEGRAFT_CHECK_USAGE(name != "image", "the prompt holds ", text.substr(at, close + 1 - at), ", but the model has no modality \"image\"",
                            vocabulary.modalities.empty() ? ": it has text only" : "");
+      if (text[at] == '<') {
+        const size_t end = std::min({close, text.find('<', at + 1), text.size()});
+        const bool closed = end == close;
+        const std::string piece = text.substr(at, end - at);
+        if (looks_like_picture(piece, vocabulary))
+          log::warning("the prompt holds ", shortened(piece), closed ? ">" : "", " as text: a picture is written <", vocabulary.modalities.front().name, ":picture.png>", closed ? "" : ", with its >");
+      }
       pending += text[at++];
       continue;
     }

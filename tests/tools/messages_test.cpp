@@ -46,6 +46,13 @@ std::vector<std::string> tokenize_changed(const TinyWorld& w, const std::functio
   return {"tokenize", w.tokenizer.string(), "--text", text};
 }
 std::vector<std::string> train_with(const TinyWorld& w, const std::string& set) { return {"train", "-c", w.yaml.string(), "--set", set}; }
+std::vector<std::string> generate_with(const TinyWorld& w, const std::vector<std::string>& options) {
+  testing::write_run(w);
+  std::vector<std::string> argv{"generate", w.run.string(), "--image", (w.dir / "o.png").string()};
+  argv.insert(argv.end(), options.begin(), options.end());
+  return argv;
+}
+
 const std::vector<Case>& cases() {
   static const std::vector<Case> list{
       {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 2},
@@ -202,6 +209,15 @@ const std::vector<Case>& cases() {
       {"launch's option behind the command", [](const TinyWorld&) { return std::vector<std::string>{"launch", "tokenize", "--nproc", "1"}; }, "--nproc N, from 1 to 4096, must be given before the command", 2},
       {"a short word like nothing", [](const TinyWorld&) { return std::vector<std::string>{"foo"}; }, "unknown command foo of moegraft; expected one of train, ", 2},
       {"a short key like nothing", [](const TinyWorld& w) { return train_with(w, "foo=3"); }, "foo is not a known key; ", 2},
+      {"more pictures than anyone wants", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--n", "99999999999"}); }, "--n: Value 99999999999 not in range 1 to 1000000", 2},
+      {"fewer columns than none", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--columns", "-2"}); }, "--columns: Value -2 not in range 0 to 1000", 2},
+      {"a seed below 0", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--seed", "-1"}); }, "--seed: must be a number, 0 or more, got -1", 2},
+      {"prompts that are a folder", [](const TinyWorld& w) { return generate_with(w, {"--prompts", w.dir.string()}); }, "is a folder; give a file with a prompt a line", 2},
+      {"a mistyped picture in a prompt", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a <imag:x.png>", "--with-image", "/nowhere.png"}); },
+       "the prompt holds <imag:x.png> as text: a picture is written <image:picture.png>", 1},
+      {"a picture in a prompt without its end", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a <image:x.png", "--with-image", "/nowhere.png"}); }, "the prompt holds <image:x.png as text", 1},
+      {"a variable in a prompt's picture that is not set", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "<image:$MOEGRAFT_NO_SUCH_VARIABLE/x.png>"}); },
+       "the environment variable MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
       {"an id that is missing", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,,2", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3, each from 0 up, got 1,,2", 2},
       {"an id that is missing at the end", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2,", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3", 2},
       {"logits that are no numbers", [](const TinyWorld& w) {
@@ -250,7 +266,10 @@ TEST(Messages, PathsKnowHomeAndVariables) {
   testing::TemporaryFolder folder;
   const TinyWorld w = testing::make_tiny_world(folder / "made");
   const std::string base = fs::relative(w.base, w.dir).string(), codec = fs::relative(w.codec, w.dir).string();
+  testing::write_run(w);
+  const auto picture = *fs::directory_iterator(w.manifest.parent_path() / "images");
   const std::vector<std::vector<std::string>> commands = {
+      {"generate", w.run.string(), "--prompt", "like <image:$WORLD/" + fs::relative(picture.path(), w.dir).string() + ">", "--image", (folder / "o.png").string()},
       {"inspect", "$WORLD/" + base},
       {"inspect", "~/" + base},
       {"inspect", "-c", "${WORLD}/" + fs::relative(w.yaml, w.dir).string(), "--set", "model.path=~/" + base},

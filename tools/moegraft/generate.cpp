@@ -12,6 +12,7 @@
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
+#include "moegraft/config/config.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/generate/text.h"
 #include "moegraft/io/image.h"
@@ -35,6 +36,7 @@ std::vector<std::string> read_prompts(const Options& o) {
   if (!o.prompt_file.empty()) {
     std::ifstream file;
     if (o.prompt_file != "-") {
+      MOEGRAFT_CHECK_USAGE(!fs::is_directory(o.prompt_file), "--prompts: ", o.prompt_file, " is a folder; give a file with a prompt a line");
       file.open(o.prompt_file);
       MOEGRAFT_CHECK_USAGE(file, o.prompt_file, ": cannot read the prompts");
     }
@@ -50,6 +52,9 @@ std::vector<generate::Prompt> parse(const Options& o, const std::vector<std::str
   std::vector<generate::Prompt> prompts;
   for (const auto& text : texts) {
     generate::Prompt prompt = generate::parse_prompt(text, model.vocabulary);
+    std::error_code none;  // a file of just that name is what is meant
+    for (auto& part : prompt)
+      if (!part.image.empty() && !fs::exists(part.image, none)) part.image = config::expand_path(part.image.string(), "--prompt");
     for (auto it = o.pictures.rbegin(); it != o.pictures.rend(); ++it) {
       const auto& tokens = generate::find_modality(model, o.images.modality);
       prompt.insert(prompt.begin(), {tokens.name, "", *it, {}});
@@ -185,15 +190,15 @@ void add_generate_command(CLI::App& app) {
   command->add_option("--prompts", o->prompt_file, "File with a prompt a line (- is standard input)");
   command->add_option("--with-image", o->pictures, "A picture before every prompt; repeat for several")->allow_extra_args(false);
   command->add_option("--image", o->image, "Picture to write; several become NAME-0.png, NAME-1.png, … and NAME.png their contact sheet")->capture_default_str();
-  command->add_option("--n", o->images.n, "Pictures or texts per prompt")->capture_default_str();
+  command->add_option("--n", o->images.n, "Pictures or texts per prompt")->check(CLI::Range(int64_t{1}, int64_t{1000000}))->capture_default_str();
   command->add_option("--cfg", o->images.cfg, "Classifier-free guidance; 1: off. Needs a run with data.caption_dropout")->capture_default_str();
   command->add_option("--temperature", o->images.sampling.temperature, "0: always the likeliest")->capture_default_str();
   command->add_option("--top-k", o->images.sampling.top_k, "Draw among so many; 0: off")->capture_default_str();
   command->add_option("--top-p", o->images.sampling.top_p, "Draw among the likeliest of this total probability; 1: off")->capture_default_str();
-  command->add_option("--seed", o->images.seed, "Picture i of a prompt depends on the seed alone")->capture_default_str();
+  command->add_option("--seed", o->images.seed, "Picture i of a prompt depends on the seed alone")->check(not_negative())->capture_default_str();
   command->add_option("--modality", o->images.modality, "What to draw, where a model has several modalities");
   command->add_option("--max-batch", o->images.max_batch, "Pictures decoded together at most")->capture_default_str();
-  command->add_option("--columns", o->columns, "Columns of the contact sheet; 0: by itself")->capture_default_str();
+  command->add_option("--columns", o->columns, "Columns of the contact sheet; 0: by itself")->check(CLI::Range(0, 1000))->capture_default_str();
   command->add_flag("--text", o->text, "Write text instead of drawing");
   command->add_option("--max-tokens", o->max_tokens, "Longest text")->capture_default_str();
   command->add_option("--checkpoint", o->checkpoint, "latest, best, or a step")->capture_default_str();

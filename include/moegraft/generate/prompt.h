@@ -23,7 +23,7 @@ using Prompt = std::vector<PromptPart>;
 inline Prompt text_prompt(std::string text) { return {{"", std::move(text), {}, {}}}; }
 
 // "a cat <image:cat.png> in the rain": <NAME:FILE> is a picture when NAME is a modality of the model; blanks around it are dropped.
-// UsageError: <image:…> for a model without that modality, an empty file name.
+// What is nearly one, <imag:cat.png> or <image:cat.png, is text, with a warning. UsageError: <image:…> for a model without that modality, an empty file name.
 Prompt parse_prompt(const std::string& text, const model::Vocabulary& vocabulary);
 
 struct PromptTokens {
