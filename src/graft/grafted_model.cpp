@@ -10,6 +10,7 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/text.h"
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
@@ -123,8 +124,10 @@ fs::path find_checkpoint(const fs::path& root, const std::string& which) {
   else if (auto [end, error] = std::from_chars(which.data(), which.data() + which.size(), step); error == std::errc() && end == which.data() + which.size())
     found = root / checkpoint::step_name(step);
   else found = fs::path(which);
-  MOEGRAFT_CHECK(found && fs::is_directory(*found), "no checkpoint '", which, "' in ", root.string(), which == "latest" ? ": the run has saved none yet" : "");
-  return *found;
+  if (found && fs::is_directory(*found)) return *found;
+  std::vector<std::string> known;
+  for (const auto& dir : checkpoint::list_checkpoints(root)) known.push_back(dir.filename().string());
+  fail("no checkpoint '", shortened(which), "' in ", root.string(), known.empty() ? ": the run has saved none yet" : which == "best" ? ": none was measured; it holds " : ": it holds ", join(known, ", "));
 }
 
 }  // namespace

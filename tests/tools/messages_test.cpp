@@ -209,6 +209,7 @@ const std::vector<Case>& cases() {
       {"launch's option behind the command", [](const TinyWorld&) { return std::vector<std::string>{"launch", "tokenize", "--nproc", "1"}; }, "--nproc N, from 1 to 4096, must be given before the command", 2},
       {"a short word like nothing", [](const TinyWorld&) { return std::vector<std::string>{"foo"}; }, "unknown command foo of moegraft; expected one of train, ", 2},
       {"a short key like nothing", [](const TinyWorld& w) { return train_with(w, "foo=3"); }, "foo is not a known key; ", 2},
+      {"nothing to resume from", [](const TinyWorld& w) { return std::vector<std::string>{"train", "-c", w.yaml.string(), "--resume", ""}; }, "--resume is empty: give none, auto or a checkpoint directory", 2},
       {"more pictures than anyone wants", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--n", "99999999999"}); }, "--n: Value 99999999999 not in range 1 to 1000000", 2},
       {"fewer columns than none", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--columns", "-2"}); }, "--columns: Value -2 not in range 0 to 1000", 2},
       {"a seed below 0", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--seed", "-1"}); }, "--seed: must be a number, 0 or more, got -1", 2},
@@ -218,6 +219,8 @@ const std::vector<Case>& cases() {
       {"a picture in a prompt without its end", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a <image:x.png", "--with-image", "/nowhere.png"}); }, "the prompt holds <image:x.png as text", 1},
       {"a variable in a prompt's picture that is not set", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "<image:$MOEGRAFT_NO_SUCH_VARIABLE/x.png>"}); },
        "the environment variable MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
+      {"a checkpoint that is not there", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--checkpoint", "21"}); }, "no checkpoint '21' in ", 1},
+      {"the checkpoints that there are", [](const TinyWorld& w) { return generate_with(w, {"--prompt", "a", "--checkpoint", "21"}); }, ": it holds step-00000000", 1},
       {"an id that is missing", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,,2", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3, each from 0 up, got 1,,2", 2},
       {"an id that is missing at the end", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "--ids", "1,2,", "-o", (w.dir / "o").string()}; }, "--ids must be ids such as 1,2,3", 2},
       {"logits that are no numbers", [](const TinyWorld& w) {

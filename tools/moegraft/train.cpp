@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "command.h"
+#include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/config/config.h"
 #include "moegraft/run/run_config.h"
@@ -33,6 +34,7 @@ void add_train_command(CLI::App& app) {
   cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   cmd->callback([o] {
+    MOEGRAFT_CHECK_USAGE(!o->resume.empty(), "--resume is empty: give none, auto or a checkpoint directory (a variable that is not set?)");
     const auto read = [&] { return config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set)); };
     const train::StartSignals signals;
     const bool accept_data = !o->accept_changed.empty();
