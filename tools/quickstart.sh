@@ -3,7 +3,7 @@
 #
 #   tools/quickstart.sh [--recipe NAME] [--runs DIR]
 #
-#   --recipe NAME  configs/NAME: quickstart (default; minutes), emoji-long (hours on a CPU: all pictures, several captions each),
+#   --recipe NAME  configs/NAME: quickstart (default; minutes), emoji-long (an hour: more varied captions, a base that has read more),
 #                  or smollm2 (a real pretrained model as base: SmolLM2-135M-Instruct; an hour on a CPU)
 #   --runs DIR     where results go (default: runs/NAME); a repeated call continues where it stopped
 #
@@ -52,8 +52,10 @@ data=data/$recipe models=models/$recipe configs=configs/$recipe graft=$runs/graf
 moegraft=$build/moegraft
 . tools/quickstart_smollm2.sh
 prepare_data() {
-  "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 600 --synonyms configs/emoji_synonyms.tsv
+  local more=()
   "$moegraft" data prepare corpus -o "$data/corpus"
+  [ "$recipe" = emoji-long ] && more=(--running-text "$data/corpus/train.txt")
+  "$moegraft" data prepare emoji -o "$data/emoji" --size 36 --popular 600 --synonyms configs/emoji_synonyms.tsv "${more[@]}"
 }
 train_tokenizer() {
   "$moegraft" tokenize train --text "$data/corpus/train.txt" --vocab-size 2048 --type bpe -o "$models/tokenizer"

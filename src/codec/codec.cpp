@@ -30,7 +30,7 @@ void ImageCodec::check_ids(const at::Tensor& ids) const {
 }
 
 std::unique_ptr<ImageCodec> load_codec(const std::filesystem::path& dir) {
-  MOEGRAFT_CHECK_USAGE(std::filesystem::is_directory(dir), "codec folder ", dir.string(), " does not exist; make one with `moegraft codec train`");
+  MOEGRAFT_CHECK(std::filesystem::is_directory(dir), "codec folder ", dir.string(), " does not exist; make one with `moegraft codec train`");
   const auto path = dir / "config.json";
   const io::Json config = io::read_json(path);
   MOEGRAFT_CHECK(config.is_object(), path.string(), ": expected an object");

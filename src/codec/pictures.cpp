@@ -63,7 +63,7 @@ std::vector<io::Picture> list_pictures(const fs::path& source, Pictures& out) {
 }  // namespace
 
 Pictures load_pictures(const fs::path& source, int64_t size, const std::string& fit, int64_t max_bytes) {
-  MOEGRAFT_CHECK_USAGE(fs::exists(source) || io::is_file_pattern(source), "pictures ", source.string(), " do not exist; expected a manifest, a folder of pictures, or a data set (tar, Parquet, Arrow)");
+  MOEGRAFT_CHECK(fs::exists(source) || io::is_file_pattern(source), "pictures ", source.string(), " do not exist; expected a manifest, a folder of pictures, or a data set (tar, Parquet, Arrow)");
   Pictures out;
   const auto pictures = list_pictures(source, out);
   const int64_t total = int64_t(pictures.size()) + out.skipped;

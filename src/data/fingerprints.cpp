@@ -13,7 +13,7 @@ constexpr const char* kProbe =
 
 std::string weights_fingerprint(const std::filesystem::path& dir) {
   const auto counts = [](const std::string& name) { return name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json"); };
-  MOEGRAFT_CHECK_USAGE(std::filesystem::is_directory(dir), "the folder ", dir.string(), " does not exist");
+  MOEGRAFT_CHECK(std::filesystem::is_directory(dir), "the folder ", dir.string(), " does not exist");
   return io::fingerprint_folder(dir, counts);
 }
 
@@ -42,7 +42,7 @@ std::string tokenizer_fingerprint(const tokenizer::Tokenizer& tokenizer) {
 std::string codec_fingerprint(const std::filesystem::path& dir) { return weights_fingerprint(dir); }
 std::string base_fingerprint(const std::filesystem::path& dir) { return weights_fingerprint(dir); }
 std::string source_fingerprint(const std::filesystem::path& path) {
-  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
+  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
   return io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors"); });
 }
 

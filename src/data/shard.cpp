@@ -84,7 +84,7 @@ bool is_shard(const std::filesystem::path& path) {
 }  // namespace
 
 ShardSet::ShardSet(const std::filesystem::path& path) : path_(path) {
-  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
+  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
   std::vector<std::filesystem::path> files;
   if (std::filesystem::is_directory(path)) {
     for (const auto& item : std::filesystem::directory_iterator(path))

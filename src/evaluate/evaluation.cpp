@@ -137,7 +137,7 @@ void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
 
 // What would otherwise be found out after hours of other sections.
 void check_files(const EvalConfig& config) {
-  const auto readable = [](const std::string& path, const char* of) { MOEGRAFT_CHECK_USAGE(path.empty() || fs::exists(path) || io::is_file_pattern(path), of, ": ", path, " does not exist"); };
+  const auto readable = [](const std::string& path, const char* of) { MOEGRAFT_CHECK(path.empty() || fs::exists(path) || io::is_file_pattern(path), of, ": ", path, " does not exist"); };
   for (const auto& s : config.codec) readable(s.pictures, "codec.pictures");
   for (const auto& s : config.ranking) readable(s.manifest, "ranking.manifest");
   if (config.baselines) readable(config.baselines->manifest, "baselines.manifest");

@@ -198,7 +198,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
 }
 
 GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
-  MOEGRAFT_CHECK_USAGE(fs::exists(path), path.string(), " does not exist");
+  MOEGRAFT_CHECK(fs::exists(path), path.string(), " does not exist");
   if (run::is_run(path)) {
     run::RunConfig config = run::load_run_config(path);
     config.run.dir = path.string();  // the folder may have been moved
@@ -211,7 +211,7 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
     m.step = saved.step;
     return m;
   }
-  MOEGRAFT_CHECK_USAGE(fs::exists(path / "config.json"), path.string(), " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
+  MOEGRAFT_CHECK(fs::exists(path / "config.json"), path.string(), " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
   MOEGRAFT_CHECK_USAGE(options.checkpoint == "latest", path.string(), " is a model, not a run: it has no checkpoint \"", options.checkpoint, "\"; leave --checkpoint out");
   GraftedModel m;
   m.path = m.base_path = path;

@@ -4,7 +4,6 @@
 #include <cctype>
 #include <charconv>
 #include <map>
-#include <regex>
 #include <set>
 
 #include "moegraft/base/check.h"
@@ -116,17 +115,19 @@ void check_one_split(const fs::path& folder, const std::vector<fs::path>& files)
 }
 
 void check_numbering(const std::vector<fs::path>& files) {
-  std::map<std::string, std::set<std::string>> present;  // by what such names have in common: "train-?-of-00002.parquet"
+  std::map<std::pair<std::string, int64_t>, std::set<std::string>> present;  // by what such names have in common, "train-?-of-00002.parquet", and the number of files that it tells
   for (const auto& file : files) {
-    static const std::regex numbered("(.*-)([0-9]{1,9})(-of-([0-9]{1,9})[^0-9].*)");
-    std::smatch part;
     const std::string name = file.filename().string();
-    if (std::regex_match(name, part, numbered)) present[part[1].str() + "?" + part[3].str()].insert(part[2]);
+    const size_t of = name.rfind("-of-"), dash = of == std::string::npos || of == 0 ? of : name.find_last_of("-", of - 1), first = dash == std::string::npos ? 0 : dash + 1;
+    int64_t number = 0, count = 0;
+    if (of == std::string::npos || first >= of) continue;
+    const auto [number_end, bad_number] = std::from_chars(name.data() + first, name.data() + of, number);
+    const auto [count_end, bad_count] = std::from_chars(name.data() + of + 4, name.data() + name.size(), count);
+    if (bad_number == std::errc() && bad_count == std::errc() && number_end == name.data() + of) present[{name.substr(0, first) + "?" + name.substr(of), count}].insert(name.substr(first, of - first));
   }
-  for (const auto& [name, numbers] : present) {
-    const size_t at = name.find("?-of-");
-    const auto expected = std::stoul(name.substr(at + 5));
-    MOEGRAFT_CHECK(numbers.size() >= expected, files.front().parent_path().string(), " holds ", numbers.size(), " of the ", expected, " files ", name, " that their names speak of: fetch the rest, or name those that are meant");
+  for (const auto& [named, numbers] : present) {
+    const auto& [name, expected] = named;
+    MOEGRAFT_CHECK(int64_t(numbers.size()) >= expected, files.front().parent_path().string(), " holds ", numbers.size(), " of the ", expected, " files ", name, " that their names speak of: fetch the rest, or name those that are meant");
   }
 }
 

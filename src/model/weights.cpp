@@ -325,7 +325,7 @@ fs::path newest_snapshot(const fs::path& cache) {
 }  // namespace
 
 DecoderSpec read_spec(const fs::path& dir) {
-  MOEGRAFT_CHECK_USAGE(fs::is_directory(dir), "model path ", dir.string(), " is not a directory", what_a_path_may_be(dir));
+  MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory", what_a_path_may_be(dir));
   MOEGRAFT_CHECK(fs::exists(dir / "config.json") || !fs::is_directory(dir / "snapshots"), dir.string(), " is a folder of Hugging Face's cache; the model is ", newest_snapshot(dir).string());
   const io::Json config = io::read_json(dir / "config.json");
   MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");

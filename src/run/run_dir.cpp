@@ -90,7 +90,7 @@ std::map<std::string, std::string> flat_config(const RunConfig& config) {
 bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
 
 RunConfig load_run_config(const fs::path& dir) {
-  MOEGRAFT_CHECK_USAGE(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
+  MOEGRAFT_CHECK(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
   return config::parse<RunConfig>(config::Document::from_file((dir / kConfig).string()));
 }
 

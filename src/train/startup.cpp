@@ -79,7 +79,7 @@ run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, co
 void check_inputs(const run::RunConfig& config) {
   MOEGRAFT_CHECK_USAGE(!config.run.dir.empty(), "run.dir is required: the directory of the run");
   if (!config.model.init) {
-    MOEGRAFT_CHECK_USAGE(fs::is_directory(config.model.path), "model.path: ", config.model.path, fs::exists(config.model.path) ? " is no folder" : " does not exist", "; expected a Hugging Face model's folder");
+    MOEGRAFT_CHECK(fs::is_directory(config.model.path), "model.path: ", config.model.path, fs::exists(config.model.path) ? " is no folder" : " does not exist", "; expected a Hugging Face model's folder");
     model::read_spec(config.model.path);
   }
   for (const auto& [name, modality] : config.modalities) codec::load_codec(modality.codec);

@@ -55,7 +55,7 @@ std::vector<std::string> generate_with(const TinyWorld& w, const std::vector<std
 
 const std::vector<Case>& cases() {
   static const std::vector<Case> list{
-      {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 2},
+      {"an id of the hub", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "Qwen/Qwen3-30B-A3B"}; }, "hf download Qwen/Qwen3-30B-A3B", 1},
       {"a folder of the hub's cache", [](const TinyWorld& w) {
          const fs::path cache = w.dir / "models--a--b";
          for (const char* hash : {"0123", "4567", "89ab"}) fs::create_directories(cache / "snapshots" / hash);
@@ -63,7 +63,7 @@ const std::vector<Case>& cases() {
          io::write_file_atomic(cache / "refs/main", "4567\n");
          return std::vector<std::string>{"inspect", cache.string()};
        }, "models--a--b/snapshots/4567", 1},
-      {"an id of the hub in a config", [](const TinyWorld& w) { return train_with(w, "model.path=Qwen/Qwen3-30B-A3B"); }, "hf download Qwen/Qwen3-30B-A3B --local-dir models/Qwen3-30B-A3B", 2},
+      {"an id of the hub in a config", [](const TinyWorld& w) { return train_with(w, "model.path=Qwen/Qwen3-30B-A3B"); }, "hf download Qwen/Qwen3-30B-A3B --local-dir models/Qwen3-30B-A3B", 1},
       {"a git-lfs pointer as config", [](const TinyWorld& w) { return inspect_config(w, kPointer); }, "git lfs pull", 1},
       {"a git-lfs pointer as weights", [](const TinyWorld& w) {
          io::write_file_atomic(w.base / "model.safetensors", kPointer);
@@ -155,7 +155,7 @@ const std::vector<Case>& cases() {
       {"a baseline's pictures that are not there", [](const TinyWorld& w) {
          testing::write_run(w);
          return std::vector<std::string>{"eval", w.run.string(), "--retrieval", w.manifest.string(), "--baselines", (w.dir / "none.jsonl").string()};
-       }, "baselines.manifest: ", 2},
+       }, "baselines.manifest: ", 1},
       {"a packing of no text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--set", "text.packing=documents"}; }, "text.shards must name at least one", 2},
       {"a run in its base's folder", [](const TinyWorld& w) { return train_with(w, "run.dir=" + (w.base / "run").string()); }, "is the base's own folder or lies in it: name another folder", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},

@@ -38,7 +38,7 @@ std::vector<std::string> read_prompts(const Options& o) {
     if (o.prompt_file != "-") {
       MOEGRAFT_CHECK_USAGE(!fs::is_directory(o.prompt_file), "--prompts: ", o.prompt_file, " is a folder; give a file with a prompt a line");
       file.open(o.prompt_file);
-      MOEGRAFT_CHECK_USAGE(file, o.prompt_file, ": cannot read the prompts");
+      MOEGRAFT_CHECK(file, o.prompt_file, ": cannot read the prompts");
     }
     std::istream& in = o.prompt_file == "-" ? std::cin : file;
     for (std::string line; std::getline(in, line);)
