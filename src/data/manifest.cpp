@@ -61,6 +61,13 @@ std::string keys_of(const io::Json& json) {
   return keys.empty() ? "nothing" : shortened(join(keys, ", "), 200);
 }
 
+bool has_image_parts(const io::Json& json) {
+  const auto any = [](const io::Json& list, const auto& is) { return list.is_array() && std::any_of(list.begin(), list.end(), is); };
+  return json.contains("messages") && any(json["messages"], [&](const io::Json& turn) {
+    return turn.is_object() && turn.contains("content") && any(turn["content"], [](const io::Json& part) { return part.is_object() && part.contains("type") && part["type"] == "image"; });
+  });
+}
+
 // Where a key stands for another: {"file_name": …} reads as {"image": …}. A key that is nearly the one that a document lacks, or that holds the picture it lacks, is not passed over.
 io::Json with_our_keys(const io::Row& row, const ManifestColumns& columns, std::set<std::string>& passed_over) {
   io::Json json = row.json;
@@ -77,12 +84,12 @@ io::Json with_our_keys(const io::Row& row, const ManifestColumns& columns, std::
     for (const auto& caption : row.json["caption"].is_array() ? row.json["caption"] : io::Json::array({row.json["caption"]})) json["captions"].push_back(caption);
   const auto& known = known_keys();
   const auto has = [&](Role role) { return std::any_of(known.begin(), known.end(), [&](const auto& k) { return k.second == role && json.contains(k.first); }); };
-  const bool pictures = has(Role::picture) || has(Role::whole), texts = has(Role::text) || has(Role::whole);
+  const bool pictures = has(Role::picture) || json.contains("segments") || has_image_parts(json), texts = has(Role::text) || has(Role::whole);
   for (const auto& [key, value] : json.items()) {
     if (std::any_of(known.begin(), known.end(), [&](const auto& k) { return k.first == key; })) continue;
     std::vector<std::string> alike;
     for (const auto& [k, role] : known) {
-      const bool lacked = k == "captions" ? !json.contains(k) : role == Role::picture ? !pictures : role == Role::text ? !texts : !pictures || !texts;
+      const bool lacked = k == "captions" ? !json.contains(k) : role == Role::picture ? !pictures : role == Role::text ? !texts : !has(Role::whole) && (!pictures || !texts);
       if (lacked && key.size() > 3 && key[0] == k[0] && key.size() + 1 >= k.size() && key.size() <= k.size() + 1) alike.push_back(k);
     }
     const std::string near = nearest_word(key, alike);

@@ -63,9 +63,10 @@ TEST(Manifest, EveryShape) {
         R"({"image": ["d.png", "e.png"], "caption": ["dogs", "two"]})" "\n"
         R"({"image": "a.png", "text": "x", "caption": "y", "captions": ["z"], "sentence": "s", "texts": "t", "image2": 3, "message": "m"})" "\n"
         R"({"text": "<image> is a tag of HTML"})" "\n"
+        R"({"messages": [{"content": "words"}], "message": "m", "conversation": 3})" "\n"
         R"({"messages": [{"content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": " <image> is text here"}]}]})" "\n");
   const auto entries = read_manifest(folder / "m.jsonl");
-  ASSERT_EQ(entries.size(), 17u);
+  ASSERT_EQ(entries.size(), 18u);
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
   auto shape = [&](const ManifestEntry& entry) {
     std::string out;
@@ -91,7 +92,8 @@ TEST(Manifest, EveryShape) {
   EXPECT_EQ(entries[13].captions, (std::vector<std::string>{"dogs", "two"}));
   EXPECT_EQ(entries[14].captions, (std::vector<std::string>{"x", "z", "y"}));
   EXPECT_EQ(shape(entries[15]), "<image> is a tag of HTML");
-  EXPECT_EQ(shape(entries[16]), "[b.png] <image> is text here");
+  EXPECT_EQ(shape(entries[16]), "words");
+  EXPECT_EQ(shape(entries[17]), "[b.png] <image> is text here");
   EXPECT_EQ(entries[1].line, 3);
 }
 
@@ -161,6 +163,7 @@ TEST(Manifest, NamesTheBrokenLine) {
       {"{\"images\": [null], \"text\": \"x\"}", "\"images\" must hold strings, got null"},
       {"{\"picture\": {\"path\": \"a.png\"}, \"text\": \"x\"}", "\"picture\" holds a picture"},
       {"{\"pictures\": [\"a.png\"], \"text\": \"x\"}", "\"pictures\" holds a picture"},
+      {"{\"photo\": \"a.png\", \"messages\": [{\"content\": \"what is it?\"}]}", "\"photo\" holds a picture"},
       {"{\"url\": \"https://example.org/a.png\", \"text\": \"x\"}", "\"url\" is the address of a picture"},
       {"{\"image\": \"a.png\", \"segments\": [{\"text\": \"x\"}]}", "leave \"image\" out"},
       {"{\"segments\": [{\"text\": \"x\", \"images\": \"a.png\"}]}", "a segment holds a picture under \"images\""},
