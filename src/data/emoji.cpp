@@ -37,7 +37,9 @@ void write_picture(const std::filesystem::path& path, const std::string& bytes) 
 std::vector<std::string> read_text_lines(const std::filesystem::path& path) {
   MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "--running-text: no such file: ", path.string());
   std::vector<std::string> lines;
-  for (const auto& line : split(io::read_file(path), '\n'))
+  const std::string text = io::read_file(path);
+  MOEGRAFT_CHECK(to_utf8(to_code_points(text)) == text, path.string(), " is no UTF-8 text; convert it: iconv -f LATIN1 -t UTF-8");
+  for (const auto& line : split(text, '\n'))
     if (auto text = trim(plain_lower(line)); !text.empty()) lines.push_back(std::move(text));
   MOEGRAFT_CHECK_USAGE(!lines.empty(), "--running-text: ", path.string(), " holds no text");
   return lines;

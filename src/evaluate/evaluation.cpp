@@ -129,7 +129,16 @@ void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
   if (config.text)
     for (const auto& path : config.text->shards)
       MOEGRAFT_CHECK(data::ShardSet(path).schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
-  if (!model.config) return;  // a plain model
+  if (!model.config) {  // a plain model
+    if (!model.tokenizer) return;
+    const std::string own = data::tokenizer_fingerprint(*model.tokenizer);
+    for (const auto& path : config.text ? config.text->shards : std::vector<std::string>()) {
+      const auto made = data::ShardSet(path).fingerprints();
+      if (const auto with = made.find("tokenizer"); with != made.end())
+        MOEGRAFT_CHECK(with->second == own, "text.shards: ", path, " was made with another tokenizer than the model's (fingerprint ", with->second, ", the model's ", own, "): prepare it again with --tokenizer ", model.path.string());
+    }
+    return;
+  }
   std::vector<std::string> sources = config.text ? config.text->shards : std::vector<std::string>();
   for (const auto& section : config.images) sources.push_back(section.shards);
   run::check_shards(sources, run::recorded_fingerprints(model.path), *model.config);  // these were compared when the run was opened

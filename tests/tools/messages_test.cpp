@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "libtorch.h"
+#include "moegraft/data/shard.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/mapped_files.h"
@@ -158,6 +159,13 @@ const std::vector<Case>& cases() {
        }, "baselines.manifest: ", 1},
       {"a packing of no text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--set", "text.packing=documents"}; }, "text.shards must name at least one", 2},
       {"a run in its base's folder", [](const TinyWorld& w) { return train_with(w, "run.dir=" + (w.base / "run").string()); }, "is the base's own folder or lies in it: name another folder", 2},
+      {"text of another tokenizer", [](const TinyWorld& w) {
+         data::ShardWriter shards(w.dir / "other", {{{"text", 100, 0}}}, false, 1 << 20, {{"fingerprint.tokenizer", "0123456789abcdef"}});
+         const std::vector<int32_t> ids(20, 7);
+         shards.add({{0, ids}});
+         shards.finish();
+         return std::vector<std::string>{"eval", w.base.string(), "--text", (w.dir / "other").string()};
+       }, "was made with another tokenizer than the model's (fingerprint 0123456789abcdef", 1},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
       {"noise without end", [](const TinyWorld& w) {
          return std::vector<std::string>{"upcycle", w.base.string(), "-o", (w.dir / "u").string(), "--method", "clone", "--noise", "inf"};

@@ -159,8 +159,13 @@ void write(const Options& o, const graft::GraftedModel& model, const std::vector
     tokens += static_cast<int64_t>(r.ids.size());
   }
   finish(out, seconds, tokens);
-  if (o.json) std::cout << print(out) << std::endl;
-  else std::cout << std::endl;
+  if (o.json) {
+    std::cout << print(out) << std::endl;
+    return;
+  }
+  std::cout << (open_prompt < 0 ? "" : "\n") << std::flush;
+  for (const auto& r : results)
+    if (r.ids.empty()) std::cout << texts[r.prompt] << "\n", log::warning("nothing was written for \"", shortened(texts[r.prompt], 60), "\": the model ends there (an instruct model expects its chat format)");
 }
 
 void run(const Options& o) {
