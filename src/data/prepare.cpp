@@ -170,10 +170,18 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     int64_t done = 0;
     const int64_t total = static_cast<int64_t>(std::filesystem::file_size(path));
     Progress progress(path.filename().string(), total);
+    int64_t number = 0;
     for (std::string line; std::getline(file, line);) {
+      ++number;
       done += static_cast<int64_t>(line.size()) + 1;
       progress.update(std::min(done, total));
       line = trim(line);
+      if (to_utf8(to_code_points(line)) != line) {
+        const std::string why = moegraft::detail::concat(path.string(), ":", number, ": its text is not UTF-8 (", shortened(line, 40), "); convert it: iconv -f LATIN1 -t UTF-8");
+        MOEGRAFT_CHECK(!options.strict, why);
+        tell_skipped(summary.bad_rows++, why);
+        continue;
+      }
       if (!line.empty()) encoder.add(std::vector<ManifestSegment>{{line, {}}});
     }
     progress.finish();

@@ -31,6 +31,14 @@ void read_at(int fd, char* into, int64_t bytes, int64_t offset, const std::strin
   }
 }
 
+// Whether anything but zeros follows.
+bool holds_more(int fd, int64_t offset) {
+  std::string block(kBlock, '\0');
+  for (ssize_t n; (n = ::pread(fd, block.data(), block.size(), off_t(offset))) > 0; offset += n)
+    if (std::any_of(block.begin(), block.begin() + n, [](char c) { return c != 0; })) return true;
+  return false;
+}
+
 // libarchive has failures without a text.
 std::string reason(archive* a) {
   const char* text = ::archive_error_string(a);
@@ -106,6 +114,8 @@ bool TarReader::next() {
     // The end mark is a block of zeros behind the last member: without it the copy may have stopped between two members, which nothing else tells.
     if (::archive_filter_bytes(archive_, 0) <= end_)
       log::warning(path_.string(), " has no end mark behind its ", members_, " members: it may be cut short");
+    if (::archive_filter_code(archive_, 0) == ARCHIVE_FILTER_NONE && holds_more(fd_, ::archive_filter_bytes(archive_, 0)))
+      log::warning(path_.string(), " goes on behind its end mark, which is not read: tars that were joined (cat a.tar b.tar) are to be named each by itself");
     return false;
   }
   if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(reason(archive_));

@@ -330,6 +330,17 @@ TEST(Tars, DamageEndsTheJob) {
   EXPECT_NE(::testing::internal::GetCapturedStderr().find("has no end mark behind its 2 members: it may be cut short"), std::string::npos);
 }
 
+TEST(Tars, JoinedTarsAreSaid) {
+  Folder folder;
+  const std::string one = tar_of({{"a.png", "x"}, {"a.txt", "t"}}) + std::string(8192, '\0'), two = tar_of({{"b.png", "x"}, {"b.txt", "t"}});
+  for (const auto& [bytes, said] : {std::pair(one, false), {one + two, true}}) {
+    write(folder / "x.tar", bytes);
+    ::testing::internal::CaptureStderr();
+    EXPECT_EQ(read_manifest(folder / "x.tar").size(), 1u);
+    EXPECT_EQ(::testing::internal::GetCapturedStderr().find("goes on behind its end mark") != std::string::npos, said);
+  }
+}
+
 TEST(Tars, WhatIsPassedOverIsSaid) {
   Folder folder;
   write(folder / "x.tar", tar_of({{"__meta__/__info__", "x"}, {"d/", "", '5'}, {"README", "x"}, {"d/.hidden", "x"}, {"d/a.jpg", "x"}, {"d/a.txt", "t"}, {"d/a.npy", "x"}, {"d/a.__key__", "x"}}));

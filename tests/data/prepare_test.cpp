@@ -488,6 +488,14 @@ TEST_F(Prepare, PlainText) {
   EXPECT_EQ(shards.schema().modalities.size(), 1u);
   const auto ids = tokenizer::load_tokenizer(options.tokenizer)->encode("red heart");
   EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, {ids.begin(), ids.end()}}}));
+  write(folder / "latin.txt", "one\ntwo\n\xe4 three\n");
+  options.texts = {folder / "latin.txt"};
+  options.overwrite = true;
+  const auto some = prepare_shards(options);
+  EXPECT_EQ(some.documents, 2);
+  EXPECT_EQ(some.bad_rows, 1);
+  options.strict = true;
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("latin.txt:3: its text is not UTF-8"), std::string::npos);
   options.texts = {folder / "none.txt"};
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("text file not found"), std::string::npos);
   write(folder / "rows.jsonl", "{}");
