@@ -112,6 +112,8 @@ fs::path wait_for_rank_0(distributed::World& world, double minutes) {
   while (true) {
     if (const auto said = world.look(kStart)) {
       const auto j = io::Json::parse(*said);
+      const bool usage = j.value("usage", false);  // every rank ends with the code that rank 0 ends with
+      MOEGRAFT_CHECK_USAGE(!usage, "rank 0 could not start the run: ", j.value("error", ""));
       MOEGRAFT_CHECK(!j.contains("error"), "rank 0 could not start the run: ", j.value("error", ""));
       return fs::path(j.at("checkpoint").get<std::string>());
     }
@@ -179,7 +181,7 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
         if (!start.from) start.from = checkpoint::load(save_new_run(config, *start.dir, start.fingerprints));
         mesh.world->post(kStart, io::Json{{"checkpoint", start.from->dir.string()}}.dump());
       } catch (const std::exception& e) {
-        mesh.world->post(kStart, io::Json{{"error", e.what()}}.dump());
+        mesh.world->post(kStart, io::Json{{"error", e.what()}, {"usage", dynamic_cast<const UsageError*>(&e) != nullptr}}.dump());
         throw;
       }
     } else {

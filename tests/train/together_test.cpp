@@ -288,6 +288,14 @@ TEST_F(Together, BadInputEndsEveryRankWithALine) {
   }
 }
 
+TEST_F(Together, EveryRankEndsWithTheCodeOfRank0) {
+  const Keys short_run{"train.steps=1"};
+  ASSERT_EQ(Process(launched(2, arguments("twice", "none", short_run))).wait().code, 0);
+  const auto again = Process(launched(2, arguments("twice", "none", short_run))).wait();
+  EXPECT_EQ(again.code, 2) << again.err;
+  EXPECT_NE(again.err.find("[rank 1] rank 0 could not start the run: the directory"), std::string::npos) << again.err;
+}
+
 // Two processes started by hand, each with a command of its own.
 TEST_F(Together, ProcessesThatDisagreeAllEndWithALine) {
   const auto rank = [](int r, int port) {
