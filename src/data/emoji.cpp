@@ -16,6 +16,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
+#include "moegraft/io/rows.h"
 
 namespace moegraft::data {
 namespace {
@@ -38,7 +39,7 @@ std::vector<std::string> read_text_lines(const std::filesystem::path& path) {
   MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "--running-text: no such file: ", path.string());
   std::vector<std::string> lines;
   const std::string text = io::read_file(path);
-  MOEGRAFT_CHECK(to_utf8(to_code_points(text)) == text, path.string(), " is no UTF-8 text; convert it: iconv -f LATIN1 -t UTF-8");
+  io::check_utf8(text, path.string());
   for (const auto& line : split(text, '\n'))
     if (auto text = trim(plain_lower(line)); !text.empty()) lines.push_back(std::move(text));
   MOEGRAFT_CHECK_USAGE(!lines.empty(), "--running-text: ", path.string(), " holds no text");

@@ -176,10 +176,11 @@ ShardSummary prepare_shards(const ShardOptions& options) {
       done += static_cast<int64_t>(line.size()) + 1;
       progress.update(std::min(done, total));
       line = trim(line);
-      if (to_utf8(to_code_points(line)) != line) {
-        const std::string why = moegraft::detail::concat(path.string(), ":", number, ": its text is not UTF-8 (", shortened(line, 40), "); convert it: iconv -f LATIN1 -t UTF-8");
-        MOEGRAFT_CHECK(!options.strict, why);
-        tell_skipped(summary.bad_rows++, why);
+      try {
+        io::check_utf8(line, path.string() + ":" + std::to_string(number));
+      } catch (const UserError& e) {
+        if (options.strict) throw;
+        tell_skipped(summary.bad_rows++, e.what());
         continue;
       }
       if (!line.empty()) encoder.add(std::vector<ManifestSegment>{{line, {}}});

@@ -126,20 +126,15 @@ graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, co
 bool asks_for_nothing(const EvalConfig& c) { return !c.text && c.images.empty() && c.codec.empty() && c.retrieval.empty() && c.ranking.empty() && !c.drift && !c.routing; }
 
 void check_shards(const graft::GraftedModel& model, const EvalConfig& config) {
-  if (config.text)
-    for (const auto& path : config.text->shards)
-      MOEGRAFT_CHECK(data::ShardSet(path).schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
-  if (!model.config) {  // a plain model
-    if (!model.tokenizer) return;
-    const std::string own = data::tokenizer_fingerprint(*model.tokenizer);
-    for (const auto& path : config.text ? config.text->shards : std::vector<std::string>()) {
-      const auto made = data::ShardSet(path).fingerprints();
-      if (const auto with = made.find("tokenizer"); with != made.end())
-        MOEGRAFT_CHECK(with->second == own, "text.shards: ", path, " was made with another tokenizer than the model's (fingerprint ", with->second, ", the model's ", own, "): prepare it again with --tokenizer ", model.path.string());
-    }
-    return;
-  }
   std::vector<std::string> sources = config.text ? config.text->shards : std::vector<std::string>();
+  const std::string own = !model.config && model.tokenizer ? data::tokenizer_fingerprint(*model.tokenizer) : "";  // of a plain model; a run has noted its own
+  for (const auto& path : sources) {
+    const data::ShardSet shards(path);
+    MOEGRAFT_CHECK(shards.schema().modalities.size() == 1, "text.shards: ", path, " holds other modalities too; give shards of text alone (captioned pictures belong to `images`)");
+    const auto with = shards.fingerprints().find("tokenizer");
+    MOEGRAFT_CHECK(own.empty() || with == shards.fingerprints().end() || with->second == own, "text.shards: ", path, " was made with another tokenizer than the model's (fingerprint ", with->second, ", the model's ", own, "): prepare it again with --tokenizer ", model.path.string());
+  }
+  if (!model.config) return;
   for (const auto& section : config.images) sources.push_back(section.shards);
   run::check_shards(sources, run::recorded_fingerprints(model.path), *model.config);  // these were compared when the run was opened
 }

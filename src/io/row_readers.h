@@ -48,6 +48,5 @@ inline std::filesystem::path folder_of(const std::filesystem::path& file) { retu
 
 // JSON that nests no deeper than its parser and printers stand.
 Json parse_row(const std::string& text, const std::string& where);
-void check_utf8(const std::string& text, const std::string& where);
 
 }  // namespace moegraft::io

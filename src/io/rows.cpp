@@ -66,7 +66,7 @@ std::vector<fs::path> whole_files_in(const fs::path& folder) {
 
 // What lies beside the files of `place` and would not be read with them: rows elsewhere in the folder, downloads that have not ended.
 void check_whole_folder(const fs::path& folder, const fs::path& place) {
-  for (const auto& at : {folder, place})
+  for (const auto& at : place == folder ? std::vector{folder} : std::vector{folder, place})
     for (const auto& item : fs::directory_iterator(at)) {
       const std::string name = item.path().filename().string();
       if (name.starts_with(".") || item.path() == place) continue;

@@ -78,10 +78,7 @@ run::RunDir open_dir(const run::RunConfig& config, const std::string& resume, co
 // What is wrong with paths and sizes shows before the run's directory is made.
 void check_inputs(const run::RunConfig& config) {
   MOEGRAFT_CHECK_USAGE(!config.run.dir.empty(), "run.dir is required: the directory of the run");
-  if (!config.model.init) {
-    MOEGRAFT_CHECK(fs::is_directory(config.model.path), "model.path: ", config.model.path, fs::exists(config.model.path) ? " is no folder" : " does not exist", "; expected a Hugging Face model's folder");
-    model::read_spec(config.model.path);
-  }
+  if (!config.model.init) model::read_spec(config.model.path);
   for (const auto& [name, modality] : config.modalities) codec::load_codec(modality.codec);
 }
 
@@ -159,7 +156,7 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
     check_inputs(config);
     Origin origin = find_origin(config, resume);
     start.fingerprints = run::take_fingerprints(config, run::Parts::all);
-    if (resume != "none" && origin.checkpoint && !origin.branches && !run::RunDir::has_trained(config.run.dir) && !run::RunDir::would_resume(config, start.fingerprints)) {
+    if (origin.checkpoint && !origin.branches && !run::RunDir::has_trained(config.run.dir) && !run::RunDir::would_resume(config, start.fingerprints)) {
       log::info(config.run.dir, " has trained no step yet, and its config or what it reads has changed: it begins anew");
       origin = {};
     }

@@ -330,6 +330,18 @@ TEST(Tars, DamageEndsTheJob) {
   EXPECT_NE(::testing::internal::GetCapturedStderr().find("has no end mark behind its 2 members: it may be cut short"), std::string::npos);
 }
 
+TEST(DataSets, WhatLiesBesideIsSaidOnce) {
+  Folder folder;
+  write(folder / "d/x.tar", tar_of({{"a.png", "x"}, {"a.txt", "t"}}));
+  write(folder / "d/notes.jsonl", "{}");
+  ::testing::internal::CaptureStderr();
+  EXPECT_EQ(read_manifest(folder / "d").size(), 1u);
+  const auto said = ::testing::internal::GetCapturedStderr();
+  const size_t at = said.find("notes.jsonl is passed over beside the data files of its folder");
+  EXPECT_NE(at, std::string::npos) << said;
+  EXPECT_EQ(said.find("is passed over beside", at + 20), std::string::npos) << said;
+}
+
 TEST(Tars, JoinedTarsAreSaid) {
   Folder folder;
   const std::string one = tar_of({{"a.png", "x"}, {"a.txt", "t"}}) + std::string(8192, '\0'), two = tar_of({{"b.png", "x"}, {"b.txt", "t"}});

@@ -35,6 +35,8 @@ using RefuseRow = std::function<void(const std::string& why)>;  // "where: why"
 // (what follows is lost), a folder that could mean several things.
 void read_rows(const std::filesystem::path& path, const TakeRow& take, const RefuseRow& refuse = {});
 
+// UserError "where: its text is not UTF-8 …": the rule of every format, and of plain text.
+void check_utf8(const std::string& text, const std::string& where);
 // Whether a file's name says that it is a tar, Parquet, Arrow or JSONL file: rows, not lines of text.
 bool is_row_format(const std::filesystem::path& file);
 // Whether this says several files by braces.
