@@ -2,6 +2,9 @@
 
 #include "libtorch.h"
 
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <cstring>
 
 #include "moegraft/base/check.h"
@@ -56,6 +59,14 @@ PackedBatch pin(const PackedBatch& batch) {
     if (dense.nbytes() > 0) std::memcpy(out.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
     return out;
   });
+}
+
+std::optional<int64_t> free_memory(at::Device device) {
+  if (device.is_cpu() || (device.is_cuda() && !torch::cuda::is_available())) return std::nullopt;
+  auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
+  if (!allocator) return std::nullopt;
+  const auto index = device.has_index() ? device.index() : c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
+  return int64_t(allocator->getMemoryInfo(index).first);
 }
 
 }  // namespace moegraft::model

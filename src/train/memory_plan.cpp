@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "gpu_memory.h"
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
@@ -91,7 +92,8 @@ class Counter {
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
     int64_t largest = 0;
     for (int64_t l = 0; l < s_.num_layers; ++l) {
-      int64_t bytes = T_ * (2 * q_ + 2 * kv_ + 2 * D) * width_ + T_ * D * 4;
+      const int64_t around = T_ * (2 * q_ + 2 * kv_ + 2 * D) * width_ + T_ * D * 4;
+      int64_t bytes = 0;
       if (s_.layers[size_t(l)].sparse) {
         bytes += R_ * D * width_ + (panels_ ? 0 : R_ * (2 * D + 4 * F) * width_);
         bytes += expert_columns(l) * E_ * (D + F) * (panels_ ? 4 : 4 + width_);  // gradients' sums where an expert's rows are many; factors, but for panels
@@ -99,7 +101,7 @@ class Counter {
       } else {
         bytes += 4 * T_ * s_.intermediate_size * width_;
       }
-      largest = std::max(largest, bytes);
+      largest = std::max(largest, around + std::max(bytes, flash_backward()));  // attention's turn comes when the experts' rows are gone
     }
     return largest + scratch();
   }
@@ -150,6 +152,11 @@ class Counter {
       f(q_, D), f(kv_, D), f(kv_, D), f(D, q_);
       if (!layer.sparse) f(I, D), f(I, D), f(D, I);
     }
+  }
+  // Where the library's flash attention serves (kernels/cuda/attention.cpp).
+  int64_t flash_backward() const {
+    if (!r_.device.is_cuda() || width_ != 2 || s_.head_dim % 8 != 0 || s_.head_dim > 256) return 0;
+    return gpu::flash_backward(T_, r_.sequences, s_.num_heads, s_.num_kv_heads, s_.head_dim, width_);
   }
   int64_t scratch() const { return r_.device.is_cpu() ? at::get_num_threads() * kThreadScratch : 0; }
 
@@ -249,6 +256,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
   r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation, 0, processes});
+  r.sequences = (r.tokens + config.data.sequence_length - 1) / config.data.sequence_length;
   r.expert_size = config.parallel.expert;
   r.data_size = std::max<int64_t>(processes / r.expert_size, 1);
   r.shard_base = config.parallel.shard_base;
@@ -308,7 +316,13 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   const int64_t width = int64_t(c10::elementSize(request.dtype)), trained = count.trained().total();
   MemoryPlan plan;
   plan.budget = request.budget_bytes;
-  plan.program = request.device.is_cpu() ? kProgram : 0;
+  // A context that exists is not free any more and counts below too: on the safe side.
+  if (plan.budget == 0 && request.free_bytes > 0) {
+    plan.budget = int64_t(gpu::kShareOfFree * double(request.free_bytes));
+    plan.budget_source = moegraft::detail::concat(gpu::kShareOfFree, " of what ", request.device.str(), " has free");
+  }
+  plan.program = request.device.is_cpu() ? kProgram : gpu::kContext;
+  if (request.device.is_cuda()) plan.collectives = gpu::collectives(request);
   plan.base = count.base();
   plan.panels = count.panels();
   if (count.experts_visit() && count.sparse_layers() > 0) {
@@ -357,15 +371,18 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
 }
 
 void check_fits(const MemoryPlan& plan) {
-  MOEGRAFT_CHECK(plan.fits(), "train.memory_budget_gib: ", gib(plan.budget), " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ",
-                 plan.layer_stored.size(), " layers recomputed; raise it, raise train.accumulation (fewer tokens at a time), lower data.tokens_per_step, or use train.optimizer: adamw_8bit");
+  const std::string budget = plan.budget_source.empty() ? "train.memory_budget_gib: " + gib(plan.budget) : gib(plan.budget) + " (" + plan.budget_source + ")";
+  MOEGRAFT_CHECK(plan.fits(), budget, " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(), " layers recomputed; ",
+                 plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more",
+                 ", raise train.accumulation (fewer tokens at a time), lower data.tokens_per_step, or use train.optimizer: adamw_8bit");
 }
 
 std::string summary(const MemoryPlan& plan) {
   std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) + (plan.panels ? ", packed copies " + gib(plan.panels) : "") + ", trained with gradients and optimizer " +
                      gib(plan.trained + plan.gradients + plan.optimizer) + ", activations " + gib(plan.activations) + ", work space " + gib(std::max(plan.loss, plan.workspace) + plan.heap) +
-                     (plan.save_copies ? ", copies for checkpoints " + gib(plan.save_copies) : "") + (plan.prefix_cache ? ", captions " + gib(plan.prefix_cache) : "") + ")";
-  if (plan.budget > 0) text += " of " + gib(plan.budget);
+                     (plan.save_copies ? ", copies for checkpoints " + gib(plan.save_copies) : "") + (plan.prefix_cache ? ", captions " + gib(plan.prefix_cache) : "") +
+                     (plan.collectives ? ", collectives " + gib(plan.collectives) : "") + ")";
+  if (plan.budget > 0) text += " of " + gib(plan.budget) + (plan.budget_source.empty() ? "" : ", " + plan.budget_source);
   text += "; " + std::to_string(plan.recompute_layers) + " of " + std::to_string(plan.layer_stored.size()) + " layers recomputed";
   if (plan.host_experts) text += "; experts in host memory " + gib(plan.host_experts);
   return text;

@@ -2,6 +2,7 @@
 
 #include "libtorch.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <thread>
@@ -17,6 +18,7 @@
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "moegraft/model/device.h"
 
 namespace moegraft::train {
 namespace {
@@ -120,6 +122,16 @@ fs::path wait_for_rank_0(distributed::World& world, double minutes) {
   }
 }
 
+// The least that the device of a process has free; 0 on the CPU. Collective on GPUs.
+int64_t free_everywhere(const run::RunConfig& config, const distributed::Mesh& mesh) {
+  const auto mine = model::free_memory(graft::parse_device(config.model.device));
+  if (!mine) return 0;
+  if (!mesh.distributed()) return *mine;
+  double least = double(*mine);
+  for (const auto& rank : mesh.world->all().all_gather_numbers({least}, "free memory")) least = std::min(least, rank[0]);
+  return int64_t(least);
+}
+
 }  // namespace
 
 AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& t, std::vector<bool> owned) {
@@ -135,7 +147,9 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   const model::DecoderSpec spec = model::read_spec(config.model.path);
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.num_experts % p.expert == 0, "parallel.expert (", p.expert, ") must divide the ", spec.num_experts, " experts of ", config.model.path);
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
-  check_fits(plan_memory(memory_request(spec, config, {}, graft::parse_device(config.model.device), world_size)));
+  MemoryRequest request = memory_request(spec, config, {}, graft::parse_device(config.model.device), world_size);
+  request.free_bytes = model::free_memory(request.device).value_or(0);
+  check_fits(plan_memory(request));
 }
 
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume) {
@@ -152,6 +166,7 @@ std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, con
 Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh, bool accept_data) {
   Start start;
   const bool first = mesh.world->rank() == 0;
+  const int64_t free = free_everywhere(config, mesh);
   const auto open = [&] {
     check_inputs(config);
     Origin origin = find_origin(config, resume);
@@ -195,7 +210,8 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
     if (start.from->step > 0) log::info("resuming ", config.run.dir, " after step ", start.from->step);
   }
   describe(start.model, config);
-  const MemoryRequest request = memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size());
+  MemoryRequest request = memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size());
+  request.free_bytes = free;
   start.plan = plan_memory(request);
   start.trained = trained_table(request);
   for (const auto& line : format_trained(start.trained, start.model.decoder->spec().num_parameters())) log::info("trains ", line);

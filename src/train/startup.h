@@ -30,7 +30,8 @@ struct Start {
   MemoryPlan plan;
   std::vector<TrainedRow> trained;
 };
-// config with absolute paths; resume: as in train(). With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it
+// config with absolute paths; resume: as in train(). Without train.memory_budget_gib a GPU's plan is for what it has free here, before anything is loaded: with several processes
+// for the least that one of them has, since layers that run again hold collectives. A resumed run may find another value: which layers run again changes no bit. With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it
 // as step 0; then all load that, as they load any other checkpoint: whatever the layout.
 Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh, bool accept_data = false);
 

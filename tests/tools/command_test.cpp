@@ -164,6 +164,30 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   }
 }
 
+// For a card that is not here.
+TEST_F(Command, InspectPlansForAGpuThatIsElsewhere) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  const auto memory = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"inspect", "-c", world.yaml.string(), "--json"});
+    const auto r = run_moegraft(more);
+    EXPECT_EQ(r.code, 0) << r.err;
+    return r.code == 0 ? io::Json::parse(r.out)["memory"] : io::Json::object();
+  };
+  const io::Json here = memory({"--device", "cpu"}), there = memory({"--device", "cuda"}), budgeted = memory({"--device", "cuda", "--budget", "80"});
+  EXPECT_EQ(here["device"], "cpu");
+  EXPECT_FALSE(here.contains("budget_bytes"));
+  EXPECT_EQ(there["device"], "cuda");
+  EXPECT_EQ(budgeted["budget_bytes"], int64_t{80} << 30);
+  EXPECT_EQ(budgeted["total_bytes"], there["total_bytes"]);
+  if (!torch::cuda::is_available()) {
+    EXPECT_FALSE(there.contains("budget_bytes"));
+    EXPECT_NE(there["budget"].get<std::string>().find("not known"), std::string::npos);
+  }
+  EXPECT_EQ(run_moegraft({"inspect", world.base.string(), "--budget", "80"}).code, 2);
+  EXPECT_EQ(run_moegraft({"inspect", "-c", world.yaml.string(), "--budget", "0"}).code, 2);
+}
+
 TEST_F(Command, LaunchTakesACommandWithItsOptions) {
   testing::TemporaryFolder folder;
   const auto world = testing::make_tiny_world(folder.path());

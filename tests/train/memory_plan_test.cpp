@@ -16,6 +16,7 @@
 #include "moegraft/kernels/ops.h"
 #include "moegraft/train/trainer.h"
 #include "support/tiny_world.h"
+#include "train/gpu_memory.h"
 
 namespace moegraft::train {
 namespace {
@@ -164,7 +165,7 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   r.device = at::kCUDA;
   const MemoryPlan whole = plan_memory(r);
   EXPECT_EQ(whole.base, 4 * r.spec.num_parameters());
-  EXPECT_EQ(whole.panels + whole.program + whole.heap, 0);
+  EXPECT_EQ(whole.panels + whole.heap, 0);
   r.offload_experts = true;
   const MemoryPlan plan = plan_memory(r);
   const int64_t layer = 3 * 6 * 64 * 48 * 4;
@@ -172,6 +173,64 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   EXPECT_EQ(plan.base, whole.base - 8 * layer);
   EXPECT_EQ(plan.offload_buffers, 2 * layer);
   EXPECT_EQ(plan.recompute_layers, 8);
+}
+
+TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
+  MemoryRequest r = large();
+  r.device = at::Device(at::kCUDA, 0);
+  r.free_bytes = plan_memory(r).total();
+  const MemoryPlan plan = plan_memory(r);
+  EXPECT_EQ(plan.budget, int64_t(0.94 * double(r.free_bytes)));
+  EXPECT_GT(plan.recompute_layers, 0);
+  EXPECT_TRUE(plan.fits());
+  EXPECT_NE(summary(plan).find(" GiB, 0.94 of what cuda:0 has free; "), std::string::npos) << summary(plan);
+  r.budget_bytes = r.free_bytes;  // the config's word is the last
+  EXPECT_EQ(plan_memory(r).budget, r.free_bytes);
+  EXPECT_EQ(plan_memory(r).recompute_layers, 0);
+  EXPECT_EQ(summary(plan_memory(r)).find("free"), std::string::npos);
+  r.budget_bytes = 0, r.free_bytes = 1 << 20;
+  try {
+    check_fits(plan_memory(r));
+    FAIL();
+  } catch (const UserError& e) {
+    EXPECT_NE(std::string(e.what()).find("0.94 of what cuda:0 has free) is too little"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("set train.memory_budget_gib"), std::string::npos) << e.what();
+  }
+}
+
+TEST(MemoryPlan, CountsWhatAGpuHoldsBesideTensors) {
+  // Qwen3-30B-A3B's attention: dq in 5 splits for one sequence, 3 for two, 1 from 5 on, and dk, dv of 32 heads that share 4 keys.
+  const auto flash = [](int64_t sequences, int64_t kv_heads, int64_t head_dim) { return gpu::flash_backward(4096, sequences, 32, kv_heads, head_dim, 2); };
+  EXPECT_EQ(flash(1, 4, 128), 5 * 4224 * 32 * 128 * 4 + 32 * 4224 * 4 + 2 * 4096 * 32 * 128 * 2);
+  EXPECT_EQ(flash(2, 4, 128), 3 * 4352 * 32 * 128 * 4 + 32 * 4352 * 4 + 2 * 4096 * 32 * 128 * 2);
+  EXPECT_EQ(flash(5, 32, 128), 4736 * 32 * 128 * 4 + 32 * 4736 * 4);
+  EXPECT_EQ(flash(5, 32, 72), 4736 * 32 * 96 * 4 + 32 * 4736 * 4);
+  EXPECT_EQ(flash(5, 32, 200), 4736 * 32 * 256 * 4 + 32 * 4736 * 4);
+
+  MemoryRequest r = large();
+  r.device = at::kCUDA, r.dtype = at::kBFloat16;
+  for (auto& layer : r.spec.layers) layer.sparse = false;
+  const MemoryPlan many = plan_memory(r);
+  EXPECT_EQ(many.program, gpu::kContext);
+  EXPECT_EQ(many.collectives, 0);
+  r.sequences = 1 << 10;
+  const MemoryPlan long_ones = plan_memory(r);  // 33 splits of one sequence against one of many
+  EXPECT_EQ(many.workspace - long_ones.workspace, gpu::flash_backward(r.tokens, 1, 4, 2, 16, 2) - gpu::flash_backward(r.tokens, 1 << 10, 4, 2, 16, 2));
+  r.dtype = at::kFloat;  // no flash kernel
+  const MemoryPlan wide = plan_memory(r);
+  r.sequences = 1;
+  EXPECT_EQ(plan_memory(r).workspace, wide.workspace);
+
+  r.expert_size = 2;
+  EXPECT_EQ(plan_memory(r).collectives, 2 * gpu::kNcclGroup + gpu::kNcclPeer);
+  r.data_size = 4, r.shard_base = r.shard_optimizer = true;
+  EXPECT_EQ(plan_memory(r).collectives, 5 * gpu::kNcclGroup + gpu::kNcclPeer);
+  r.expert_size = 64, r.data_size = 1, r.spec.num_experts = 64;
+  EXPECT_EQ(plan_memory(r).collectives, 2 * gpu::kNcclGroup + 7 * gpu::kNcclPeer);
+  const MemoryPlan card = plan_memory(r);
+  EXPECT_EQ(card.total(), card.program + card.collectives + card.base + card.offload_buffers + card.trained + card.gradients + card.optimizer + card.activations + std::max(card.loss, card.workspace));
+  r.device = at::kCPU;
+  EXPECT_EQ(plan_memory(r).collectives, 0);
 }
 
 TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {

@@ -9,6 +9,7 @@
 #include "moegraft/base/text.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/json.h"
+#include "moegraft/model/device.h"
 
 namespace moegraft::tools {
 namespace {
@@ -198,6 +199,7 @@ Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunCo
     device = std::string(step.at("device")).starts_with("cuda") ? at::kCUDA : at::kCPU;
     request = request_of_step(step, spec, device, layout);
   }
+  request.free_bytes = model::free_memory(device).value_or(0);
   const train::MemoryPlan memory = train::plan_memory(request);
   if (given) recompute = memory.recompute_layers;
   train::MemoryRequest average = request;  // the largest micro-batch is for memory, the mean one for time

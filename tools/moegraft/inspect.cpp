@@ -16,6 +16,7 @@
 #include "moegraft/config/config.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/model/device.h"
 #include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/run/run_dir.h"
@@ -29,9 +30,10 @@ using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string path, config, plan;
+  std::string path, config, plan, device;
   std::vector<std::string> set, measured;
   int64_t codebook = 0;
+  double budget = 0;
   bool json = false;
 };
 
@@ -44,9 +46,10 @@ Json describe_spec(const model::DecoderSpec& s) {
           {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
 }
 
-Json describe_plan(const train::MemoryPlan& p) {
+Json describe_plan(const train::MemoryPlan& p, at::Device device) {
   const auto largest = [](const std::vector<int64_t>& v) { return v.empty() ? 0 : *std::max_element(v.begin(), v.end()); };
-  Json out{{"program_bytes", p.program},
+  Json out{{"device", device.str()},
+           {"program_bytes", p.program},
            {"base_bytes", p.base},
            {"packed_base_bytes", p.panels},
            {"trained_bytes", p.trained},
@@ -64,7 +67,10 @@ Json describe_plan(const train::MemoryPlan& p) {
            {"total_bytes", p.total()},
            {"smallest_total_bytes", p.smallest}};
   if (p.host_experts) out["offload_buffer_bytes"] = p.offload_buffers, out["host_expert_bytes"] = p.host_experts;
+  if (p.collectives) out["collective_bytes"] = p.collectives;
   if (p.budget) out["budget_bytes"] = p.budget, out["fits"] = p.fits();
+  if (!p.budget_source.empty()) out["budget"] = p.budget_source;
+  if (!p.budget && !device.is_cpu()) out["budget"] = "not known: there is no such device here; --budget GIB plans for one";
   return out;
 }
 
@@ -99,6 +105,9 @@ void run(const Options& o) {
     MOEGRAFT_CHECK_USAGE(!o.path.empty(), "inspect: give a model or run directory, or -c CONFIG");
     if (run::is_run(o.path)) config = run::load_run_config(o.path), run_dir = o.path;
   }
+  MOEGRAFT_CHECK_USAGE(config || (o.device.empty() && o.budget == 0), "inspect: --device and --budget plan a run: give -c CONFIG or a run directory");
+  if (!o.device.empty()) config->model.device = o.device;
+  if (o.budget > 0) config->train.memory_budget_gib = o.budget;
   if (config && config->model.init) {
     MOEGRAFT_CHECK(!run_dir.empty() && fs::exists(run_dir / "model"), "this config trains a base from scratch; inspect its `model` folder once it is trained");
     out["model"] = describe_spec(model::read_spec(run_dir / "model"));
@@ -113,7 +122,8 @@ void run(const Options& o) {
       const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, *config, o.codebook);
       // A plan for a GPU needs none.
       const at::Device planned_on = config->model.device == "cuda" ? at::Device(at::kCUDA) : graft::parse_device(config->model.device);
-      const train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);
+      train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);
+      request.free_bytes = model::free_memory(planned_on).value_or(0);
       const train::TrainedParameters t = train::count_trained(request);
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
@@ -121,7 +131,7 @@ void run(const Options& o) {
       if (!table.empty()) out["trained"]["table"] = train::to_json(table);
       if (!o.json)
         for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
-      out["memory"] = describe_plan(train::plan_memory(request));
+      out["memory"] = describe_plan(train::plan_memory(request), planned_on);
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)
         out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
@@ -141,10 +151,12 @@ void add_inspect_command(CLI::App& app) {
   cmd->add_option("-c,--config", o->config, "A run's YAML that has not started: a dry run");
   cmd->add_option("--set", o->set, "Override a key of the config")->take_all()->allow_extra_args(false);
   cmd->add_option("--codebook", o->codebook, "Codebook size to assume when the codec is not there yet")->check(CLI::Range(1, 1 << 30));
+  cmd->add_option("--device", o->device, "Plan for this device instead of the config's; a plan for cuda needs none here")->check(CLI::IsMember({"cpu", "cuda"}));
+  cmd->add_option("--budget", o->budget, "Plan for so many GiB of its memory (train.memory_budget_gib); default: what the device has free, where it is here")->check(CLI::PositiveNumber);
   cmd->add_option("--plan", o->plan, "Predict the step time of nodes=N,gpus=M[,expert=E][,shard_base=true][,shard_optimizer=true] (gpus: processes of a node)");
   cmd->add_option("--measured", o->measured, "What --plan reckons with: outputs of bench collectives --json and of bench step --json by one process (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
-  cmd->footer("Example: moegraft inspect -c configs/qwen3-30b-a3b.yaml --set model.path=/models/Qwen3-30B-A3B --codebook 16384\n"
+  cmd->footer("Example: moegraft inspect -c configs/qwen3-30b-a3b.yaml --set model.path=/models/Qwen3-30B-A3B --codebook 16384 --device cuda --budget 74\n"
               "         moegraft inspect MODEL --plan nodes=4,gpus=8,expert=8 --measured collectives.json --measured step.json");
   cmd->callback([o] { run(*o); });
 }

@@ -1,4 +1,6 @@
 #pragma once
+#include <optional>
+
 #include "moegraft/model/batch.h"
 
 namespace moegraft::model {
@@ -10,5 +12,8 @@ SplitBatch to_device(const SplitBatch& split, at::Device device);
 
 // The same batch in page-locked memory (needs a CUDA device). Plain copies, in the calling thread.
 PackedBatch pin(const PackedBatch& batch);
+
+// Bytes that an accelerator has free, its libraries' and other processes' memory taken off (for CUDA cudaMemGetInfo's). None for the CPU, and where there is no such device.
+std::optional<int64_t> free_memory(at::Device device);
 
 }  // namespace moegraft::model

@@ -25,6 +25,7 @@ struct MemoryRequest {
   bool gate_open = false;             // adapters act on every row of a batch, which need then not be gathered
   bool auxiliary_loss = false;        // layers cannot be computed again
   int64_t tokens = 0;                 // of a micro-batch
+  int64_t sequences = 1;              // that they make at least
   int64_t expert_size = 1, data_size = 1;  // processes that experts are spread over, and that repeat them
   bool shard_base = false, shard_optimizer = false;
   bool async_saves = false;           // checkpoints are written from copies
@@ -36,9 +37,10 @@ struct MemoryRequest {
     std::vector<int64_t> layers;  // empty: all
   };
   std::vector<Adapter> adapters;
-  int64_t budget_bytes = 0;  // 0: no limit
+  int64_t budget_bytes = 0;  // 0: what the device has free, no limit where that is not known
+  int64_t free_bytes = 0;    // of the device when the run starts (model::free_memory); 0: not known
 };
-// processes: that share the work by config.parallel; the request is of one of them.
+// processes: that share the work by config.parallel; the request is of one of them. free_bytes is the caller's to fill in.
 MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes = 1);
 
 // Trained parameters by shape alone: of the whole model, however many processes hold it.
@@ -61,7 +63,8 @@ std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int
 // Bytes at the peak, while the first `recompute_layers` layers keep only their input. Activations are those of a batch whose every token is a new modality's:
 // an upper bound for the frozen prefix and for text. Loss and workspace never live at the same time; the larger counts.
 struct MemoryPlan {
-  int64_t program = 0;        // the libraries themselves (host memory only)
+  int64_t program = 0;        // the libraries themselves; of a GPU its context (an estimate)
+  int64_t collectives = 0;    // NCCL's buffers (an estimate)
   int64_t base = 0;           // frozen weights that stay resident; with offload, without the experts; sharded, with a part of them
   int64_t panels = 0;         // the CPU's packed copies, forward and backward
   int64_t offload_buffers = 0;  // of experts that visit
@@ -75,7 +78,8 @@ struct MemoryPlan {
 
   int64_t recompute_layers = 0;
   int64_t budget = 0, smallest = 0;  // smallest: the total with as many layers recomputed as helps
-  int64_t total() const { return program + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace) + heap + save_copies + prefix_cache; }
+  std::string budget_source;         // empty: the config's; else what it is of
+  int64_t total() const { return program + collectives + base + panels + offload_buffers + trained + gradients + optimizer + activations + std::max(loss, workspace) + heap + save_copies + prefix_cache; }
   bool fits() const { return budget == 0 || total() <= budget; }
 };
 
