@@ -1,11 +1,13 @@
 // A new grafted model: rows and factors initialised as the run asks.
 #include "libtorch.h"
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/base/progress.h"
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/state.h"
 #include "moegraft/data/stream.h"
@@ -21,9 +23,6 @@ namespace moegraft::graft {
 namespace {
 
 namespace fs = std::filesystem;
-
-// Rows of a calibration sample: enough for the ranks in use, small enough for a solver per expert.
-constexpr int64_t kCalibrationRows = 256;
 
 io::Json initialise_embeddings(GraftedModel& m, const run::RunConfig& config) {
   io::Json report = io::Json::object();
@@ -46,17 +45,22 @@ io::Json initialise_embeddings(GraftedModel& m, const run::RunConfig& config) {
 // Runs documents of the training data through the model with its new rows, adapters still zero.
 Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
   at::NoGradGuard no_grad;
-  Calibration calibration(kCalibrationRows, uint64_t(config.run.seed));
+  const CalibrationPlan plan = plan_calibration(m.decoder->spec(), config);
+  if (plan.rows < plan.wanted)
+    log::info("ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, instead of ", plan.wanted);
+  Calibration calibration(plan.rows, uint64_t(config.run.seed));
   data::DataConfig mixed = config.data;  // a few steps, of every modality
   mixed.batching = "mixed";
   data::BatchStream stream(config.data.train, mixed, m.vocabulary, uint64_t(config.run.seed));
   model::ForwardOptions options;
   options.sites = &calibration;
-  for (int64_t tokens = 0; tokens < config.ot.calibration_tokens;) {
+  Progress progress("calibrate, tokens", config.ot.calibration_tokens);
+  for (int64_t tokens = 0; tokens < config.ot.calibration_tokens; progress.update(std::min(tokens, config.ot.calibration_tokens))) {
     const model::PackedBatch batch = model::to_device(stream.next().micro_batches.front(), m.device());
     m.decoder->forward(batch, options);
     tokens += batch.num_tokens();
   }
+  progress.finish();
   return calibration;
 }
 

@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstring>
 
+#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
 
 namespace moegraft::graft {
@@ -11,7 +13,46 @@ namespace {
 
 model::Site stored(model::Site site) { return site == model::Site::up ? model::Site::gate : site; }
 
+constexpr int64_t kRows = 256;  // beyond them subspaces of the ranks in use hardly change, and a solver's time grows with their square
+
 }  // namespace
+
+int64_t CalibrationPlan::num_solves() const {
+  int64_t sum = 0;
+  for (const auto& s : solves) sum += s.count;
+  return sum;
+}
+
+CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunConfig& config) {
+  CalibrationPlan plan;
+  int64_t rank = 0;
+  for (const auto& a : config.adapters) {
+    if (a.init == "kaiming_zero" || !a.init_from.empty()) continue;
+    const auto is_in = [&](int64_t layer) { return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end(); };
+    int64_t layers = 0;
+    for (int64_t l = 0; l < spec.num_layers; ++l) layers += spec.layers[size_t(l)].sparse && is_in(l);
+    std::vector<model::Site> seen;
+    for (const auto& name : a.sites) {
+      const model::Site site = stored(adapters::parse_site(name));
+      if (!adapters::is_expert_site(site) || std::find(seen.begin(), seen.end(), site) != seen.end()) continue;
+      seen.push_back(site);
+      plan.solves.push_back({layers * spec.num_experts, adapters::site_shape(spec, site).in, a.rank});
+      rank = std::max(rank, a.rank);
+    }
+  }
+  if (plan.num_solves() == 0) return plan;
+  // Inputs of both sites of every expert are seen, of text and of each new modality.
+  const int64_t sparse = std::count_if(spec.layers.begin(), spec.layers.end(), [](const auto& layer) { return layer.sparse; });
+  const int64_t width = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? 2 : 4;
+  const int64_t row_of_all = sparse * spec.num_experts * (1 + int64_t(config.modalities.size())) * (spec.hidden_size + spec.moe_intermediate_size) * width;
+  const double bound = config.ot.calibration_gib * double(int64_t{1} << 30);
+  plan.wanted = std::max(kRows, rank);
+  plan.rows = int64_t(std::min(double(plan.wanted), bound / double(row_of_all)));
+  MOEGRAFT_CHECK(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
+                 double(rank * row_of_all) / double(int64_t{1} << 30), " at least, or use adapters.init: kaiming_zero");
+  plan.bytes = plan.rows * row_of_all;
+  return plan;
+}
 
 Calibration::Calibration(int64_t rows_per_key, uint64_t seed) : rows_per_key_(rows_per_key), seed_(seed) {
   MOEGRAFT_CHECK(rows_per_key >= 1, "calibration must keep at least one row per expert, got ", rows_per_key);
@@ -30,7 +71,7 @@ void Calibration::observe_experts(int64_t layer, model::Site site, const at::Ten
     auto found = reservoirs_.find(key);
     if (found == reservoirs_.end()) {
       const uint64_t index = ((uint64_t(layer) * 64 + uint64_t(stored(site))) << 32) + uint64_t(expert) * 1024 + uint64_t(modality);
-      found = reservoirs_.emplace(key, Reservoir{Rng(seed_, "graft.calibration", index), 0, at::empty({rows_per_key_, rows_RX.size(1)}, at::kFloat)}).first;
+      found = reservoirs_.emplace(key, Reservoir{Rng(seed_, "graft.calibration", index), 0, at::empty({rows_per_key_, rows_RX.size(1)}, rows_RX.options().device(at::kCPU))}).first;
     }
     Reservoir& r = found->second;
     for (int64_t row = offsets[g]; row < offsets[g + 1]; ++row, ++r.seen) {
@@ -41,11 +82,12 @@ void Calibration::observe_experts(int64_t layer, model::Site site, const at::Ten
     }
   }
   if (picked.empty()) return;
-  const at::Tensor rows = rows_RX.detach().index_select(0, at::tensor(picked, at::kLong).to(rows_RX.device())).to(at::kFloat).cpu().contiguous();
-  const int64_t width = rows.size(1);
-  const float* from = rows.const_data_ptr<float>();
+  const at::Tensor rows = rows_RX.detach().index_select(0, at::tensor(picked, at::kLong).to(rows_RX.device())).cpu().contiguous();
+  const size_t row = size_t(rows.size(1)) * rows.element_size();
+  const auto* from = static_cast<const char*>(rows.const_data_ptr());
   for (size_t i = 0; i < picked.size(); ++i) {
-    std::copy(from + int64_t(i) * width, from + int64_t(i + 1) * width, targets[i].first->rows_NX.mutable_data_ptr<float>() + targets[i].second * width);
+    const auto& [to, slot] = targets[i];
+    std::memcpy(static_cast<char*>(to->rows_NX.mutable_data_ptr()) + size_t(slot) * row, from + i * row, row);
   }
 }
 

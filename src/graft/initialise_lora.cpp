@@ -8,8 +8,12 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <mutex>
+#include <optional>
+#include <set>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/progress.h"
 #include "moegraft/graft/initialise_rows.h"
 #include "moegraft/io/json.h"
 
@@ -19,6 +23,7 @@ namespace {
 constexpr double kRidge = 1e-2;            // of the mean squared singular value
 constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan, and there are layers x sites x experts of them
 constexpr int64_t kSharpen = 2;
+constexpr int64_t kFactored = 2048;        // width from which the ridge solution is kept as two factors: as a matrix it takes 1.6 GB a thread at 14,336
 
 // Rows that the data cannot decide (fewer states than P, or a null direction) fall back to Kaiming's.
 at::Tensor scaled_rows(const at::Tensor& rows_KD, int64_t rank, uint64_t seed, int64_t* directions) {
@@ -55,13 +60,29 @@ at::Tensor checked_states(const at::Tensor& x, const char* name) {
   return d;
 }
 
+// Told of each expert by any thread.
+class Solved {
+ public:
+  Solved(const std::string& title, int64_t total) : progress_(title, total) {}
+  void one() {
+    const std::lock_guard lock(mutex_);
+    progress_.update(++done_);
+  }
+  void finish() { progress_.finish(); }
+
+ private:
+  std::mutex mutex_;
+  Progress progress_;
+  int64_t done_ = 0;
+};
+
 struct SiteInit {
   at::Tensor A_EPX;
   io::Json report;
 };
 
 SiteInit expert_site(const std::string& method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const run::OtSection& ot,
-                     uint64_t seed, const std::string& name) {
+                     uint64_t seed, const std::string& name, Solved& solved) {
   const int64_t experts = shape[0], rank = shape[1];
   SiteInit init{kaiming_A(shape, seed, name), {}};
   std::vector<GwSubspaceReport> reports(experts);
@@ -84,7 +105,7 @@ SiteInit expert_site(const std::string& method, const Calibration& calibration, 
   }
   at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
     at::NoGradGuard no_grad;
-    for (int64_t e = first; e < last; ++e) {
+    for (int64_t e = first; e < last; ++e, solved.one()) {
       if (!enough(x_v[e]) || !enough(x_t[e])) continue;
       init.A_EPX[e].copy_(method == "gw_subspace" ? gw_subspace_A(x_v[e], x_t[e], rank, ot, seed + uint64_t(e), &reports[e]) : activation_svd_A(x_v[e], rank, seed + uint64_t(e)));
     }
@@ -126,10 +147,18 @@ at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_give
   const double ridge = kRidge * x_v.square().sum().item<double>() / double(std::min(n, d)) + 1e-300;
   gram.diagonal().add_(ridge);
   const at::Tensor factor = at::linalg_cholesky(gram);
-  const at::Tensor m_t = wide ? at::mm(x_v.t(), at::cholesky_solve(aligned, factor)) : at::cholesky_solve(at::mm(x_v.t(), aligned), factor);
-  const at::Tensor top = top_right_vectors(at::mm(x_v, m_t), rank);  // U^T
+  const at::Tensor solved = at::cholesky_solve(wide ? aligned : at::mm(x_v.t(), aligned), factor);
+  at::Tensor rows;
+  if (wide && d >= kFactored) {  // X M^T = X X^T (X X^T + l I)^-1 Y = Y - l (X X^T + l I)^-1 Y
+    const at::Tensor top = top_right_vectors(aligned - ridge * solved, rank);
+    rows = at::mm(at::mm(top, solved.t()), x_v);
+  } else {
+    const at::Tensor m_t = wide ? at::mm(x_v.t(), solved) : solved;
+    const at::Tensor top = top_right_vectors(at::mm(x_v, m_t), rank);  // U^T
+    rows = at::mm(top, m_t.t());
+  }
   int64_t directions = 0;
-  const at::Tensor a_PD = scaled_rows(at::mm(top, m_t.t()), rank, seed, &directions);
+  const at::Tensor a_PD = scaled_rows(rows, rank, seed, &directions);
   if (report) *report = {plan.objective, plan.row_perplexity, plan.converged, directions};
   return a_PD;
 }
@@ -141,6 +170,20 @@ at::Tensor activation_svd_A(const at::Tensor& x_v_given, int64_t rank, uint64_t 
   return scaled_rows(top_right_vectors(x_v, rank), rank, seed, nullptr);
 }
 
+double estimate_solve_seconds(const CalibrationPlan& plan, const run::OtSection& ot) {
+  const int64_t threads = at::get_num_threads();
+  double seconds = 0;
+  for (const auto& s : plan.solves) {
+    const at::Tensor states = kaiming_A({2, plan.rows, s.width}, 1, "estimate");
+    const auto start = std::chrono::steady_clock::now();
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) gw_subspace_A(states[0], states[1], s.rank, ot, uint64_t(i));
+    });
+    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() * double(s.count) / double(threads);
+  }
+  return seconds;
+}
+
 std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const run::OtSection& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
   MOEGRAFT_CHECK_USAGE(method == "kaiming_zero" || method == "gw_subspace" || method == "activation_svd", "adapters.init must be kaiming_zero, gw_subspace or activation_svd, got ", method);
@@ -148,21 +191,30 @@ std::string initialise_lora(adapters::ModalityLora& lora, const std::string& met
   MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", method, " needs a calibration");
   const auto start = std::chrono::steady_clock::now();
   io::Json report = {{"method", method}, {"sites", io::Json::object()}};
-  std::map<std::pair<int64_t, model::Site>, SiteInit> done;  // gate and up see the same input
+  std::map<std::pair<int64_t, model::Site>, SiteInit> done;  // of a layer: gate and up see the same input
+  std::set<std::pair<int64_t, model::Site>> sites;
+  int64_t experts = 0;
+  const auto key_of = [](const auto& factor) { return std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site}; };
+  for (const auto& factor : lora.factors())
+    if (calibrated && adapters::is_expert_site(factor.site) && sites.insert(key_of(factor)).second) experts += factor.A.size(0);
+  std::optional<Solved> solved;
+  if (experts > 0) solved.emplace("initialise adapters (" + method + "), experts", experts);
   for (auto& factor : lora.factors()) {
     factor.B.zero_();
     if (!calibrated || !adapters::is_expert_site(factor.site)) {
       factor.A.copy_(kaiming_A(factor.A.sizes(), seed, factor.name));
       continue;
     }
-    const auto key = std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site};
+    const auto key = key_of(factor);
     auto found = done.find(key);
     if (found == done.end()) {
-      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, factor.A.sizes(), modality, ot, seed, factor.name)).first;
+      std::erase_if(done, [&](const auto& earlier) { return earlier.first.first != factor.layer; });
+      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, factor.A.sizes(), modality, ot, seed, factor.name, *solved)).first;
       report["sites"][factor.name] = found->second.report;
     }
     factor.A.copy_(found->second.A_EPX);
   }
+  if (solved) solved->finish();
   report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report.dump();
 }

@@ -15,6 +15,7 @@
 #include "moegraft/checkpoint/state.h"
 #include "moegraft/codec/codec.h"
 #include "moegraft/data/stream.h"
+#include "moegraft/graft/calibration.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
@@ -146,6 +147,7 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   if (config.model.path.empty()) return;
   const model::DecoderSpec spec = model::read_spec(config.model.path);
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.num_experts % p.expert == 0, "parallel.expert (", p.expert, ") must divide the ", spec.num_experts, " experts of ", config.model.path);
+  graft::plan_calibration(spec, config);  // throws where its bound is too small
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
   MemoryRequest request = memory_request(spec, config, {}, graft::parse_device(config.model.device), world_size);
   request.free_bytes = model::free_memory(request.device).value_or(0);

@@ -66,6 +66,14 @@ TEST(GwSubspace, FindsTheStretchedDirectionsOfAnIsometricCopy) {
   EXPECT_GT((inside.norm() / a.norm()).item<double>(), 0.98);
 }
 
+TEST(GwSubspace, WideStatesNeedNoSquareMatrix) {
+  // Columns of zeros change no distance, no ridge and no direction: 60 columns take the one form, the same with 2,000 more the other.
+  const at::Tensor x_v = cloud(40, 60, 8), x_t = cloud(50, 60, 9), zeros = at::zeros({50, 2000});
+  const at::Tensor narrow = gw_subspace_A(x_v, x_t, 8, quick(), 3), wide = gw_subspace_A(at::cat({x_v, zeros.slice(0, 0, 40)}, 1), at::cat({x_t, zeros}, 1), 8, quick(), 3);
+  EXPECT_TRUE(at::allclose(narrow, wide.slice(1, 0, 60), 1e-5, 1e-6));
+  EXPECT_EQ(wide.slice(1, 60, 2060).abs().max().item<double>(), 0.0);
+}
+
 TEST(GwSubspace, DegenerateStatesFallBackToKaiming) {
   GwSubspaceReport report;
   const at::Tensor x_v = at::ones({10, 6});  // one direction only
@@ -103,6 +111,64 @@ TEST(Calibration, ReservoirKeepsAUniformDeterministicSample) {
   EXPECT_THROW(Calibration(0, 1), UserError);
 }
 
+TEST(Calibration, KeepsRowsInTheDtypeThatTheyComeIn) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    Calibration c(40, 1);
+    const at::Tensor rows = cloud(60, 8, 3).to(dtype);
+    c.observe_experts(0, model::Site::down, rows, {0, 20, 60}, 2);  // 20 of text, 40 of the new modality: all are kept, in order
+    EXPECT_EQ(c.rows(0, model::Site::down, 0, 1).scalar_type(), dtype);
+    EXPECT_TRUE(at::equal(c.rows(0, model::Site::down, 0, 0), rows.slice(0, 0, 20)));
+    EXPECT_TRUE(at::equal(c.rows(0, model::Site::down, 0, 1), rows.slice(0, 20, 60)));
+  }
+}
+
+TEST(CalibrationPlan, FitsItsBound) {
+  model::DecoderSpec spec;  // Qwen3-30B-A3B
+  spec.hidden_size = 2048, spec.num_layers = 48, spec.num_experts = 128, spec.moe_intermediate_size = 768;
+  spec.layers.assign(48, {});
+  run::RunConfig config;
+  config.model.dtype = "bfloat16";
+  config.modalities["image"] = {};
+  EXPECT_EQ(plan_calibration(spec, config).rows, 0) << "nobody asks";
+  config.adapters.resize(1);
+  EXPECT_EQ(plan_calibration(spec, config).rows, 0) << "kaiming_zero needs no states";
+  config.adapters[0].init = "gw_subspace";
+  const int64_t row = 48 * 128 * 2 * (2048 + 768) * 2, gib = int64_t{1} << 30;
+  const CalibrationPlan plan = plan_calibration(spec, config);
+  EXPECT_EQ(plan.rows, 4 * gib / row);
+  EXPECT_EQ(plan.rows, 62);
+  EXPECT_EQ(plan.wanted, 256);
+  EXPECT_EQ(plan.bytes, 62 * row);
+  EXPECT_EQ(plan.num_solves(), 2 * 48 * 128);  // gate and up are one
+  ASSERT_EQ(plan.solves.size(), 2u);
+  EXPECT_EQ(plan.solves[0].width, 2048);
+  EXPECT_EQ(plan.solves[1].width, 768);
+  config.model.dtype = "float32";
+  EXPECT_EQ(plan_calibration(spec, config).rows, 31);
+  config.ot.calibration_gib = 1000;
+  EXPECT_EQ(plan_calibration(spec, config).rows, 256);
+  config.adapters[0].rank = 300, config.adapters[0].layers = {0, 3}, config.adapters[0].sites = {"up", "q"};
+  EXPECT_EQ(plan_calibration(spec, config).rows, 300);
+  EXPECT_EQ(plan_calibration(spec, config).num_solves(), 2 * 128);
+  config.ot.calibration_gib = 4;
+  try {
+    plan_calibration(spec, config);
+    FAIL();
+  } catch (const UserError& e) {
+    EXPECT_NE(std::string(e.what()).find("ot.calibration_gib: 4 GiB hold 31 rows"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("rank 300"), std::string::npos) << e.what();
+  }
+  config.adapters[0].init_from = "runs/earlier";
+  EXPECT_EQ(plan_calibration(spec, config).rows, 0);
+
+  spec.num_layers = 2, spec.num_experts = 3, spec.hidden_size = 24, spec.moe_intermediate_size = 16;
+  spec.layers.assign(2, {});
+  config = {};
+  config.adapters.resize(1);
+  config.adapters[0].init = "gw_subspace", config.adapters[0].rank = 4;
+  EXPECT_GT(estimate_solve_seconds(plan_calibration(spec, config), quick()), 0);
+}
+
 TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
   model::DecoderSpec spec;
   spec.hidden_size = 24;
@@ -124,7 +190,10 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
   }
   for (const char* method : {"kaiming_zero", "gw_subspace", "activation_svd"}) {
     adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU), again(spec, config, 0, {1}, at::kCPU);
+    ::testing::internal::CaptureStderr();
     const auto report = nlohmann::json::parse(initialise_lora(lora, method, &calibration, 1, quick(), 5));
+    const bool told = ::testing::internal::GetCapturedStderr().find("experts 12/12") != std::string::npos;  // 2 layers x 3 experts x (gate with up, down)
+    EXPECT_EQ(told, std::string(method) != "kaiming_zero");
     initialise_lora(again, method, &calibration, 1, quick(), 5);
     EXPECT_EQ(report["method"], method);
     ASSERT_EQ(lora.factors().size(), 14u);

@@ -10,10 +10,12 @@
 #include "cluster_plan.h"
 #include "command.h"
 #include "cpu.h"
+#include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
 #include "moegraft/config/config.h"
+#include "moegraft/graft/calibration.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/model/device.h"
@@ -74,6 +76,12 @@ Json describe_plan(const train::MemoryPlan& p, at::Device device) {
   return out;
 }
 
+// Before step 0 of a new run: memory of the host, and what the GW solves cost.
+Json describe_calibration(const graft::CalibrationPlan& plan, const run::OtSection& ot) {
+  return {{"tokens", ot.calibration_tokens}, {"rows_per_expert", plan.rows}, {"host_bytes", plan.bytes}, {"solves", plan.num_solves()},
+          {"solve_seconds", std::round(10 * graft::estimate_solve_seconds(plan, ot)) / 10}, {"solve_seconds_are", moegraft::detail::concat("of ", at::get_num_threads(), " threads here: one solve of each width timed on random states, times their number")}};
+}
+
 void print(const Json& j, int indent) {
   for (const auto& [key, value] : j.items()) {
     if (value.is_object()) {
@@ -132,6 +140,7 @@ void run(const Options& o) {
       if (!o.json)
         for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
       out["memory"] = describe_plan(train::plan_memory(request), planned_on);
+      if (const auto plan = graft::plan_calibration(s, *config); plan.rows > 0 && run_dir.empty()) out["calibration"] = describe_calibration(plan, config->ot);
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)
         out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});

@@ -10,11 +10,29 @@
 
 #include "moegraft/base/rng.h"
 #include "moegraft/model/decoder.h"
+#include "moegraft/run/run_config.h"
 
 namespace moegraft::graft {
 
+// What the initialisations that look at activations take, from shapes alone.
+struct CalibrationPlan {
+  // Gromov-Wasserstein problems of one site: up shares gate's.
+  struct Solves {
+    int64_t count = 0, width = 0, rank = 0;
+  };
+  int64_t rows = 0;   // kept of each (layer, site, expert, modality); 0: no adapter asks for any
+  int64_t wanted = 0; // without the bound
+  int64_t bytes = 0;  // host memory, at most
+  std::vector<Solves> solves;
+  int64_t num_solves() const;
+};
+// 256 rows, or fewer so that all of them fit ot.calibration_gib; never fewer than the largest rank: UserError when those do not fit.
+CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunConfig& config);
+// Seconds that the plan's solves take here: one of each width on every thread, timed now on random states (real ones may take more or fewer iterations).
+double estimate_solve_seconds(const CalibrationPlan& plan, const run::OtSection& ot);
+
 // Pass it as ForwardOptions::sites. Reservoir sampling (Vitter's algorithm R) per (layer, site, expert, modality), a function of the seed and of the
-// rows' order alone. Rows are kept as float32 on the CPU.
+// rows' order alone. Rows are kept on the CPU in the dtype that they come in: what a bf16 base computes fits bf16.
 class Calibration : public model::SiteObserver {
  public:
   Calibration(int64_t rows_per_key, uint64_t seed);

@@ -99,6 +99,7 @@ struct OtSection {
   int64_t max_iterations = 200;
   int64_t max_points = 2048;
   int64_t calibration_tokens = 8192;
+  double calibration_gib = 4;
   template <class V>
   void visit_fields(V& v) {
     v("solver", solver, config::one_of({"entropic", "proximal"}), "Gromov-Wasserstein solver.");
@@ -107,6 +108,7 @@ struct OtSection {
     v("max_iterations", max_iterations, config::range(1, 1e6), "Outer iterations per epsilon.");
     v("max_points", max_points, config::range(2, 1 << 20), "Larger clouds are clustered to this size first.");
     v("calibration_tokens", calibration_tokens, config::range(1, 1e9), "Tokens run through the base to collect expert inputs.");
+    v("calibration_gib", calibration_gib, config::range(0.0, 1e6), "Host memory for those inputs: 256 rows of each expert, site and modality, or as many fewer as fit.");
   }
 };
 
