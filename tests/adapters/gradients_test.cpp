@@ -3,6 +3,7 @@
 
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/io/safetensors.h"
@@ -11,7 +12,7 @@
 namespace moegraft::adapters {
 namespace {
 
-const std::filesystem::path kGolden = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 
 AdapterConfig everywhere() {
   AdapterConfig c;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/safetensors.h"
@@ -18,7 +19,7 @@ using model::Decoder;
 using model::Gate;
 using model::Site;
 
-const std::filesystem::path kGolden = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 const char* const kBases[] = {"olmoe", "qwen3_mixed", "mixtral_window"};
 
 AdapterConfig config_of(int64_t rank = 3) {

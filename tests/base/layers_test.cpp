@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "../support/paths.h"
+
 namespace moegraft {
 namespace {
 
@@ -133,12 +135,12 @@ class PlantedTree : public testing::Test {
 };
 
 TEST(Layers, IncludesPointDown) {
-  const auto found = violations(MOEGRAFT_SOURCE_DIR);
+  const auto found = violations(test_source_dir());
   for (const std::string& what : found) ADD_FAILURE() << what;
 }
 
 TEST(Layers, LibrariesLinkDown) {
-  const auto pairs = linked_modules(fs::path(MOEGRAFT_SOURCE_DIR) / "CMakeLists.txt");
+  const auto pairs = linked_modules(fs::path(test_source_dir()) / "CMakeLists.txt");
   EXPECT_GE(pairs.size(), 10u);
   for (const auto& [from, to] : pairs) {
     ASSERT_TRUE(kLayerOf.contains(from)) << from;

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include "../support/paths.h"
 #include "libtorch.h"
 
 #include <filesystem>
@@ -47,7 +48,7 @@ struct Case {
 // Writes the folder a user would have.
 std::unique_ptr<Case> make_case(const std::string& name) {
   auto c = std::make_unique<Case>();
-  const fs::path golden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/codec";
+  const fs::path golden = fs::path(test_source_dir()) / "tests/golden/codec";
   c->dir = fs::path(testing::TempDir()) / ("janus_" + name);
   fs::remove_all(c->dir);
   fs::create_directories(c->dir);

@@ -3,6 +3,7 @@
 
 #include <fstream>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/convert/gguf.h"
@@ -17,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/convert";
 const char* const kCases[] = {"llama", "llama_linear", "mistral", "mixtral", "qwen3", "qwen3_moe", "olmoe"};
 
 class Folder {

@@ -1,6 +1,7 @@
 // Dense models as mixtures: the function that is kept, by our own decoder; layouts that transformers reads are checked in tests/tools.
 #include <gtest/gtest.h>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/convert/import_gguf.h"
@@ -13,7 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/convert";
 
 class UpcycleTest : public ::testing::Test {
  protected:

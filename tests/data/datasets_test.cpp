@@ -8,6 +8,7 @@
 #include <fstream>
 #include <functional>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/codec/pictures.h"
 #include "moegraft/codec/vq.h"
@@ -26,7 +27,7 @@ using test::error_of;
 using test::Folder;
 using test::write;
 
-const fs::path kSets = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/data/sets";
+const fs::path kSets = fs::path(test_source_dir()) / "tests/golden/data/sets";
 
 
 struct Kind {

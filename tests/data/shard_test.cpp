@@ -5,6 +5,7 @@
 #include <fstream>
 #include <functional>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/safetensors.h"
 #include "tests_data.h"
@@ -30,7 +31,7 @@ void write(const std::filesystem::path& path, io::TensorMap tensors, std::map<st
 }
 
 TEST(Shard, ReadsWhatThePythonPackageWrote) {
-  const ShardSet shards(std::string(MOEGRAFT_SOURCE_DIR) + "/tests/golden/data/shard.safetensors");
+  const ShardSet shards(test_source_dir() + "/tests/golden/data/shard.safetensors");
   ASSERT_EQ(shards.schema(), kSchema);
   ASSERT_EQ(shards.num_documents(), 3);
   EXPECT_EQ(shards.num_tokens(), 18);

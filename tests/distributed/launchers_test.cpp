@@ -15,6 +15,7 @@
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/distributed/world.h"
+#include "support/paths.h"
 #include "support/ranks/ranks.h"
 
 namespace moegraft::distributed {
@@ -207,7 +208,7 @@ ProcessResult run_torchrun(std::vector<std::string> argv, const std::vector<std:
 }
 
 TEST_F(Launchers, Torchrun) {
-  const auto argv = testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  const auto argv = testing::torchrun(test_source_dir());
   if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const auto result = run_torchrun(argv, {}, "report", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;
@@ -216,7 +217,7 @@ TEST_F(Launchers, Torchrun) {
 }
 
 TEST_F(Launchers, TorchrunStartsAgainAfterAKill) {
-  const auto argv = testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  const auto argv = testing::torchrun(test_source_dir());
   if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const auto result = run_torchrun(argv, {"--max-restarts", "1", "--monitor-interval", "0.1"}, "killed_once", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/io/json.h"
 
@@ -9,7 +10,7 @@ namespace moegraft::evaluate {
 namespace {
 
 TEST(Ridge, AgreesWithNumpy) {
-  const auto golden = io::read_json(std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/evaluate/ridge.json");
+  const auto golden = io::read_json(std::filesystem::path(test_source_dir()) / "tests/golden/evaluate/ridge.json");
   const auto matrix = [&](const char* key) {
     std::vector<at::Tensor> rows;
     for (const auto& row : golden[key]) rows.push_back(at::tensor(row.get<std::vector<double>>(), at::kDouble));

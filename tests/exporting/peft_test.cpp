@@ -14,6 +14,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/batch.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/python.h"
 #include "support/tiny_world.h"
@@ -172,7 +173,7 @@ void set_adapter(run::RunConfig& c, std::vector<std::string> sites, std::vector<
 }
 
 TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
-  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "peft, transformers, safetensors");
+  const std::string python = testing::reference_python(test_source_dir(), "peft, transformers, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with transformers and PEFT (third_party/requirements-tests.txt)";
   const TemporaryFolder folder("peft");
   const TinyWorld qwen = testing::make_tiny_world(folder / "qwen", {"qwen3_moe", true, 2, 3});
@@ -218,7 +219,7 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
       list.push_back(scrambled);
     }
   io::write_json(folder / "cases.json", list);
-  testing::Process process({python, MOEGRAFT_SOURCE_DIR "/tests/exporting/check_peft.py", (folder / "cases.json").string(), (folder / "results.json").string()},
+  testing::Process process({python, test_source_dir() + "/tests/exporting/check_peft.py", (folder / "cases.json").string(), (folder / "results.json").string()},
                            {"OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", "CUDA_VISIBLE_DEVICES="});
   const testing::ProcessResult done = process.wait();
   ASSERT_EQ(done.code, 0) << done.err;

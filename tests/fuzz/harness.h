@@ -11,6 +11,7 @@
 #include <functional>
 #include <iterator>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "mutate.h"
@@ -35,7 +36,7 @@ class Scratch {
 };
 
 inline std::string golden(const std::string& name) {
-  std::ifstream in(std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden" / name, std::ios::binary);
+  std::ifstream in(std::filesystem::path(test_source_dir()) / "tests/golden" / name, std::ios::binary);
   EXPECT_TRUE(in.good()) << name;
   return {std::istreambuf_iterator<char>(in), {}};
 }

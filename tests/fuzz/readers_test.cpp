@@ -1,4 +1,5 @@
 // Readers over mutated files: weights, shards, pictures, configs, manifests, checkpoints. See harness.h; the readers that need no LibTorch are in text_readers_test.cpp.
+#include "../support/paths.h"
 #include "harness.h"
 #include "libtorch.h"
 #include "moegraft/checkpoint/checkpoint.h"
@@ -37,7 +38,7 @@ TEST(Fuzz, ConfigJson) {
 
 TEST(Fuzz, Pictures) {
   std::vector<std::string> seeds;
-  for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/io"))
+  for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(test_source_dir()) / "tests/golden/io"))
     if (const auto e = entry.path().extension(); e != ".safetensors" && entry.file_size() < 100000) {
       const std::string bytes = golden("io/" + entry.path().filename().string());
       try {

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <limits>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 
 namespace moegraft::generate {
@@ -37,7 +38,7 @@ TEST(Sampling, ClosedForm) {
 }
 
 TEST(Sampling, EqualsTransformers) {
-  std::ifstream in(MOEGRAFT_SOURCE_DIR "/tests/golden/generate/sampling.txt");
+  std::ifstream in(test_source_dir() + "/tests/golden/generate/sampling.txt");
   ASSERT_TRUE(in);
   SamplingOptions options;
   int cases = 0;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/io/files.h"
@@ -17,7 +18,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/io";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/io";
 
 // The pictures of tests/golden/make_io.py: 6 wide, 4 high.
 at::Tensor expected_rgb() {

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/io/files.h"
@@ -20,7 +21,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/io";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/io";
 
 class Safetensors : public ::testing::Test {
  protected:

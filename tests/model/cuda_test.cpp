@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "../support/gpu.h"
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/decoder.h"
@@ -11,7 +12,7 @@
 namespace moegraft::model {
 namespace {
 
-const std::filesystem::path kGolden = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 
 // One gated low-rank term on every expert's gate and on q.
 class Terms : public AdapterSites {

@@ -9,6 +9,7 @@
 #ifndef MOEGRAFT_HAVE_CUDA
 #include "../support/emulated_device.h"
 #endif
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/safetensors.h"
@@ -17,7 +18,7 @@
 namespace moegraft::model {
 namespace {
 
-const std::filesystem::path kGolden = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 
 double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
 

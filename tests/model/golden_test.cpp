@@ -3,6 +3,7 @@
 
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/files.h"
@@ -14,7 +15,7 @@ namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/model";
 
 double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
 

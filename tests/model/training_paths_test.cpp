@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/decoder.h"
@@ -13,7 +14,7 @@
 namespace moegraft::model {
 namespace {
 
-const std::filesystem::path kGolden = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model";
+const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 
 // Gated terms on experts and attention, and new rows.
 class Terms : public AdapterSites {

@@ -8,12 +8,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "../support/paths.h"
+
 namespace moegraft::ot {
 
 inline const at::Tensor& golden(const std::string& name) {
   static const std::map<std::string, at::Tensor> blocks = [] {
     std::map<std::string, at::Tensor> read;
-    std::ifstream in(MOEGRAFT_SOURCE_DIR "/tests/golden/ot/pot.txt");
+    std::ifstream in(test_source_dir() + "/tests/golden/ot/pot.txt");
     std::string key;
     int64_t rows, columns;
     while (in >> key >> rows >> columns) {

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 
+#include "../support/paths.h"
 #include "join.h"
 #include "moegraft/base/check.h"
 #include "moegraft/model/decoder.h"
@@ -26,7 +27,7 @@ at::Generator generator(uint64_t seed) { return at::make_generator<at::CPUGenera
 // 8 experts, 3 sparse layers; removed at the end.
 struct Base {
   Base() : dir(std::filesystem::temp_directory_path() / ("moegraft_parallel_" + std::to_string(::getpid()))) {
-    DecoderSpec spec = model::read_spec(std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/olmoe");
+    DecoderSpec spec = model::read_spec(std::filesystem::path(test_source_dir()) / "tests/golden/model/olmoe");
     spec.num_experts = 8;
     spec.num_layers = 3;
     spec.layers.assign(3, spec.layers.front());

@@ -7,6 +7,7 @@
 
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "join.h"
 #include "moegraft/base/check.h"
 #include "moegraft/model/decoder.h"
@@ -106,7 +107,7 @@ TEST(ShardedWeights, GiveTheBitsOfTheWhole) {
 RANK_BODY(sharded_model) {
   const auto world = testing::join();
   const Mesh mesh = distributed::make_mesh(world, 1);
-  const std::filesystem::path dir = std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/olmoe";
+  const std::filesystem::path dir = std::filesystem::path(test_source_dir()) / "tests/golden/model/olmoe";
   model::LoadOptions offload, shard;
   offload.offload_experts = true;
   shard.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<ShardedWeights>(std::move(rest), mesh); };

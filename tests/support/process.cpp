@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "moegraft/base/check.h"
+#include "paths.h"
 
 namespace moegraft::testing {
 namespace {
@@ -83,7 +84,7 @@ std::string Process::errors() const { return contents(err_); }
 
 std::filesystem::path moegraft_binary() {
   const char* name = std::getenv("MOEGRAFT_BIN");
-  const std::filesystem::path path = name ? std::filesystem::path(name) : std::filesystem::path(MOEGRAFT_BINARY_DIR) / "moegraft";
+  const std::filesystem::path path = name ? std::filesystem::path(name) : std::filesystem::path(test_binary_dir()) / "moegraft";
   return std::filesystem::exists(path) ? path : std::filesystem::path();
 }
 

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/tokenizer/tokenizer.h"
 #include "tokenizer/regex.h"
@@ -21,7 +22,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 using Ids = std::vector<int64_t>;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/tokenizer";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/tokenizer";
 
 json golden(const std::string& name) {
   std::ifstream in(kGolden / (name + ".tokenizer.json"));

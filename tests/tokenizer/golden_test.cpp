@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/tokenizer/tokenizer.h"
 
@@ -19,7 +20,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 using Ids = std::vector<int64_t>;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/tokenizer";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/tokenizer";
 
 json read(const fs::path& path) {
   std::ifstream in(path);

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/tokenizer/tokenizer.h"
 #include "tokenizer/regex.h"
@@ -19,7 +20,7 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-const fs::path kGolden = fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/tokenizer";
+const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/tokenizer";
 
 std::string repeat(const std::string& text, size_t n) {
   std::string out;

@@ -7,6 +7,7 @@
 #include "libtorch.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/python.h"
 #include "support/tiny_world.h"
@@ -218,11 +219,11 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
 
 // The peers' scripts stand on the same ids and count the same loss.
 TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
-  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "torch, transformers, peft, safetensors");
+  const std::string python = testing::reference_python(test_source_dir(), "torch, transformers, peft, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with transformers and PEFT (tools/setup.sh --tests installs one)";
   const std::string ids = (*folder_ / "peer-ids.safetensors").string();
   io::save_safetensors(ids, {{"input_ids", at::arange(3, 63).view({2, 30})}});
-  const auto peer = testing::Process({python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--ids", ids}).wait();
+  const auto peer = testing::Process({python, test_source_dir() + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--ids", ids}).wait();
   ASSERT_EQ(peer.code, 0) << peer.err;
   const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--matmul", "256", "--ids", ids});
   EXPECT_NEAR(ours["loss"][0].get<double>(), theirs["loss"][0].get<double>(), 1e-4);

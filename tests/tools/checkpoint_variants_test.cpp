@@ -8,6 +8,7 @@
 #include "moegraft/model/decoder.h"
 #include "moegraft/model/stop_ids.h"
 #include "moegraft/tokenizer/tokenizer.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/python.h"
 #include "support/tiny_world.h"
@@ -37,13 +38,13 @@ std::string load(const fs::path& dir, double& difference) {
 }
 
 TEST(CheckpointVariants, MeanWhatTransformersMakesOfThem) {
-  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "torch, transformers, safetensors");
+  const std::string python = testing::reference_python(test_source_dir(), "torch, transformers, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with transformers (tools/setup.sh --tests installs one)";
   testing::TemporaryFolder folder;
   const auto world = testing::make_tiny_world(folder / "world");
   const fs::path out = folder / "variants";
   fs::create_directories(out);
-  const auto made = testing::Process({python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/model/checkpoint_variants.py", out.string(), world.tokenizer.string()}, {"HF_HUB_OFFLINE=1"}).wait();
+  const auto made = testing::Process({python, test_source_dir() + "/tests/model/checkpoint_variants.py", out.string(), world.tokenizer.string()}, {"HF_HUB_OFFLINE=1"}).wait();
   ASSERT_EQ(made.code, 0) << made.out << made.err;
   const io::Json cases = io::read_json(out / "cases.json");
   for (const io::Json& c : cases.at("logits")) {

@@ -11,6 +11,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/run/run_config.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -19,7 +20,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::run_moegraft;
-const fs::path kConfigs = fs::path(MOEGRAFT_SOURCE_DIR) / "configs";
+const fs::path kConfigs = fs::path(test_source_dir()) / "configs";
 
 class Command : public ::testing::Test {
  protected:
@@ -40,7 +41,7 @@ TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
     fs::create_directories(folder.path() / ("node" + std::to_string(node)));
     std::ofstream(folder.path() / ("node" + std::to_string(node)) / "cpulist") << cpus[size_t(node)] << '\n';
   }
-  const std::string model = (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string();
+  const std::string model = (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string();
   const auto launch = [&](const std::string& nodes) {
     setenv("MOEGRAFT_NUMA", nodes.c_str(), 1);
     const auto r = run_moegraft({"launch", "--nproc", "2", "--", "-v", "inspect", model});
@@ -55,7 +56,7 @@ TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
 }
 
 TEST_F(Command, TheCpuPathIsShownAndAWrongOneRefused) {
-  const std::string model = (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string();
+  const std::string model = (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string();
   const auto inspect = [&](const char* path) {
     testing::Process process({testing::moegraft_binary().string(), "inspect", model, "--json"}, {std::string("MOEGRAFT_CPU_PATH=") + path});
     return process.wait();
@@ -96,7 +97,7 @@ TEST_F(Command, DataCheckShowsDocumentsAsTheyRead) {
   EXPECT_EQ(r.out.find("0\t" + first.at("text").get<std::string>() + "<image: "), 0u) << r.out;
   EXPECT_EQ(std::count(r.out.begin(), r.out.end(), '\n'), 3) << r.out;
   EXPECT_EQ(run_moegraft({"data", "check", world.image_shards.string(), "--show", "2"}).code, 2);
-  const auto other = run_moegraft({"data", "check", world.image_shards.string(), "--show", "2", "--tokenizer", (fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/model/qwen3").string()});
+  const auto other = run_moegraft({"data", "check", world.image_shards.string(), "--show", "2", "--tokenizer", (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string()});
   EXPECT_NE(other.code, 0);
 }
 

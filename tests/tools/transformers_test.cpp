@@ -6,6 +6,7 @@
 #include "moegraft/convert/upcycle.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/decoder.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/python.h"
 #include "support/tiny_world.h"
@@ -67,7 +68,7 @@ std::vector<std::string> upcycled_models(const fs::path& folder) {
   std::vector<std::string> dirs;
   for (const std::string name : {"llama", "mistral", "qwen3"}) {
     const fs::path dense = folder / ("dense-" + name);
-    convert::import_gguf(fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert" / (name + ".gguf"), dense, {.dtype = at::kFloat});
+    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert" / (name + ".gguf"), dense, {.dtype = at::kFloat});
     for (size_t i = 0; i < std::size(options); ++i) {
       const fs::path dir = folder / (name + std::to_string(i));
       convert::upcycle(dense, dir, options[i]);
@@ -81,11 +82,11 @@ std::vector<std::string> upcycled_models(const fs::path& folder) {
 }
 
 TEST(Transformers, LoadsWhatWeWrite) {
-  const std::string python = testing::reference_python(MOEGRAFT_SOURCE_DIR, "torch, transformers, safetensors");
+  const std::string python = testing::reference_python(test_source_dir(), "torch, transformers, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with transformers (tools/setup.sh --tests installs one)";
   at::NoGradGuard no_grad;
   testing::TemporaryFolder folder;
-  std::vector<std::string> command{python, std::string(MOEGRAFT_SOURCE_DIR) + "/tests/model/check_transformers.py"};
+  std::vector<std::string> command{python, test_source_dir() + "/tests/model/check_transformers.py"};
   for (const auto& dirs : {bases_from_scratch(folder.path()), upcycled_models(folder.path())}) command.insert(command.end(), dirs.begin(), dirs.end());
   const auto result = testing::Process(command, {"HF_HUB_OFFLINE=1"}).wait();
   EXPECT_EQ(result.code, 0) << result.out << result.err;

@@ -5,6 +5,7 @@
 #include "moegraft/convert/import_gguf.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -17,7 +18,7 @@ class Upcycle : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = std::make_unique<testing::TemporaryFolder>();
-    convert::import_gguf(fs::path(MOEGRAFT_SOURCE_DIR) / "tests/golden/convert/llama.gguf", dense(), {.dtype = at::kFloat});
+    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert/llama.gguf", dense(), {.dtype = at::kFloat});
     std::string lines;
     for (int i = 0; i < 40; ++i) lines += "line " + std::to_string(i) + " of a text about hearts and stars\n";
     io::write_file_atomic(text(), lines);

@@ -5,6 +5,7 @@
 
 #include <fstream>
 
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/image.h"
@@ -28,7 +29,7 @@ TEST(TensorBoard, Crc32cKnownAnswers) {
 
 TEST(TensorBoard, EventsAreTheSameBytesAsThePythonPackage) {
   // tests/golden/make_train.py writes these with tensorboard's own protobuf classes and record writer.
-  std::ifstream file(MOEGRAFT_SOURCE_DIR "/tests/golden/train/events.txt");
+  std::ifstream file(test_source_dir() + "/tests/golden/train/events.txt");
   ASSERT_TRUE(file) << "golden file";
   std::map<std::string, std::string> golden;
   for (std::string name, value; file >> name >> value;) golden[name] = value;
@@ -50,7 +51,7 @@ class TensorBoardFiles : public testing::Test {
 };
 
 TEST_F(TensorBoardFiles, PackageReadsThemAndDropsStepsOfAnAbandonedSession) {
-  const fs::path python = MOEGRAFT_SOURCE_DIR "/.venv/bin/python";
+  const fs::path python = test_source_dir() + "/.venv/bin/python";
   if (!fs::exists(python) || std::system((python.string() + " -c 'import tensorboard' 2>/dev/null").c_str()) != 0) GTEST_SKIP() << "no Python with tensorboard in .venv";
   fs::create_directories(dir_);
   const auto picture = dir_ / "picture.png";

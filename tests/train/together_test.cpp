@@ -13,6 +13,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/train/signals.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -330,7 +331,7 @@ TEST_F(Together, ProcessesThatDisagreeAllEndWithALine) {
 }
 
 TEST_F(Together, TorchrunBringsARunBack) {
-  Keys argv = moegraft::testing::torchrun(MOEGRAFT_SOURCE_DIR);
+  Keys argv = moegraft::testing::torchrun(test_source_dir());
   if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
   const Keys keys{"train.steps=40", "checkpoint.every=5"};
   train("calm", 2, keys);
