@@ -1,7 +1,9 @@
 // NCCL with one process: every collective runs on it and leaves what it must. Several GPUs: the same bodies as on Gloo.
 #include <gtest/gtest.h>
 
+#include "distributed/nccl.h"
 #include "libtorch.h"
+#include "moegraft/base/check.h"
 #include "moegraft/distributed/world.h"
 #include "support/gpu.h"
 
@@ -33,6 +35,17 @@ TEST(Nccl, EveryCollectiveOfOneProcess) {
   all.barrier("end");
   EXPECT_GE(all.take_traffic().calls, 20);
 }
+
+#ifndef MOEGRAFT_HAVE_CUDA
+TEST(Nccl, ABuildWithoutItSaysHowToGetIt) {
+  try {
+    make_nccl({}, 0, 2, std::chrono::seconds(1), "world", at::Device(at::kCUDA, 0));
+    FAIL() << "there is no NCCL here";
+  } catch (const UserError& e) {
+    for (const char* word : {"NCCL", "MOEGRAFT_CUDA=ON", "tools/setup.sh --cuda", "MOEGRAFT_NCCL_INCLUDE", "model.device: cpu"}) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << word;
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace moegraft::distributed

@@ -1,3 +1,12 @@
+# NCCL's header; the library comes with LibTorch. Without it one GPU works, and several processes on GPUs are refused when they start (src/distributed/nccl_stub.cpp).
+if(MOEGRAFT_CUDA)
+  find_path(MOEGRAFT_NCCL_INCLUDE nccl.h HINTS ${MOEGRAFT_TORCH_ROOT}/../nvidia/nccl/include ${CUDAToolkit_INCLUDE_DIRS} DOC "Folder that holds nccl.h (the wheel nvidia-nccl-cu13)")
+  if(NOT MOEGRAFT_NCCL_INCLUDE)
+    message(WARNING "nccl.h was not found: this build will run on one GPU and refuse several processes on GPUs. For those: tools/setup.sh --cuda, or pip download --no-deps "
+                    "nvidia-nccl-cu13==2.28.9, unzip it, and configure with -DMOEGRAFT_NCCL_INCLUDE=<that folder>/nvidia/nccl/include")
+  endif()
+endif()
+
 # moegraft_module(NAME [TORCH] LIBS ...): a static library from src/NAME/*.cpp, public headers in include/moegraft/NAME.
 # TORCH modules share one precompiled header: see src/libtorch.h.
 function(moegraft_module name)
@@ -7,6 +16,9 @@ function(moegraft_module name)
     file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/${name}/*.cu)
     list(FILTER sources EXCLUDE REGEX "_stub\\.cpp$")
     list(APPEND sources ${cuda_sources})
+    if(NOT MOEGRAFT_NCCL_INCLUDE)
+      list(TRANSFORM sources REPLACE "/nccl\\.cpp$" "/nccl_stub.cpp")
+    endif()
   endif()
   if(TARGET moegraft::arrow)
     list(FILTER sources EXCLUDE REGEX "/without_arrow\\.cpp$")
@@ -65,14 +77,11 @@ function(moegraft_arrow)
   endif()
 endfunction()
 
-# Headers that one file each of src/distributed reads. Gloo: LibTorch's wheel carries the library but not its headers (Debian: libgloo-dev). NCCL: the wheel
-# beside LibTorch, a toolkit, or MOEGRAFT_NCCL_INCLUDE.
+# Headers that one file each of src/distributed reads. Gloo: LibTorch's wheel carries the library but not its headers (Debian: libgloo-dev).
 function(moegraft_collectives)
   find_path(MOEGRAFT_GLOO_INCLUDE gloo/context.h REQUIRED DOC "Folder that holds gloo/context.h (Debian: libgloo-dev)")
   target_include_directories(moegraft_distributed SYSTEM PRIVATE $<BUILD_INTERFACE:${MOEGRAFT_GLOO_INCLUDE}>)
-  if(MOEGRAFT_CUDA)
-    find_path(MOEGRAFT_NCCL_INCLUDE nccl.h HINTS ${MOEGRAFT_TORCH_ROOT}/../nvidia/nccl/include ${CUDAToolkit_INCLUDE_DIRS} REQUIRED
-              DOC "Folder that holds nccl.h (the wheel nvidia-nccl-cu13)")
+  if(MOEGRAFT_CUDA AND MOEGRAFT_NCCL_INCLUDE)
     target_include_directories(moegraft_distributed SYSTEM PRIVATE $<BUILD_INTERFACE:${MOEGRAFT_NCCL_INCLUDE}>)
   endif()
 endfunction()
