@@ -18,6 +18,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "moegraft/kernels/current_device.h"
 
 namespace fs = std::filesystem;
 
@@ -306,7 +307,9 @@ fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Par
       save->copied.emplace_back(device.type());
       save->copied.back().record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
     }
-    w.thread = std::thread([&w, save] {
+    const c10::Device device = devices.empty() ? c10::Device(at::kCPU) : devices.front();
+    w.thread = std::thread([&w, save, device] {
+      kernels::make_current(device);
       try {
         w.run(*save);
       } catch (...) {

@@ -9,6 +9,7 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
+#include "moegraft/kernels/current_device.h"
 #include "moegraft/model/device.h"
 
 namespace moegraft::data {
@@ -37,6 +38,7 @@ struct PrefetchStream::Impl {
   const std::unique_ptr<BatchFeed> feed;
   const size_t depth;
   const bool pin;
+  const c10::Device device = pin ? kernels::current_device(at::kCUDA) : c10::Device(at::kCPU);  // the maker's
   Warn warn = [](const std::string& message) { log::warning(message); };
   Position handed_out;
   std::exception_ptr failed;          // what the feed threw, once it was its turn
@@ -69,6 +71,7 @@ struct PrefetchStream::Impl {
 
   // Until told to stop, or until the feed throws.
   void work() {
+    kernels::make_current(device);
     for (bool go_on = true; go_on;) {
       {
         std::unique_lock lock(mutex);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "moegraft/base/log.h"
+#include "moegraft/kernels/current_device.h"
 
 namespace moegraft::distributed {
 namespace {
@@ -17,8 +18,8 @@ void end_process(const std::string& line) {
 
 }  // namespace
 
-Watch::Watch(std::chrono::milliseconds timeout, Trouble trouble, End end)
-    : timeout_(timeout), trouble_(std::move(trouble)), end_(end ? std::move(end) : end_process), thread_([this] { run(); }) {}
+Watch::Watch(std::chrono::milliseconds timeout, Trouble trouble, End end, at::Device device)
+    : device_(device), timeout_(timeout), trouble_(std::move(trouble)), end_(end ? std::move(end) : end_process), thread_([this] { run(); }) {}
 
 Watch::~Watch() {
   {
@@ -35,6 +36,7 @@ void Watch::add(c10::intrusive_ptr<c10d::Work> work, Explain explain) {
 }
 
 void Watch::run() {
+  kernels::make_current(device_);
   const auto pause = std::clamp(timeout_ / 20, std::chrono::milliseconds(10), std::chrono::milliseconds(500));
   std::unique_lock lock(mutex_);
   while (!wake_.wait_for(lock, pause, [&] { return stop_; })) {

@@ -19,7 +19,8 @@ class Watch {
   using End = std::function<void(const std::string& line)>;
   // trouble(): another rank has failed. Asked now and then while something has been under way for longer than a second.
   using Trouble = std::function<bool()>;
-  explicit Watch(std::chrono::milliseconds timeout, Trouble trouble = {}, End end = {});
+  // device: what the collectives run on.
+  explicit Watch(std::chrono::milliseconds timeout, Trouble trouble = {}, End end = {}, at::Device device = at::kCPU);
   ~Watch();
 
   // explain(seconds, cause): the line for this collective.
@@ -33,6 +34,7 @@ class Watch {
     std::chrono::steady_clock::time_point begin;
   };
   void run();
+  at::Device device_;
   std::chrono::milliseconds timeout_;
   Trouble trouble_;
   End end_;

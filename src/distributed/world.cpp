@@ -96,7 +96,7 @@ std::shared_ptr<World> World::join(const LaunchEnvironment& environment, const W
     impl->shared->guard = std::make_unique<StoreGuard>(detail::concat("rank ", environment.rank, ": ", environment.agent_store ? "the launcher's agent" : "rank 0", " (its store at ", environment.master_address,
                                                                       ':', environment.master_port, ")"));
   meet(*impl->shared);
-  if (options.device.is_cuda()) impl->shared->watch = std::make_unique<Watch>(options.timeout, [shared = impl->shared.get()] { return shared->trouble(); });
+  if (options.device.is_cuda()) impl->shared->watch = std::make_unique<Watch>(options.timeout, [shared = impl->shared.get()] { return shared->trouble(); }, Watch::End(), options.device);
   auto world = std::shared_ptr<World>(new World(std::move(impl)));
   std::vector<int64_t> everybody(static_cast<size_t>(environment.world_size));
   for (size_t i = 0; i < everybody.size(); ++i) everybody[i] = static_cast<int64_t>(i);

@@ -3,8 +3,6 @@
 
 #include "libtorch.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include <algorithm>
 #include <charconv>
 
@@ -14,6 +12,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/kernels/current_device.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/parallel/part.h"
 #include "moegraft/run/run_dir.h"
@@ -137,7 +136,7 @@ at::Device parse_device(const std::string& name) {
   MOEGRAFT_CHECK_USAGE(name == "cuda" || name == "auto", "the device must be auto, cpu or cuda, got '", name, "'");
   const bool available = torch::cuda::is_available();
   MOEGRAFT_CHECK(name == "auto" || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
-  return available ? at::Device(at::kCUDA, c10::impl::VirtualGuardImpl(at::kCUDA).getDevice().index()) : at::Device(at::kCPU);
+  return available ? kernels::current_device(at::kCUDA) : at::Device(at::kCPU);
 }
 
 at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size) {
@@ -146,7 +145,7 @@ at::Device choose_device(const std::string& name, int64_t local_rank, int64_t lo
   const int64_t present = int64_t(torch::cuda::device_count());
   MOEGRAFT_CHECK(local_world_size <= present, local_world_size, " processes on this machine need a GPU each, there are ", present, "; start fewer, or set model.device: cpu");
   const at::Device own(at::kCUDA, c10::DeviceIndex(local_rank));
-  c10::impl::VirtualGuardImpl(at::kCUDA).setDevice(own);
+  kernels::make_current(own);
   return own;
 }
 

@@ -1,6 +1,8 @@
 // The watch over collectives on a GPU, with works that a test completes. What NCCL itself does needs a GPU: cuda_test.cpp.
 #include <gtest/gtest.h>
 
+#include <c10/core/impl/FakeGuardImpl.h>
+
 #include <atomic>
 #include <future>
 #include <thread>
@@ -9,6 +11,7 @@
 #include "distributed/store_guard.h"
 #include "distributed/watch.h"
 #include "libtorch.h"
+#include "moegraft/kernels/current_device.h"
 
 namespace moegraft::distributed {
 namespace {
@@ -58,6 +61,44 @@ TEST(Watch, ReportsAFailureAtOnce) {
   watch.add(work, named("bucket"));
   work->complete(std::make_exception_ptr(std::runtime_error("remote closed\nstack …")));
   EXPECT_EQ(reports.wait(1), std::vector<std::string>{"bucket: remote closed"});
+}
+
+// A kind of device that this program has eight of, each thread with a current one, as for CUDA.
+using Fake = c10::impl::FakeGuardImpl<c10::DeviceType::PrivateUse1>;
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Fake);
+
+struct AsksWhere : FakeWork {
+  std::atomic<int> device = -1;
+  bool isCompleted() override {
+    device = kernels::current_device(c10::DeviceType::PrivateUse1).index();
+    return FakeWork::isCompleted();
+  }
+};
+
+TEST(Watch, AsksOnTheDeviceOfTheCollectives) {
+  const auto look = [](c10::Device device) {
+    auto work = c10::make_intrusive<AsksWhere>();
+    Watch watch(200ms, {}, [](const std::string&) {}, device);
+    watch.add(work, named("bucket"));
+    while (work->device < 0) std::this_thread::sleep_for(2ms);
+    return int(work->device);
+  };
+  EXPECT_EQ(look(c10::Device(c10::DeviceType::PrivateUse1, 3)), 3);
+  EXPECT_EQ(look(at::kCPU), 0) << "where a new thread stands";
+  EXPECT_EQ(kernels::current_device(c10::DeviceType::PrivateUse1).index(), 0) << "this thread's is its own";
+}
+
+TEST(CurrentDevice, IsTheThreadsOwn) {
+  const c10::Device second(c10::DeviceType::PrivateUse1, 2);
+  std::thread([&] {
+    kernels::make_current(second);
+    EXPECT_EQ(kernels::current_device(second.type()), second);
+    kernels::make_current(at::kCPU);
+    kernels::make_current(c10::Device(second.type()));  // whichever
+    EXPECT_EQ(kernels::current_device(second.type()), second);
+  }).join();
+  EXPECT_EQ(kernels::current_device(second.type()).index(), 0);
+  EXPECT_FALSE(kernels::current_device(c10::DeviceType::HPU).has_index()) << "there is none";
 }
 
 TEST(Watch, StopsSoonWhenAnotherRankHasFailed) {
