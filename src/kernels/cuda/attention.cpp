@@ -1,5 +1,7 @@
 // Flash attention over packed sequences and over a cache, by the library's kernels (attention_stub.cpp where CUDA is off). Grouped queries and sequences of
 // any lengths in one launch.
+// Not at::_cudnn_attention_*, whose kernels are faster: in LibTorch 2.11 its packed backward takes the head's width for the longest sequence's length and reads
+// out of bounds beyond it (pytorch#186142, mended later); nor does it ask for a deterministic backward, and it plans anew for every shape.
 
 #ifdef MOEGRAFT_HAVE_CUDA
 
