@@ -15,14 +15,6 @@ namespace {
 c10::Stream current_stream(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStream(device); }
 c10::Stream another_stream(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device); }
 
-void copy_parts(const std::vector<at::Tensor>& parts, const at::Tensor& buffer) {
-  int64_t at_element = 0;
-  for (const auto& t : parts) {
-    buffer.narrow(0, at_element, t.numel()).copy_(t.reshape({-1}), /*non_blocking=*/true);
-    at_element += t.numel();
-  }
-}
-
 }  // namespace
 
 struct OffloadedWeights::Lane {
@@ -31,27 +23,28 @@ struct OffloadedWeights::Lane {
   c10::Event ready;
 };
 
-OffloadedWeights::OffloadedWeights(std::shared_ptr<WeightProvider> rest, int64_t buffers) : ExpertRing(std::move(rest), buffers), lanes_(size_t(buffers)) {}
+OffloadedWeights::OffloadedWeights(std::shared_ptr<WeightProvider> rest, std::optional<HostArena> arena, int64_t buffers)
+    : ExpertRing(std::move(rest), buffers), arena_(std::move(arena)), lanes_(size_t(buffers)) {}
 OffloadedWeights::~OffloadedWeights() = default;
 
 void OffloadedWeights::add_layer(const ExpertWeights& host) {
-  std::vector<at::Tensor> parts = declare_layer(host);
-  int64_t numel = 0;
-  for (const auto& t : parts) {
+  Layer layer{declare_layer(host), 0};
+  for (const auto& t : layer.parts) {
     MOEGRAFT_INVARIANT(t.is_cpu(), "OffloadedWeights: an expert's matrix is on ", t.device().str());
-    numel += t.numel();
+    layer.numel += t.numel();
   }
-  if (device().is_cuda() && numel > 0) {  // one copy from page-locked memory runs beside the computation, many from mapped memory do not
-    const at::Tensor pinned = at::empty({numel}, at::TensorOptions(dtype()).pinned_memory(true));
-    copy_parts(parts, pinned);
-    parts = {pinned};
+  if (arena_) {
+    std::vector<at::Tensor> kept = arena_->take(layer.numel, dtype());
+    copy_end_to_end(layer.parts, kept);
+    layer.parts = std::move(kept);
   }
-  layers_.push_back(std::move(parts));
+  layers_.push_back(std::move(layer));
 }
 
 void OffloadedWeights::fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) {
-  const auto& parts = layers_[size_t(layer)];
-  if (!device().is_cuda()) return copy_parts(parts, buffer);
+  const auto& [parts, numel] = layers_[size_t(layer)];
+  const at::Tensor to = buffer.narrow(0, 0, numel);
+  if (!device().is_cuda()) return copy_end_to_end(parts, {to});
   auto& lane = lanes_[size_t(slot)];
   if (!lane) lane = std::make_unique<Lane>(device());
   // After whatever still reads the buffer (or, when it is new, its memory's last owner).
@@ -60,7 +53,7 @@ void OffloadedWeights::fetch(int64_t layer, int64_t slot, const at::Tensor& buff
   before.block(lane->copies);
   buffer.record_stream(lane->copies);
   const c10::StreamGuard guard(lane->copies);
-  copy_parts(parts, buffer);
+  copy_end_to_end(parts, {to}, /*non_blocking=*/true);
   lane->ready.record(lane->copies);
 }
 

@@ -373,7 +373,9 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   auto w = std::make_shared<ResidentWeights>();
   w->type = options.dtype;
   w->where = options.device;
-  const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w) : nullptr;
+  std::optional<HostArena> arena;
+  if (options.device.is_cuda()) arena.emplace();
+  const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w, std::move(arena)) : nullptr;
   load_ends(load, source, names, base.spec, *w);
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {

@@ -339,9 +339,18 @@ BaseModel resident(const std::filesystem::path& dir) {
   return base;
 }
 BaseModel offloaded(const std::filesystem::path& dir) { return load_base(dir, {at::kFloat, at::kCPU, true}); }
+// As a GPU's are: copied into chunks, small ones here, so that layers and their matrices are cut.
+BaseModel in_chunks(const std::filesystem::path& dir) {
+  LoadOptions options;
+  options.keep_experts = [](std::shared_ptr<WeightProvider> rest) {
+    return std::make_shared<OffloadedWeights>(std::move(rest), HostArena([](int64_t bytes) { return at::empty({bytes}, at::kByte); }, 4096));
+  };
+  return load_base(dir, options);
+}
+using Load = BaseModel (*)(const std::filesystem::path&);
 
 // More layers than the ring has buffers.
-class Offload : public ::testing::Test {
+class Offload : public ::testing::TestWithParam<Load> {
  protected:
   Offload() : deep_(std::filesystem::temp_directory_path() / ("moegraft_offload_" + std::to_string(::getpid()))) {
     DecoderSpec spec = read_spec(kGolden / "mixtral_llama3");
@@ -352,10 +361,11 @@ class Offload : public ::testing::Test {
   ~Offload() override { std::filesystem::remove_all(deep_); }
   std::filesystem::path deep_;
 };
+INSTANTIATE_TEST_SUITE_P(From, Offload, ::testing::Values(offloaded, in_chunks), [](const auto& info) { return info.index == 0 ? "mapped_files" : "chunks"; });
 const OffloadedWeights::Traffic& traffic(const BaseModel& base) { return dynamic_cast<const OffloadedWeights&>(*base.weights).traffic(); }
 
-TEST_F(Offload, TheRingHoldsTheRightWeightsForwardAndBackward) {
-  BaseModel base = offloaded(deep_), plain = resident(deep_);
+TEST_P(Offload, TheRingHoldsTheRightWeightsForwardAndBackward) {
+  BaseModel base = GetParam()(deep_), plain = resident(deep_);
   const int64_t L = base.spec.num_layers, E = base.spec.num_experts;
   const auto visit = [&](int64_t l, int64_t next) {
     base.weights->prefetch(next);
@@ -377,8 +387,8 @@ TEST_F(Offload, TheRingHoldsTheRightWeightsForwardAndBackward) {
   EXPECT_EQ(traffic(base).replaced, 0);
 }
 
-TEST_F(Offload, WhatSomebodyHoldsIsNeverOverwritten) {
-  BaseModel base = offloaded(deep_);
+TEST_P(Offload, WhatSomebodyHoldsIsNeverOverwritten) {
+  BaseModel base = GetParam()(deep_);
   const int64_t L = base.spec.num_layers, E = base.spec.num_experts;
   std::vector<ExpertWeights> held;
   for (int64_t l = 0; l < L; ++l) held.push_back(base.weights->experts(l, 0, E));
@@ -386,11 +396,11 @@ TEST_F(Offload, WhatSomebodyHoldsIsNeverOverwritten) {
   EXPECT_EQ(traffic(base).replaced, L - 2);
 }
 
-TEST_F(Offload, GivesTheBitsOfResidentWeights) {
+TEST_P(Offload, GivesTheBitsOfResidentWeights) {
   for (const auto& dir : {deep_, kGolden / "olmoe", kGolden / "qwen3_mixed"})
     for (const bool gated : {true, false}) {
       SCOPED_TRACE(dir.string());
-      World there(resident(dir), {1}), visiting(offloaded(dir), {1});
+      World there(resident(dir), {1}), visiting(GetParam()(dir), {1});
       ForwardOptions options;
       options.frozen_prefix = gated;
       options.gate = gated ? Gate::modality : Gate::all;
