@@ -87,11 +87,15 @@ void initialise_from(adapters::ModalityLora& lora, size_t index, const std::stri
     }
 }
 
+bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && a.init != "kaiming_zero"; }
+
 }  // namespace
 
-GraftedModel build_model(const run::RunConfig& config) {
+bool initialises_by_running(const run::RunConfig& config) { return std::any_of(config.adapters.begin(), config.adapters.end(), needs_calibration); }
+
+GraftedModel build_model(const run::RunConfig& config, const OpenOptions& options) {
   const auto start = std::chrono::steady_clock::now();
-  GraftedModel m = assemble_model(config);
+  GraftedModel m = assemble_model(config, options);
   if (!m.is_graft()) return m;
   at::NoGradGuard no_grad;
   io::Json report{{"rows", initialise_embeddings(m, config)}, {"adapters", io::Json::array()}};
@@ -104,7 +108,7 @@ GraftedModel build_model(const run::RunConfig& config) {
       report["adapters"].push_back({{"init_from", a.init_from}});
       continue;
     }
-    if (a.init != "kaiming_zero" && !calibration) calibration = calibrate(m, config);
+    if (needs_calibration(a) && !calibration) calibration = calibrate(m, config);
     const int64_t modality = a.modality.front() == "text" ? 0 : m.vocabulary.by_name(a.modality.front()).modality;
     report["adapters"].push_back(io::Json::parse(initialise_lora(lora, a.init, calibration ? &*calibration : nullptr, modality, config.ot, uint64_t(config.run.seed) + i)));
   }

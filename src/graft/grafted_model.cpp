@@ -179,7 +179,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   } else {
     m.base_path = config.model.path;
-    const model::LoadOptions load{dtype, device, config.model.offload == "experts"};
+    const model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == "experts" ? model::Experts::offloaded : model::Experts::resident)};
     if (options.mesh) {
       parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
       experts = part.experts;

@@ -51,6 +51,7 @@ class ResidentWeights : public WeightProvider {
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
     const ExpertWeights& all = layer_experts.at(layer);
     const int64_t at = first - all.first;
+    MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer, " has no experts here: a dense layer, or a base loaded without them");
     MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
     if (at == 0 && count == all.count()) return all;
     const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
@@ -269,14 +270,28 @@ void load_ends(Loader& load, const TensorSource& source, const TensorNames& name
   w.head = w.embedding;
 }
 
+// One tensor for all experts' gates and ups, another for their downs (transformers 5), or three for each expert.
+bool holds_fused(const TensorSource& source, const TensorNames& names, int64_t l) {
+  return !source.contains(tensor_name(names.expert_gate, l, 0)) && source.contains(tensor_name(names.fused_gate_up, l));
+}
+
+// A layer's experts but [first, first + count) belong to the model, though they are not loaded here.
+void use_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first = 0, int64_t count = 0) {
+  if (holds_fused(source, names, l))
+    for (const auto* pattern : {&names.fused_gate_up, &names.fused_down}) load.use(tensor_name(*pattern, l));
+  else
+    for (int64_t e = 0; e < s.num_experts; ++e)
+      if (e < first || e >= first + count)
+        for (const auto* pattern : {&names.expert_gate, &names.expert_up, &names.expert_down}) load.use(tensor_name(*pattern, l, e));
+}
+
 // Experts [first, first + count) of a layer.
 ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first, int64_t count) {
   const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
   ExpertWeights x;
   x.first = first;
-  const std::string fused = tensor_name(names.fused_gate_up, l);
-  if (!source.contains(tensor_name(names.expert_gate, l, 0)) && source.contains(fused)) {
-    const at::Tensor gate_up = load.take(fused, {E, 2 * F, D}, first, count), down = load.take(tensor_name(names.fused_down, l), {E, D, F}, first, count);
+  if (holds_fused(source, names, l)) {
+    const at::Tensor gate_up = load.take(tensor_name(names.fused_gate_up, l), {E, 2 * F, D}, first, count), down = load.take(tensor_name(names.fused_down, l), {E, D, F}, first, count);
     for (int64_t e = 0; e < count && load.clean(); ++e) {
       x.gate_FD.push_back(gate_up[e].narrow(0, 0, F));
       x.up_FD.push_back(gate_up[e].narrow(0, F, F));
@@ -284,9 +299,7 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     }
     return x;
   }
-  for (int64_t e = 0; e < E; ++e)
-    if (e < first || e >= first + count)
-      for (const auto* pattern : {&names.expert_gate, &names.expert_up, &names.expert_down}) load.use(tensor_name(*pattern, l, e));
+  use_experts(load, source, s, names, l, first, count);
   for (int64_t e = first; e < first + count; ++e) {
     x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
     x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
@@ -358,6 +371,18 @@ void say_if_slow(at::ScalarType dtype, at::Device device) {
 
 }  // namespace
 
+namespace {
+
+// Who keeps the experts; null: the provider of everything else.
+std::shared_ptr<ExpertRing> make_ring(const LoadOptions& options, std::shared_ptr<WeightProvider> rest) {
+  if (options.keep_experts) return options.keep_experts(std::move(rest));
+  if (options.experts != Experts::offloaded && options.experts != Experts::mapped) return nullptr;
+  const bool lock = options.experts == Experts::offloaded && options.device.is_cuda();
+  return std::make_shared<OffloadedWeights>(std::move(rest), lock ? std::optional<HostArena>(std::in_place) : std::nullopt);
+}
+
+}  // namespace
+
 BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   say_if_slow(options.dtype, options.device);
   BaseModel base;
@@ -373,9 +398,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   auto w = std::make_shared<ResidentWeights>();
   w->type = options.dtype;
   w->where = options.device;
-  std::optional<HostArena> arena;
-  if (options.device.is_cuda()) arena.emplace();
-  const std::shared_ptr<ExpertRing> ring = options.keep_experts ? options.keep_experts(w) : options.offload_experts ? std::make_shared<OffloadedWeights>(w, std::move(arena)) : nullptr;
+  const std::shared_ptr<ExpertRing> ring = make_ring(options, w);
   load_ends(load, source, names, base.spec, *w);
   w->final_norm = load.take(names.final_norm, {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
@@ -387,7 +410,8 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     if (s.layers[l].sparse) {
       layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
       if (ring) load.place_on(at::kCPU);
-      experts = load_experts(load, source, s, names, l, options.first_expert, count);
+      if (options.experts == Experts::absent) use_experts(load, source, s, names, l);
+      else experts = load_experts(load, source, s, names, l, options.first_expert, count);
       load.place_on(options.device);
     } else {
       const std::string prefix = tensor_name(names.dense, l);

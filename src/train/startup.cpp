@@ -87,10 +87,9 @@ void check_inputs(const run::RunConfig& config) {
 
 // Rank 0 by itself: builds a new run's model and saves it as step 0.
 fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir, const run::Fingerprints& fingerprints) {
-  run::RunConfig alone = config;
-  const bool together_only = config.parallel.expert > 1 || config.parallel.shard_base;  // one GPU may not hold the whole base
-  if (together_only && graft::parse_device(config.model.device).is_cuda()) alone.model.offload = "experts";
-  graft::GraftedModel model = graft::build_model(alone);
+  graft::OpenOptions options;
+  options.experts = experts_of_new_run(config, graft::parse_device(config.model.device).is_cuda());
+  graft::GraftedModel model = graft::build_model(config, options);
   write_beside(dir.path(), model);
   const AdamW optimizer = make_optimizer(*model.registry, config.train);
   checkpoint::TrainState state;
@@ -139,6 +138,13 @@ AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection
   const auto options = [](const run::OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
   return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}},
                {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == "adamw_8bit"}, std::move(owned));
+}
+
+std::optional<model::Experts> experts_of_new_run(const run::RunConfig& config, bool on_gpu) {
+  if (!graft::initialises_by_running(config)) return model::Experts::absent;
+  const bool visit = config.parallel.expert > 1 || config.parallel.shard_base || config.model.offload == "experts";  // one GPU may not hold the whole base
+  if (visit && on_gpu) return model::Experts::mapped;
+  return {};
 }
 
 void check_layout(const run::RunConfig& config, int64_t world_size) {

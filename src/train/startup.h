@@ -22,6 +22,10 @@ void check_layout(const run::RunConfig& config, int64_t world_size);
 // What must be equal everywhere: every key of the config, the program, the base's files.
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume);
 
+// Where rank 0 keeps a frozen base's experts while it makes a new run by itself; none: where the config says. It gives that model up right after, so nothing is
+// loaded for it that no initialisation needs, and nothing page-locked.
+std::optional<model::Experts> experts_of_new_run(const run::RunConfig& config, bool on_gpu);
+
 struct Start {
   std::optional<run::RunDir> dir;   // rank 0 only
   run::Fingerprints fingerprints;  // rank 0 only

@@ -37,7 +37,7 @@ TEST(Cuda, LogitsLossAndGradientsEqualTheCpu) {
     std::vector<at::Tensor> results[3];
     for (const int variant : {0, 1, 2}) {  // the CPU, the GPU, the GPU with its experts in host memory
       const at::Device device(variant == 0 ? at::kCPU : at::kCUDA);
-      Decoder decoder(load_base(kGolden / name, {at::kFloat, device, variant == 2}));
+      Decoder decoder(load_base(kGolden / name, {at::kFloat, device, variant == 2 ? Experts::offloaded : Experts::resident}));
       auto terms = std::make_shared<Terms>(decoder.spec(), device);
       decoder.attach(terms);
       const at::Tensor ids = io::load_safetensors(kGolden / name / "golden.safetensors").at("input_ids").to(device);

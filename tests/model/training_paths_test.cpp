@@ -338,7 +338,7 @@ BaseModel resident(const std::filesystem::path& dir) {
   base.weights = std::make_shared<WithoutExpertPanels>(base.weights);
   return base;
 }
-BaseModel offloaded(const std::filesystem::path& dir) { return load_base(dir, {at::kFloat, at::kCPU, true}); }
+BaseModel offloaded(const std::filesystem::path& dir) { return load_base(dir, {at::kFloat, at::kCPU, Experts::offloaded}); }
 // As a GPU's are: copied into chunks, small ones here, so that layers and their matrices are cut.
 BaseModel in_chunks(const std::filesystem::path& dir) {
   LoadOptions options;

@@ -109,7 +109,7 @@ RANK_BODY(sharded_model) {
   const Mesh mesh = distributed::make_mesh(world, 1);
   const std::filesystem::path dir = std::filesystem::path(test_source_dir()) / "tests/golden/model/olmoe";
   model::LoadOptions offload, shard;
-  offload.offload_experts = true;
+  offload.experts = model::Experts::offloaded;
   shard.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<ShardedWeights>(std::move(rest), mesh); };
   std::vector<at::Tensor> hidden, gradients;
   for (const bool sharded : {false, true}) {

@@ -13,6 +13,7 @@
 #include "moegraft/model/decoder.h"
 #include "moegraft/model/registry.h"
 #include "moegraft/model/vocabulary.h"
+#include "moegraft/model/weights.h"
 #include "moegraft/run/run_config.h"
 #include "moegraft/tokenizer/tokenizer.h"
 
@@ -24,6 +25,7 @@ struct OpenOptions {
   std::string checkpoint = "latest";     // "latest", "best", a step number, or a checkpoint directory (runs only)
   bool with_codecs = true;               // false: do not load image codecs (ids only)
   bool check_identity = true;            // false: this process has compared the run's fingerprints already
+  std::optional<model::Experts> experts;  // of a frozen base; default: where model.offload says
   const distributed::Mesh* mesh = nullptr;  // the processes that hold the model together (config.parallel), to train it
 };
 
@@ -54,7 +56,9 @@ at::ScalarType parse_dtype(const std::string& name);     // float32 | bfloat16 |
 GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& options = {});
 
 // assemble_model, then initialises rows and factors as config says (calibrating on config.data where GW needs it), or from init_from.
-GraftedModel build_model(const run::RunConfig& config);
+GraftedModel build_model(const run::RunConfig& config, const OpenOptions& options = {});
+// Whether build_model runs the model for an initialisation, and so needs its experts.
+bool initialises_by_running(const run::RunConfig& config);
 
 // A run directory (config.yaml + checkpoints) or a Hugging Face model directory. UserError says what the path lacks.
 GraftedModel open_model(const std::filesystem::path& path, const OpenOptions& options = {});

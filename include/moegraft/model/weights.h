@@ -67,13 +67,21 @@ class WeightProvider {
   virtual bool trainable() const { return false; }
 };
 
+// Where a base's experts are.
+enum class Experts {
+  resident,   // with everything else
+  offloaded,  // in host memory, page-locked where a GPU computes, and visit the device (model/offload.h)
+  mapped,     // likewise, but in the memory they are read into, the mapped file as a rule: their visits are slow, and nothing is locked
+  absent,     // nowhere: for what runs no forward pass
+};
+
 class ExpertRing;
 struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
-  bool offload_experts = false;  // keep the experts in host memory (model/offload.h)
+  Experts experts = Experts::resident;
   int64_t first_expert = 0, num_experts = 0;  // only these of every layer, for the others live elsewhere; num_experts 0: all
-  // Keeps those experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: as above.
+  // Keeps those experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: where `experts` says.
   std::function<std::shared_ptr<ExpertRing>(std::shared_ptr<WeightProvider> rest)> keep_experts{};
 };
 
