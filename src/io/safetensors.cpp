@@ -251,6 +251,10 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) {
 const std::filesystem::path& SafetensorsFile::path() const { return mapping_->path; }
 const std::map<std::string, std::string>& SafetensorsFile::metadata() const { return mapping_->metadata; }
 bool SafetensorsFile::contains(const std::string& name) const { return mapping_->entries.count(name) > 0; }
+FileRange SafetensorsFile::range(const std::string& name) const {
+  const Entry& entry = mapping_->find(name);
+  return {path(), mapping_->data - mapping_->base + int64_t(entry.begin), int64_t(entry.end - entry.begin)};
+}
 std::vector<int64_t> SafetensorsFile::shape(const std::string& name) const { return mapping_->find(name).shape; }
 at::ScalarType SafetensorsFile::dtype(const std::string& name) const { return mapping_->find(name).dtype; }
 

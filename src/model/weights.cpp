@@ -4,9 +4,9 @@
 #include "libtorch.h"
 
 #include <mutex>
-#include <set>
 
 #include "family.h"
+#include "loader.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/rng.h"
@@ -17,20 +17,11 @@
 #include "moegraft/model/offload.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/kernels/cpu.h"
-#include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
-
-// A command may load a base more than once.
-void warn_once(const std::string& line) {
-  static std::mutex mutex;
-  static std::set<std::string> said;
-  const std::lock_guard lock(mutex);
-  if (said.insert(line).second) log::warning(line);
-}
 
 // Everything in memory (mapped pages count): what every provider so far is.
 class ResidentWeights : public WeightProvider {
@@ -68,75 +59,6 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-// The tensors of a directory: one file, or shards with an index. As in transformers the single file goes before an index, every tensor of a listed shard
-// counts, and of two with one name the one in the last file.
-class TensorSource {
- public:
-  explicit TensorSource(const fs::path& dir) : dir_(dir) {
-    const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
-    if (fs::exists(index) && !fs::exists(single)) {
-      const io::Json j = io::read_json(index);
-      MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
-      std::set<std::string> shards;
-      for (const auto& [name, file] : j.at("weight_map").items()) {
-        MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
-        const std::string shard = file.get<std::string>();
-        MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
-        shards.insert(shard);
-      }
-      for (const auto& shard : shards) open(dir / shard);
-      for (const auto& [name, file] : j.at("weight_map").items())
-        MOEGRAFT_CHECK(where_.count(name), (dir / file.get<std::string>()).string(), " does not hold ", name, ", which the index places there");
-    } else {
-      MOEGRAFT_CHECK(fs::exists(single) || !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")), dir.string(),
-                     " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
-      MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
-      if (fs::exists(index)) warn_once(dir.string() + " holds model.safetensors and an index of shards; the single file is read, as transformers does");
-      open(single);
-    }
-  }
-  const fs::path& dir() const { return dir_; }
-  bool contains(const std::string& name) const { return find(name) != where_.end(); }
-  at::Tensor tensor(const std::string& name) const {
-    const auto it = find(name);
-    return files_[it->second].tensor(it->first);
-  }
-  // The name in the file of what the family calls `name`; empty when absent.
-  std::string stored_name(const std::string& name) const {
-    const auto it = find(name);
-    return it == where_.end() ? std::string() : it->first;
-  }
-  bool holds(const at::Tensor& t) const {
-    return std::any_of(files_.begin(), files_.end(), [&](const auto& file) { return file.holds(t); });
-  }
-  void release(const at::Tensor& t) const {
-    for (const auto& file : files_)
-      if (file.release_pages(t)) return;
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> out;
-    for (const auto& [name, file] : where_) out.push_back(name);
-    return out;
-  }
-
- private:
-  void open(const fs::path& file) {
-    files_.emplace_back(file);
-    for (const auto& name : files_.back().names()) where_[name] = files_.size() - 1;
-  }
-  std::map<std::string, size_t>::const_iterator find(const std::string& name) const {
-    auto it = where_.find(name);
-    if (it != where_.end()) return it;
-    for (const auto& other : other_names(name))
-      if (it = where_.find(other); it != where_.end()) return it;
-    return it;
-  }
-
-  fs::path dir_;
-  std::vector<io::SafetensorsFile> files_;
-  std::map<std::string, size_t> where_;
-};
-
 // Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
 void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
   const auto release = [&](std::vector<at::Tensor> tensors) -> kernels::Packed {
@@ -159,74 +81,6 @@ void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& 
     x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)), lean);
   }
 }
-
-// Takes tensors by name, checks shapes, converts; collects every problem so that one message shows them all.
-class Loader {
- public:
-  Loader(const TensorSource& source, const LoadOptions& options, std::string where) : source_(source), options_(options), where_(std::move(where)) {}
-
-  // count > 0: only these rows.
-  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape, int64_t first = 0, int64_t count = 0) {
-    if (!source_.contains(name)) {
-      problem(name + " is missing");
-      return {};
-    }
-    use(name);
-    return convert(name, source_.tensor(name), shape, first, count);
-  }
-  at::Tensor convert(const std::string& name, const at::Tensor& t, const std::vector<int64_t>& shape, int64_t first, int64_t count) {
-    if (t.sizes() != at::IntArrayRef(shape)) {
-      problem(moegraft::detail::concat(name, " must have shape ", shape, ", got ", t.sizes().vec()));
-      return {};
-    }
-    if (!at::isFloatingType(t.scalar_type()) || t.element_size() < 2) {
-      problem(moegraft::detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
-      return {};
-    }
-    const at::Tensor out = (count > 0 ? t.narrow(0, first, count) : t).to(options_.device, options_.dtype);
-    if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
-    return out;
-  }
-  // Belongs to the model, though it is not taken here.
-  void use(const std::string& name) { used_.insert(source_.stored_name(name)); }
-  // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers, which lists it as UNEXPECTED.
-  void check_rest(int64_t num_layers) {
-    std::vector<std::string> unexpected;
-    for (const auto& name : source_.names()) {
-      if (used_.count(name) || name.find("rotary_emb.inv_freq") != std::string::npos) continue;
-      unexpected.push_back(name);
-      const std::string layers = name.starts_with("layers.") ? "layers." : "model.layers.";
-      const int64_t layer = name.starts_with(layers) ? std::atoll(name.c_str() + layers.size()) : 0;
-      if (layer >= num_layers) problem(moegraft::detail::concat(name, " lies beyond num_hidden_layers ", num_layers, " of config.json"));
-    }
-    constexpr size_t kShown = 4;
-    const size_t shown = std::min(kShown, unexpected.size());
-    if (clean() && shown)
-      warn_once(moegraft::detail::concat(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ",
-                                         join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "), unexpected.size() > shown ? ", …" : ""));
-  }
-  void place_on(at::Device device) { options_.device = device; }
-  void problem(const std::string& text) {
-    if (++count_ <= 8) problems_.push_back(text);
-  }
-  bool clean() const { return count_ == 0; }
-  void finish() const {
-    if (count_ == 0) return;
-    std::string hint;
-    for (const auto& name : source_.names())
-      if (const std::string tail = ".embed_tokens.weight"; name.ends_with(tail) && name != "model" + tail)
-        hint = "; the file's names begin with '" + name.substr(0, name.size() - tail.size() + 1) + "': save the language model of this wrapper alone";
-    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? moegraft::detail::concat("; and ", count_ - 8, " more") : std::string(), hint);
-  }
-
- private:
-  const TensorSource& source_;
-  LoadOptions options_;
-  std::string where_;
-  std::vector<std::string> problems_;
-  std::set<std::string> used_;
-  int64_t count_ = 0;
-};
 
 AttentionWeights load_attention(Loader& load, const TensorSource& source, const DecoderSpec& s, const std::string& prefix) {
   const int64_t D = s.hidden_size, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
@@ -259,7 +113,7 @@ void load_ends(Loader& load, const TensorSource& source, const TensorNames& name
     w.embedding = load.take(names.embedding, shape);
     w.head = load.take(names.head, shape);
     if (!s.tie_word_embeddings || !load.clean()) return;
-    if (!at::equal(w.embedding, w.head)) {
+    if (!load.same(names.embedding, names.head)) {
       warn_once(source.dir().string() + ": tie_word_embeddings is true in config.json, but " + names.head + " differs from " + names.embedding + "; both are used, as transformers does");
       s.tie_word_embeddings = false;
       return;
@@ -300,12 +154,14 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     return x;
   }
   use_experts(load, source, s, names, l, first, count);
-  for (int64_t e = first; e < first + count; ++e) {
-    x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, e), {F, D}));
-    x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, e), {F, D}));
-    x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, e), {D, F}));
+  // A device sees a layer as one tensor: the layout of kernels/expert_layout.h.
+  const at::Tensor gate_up = load.room({count, 2 * F, D}), down = load.room({count, D, F});
+  const auto part = [](const at::Tensor& all, int64_t e, int64_t row, int64_t rows) { return all.defined() ? all[e].narrow(0, row, rows) : all; };
+  for (int64_t e = 0; e < count; ++e) {
+    x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, first + e), {F, D}, 0, 0, part(gate_up, e, 0, F)));
+    x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, first + e), {F, D}, 0, 0, part(gate_up, e, F, F)));
+    x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, first + e), {D, F}, 0, 0, part(down, e, 0, D)));
   }
-  if (load.clean() && !x.gate_FD.front().is_cpu()) kernels::join_experts(x.gate_FD, x.up_FD, x.down_DF);
   return x;
 }
 
@@ -409,10 +265,10 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
     ExpertWeights experts;
     if (s.layers[l].sparse) {
       layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
-      if (ring) load.place_on(at::kCPU);
+      load.keep_on_cpu(ring != nullptr);
       if (options.experts == Experts::absent) use_experts(load, source, s, names, l);
       else experts = load_experts(load, source, s, names, l, options.first_expert, count);
-      load.place_on(options.device);
+      load.keep_on_cpu(false);
     } else {
       const std::string prefix = tensor_name(names.dense, l);
       layer.dense.gate_ID = load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size});

@@ -11,6 +11,7 @@ namespace moegraft::parallel {
 
 Part load_part(const std::filesystem::path& dir, model::LoadOptions options, const distributed::Mesh& mesh, bool shard_base) {
   Part part;
+  options.progress = mesh.world->rank() == 0;
   part.dispatcher = make_dispatcher(mesh, shard_base);
   if (mesh.expert_size() > 1) part.experts = part.dispatcher->local_experts(model::read_spec(dir).num_experts);
   std::tie(options.first_expert, options.num_experts) = part.experts;

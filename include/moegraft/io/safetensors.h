@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/io/read_ahead.h"
+
 namespace moegraft::io {
 
 using TensorMap = std::map<std::string, at::Tensor>;
@@ -28,6 +30,7 @@ class SafetensorsFile {
   // seldom or have been copied. False, and nothing done, when the tensor does not lie in this file's mapping. Safe beside readers.
   bool release_pages(const at::Tensor& view) const;
   bool holds(const at::Tensor& view) const;  // whether its memory is this mapping
+  FileRange range(const std::string& name) const;  // where its bytes lie
   std::vector<int64_t> shape(const std::string& name) const;
   at::ScalarType dtype(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;

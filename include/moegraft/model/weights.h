@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -75,6 +76,12 @@ enum class Experts {
   absent,     // nowhere: for what runs no forward pass
 };
 
+// How weights travel from files to a device: threads read into page-locked buffers, which are copied on while others fill.
+struct Staging {
+  int64_t buffer_bytes = int64_t{256} << 20, buffers = 2;
+  int64_t piece_bytes = int64_t{8} << 20, threads = 8;
+};
+
 class ExpertRing;
 struct LoadOptions {
   at::ScalarType dtype = at::kFloat;
@@ -83,6 +90,8 @@ struct LoadOptions {
   int64_t first_expert = 0, num_experts = 0;  // only these of every layer, for the others live elsewhere; num_experts 0: all
   // Keeps those experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: where `experts` says.
   std::function<std::shared_ptr<ExpertRing>(std::shared_ptr<WeightProvider> rest)> keep_experts{};
+  std::optional<Staging> staging{};  // none: Staging() for a GPU; on the CPU files stay mapped, and are converted where the dtype differs
+  bool progress = true;              // a bar, where a device is filled with much
 };
 
 // A Hugging Face directory, read once: config, spec, weights.
