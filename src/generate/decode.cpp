@@ -33,8 +33,14 @@ Prefix prefill(const graft::GraftedModel& model, const PromptTokens& tokens) {
   return prefix;
 }
 
+DecodeSteps decode_steps(DecodeSteps asked, at::Device device) {
+  if (asked != DecodeSteps::automatic) return asked;
+  return device.is_cuda() ? DecodeSteps::fixed : DecodeSteps::plain;
+}
+
 Steps::Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how)
     : model_(model), cache_(cache), modality_(modality), head_(std::move(head)), factors_(model::make_factor_caches(model.decoder->spec())) {
+  how = decode_steps(how, model.device());
   if (how != DecodeSteps::plain) fixed_.emplace(*model.decoder, cache, count, modality, head_, how == DecodeSteps::recorded);
 }
 

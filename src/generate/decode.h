@@ -18,6 +18,9 @@ struct Prefix {
 // Runs a prompt alone, so that its bits depend on no other prompt.
 Prefix prefill(const graft::GraftedModel& model, const PromptTokens& tokens);
 
+// What `automatic` means on a device; the others mean themselves.
+DecodeSteps decode_steps(DecodeSteps asked, at::Device device);
+
 // Feeds one token at a time to each of the first `count` sequences of a cache.
 class Steps {
  public:

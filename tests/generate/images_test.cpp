@@ -55,6 +55,14 @@ TEST(GenerateImages, StepsForRecordingDrawTheSamePictures) {
   EXPECT_NE(error.find("the model is on cpu; leave --cuda-graphs out"), std::string::npos) << error;
 }
 
+TEST(GenerateImages, DecodesInFixedStepsOnAGpuUnlessToldOtherwise) {
+  EXPECT_EQ(ImageOptions().steps, DecodeSteps::automatic);
+  EXPECT_EQ(decode_steps(DecodeSteps::automatic, at::kCPU), DecodeSteps::plain);
+  EXPECT_EQ(decode_steps(DecodeSteps::automatic, at::Device(at::kCUDA, 0)), DecodeSteps::fixed);
+  for (const auto asked : {DecodeSteps::plain, DecodeSteps::fixed, DecodeSteps::recorded})
+    for (const at::Device device : {at::Device(at::kCPU), at::Device(at::kCUDA, 0)}) EXPECT_EQ(decode_steps(asked, device), asked);
+}
+
 TEST(GenerateImages, GreedyPicksTheBestCodeOfTheFullForward) {
   const auto m = tiny_graft();
   const auto results = generate_images(m, std::vector<std::string>{"red heart", "dog"}, greedy());

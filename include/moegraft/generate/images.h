@@ -20,7 +20,7 @@ struct ImageOptions {
   uint64_t seed = 0;
   int64_t max_batch = 64;          // pictures decoded together, at most
   int64_t max_cache_bytes = int64_t{1} << 30;  // fewer are taken when their caches would need more
-  DecodeSteps steps = DecodeSteps::plain;
+  DecodeSteps steps = DecodeSteps::automatic;
   bool pixels = true;              // false: ids only, no codec needed
   std::function<void(int64_t done, int64_t total)> on_progress;  // in codes drawn
 };

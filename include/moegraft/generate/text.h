@@ -16,7 +16,7 @@ struct TextOptions {
   int64_t n = 1;            // continuations per prompt
   SamplingOptions sampling;
   uint64_t seed = 0;
-  DecodeSteps steps = DecodeSteps::plain;
+  DecodeSteps steps = DecodeSteps::automatic;
   // Called with whole UTF-8 characters as they become known.
   std::function<void(int64_t prompt, int64_t index, std::string_view text)> on_text;
 };
