@@ -1,5 +1,7 @@
 // The expert FFN as one autograd function: picks the backend, keeps what its backward wants.
 
+#include <algorithm>
+
 #include "factor_cache.h"
 #include "moe.h"
 #include "moegraft/base/check.h"
@@ -82,8 +84,8 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
     return input;
   };
   for (auto* list : {&p.weights.gate_FD, &p.weights.up_FD, &p.weights.down_DF})
-    for (auto& t : *list)
-      if (t.requires_grad()) t = t.detach();
+    if (std::any_of(list->begin(), list->end(), [](const at::Tensor& t) { return t.requires_grad(); }))
+      for (auto& t : list->own()) t = t.detach();
   std::vector<at::Tensor> inputs{x_XD, routing, stacked(p.weights.gate_EFD), stacked(p.weights.up_EFD), stacked(p.weights.down_EDF)};
   for (int s = 0; s < kSites; ++s)
     for (const auto& term : site_list(adapters, s)) {

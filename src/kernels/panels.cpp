@@ -33,7 +33,7 @@ Panels<T> WeightPanels::panels(Layout& layout, bool backward) {
 }
 
 ExpertPanels::ExpertPanels(const ExpertFfnWeights& weights, Packed packed, bool stores_backward) : packed_(std::move(packed)), stores_backward_(stores_backward) {
-  const std::array<const std::vector<at::Tensor>*, 3> lists{&weights.gate_FD, &weights.up_FD, &weights.down_DF};
+  const std::array<const std::vector<at::Tensor>*, 3> lists{&weights.gate_FD.list(), &weights.up_FD.list(), &weights.down_DF.list()};
   for (size_t i = 0; i < lists.size(); ++i)
     for (const auto& w : *lists[i]) weights_[i].push_back(rows_contiguous(w));
 }

@@ -76,7 +76,7 @@ void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& 
     d.gate_panels = matrix(d.gate_ID), d.up_panels = matrix(d.up_ID), d.down_panels = matrix(d.down_DI);
   }
   for (auto& x : w.layer_experts) {
-    std::vector<at::Tensor> all = x.gate_FD;
+    std::vector<at::Tensor> all = x.gate_FD.list();
     for (const auto* list : {&x.up_FD, &x.down_DF}) all.insert(all.end(), list->begin(), list->end());
     x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)), lean);
   }

@@ -57,7 +57,7 @@ class Merged : public model::WeightProvider {
     auto w = base_->experts(l, first, count);
     for (auto [site, list] : {std::pair(Site::gate, &w.gate_FD), std::pair(Site::up, &w.up_FD), std::pair(Site::down, &w.down_DF)})
       for (const auto& t : lora_->at(l, site))
-        for (int64_t e = 0; e < count; ++e) (*list)[e] = (*list)[e] + t.scale * at::mm(t.B.detach()[first + e], t.A.detach()[first + e]);
+        for (int64_t e = 0; e < count; ++e) list->own()[e] = (*list)[e] + t.scale * at::mm(t.B.detach()[first + e], t.A.detach()[first + e]);
     w.panels = nullptr;
     return w;
   }

@@ -128,10 +128,7 @@ MoeInputs on_gpu(MoeInputs in) {
   p.dispatch.row_of_slot_TK = gpu(p.dispatch.row_of_slot_TK);
   p.dispatch.offsets = gpu(p.dispatch.offsets);
   // One matrix of each kind per storage, as a loader would lay them out.
-  const auto place = [](std::vector<at::Tensor>& list) {
-    const at::Tensor all = gpu(at::stack(list));
-    for (size_t e = 0; e < list.size(); ++e) list[e] = all[int64_t(e)];
-  };
+  const auto place = [](ExpertMatrices& matrices) { matrices = gpu(at::stack(matrices.list())).unbind(0); };
   place(p.weights.gate_FD);
   place(p.weights.up_FD);
   place(p.weights.down_DF);

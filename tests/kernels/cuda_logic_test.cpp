@@ -332,14 +332,29 @@ TEST(CudaLogic, ExpertsInOneStorageAreViewedNotCopied) {
   EXPECT_TRUE(at::equal(stacked(gate), all.select(1, 0).flip({0})));
 }
 
+TEST(ExpertMatrices, CopiesShareTheListAndItsView) {
+  const at::Tensor all = randn({3, 8, 4}, 1);
+  ExpertMatrices one = all.unbind(0), other = one;
+  EXPECT_EQ(&one.list(), &other.list());
+  EXPECT_TRUE(at::equal(one.stacked(), all) && one.stacked().is_alias_of(all));
+  EXPECT_TRUE(one.stacked().is_same(other.stacked())) << "looked for once";
+  other.own()[1] = all[1].clone();
+  EXPECT_FALSE(other.stacked().defined());
+  EXPECT_TRUE(one.stacked().is_same(ExpertMatrices(one).stacked()) && one[1].is_alias_of(all)) << "the other's change is its own";
+  one.push_back(all[2]);
+  EXPECT_FALSE(one.stacked().defined()) << "the view of three is no view of four";
+  EXPECT_EQ(one.size(), 4u);
+  EXPECT_TRUE(ExpertMatrices().empty() && !ExpertMatrices().stacked().defined());
+}
+
 TEST(CudaLogic, JoinedExpertsAreOneTensorOfTheSameValues) {
-  std::vector<at::Tensor> gate, up, down;
+  ExpertMatrices gate, up, down;
   for (int64_t e = 0; e < 3; ++e) {
     gate.push_back(randn({8, 4}, 10 + e));
     up.push_back(randn({8, 4}, 20 + e));
     down.push_back(randn({4, 8}, 30 + e));
   }
-  const std::vector<at::Tensor> before[3]{gate, up, down};
+  const std::vector<at::Tensor> before[3]{gate.list(), up.list(), down.list()};
   EXPECT_FALSE(stacked_view(gate).defined());
   join_experts(gate, up, down);
   ASSERT_TRUE(stacked_view(gate).defined() && stacked_view(up).defined() && stacked_view(down).defined());

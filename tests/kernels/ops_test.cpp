@@ -376,7 +376,7 @@ TEST(ExpertFfn, KeptFactorsGiveTheSameBits) {
       MoeInputs in = make_inputs(c, at::kFloat, false);
       in.x = in.x.detach().to(dtype);
       for (auto* list : {&in.frozen.gate_FD, &in.frozen.up_FD, &in.frozen.down_DF})
-        for (at::Tensor& w : *list) w = w.to(dtype);
+        for (at::Tensor& w : list->own()) w = w.to(dtype);
       const auto run = [&](std::shared_ptr<FactorCache> cache) {
         const at::NoGradGuard no_grad;
         in.adapters.cache = std::move(cache);

@@ -75,6 +75,7 @@ TEST_F(StagedLoads, ALayerLiesAsDevicesWantIt) {
   const ExpertWeights e = base.weights->experts(0, 0, base.spec.num_experts);
   const at::Tensor gate = kernels::cuda::stacked_view(e.gate_FD), up = kernels::cuda::stacked_view(e.up_FD);
   ASSERT_TRUE(gate.defined() && up.defined() && kernels::cuda::stacked_view(e.down_DF).defined());
+  EXPECT_TRUE(e.gate_FD.stacked().is_same(base.weights->experts(0, 0, base.spec.num_experts).gate_FD.stacked())) << "handed out, not made anew";
   EXPECT_TRUE(kernels::cuda::joined_view(gate, up).defined());
 }
 

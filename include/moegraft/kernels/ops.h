@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "moegraft/kernels/expert_layout.h"
+
 namespace moegraft::kernels {
 
 // Frozen weights laid out for the CPU's block products (src/kernels/panels.h).
@@ -87,7 +89,7 @@ struct ExpertLowRank {
 };
 // Frozen experts: one [F,D] / [D,F] matrix each. Trained ones: stacked leaves, whose gradients are then filled.
 struct ExpertFfnWeights {
-  std::vector<at::Tensor> gate_FD, up_FD, down_DF;
+  ExpertMatrices gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;
   std::shared_ptr<ExpertPanels> panels;  // null: the weights change, or nobody made them
 };

@@ -33,7 +33,7 @@ struct DenseWeights {
 // Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors.
 struct ExpertWeights {
   int64_t first = 0;
-  std::vector<at::Tensor> gate_FD, up_FD, down_DF;
+  kernels::ExpertMatrices gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;  // stacked leaves when the base trains; undefined otherwise
   std::shared_ptr<kernels::ExpertPanels> panels{};  // of these experts, when frozen and on a CPU that can use them
   int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }

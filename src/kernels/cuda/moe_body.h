@@ -11,10 +11,7 @@
 namespace moegraft::kernels::cuda {
 
 // A copy of the whole layer where there is no such view: join_experts (expert_layout.h) lays a base out once so that this never happens.
-inline at::Tensor stacked(const std::vector<at::Tensor>& list) {
-  const at::Tensor view = stacked_view(list);
-  return view.defined() ? view : at::stack(list);
-}
+inline at::Tensor stacked(const ExpertMatrices& matrices) { return matrices.stacked().defined() ? matrices.stacked() : at::stack(matrices.list()); }
 
 // The low-rank terms of one site side by side: columns [begin, begin + P) of the site's thin products belong to a term; ranks are padded with zero columns
 // to multiples of 8, which the grouped product's alignment asks for.
