@@ -3,6 +3,9 @@
 #include "cuda/ops.h"
 #include "libtorch.h"
 
+#include <algorithm>
+#include <type_traits>
+
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -50,6 +53,46 @@ Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const
   d.row_of_slot_TK = row_of_slot.to(topk_ids_TK.device());
   d.offsets = offsets.to(topk_ids_TK.device());
   return d;
+}
+
+namespace {
+
+template <class scalar>
+void sum_rows_on_cpu(const at::Tensor& rows_RN, const at::Tensor& row_of_TK, const at::Tensor& out_TN) {
+  using wide = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
+  const int64_t N = out_TN.size(1), K = row_of_TK.size(1);
+  const scalar* rows = rows_RN.const_data_ptr<scalar>();
+  const int32_t* row_of = row_of_TK.const_data_ptr<int32_t>();
+  scalar* out = out_TN.data_ptr<scalar>();
+  at::parallel_for(0, out_TN.size(0), std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(N, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<wide> sum(static_cast<size_t>(N));
+    for (int64_t t = begin; t < end; ++t) {
+      std::fill(sum.begin(), sum.end(), wide(0));
+      for (int64_t k = 0; k < K; ++k) {
+        if (row_of[t * K + k] < 0) continue;
+        const scalar* from = rows + row_of[t * K + k] * N;
+        for (int64_t n = 0; n < N; ++n) sum[size_t(n)] += wide(from[n]);
+      }
+      for (int64_t n = 0; n < N; ++n) out[t * N + n] = scalar(sum[size_t(n)]);
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor sum_rows(const at::Tensor& rows_in, const at::Tensor& row_of_TK) {
+  const at::Tensor rows_RN = rows_in.detach().contiguous();
+  MOEGRAFT_INVARIANT(rows_RN.dim() == 2 && row_of_TK.dim() == 2 && row_of_TK.scalar_type() == at::kInt && row_of_TK.is_contiguous(), "sum_rows: rows ", rows_RN.sizes(), ", places ", row_of_TK.sizes());
+  if (cuda::serves(rows_RN)) return cuda::combine(rows_RN, {}, row_of_TK);
+  MOEGRAFT_INVARIANT(rows_RN.is_cpu(), "sum_rows of ", c10::toString(rows_RN.scalar_type()), " on ", rows_RN.device());
+  const at::Tensor out_TN = at::empty({row_of_TK.size(0), rows_RN.size(1)}, rows_RN.options());
+  switch (rows_RN.scalar_type()) {
+    case at::kFloat: sum_rows_on_cpu<float>(rows_RN, row_of_TK, out_TN); break;
+    case at::kDouble: sum_rows_on_cpu<double>(rows_RN, row_of_TK, out_TN); break;
+    case at::kBFloat16: sum_rows_on_cpu<at::BFloat16>(rows_RN, row_of_TK, out_TN); break;
+    default: MOEGRAFT_INVARIANT(rows_RN.scalar_type() == at::kHalf, "sum_rows of ", c10::toString(rows_RN.scalar_type())); sum_rows_on_cpu<at::Half>(rows_RN, row_of_TK, out_TN);
+  }
+  return out_TN;
 }
 
 at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch) { return x_TD.detach().index_select(0, dispatch.token_of_row_R); }

@@ -20,6 +20,16 @@ TEST(EmulatedDevice, PublicOperationsEqualTheCpus) {
   }
 }
 
+TEST(EmulatedDevice, SumsOfRowsHaveTheHostsBits) {
+  const at::Tensor places = at::randint(-1, 40, {23, 4}, at::make_generator<at::CPUGeneratorImpl>(uint64_t{3}), at::kInt);
+  for (const int64_t width : {3, 8, 64})
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const at::Tensor rows = randn({40, width}, 5).to(dtype), host = sum_rows(rows, places);
+      const Emulation on;
+      EXPECT_TRUE(at::equal(sum_rows(rows, places), host)) << width << " " << dtype;
+    }
+}
+
 TEST(EmulatedDevice, NormsOfAnyShapeAndUnusedOutputs) {
   const Emulation on;
   const at::Tensor x = randn({3, 7}, 1).set_requires_grad(true), w = randn({7}, 2).set_requires_grad(true);

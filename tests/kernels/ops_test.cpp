@@ -517,6 +517,18 @@ TEST(Dispatch, SlotsWithoutAnExpertHaveNoRow) {
   EXPECT_THROW(make_dispatch(ids, 2, {}, 1, 3), InvariantError);
 }
 
+TEST(SumRows, AddsATokensRowsInOrder) {
+  const at::Tensor places = at::tensor({2, 0, -1, -1, -1, -1, 1, -1, 2}, at::kInt).view({3, 3});
+  const at::Tensor rows = at::tensor({1.0f, 2.0f, 10.0f, 20.0f, 100.0f, 200.0f}).view({3, 2}), want = at::tensor({101.0f, 202.0f, 0.0f, 0.0f, 110.0f, 220.0f}).view({3, 2});
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) EXPECT_TRUE(at::equal(sum_rows(rows.to(dtype), places), want.to(dtype))) << dtype;
+  // Rounded once, after the sum: 1 + 2^-8 + 2^-8 is a bf16 number, 1 + 2^-8 is none.
+  const at::Tensor parts = at::tensor({1.0f, 1.0f / 256, 1.0f / 256}).view({3, 1}).to(at::kBFloat16);
+  EXPECT_EQ(sum_rows(parts, at::tensor({0, 1, 2}, at::kInt).view({1, 3})).item<float>(), 1.0f + 2.0f / 256);
+  EXPECT_EQ(sum_rows(rows, at::empty({0, 3}, at::kInt)).sizes(), at::IntArrayRef({0, 2}));
+  EXPECT_TRUE(at::equal(sum_rows(at::empty({0, 2}), at::full({4, 3}, -1, at::kInt)), at::zeros({4, 2})));
+  EXPECT_THROW(sum_rows(rows, places.to(at::kLong)), InvariantError);
+}
+
 TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
   for (const int64_t X : {1, 7, 300}) {
     at::Tensor h = randn({X, 12}, 1).set_requires_grad(true), w = randn({50, 12}, 2).set_requires_grad(true);

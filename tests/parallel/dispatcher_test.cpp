@@ -251,8 +251,19 @@ TEST(ExpertParallel, TheDevicesWayIsTheHosts) {
       for (int64_t w = 0; w < members; ++w) EXPECT_EQ(got.counts_W2[w][1].item<int64_t>(), ids.div(each, "floor").eq(w).logical_and(ids >= 0).sum().item<int64_t>());
       exchange.token_of_row_S = got.token_of_row.narrow(0, 0, int64_t(tokens.size()));
       EXPECT_TRUE(at::equal(exchange.token_of_row_S, at::tensor(tokens, at::kLong)));
+      exchange.row_of_TW = got.row_of_TW;
       const at::Tensor rows = at::randn({int64_t(tokens.size()), 5}, g, at::kFloat);
-      for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) EXPECT_TRUE(at::equal(exchange.sum(rows.to(dtype)), sum_on_device(exchange, rows.to(dtype)))) << dtype;
+      for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble}) {
+        // Member by member, each sum rounded once.
+        const at::ScalarType wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+        const at::Tensor want = at::zeros({T, 5}, wide);
+        int64_t begin = 0;
+        for (const int64_t count : exchange.sent_W) {
+          want.index_add_(0, exchange.token_of_row_S.narrow(0, begin, count), rows.to(dtype).narrow(0, begin, count).to(wide));
+          begin += count;
+        }
+        EXPECT_TRUE(at::equal(exchange.sum(rows.to(dtype)), want.to(dtype))) << dtype;
+      }
     }
   }
 }

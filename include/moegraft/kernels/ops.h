@@ -80,6 +80,9 @@ struct Dispatch {
 // num_rows: how many slots have a row, for whoever knows that some have none (without it a device would have to be asked); -1: all.
 Dispatch make_dispatch(const at::Tensor& topk_ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups, int64_t num_rows = -1);
 at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch);  // -> [R, D]; no gradient
+// y[t] = the sum of rows[row_of[t, k]] in the order of k, summed in float32 (float64: in itself), -1: none. rows_RN of any floating dtype, row_of_TK int32
+// -> [T, N] in the rows' dtype. No gradient; waits for nothing.
+at::Tensor sum_rows(const at::Tensor& rows_RN, const at::Tensor& row_of_TK);
 
 // One low-rank term on an expert site: y += scale * (x A_e^T) B_e^T on rows whose group has acts[group].
 struct ExpertLowRank {
