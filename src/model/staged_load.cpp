@@ -47,6 +47,11 @@ void StagedLoad::run(const std::string& title) {
   const int64_t room = std::min(staging_.buffer_bytes, int64_t(std::bit_ceil(uint64_t(std::max<int64_t>(total, 64)))));
   std::vector<at::Tensor> buffers;
   for (int64_t i = 0; i < staging_.buffers; ++i) buffers.push_back(device_.is_cuda() ? HostArena::page_locked(room) : at::empty({room}, at::kByte));
+  const auto wait_for_copies = [this] {
+    if (!device_.is_cuda()) return;
+    const c10::impl::VirtualGuardImpl guard(device_.type());
+    guard.synchronizeStream(guard.getStream(device_));
+  };
   std::optional<Progress> progress;
   if (!title.empty() && total >= kShown) progress.emplace(title, total / kMiB);
   const auto start = std::chrono::steady_clock::now();
@@ -55,10 +60,7 @@ void StagedLoad::run(const std::string& title) {
       copy(piece);
       done += piece.bytes.numel();
     }
-    if (device_.is_cuda()) {  // the buffer is filled anew; the others fill meanwhile
-      const c10::impl::VirtualGuardImpl guard(device_.type());
-      guard.synchronizeStream(guard.getStream(device_));
-    }
+    wait_for_copies();  // then this buffer is filled anew; the others fill meanwhile
     if (!progress) return;
     char rate[32];
     std::snprintf(rate, sizeof rate, "MiB, %.2f GB/s", double(done) / 1e9 / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
@@ -67,6 +69,7 @@ void StagedLoad::run(const std::string& title) {
   if (progress) progress->finish();
   if (!device_.is_cuda()) return;
   buffers.clear();
+  wait_for_copies();  // the allocator has recorded an event of its own
   at::getHostAllocator(device_.type())->empty_cache();  // it would keep them locked for requests of this size
 }
 
