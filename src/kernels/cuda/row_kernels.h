@@ -82,7 +82,11 @@ struct RowBits {
       if (offsets[middle] <= row) low = middle;
       else high = middle;
     }
-    row_bits[row] = bits_of_group[low % num_groups];
+    const int32_t group = low % num_groups;
+    uint32_t bits = 0;
+    MOEGRAFT_UNROLL  // an index that varies would put the array into local memory
+    for (int32_t g = 0; g < kMaxGroups; ++g) bits = g == group ? bits_of_group[g] : bits;
+    row_bits[row] = bits;
   }
 };
 

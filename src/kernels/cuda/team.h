@@ -11,8 +11,10 @@
 
 #if defined(__CUDACC__)
 #define MOEGRAFT_HD __host__ __device__ __forceinline__
+#define MOEGRAFT_UNROLL _Pragma("unroll")
 #else
 #define MOEGRAFT_HD inline
+#define MOEGRAFT_UNROLL
 #endif
 
 namespace moegraft::kernels::cuda {
@@ -30,11 +32,23 @@ MOEGRAFT_HD void load(const T* from, float (&to)[V]) {
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
   for (int i = 0; i < V; ++i) to[i] = static_cast<float>(pack.at[i]);
 }
+// On the device 16 bytes at a time by an intrinsic: nvcc splits the copy of a pack into its elements where two of them are stored (Rotate: seven stores for the
+// second). A pack that is only moved (GatherRows) stays whole.
 template <int V, class T>
 MOEGRAFT_HD void store(const float (&from)[V], T* to) {
   Pack<T, V> pack;
   for (int i = 0; i < V; ++i) pack.at[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+#if defined(__CUDA_ARCH__)
+  if constexpr (V == 8 && sizeof(T) == 2) {
+    const auto two = [&](int i) { return uint32_t(pack.at[i].x) | uint32_t(pack.at[i + 1].x) << 16; };
+    __stwb(reinterpret_cast<uint4*>(to), make_uint4(two(0), two(2), two(4), two(6)));
+  } else if constexpr (V == 8) {
+    const auto four = [&](int i) { return make_float4(pack.at[i], pack.at[i + 1], pack.at[i + 2], pack.at[i + 3]); };
+    __stwb(reinterpret_cast<float4*>(to), four(0));
+    __stwb(reinterpret_cast<float4*>(to) + 1, four(4));
+  } else
+#endif
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 template <int V, class T>
 MOEGRAFT_HD void add(const T* from, float (&to)[V]) {
