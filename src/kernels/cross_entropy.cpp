@@ -13,7 +13,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int64_t kChunkLogits = int64_t{1} << 23;      // 32 MiB of float32 logits at a time
-constexpr int64_t kChunkLogitsCuda = int64_t{1} << 26;  // 128 MiB of bf16 ones: products of a few hundred rows
+constexpr int64_t kChunkLogitsCuda = int64_t{1} << 28;  // 512 MiB of bf16 ones: at 151,936 classes 1,536 rows, enough tiles of the way back for every multiprocessor
+constexpr int64_t kTileRows = 256;                      // of the largest tiles of a GPU's products
 
 // Frozen heads on the CPU: each task takes a few rows through logits, softmax and back while they are in cache. Returns the sum over rows of -log p.
 template <class T>
@@ -81,7 +82,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       ctx->saved_data["dw"] = at::Tensor();
       return at::scalar_tensor(sum * scale, h.options().dtype(at::kFloat));
     }
-    const int64_t rows = h.size(0), classes = weight.size(0), chunk = std::max<int64_t>(1, (h.is_cuda() ? kChunkLogitsCuda : kChunkLogits) / std::max<int64_t>(classes, 1));
+    const int64_t rows = h.size(0), chunk = cross_entropy_chunk(rows, weight.size(0), h.is_cuda());
     const at::Tensor w = weight.to(h.scalar_type());
     const auto wide = h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     at::Tensor total = at::zeros({}, h.options().dtype(wide));
@@ -128,6 +129,14 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
 };
 
 }  // namespace
+
+int64_t cross_entropy_chunk(int64_t rows, int64_t classes, bool on_cuda) {
+  classes = std::max<int64_t>(classes, 1);
+  if (!on_cuda) return std::max<int64_t>(1, kChunkLogits / classes);
+  // Whole tiles, in chunks of about one size: a short last one would leave multiprocessors idle.
+  const int64_t most = std::max(kTileRows, kChunkLogitsCuda / classes / kTileRows * kTileRows), chunks = std::max<int64_t>(1, (rows + most - 1) / most);
+  return round_up(std::max<int64_t>(1, (rows + chunks - 1) / chunks), kTileRows);
+}
 
 at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels) {
   RECORD_FUNCTION("moegraft::linear_cross_entropy", {});

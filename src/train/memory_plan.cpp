@@ -81,10 +81,11 @@ class Counter {
   int64_t layer_input(int64_t l) const { return T_ * s_.hidden_size * (4 + (l > 0 ? width_ : 0)); }
 
   int64_t loss() const {
-    const int64_t D = s_.hidden_size, V = s_.vocab_size, chunk = r_.device.is_cuda() ? int64_t{1} << 26 : int64_t{1} << 23;
+    const int64_t D = s_.hidden_size, V = s_.vocab_size;
+    const auto chunk = [&](int64_t classes) { return std::min(T_, kernels::cross_entropy_chunk(T_, classes, r_.device.is_cuda())) * classes; };
     const int64_t per_logit = r_.device.is_cuda() ? width_ : 8 + width_;  // one buffer in place, or log-probabilities beside logits
     int64_t bytes = T_ * D * (4 + 4 * width_);                            // final norm, labelled rows and their gradients
-    const int64_t logits = panels_ ? 0 : std::min(T_ * V, chunk), rows = std::min(T_ * r_.new_rows, chunk);
+    const int64_t logits = panels_ ? 0 : chunk(V), rows = chunk(r_.new_rows);
     return bytes + std::max(logits, rows) * per_logit + (r_.base_trains ? V * D * 4 : 0) + scratch();
   }
   // Of the largest layer, besides what it keeps: routed rows on their way, gradients of attention, factors as products want them.

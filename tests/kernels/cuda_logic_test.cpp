@@ -190,6 +190,50 @@ TEST(CudaLogic, CrossEntropyRowsMatchAutograd) {
   }
 }
 
+TEST(CudaLogic, CrossEntropyFollowsALogitThatKeepsGrowingAndSkipsExcludedClasses) {
+  const int64_t V = 9001;
+  const float inf = INFINITY;
+  at::Tensor logits = randn({6, V}, 2);
+  logits[0] = at::arange(V).to(at::kFloat) * 0.05;        // a larger one in every pack
+  logits[1] = at::arange(V).flip({0}).to(at::kFloat);     // the largest first, 9000 above the last
+  logits[2].narrow(0, 0, V - 1).fill_(-inf);              // one class only, at the end of a pack
+  logits[3].narrow(0, 8, V - 16).fill_(-inf);             // whole lanes without a number
+  logits[4] = logits[4] * 30 - 1e4;
+  const at::Tensor targets = at::tensor({V - 1, int64_t{0}, V - 1, int64_t{3}, int64_t{4000}, int64_t{17}}, at::kLong);
+  at::Tensor exact = wide(logits);
+  const at::Tensor nll = at::logsumexp(exact, {1}) - exact.gather(1, targets.unsqueeze(1)).squeeze(1), p = at::softmax(exact, 1).detach();
+  const at::Tensor g = p.scatter_add(1, targets.unsqueeze(1), at::full({6, 1}, -1.0, at::kDouble)) * 0.5, d = at::empty_like(logits);
+  const at::Tensor ours = Host::cross_entropy_rows(logits, targets, 0.5, d);
+  EXPECT_LT(((ours - nll).abs() / (1 + nll.abs())).max().item<double>(), 1e-6);
+  EXPECT_LT(distance(d, g), 1e-6);
+  EXPECT_EQ(largest(d.masked_select(logits == -inf)), 0.0) << "excluded classes have no gradient";
+
+  // What is no probability must not look like one.
+  at::Tensor bad = randn({3, 100}, 3);
+  bad[0][7] = NAN;
+  bad[1][99] = inf;
+  bad[2].fill_(-inf);
+  const at::Tensor db = at::empty_like(bad);
+  EXPECT_TRUE(Host::cross_entropy_rows(bad, at::zeros({3}, at::kLong), 1, db).isnan().all().item<bool>());
+  EXPECT_TRUE(db.isnan().any(1).all().item<bool>());
+}
+
+TEST(CudaLogic, ChunksOfTheLossAreWholeTilesOnAGpu) {
+  EXPECT_EQ(cross_entropy_chunk(4096, 151936, true), 1536);  // three, of 1536, 1536 and 1024
+  EXPECT_EQ(cross_entropy_chunk(2000, 151936, true), 1024);  // two of about one size
+  EXPECT_EQ(cross_entropy_chunk(100, 151936, true), 256);
+  EXPECT_EQ(cross_entropy_chunk(8192, 300, true), 8192);
+  EXPECT_EQ(cross_entropy_chunk(8192, int64_t{1} << 22, true), 256);  // never less than a tile
+  EXPECT_EQ(cross_entropy_chunk(0, 0, true), 256);
+  for (const int64_t V : {1000, 32000, 151936, 262144})
+    for (const int64_t rows : {1, 255, 257, 1766, 4097, 65536}) {
+      const int64_t chunk = cross_entropy_chunk(rows, V, true);
+      EXPECT_EQ(chunk % 256, 0);
+      EXPECT_LE(chunk * V, int64_t{1} << 28);
+    }
+  EXPECT_EQ(cross_entropy_chunk(4096, 151936, false), (int64_t{1} << 23) / 151936);
+}
+
 // ------------------------------------------------------------------------------------------------ experts
 
 TEST(CudaLogic, ExpertsMatchTheDefinitionInFloat32) {

@@ -142,6 +142,14 @@ TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
   EXPECT_EQ(plan_memory(r).recompute_layers, 0);
 }
 
+TEST(MemoryPlan, AGpuHoldsTheLogitsOfOneChunkOfTheLoss) {
+  MemoryRequest r = large();
+  r.device = at::kCUDA, r.dtype = at::kBFloat16, r.tokens = 4096, r.spec.vocab_size = 151936;
+  const int64_t many = plan_memory(r).loss;
+  r.spec.vocab_size = 8;
+  EXPECT_EQ(many - plan_memory(r).loss, 2 * (1536 * 151936 - 4096 * 8));
+}
+
 TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
   MemoryRequest r = large();
   // Two layers: gate A [E,P,D], B [E,F,P], q A [P,D], B [q,P].

@@ -129,5 +129,7 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
 // Sum over rows of scale * (logsumexp(h W^T) - (h W^T)[target]); gradients for h, and for W when it requires grad. Chunked: the [X, V] logits are never
 // held whole. W may be a float32 master under a lower compute dtype. Returns a float32 scalar.
 at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels = nullptr);
+// Rows of its logits that it holds at a time, of `rows` in all.
+int64_t cross_entropy_chunk(int64_t rows, int64_t classes, bool on_cuda);
 
 }  // namespace moegraft::kernels

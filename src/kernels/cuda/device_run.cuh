@@ -18,6 +18,7 @@ __device__ __forceinline__ float exchange(float v, int offset) { return __shfl_x
 __device__ __forceinline__ Candidate exchange(const Candidate& v, int offset) {
   return {__shfl_xor_sync(kWholeWarp, v.value, offset), __shfl_xor_sync(kWholeWarp, v.index, offset)};
 }
+__device__ __forceinline__ SoftmaxSum exchange(const SoftmaxSum& v, int offset) { return {exchange(v.largest, offset), exchange(v.total, offset)}; }
 
 // N lanes, all of which must call together. Larger teams than a warp are whole blocks and combine the warps' results in warp order.
 template <int N>

@@ -204,6 +204,8 @@ struct Ops {
     MOEGRAFT_INVARIANT(logits.dim() == 2 && logits.is_contiguous() && targets.size(0) == logits.size(0), "cross_entropy_rows: logits ", logits.sizes());
     MOEGRAFT_INVARIANT(!d.defined() || (d.is_contiguous() && d.sizes() == logits.sizes() && (d.scalar_type() == logits.scalar_type() || !d.is_alias_of(logits))),
                        "cross_entropy_rows: gradient");
+    const auto at_pack = [](const at::Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
+    MOEGRAFT_INVARIANT(at_pack(logits) && at_pack(d), "cross_entropy_rows: logits or gradient start off 16 bytes");
     const at::Tensor nll = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
     with_type(logits.scalar_type(), [&](auto t) {
       using TIn = decltype(t);

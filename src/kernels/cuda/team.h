@@ -1,6 +1,6 @@
 #pragma once
 // The vocabulary of the device kernels. A kernel is a functor in one of these headers: either one thread per index, `operator()(i)`, or one team of
-// lanes per row, `operator()(row, team)`. A team runs a piece of code for every lane (`each`) and reduces what the lanes return (`sum`, `max`, `best`).
+// lanes per row, `operator()(row, team)`. A team runs a piece of code for every lane (`each`) and reduces what the lanes return (`sum`, `max`, `best`, `softmax`).
 // On the device a lane is a thread; on the host the same functor runs lane after lane with the same order of sums (host_run.h), which is how the
 // arithmetic and the indexing are tested on a machine without a GPU.
 
@@ -77,6 +77,15 @@ MOEGRAFT_HD Candidate better(const Candidate& a, const Candidate& b) {
   if (a.value != b.value) return a.value > b.value ? a : b;
   return a.index < b.index ? a : b;
 }
+// What a softmax is divided by: the sum of exp(x - largest).
+struct SoftmaxSum {
+  float largest, total;
+};
+MOEGRAFT_HD float rescaled(const SoftmaxSum& s, float largest) { return s.largest == largest ? s.total : s.total * expf(s.largest - largest); }
+// The order of a and b changes no bit, also where the compiler contracts: of the two totals only that of the smaller maximum is multiplied.
+MOEGRAFT_HD SoftmaxSum together(const SoftmaxSum& a, const SoftmaxSum& b) {
+  return a.largest >= b.largest ? SoftmaxSum{a.largest, a.total + rescaled(b, a.largest)} : SoftmaxSum{b.largest, b.total + rescaled(a, b.largest)};
+}
 struct Add {
   MOEGRAFT_HD float operator()(float a, float b) const { return a + b; }
 };
@@ -85,6 +94,9 @@ struct Larger {
 };
 struct Better {
   MOEGRAFT_HD Candidate operator()(const Candidate& a, const Candidate& b) const { return better(a, b); }
+};
+struct Together {
+  MOEGRAFT_HD SoftmaxSum operator()(const SoftmaxSum& a, const SoftmaxSum& b) const { return together(a, b); }
 };
 
 // What a team offers, over a `reduce(f, op)` that every implementation supplies: within a warp by butterflies, across warps in warp order.
@@ -101,6 +113,10 @@ struct TeamBase {
   template <class F>
   MOEGRAFT_HD Candidate best(const F& f) const {
     return static_cast<const Derived*>(this)->reduce(f, Better{});
+  }
+  template <class F>
+  MOEGRAFT_HD SoftmaxSum softmax(const F& f) const {
+    return static_cast<const Derived*>(this)->reduce(f, Together{});
   }
 };
 
