@@ -1,10 +1,9 @@
 // Checks, the CPU path and the choice of device of the 8-bit AdamW step.
 
-#include "adamw8.h"
+#include "adamw8_blocks.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
@@ -22,31 +21,6 @@ std::array<float, 256> make_map(DynamicMap map) {
   return values;
 }
 
-// Magnitudes compare as their bits: an integer maximum vectorises, and NaN is the largest, so it is not lost.
-float largest_magnitude(const float* x, int64_t n) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffff;
-    largest = largest > bits ? largest : bits;
-  }
-  float value;
-  std::memcpy(&value, &largest, sizeof value);
-  return value;
-}
-
-void dequantize_block(const uint8_t* codes, float scale, const float* map, float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = map[codes[i]] * scale;
-}
-
-template <DynamicMap kMap>
-void quantize_block(const float* x, uint8_t* codes, float* scale, int64_t n) {
-  *scale = adamw8::usable_scale(largest_magnitude(x, n));
-  const float inverse = adamw8::inverse_scale(*scale);
-  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(kMap == DynamicMap::with_sign ? adamw8::signed_code(x[i] * inverse) : adamw8::unsigned_code(x[i] * inverse));
-}
-
 template <class F>
 void for_blocks(int64_t numel, const F& f) {
   at::parallel_for(0, (numel + kAdamw8Block - 1) / kAdamw8Block, kGrainBlocks, [&](int64_t begin, int64_t end) {
@@ -56,16 +30,7 @@ void for_blocks(int64_t numel, const F& f) {
 
 void step_cpu(const adamw8::Factors& f, const adamw8::Arrays& a) {
   const float *with_sign = dynamic_map(DynamicMap::with_sign).data(), *without_sign = dynamic_map(DynamicMap::without_sign).data();
-  for_blocks(a.numel, [&](int64_t b, int64_t at, int64_t n) {
-    alignas(64) float exp_avg[kAdamw8Block], root[kAdamw8Block];
-    dequantize_block(a.exp_avg_codes + at, a.exp_avg_scales[b], with_sign, exp_avg, n);
-    dequantize_block(a.root_codes + at, a.root_scales[b], without_sign, root, n);
-    float* parameter = a.parameter + at;
-    const float* grad = a.grad + at;
-    for (int64_t i = 0; i < n; ++i) adamw8::update(f, grad[i], parameter[i], exp_avg[i], root[i]);
-    quantize_block<DynamicMap::with_sign>(exp_avg, a.exp_avg_codes + at, a.exp_avg_scales + b, n);
-    quantize_block<DynamicMap::without_sign>(root, a.root_codes + at, a.root_scales + b, n);
-  });
+  for_blocks(a.numel, [&](int64_t b, int64_t, int64_t) { adamw8::step_block(f, a, b, with_sign, without_sign); });
 }
 
 Quantized8 zero_quantized(const at::Tensor& x) {
@@ -96,9 +61,9 @@ Quantized8 quantize8(const at::Tensor& x, DynamicMap map) {
   float* scales = q.scales.data_ptr<float>();
   for_blocks(dense.numel(), [&](int64_t b, int64_t at, int64_t n) {
     if (map == DynamicMap::with_sign)
-      quantize_block<DynamicMap::with_sign>(values + at, codes + at, scales + b, n);
+      adamw8::quantize_block<true>(values + at, codes + at, scales + b, n);
     else
-      quantize_block<DynamicMap::without_sign>(values + at, codes + at, scales + b, n);
+      adamw8::quantize_block<false>(values + at, codes + at, scales + b, n);
   });
   return q;
 }
@@ -110,7 +75,7 @@ at::Tensor dequantize8(const Quantized8& q, DynamicMap map) {
   const uint8_t* codes = q.codes.const_data_ptr<uint8_t>();
   const float* scales = q.scales.const_data_ptr<float>();
   float* values = x.data_ptr<float>();
-  for_blocks(x.numel(), [&](int64_t b, int64_t at, int64_t n) { dequantize_block(codes + at, scales[b], dynamic_map(map).data(), values + at, n); });
+  for_blocks(x.numel(), [&](int64_t b, int64_t at, int64_t n) { adamw8::dequantize_block(codes + at, scales[b], dynamic_map(map).data(), values + at, n); });
   return x;
 }
 

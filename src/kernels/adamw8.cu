@@ -1,6 +1,7 @@
 // The 8-bit AdamW step on CUDA: a warp per block of 256 values, eight values per lane, so the block's maxima need shuffles alone.
 
-#include <c10/cuda/CUDAException.h>
+#include "cuda/start_kernel.cuh"
+
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -71,8 +72,7 @@ void step_cuda(const Factors& factors, const Arrays& arrays, int device) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t blocks = (arrays.numel + kBlock - 1) / kBlock;
   const int64_t grid = std::min<int64_t>((blocks + kWarps - 1) / kWarps, int64_t(processors) * 8);
-  step_kernel<<<unsigned(grid), kThreads, 0, c10::cuda::getCurrentCUDAStream().stream()>>>(factors, arrays, blocks);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  cuda::start_kernel(&step_kernel, grid, kThreads, c10::cuda::getCurrentCUDAStream().stream(), factors, arrays, blocks);
 }
 
 }  // namespace moegraft::kernels::adamw8

@@ -1,5 +1,5 @@
 // The device kernels' arithmetic and indexing, run on the host: the functors of src/kernels/cuda with lanes as a loop (host_run.h) and the same host code
-// around them, against plain ATen in double. What this cannot show is the launch itself (grids, barriers, memory): cuda_kernels_test.cpp, on a GPU.
+// around them, against plain ATen in double. Launches, barriers and threads at once: cuda_launch/; nvcc's code: check_ptx.py; a GPU: cuda_kernels_test.cpp.
 #include <gtest/gtest.h>
 
 #include "cuda_cases.h"

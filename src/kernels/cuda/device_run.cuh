@@ -1,8 +1,7 @@
 #pragma once
 // Teams on the device, and the two launch shapes.
 
-#include <c10/cuda/CUDAException.h>
-#include <cuda_runtime.h>
+#include "start_kernel.cuh"
 
 #include "launch.h"
 #include "team.h"
@@ -11,7 +10,6 @@ namespace moegraft::kernels::cuda {
 namespace device {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float exchange(float v, int offset) { return __shfl_xor_sync(kWholeWarp, v, offset); }
@@ -65,10 +63,7 @@ __global__ void __launch_bounds__(kBlock) row_kernel(const F f, int64_t count) {
 template <class F>
 void launch_threads(const F& f, int64_t count, CUstream_st* stream) {
   if (count <= 0) return;
-  const int64_t blocks = (count + device::kThreads - 1) / device::kThreads;
-  TORCH_CHECK(blocks <= device::kMaxBlocks, "a kernel of ", count, " threads is too large for one launch");
-  device::thread_kernel<F><<<unsigned(blocks), device::kThreads, 0, stream>>>(f, count);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  start_kernel(&device::thread_kernel<F>, (count + device::kThreads - 1) / device::kThreads, device::kThreads, stream, f, count);
 }
 
 template <class F>
@@ -76,10 +71,7 @@ void launch_rows(const F& f, int64_t count, CUstream_st* stream) {
   if (count <= 0) return;
   constexpr int kBlock = F::kLanes > 128 ? F::kLanes : 128;
   constexpr int64_t kPerBlock = kBlock / F::kLanes;
-  const int64_t blocks = (count + kPerBlock - 1) / kPerBlock;
-  TORCH_CHECK(blocks <= device::kMaxBlocks, "a kernel of ", count, " rows is too large for one launch");
-  device::row_kernel<F, kBlock><<<unsigned(blocks), kBlock, 0, stream>>>(f, count);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  start_kernel(&device::row_kernel<F, kBlock>, (count + kPerBlock - 1) / kPerBlock, kBlock, stream, f, count);
 }
 
 }  // namespace moegraft::kernels::cuda
