@@ -337,6 +337,29 @@ TEST(CudaLogic, AnIdleExpertHasExactlyZeroGradientAndOnlyNeededOnesAreMade) {
   EXPECT_TRUE(some.factors[kUp][1].second.defined() && some.factors[kGate][0].first.defined());
 }
 
+// Factors of whole packs are written once: nothing is filled with zeros first (17 MB a call at 128 experts, rank 16).
+TEST(CudaLogic, OnlyPaddedRanksAreFilledWithZeros) {
+  for (const int64_t rank : {3, 8}) {
+    const MoeCase c{{40, 4, 2, 2, 0}, 16, 8, rank};
+    MoeInputs in = make_moe(c, at::kBFloat16, at::kFloat, Layout::joined);
+    in.problem.terms[kUp].pop_back();  // of rank + 1
+    const MoeLayer<OnHost> layer(in.problem);
+    const auto filled = [&] {
+      static int64_t fills;
+      fills = 0;
+      const auto handle = at::addThreadLocalCallback(at::RecordFunctionCallback([](const at::RecordFunction& f) -> std::unique_ptr<at::ObserverContext> {
+        fills += std::string(f.name()) == "aten::zeros";
+        return nullptr;
+      }));
+      const MoeForward y = layer.forward(true, false);
+      layer.backward(y.saved, at::ones_like(in.problem.x_XD), all_needs(in.problem));
+      at::removeCallback(handle);
+      return fills;
+    };
+    EXPECT_EQ(filled() > 0, rank % 8 != 0) << "rank " << rank;
+  }
+}
+
 TEST(CudaLogic, WithoutTermsOnlyActivationsAndWeightsGetGradients) {
   const MoeCase c{{33, 4, 2, 1, 0}, 8, 16, 4};
   MoeInputs f = make_moe(c, at::kFloat, at::kFloat, Layout::joined), d = make_moe(c, at::kDouble, at::kDouble, Layout::joined);

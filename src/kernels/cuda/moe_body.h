@@ -195,13 +195,13 @@ class MoeLayer {
 
   // A of one site's terms in the compute dtype, [E, columns, X].
   at::Tensor pack_A(const ThinSite& site) const {
-    const at::Tensor A = padded({d_.num_experts, site.columns, site.terms->front().A_EPX.size(2)}, site);
+    const at::Tensor A = padded({d_.num_experts, site.columns, site.terms->front().A_EPX.size(2)}, {&site});
     write_A(site, A, 0);
     return A;
   }
   at::Tensor pack_A_in() const {
     const ThinSite &sg = sites_[kGate], &su = sites_[kUp];
-    const at::Tensor A = at::zeros({d_.num_experts, sg.columns + su.columns, p_.model_width()}, p_.x_XD.options());
+    const at::Tensor A = padded({d_.num_experts, sg.columns + su.columns, p_.model_width()}, {&sg, &su});
     write_A(sg, A, 0);
     write_A(su, A, sg.columns);
     return A;
@@ -214,7 +214,7 @@ class MoeLayer {
   }
   // scale * B in the compute dtype, [E, X, columns]: one rounding of the scaled master.
   at::Tensor pack_B(const ThinSite& site) const {
-    const at::Tensor B = padded({d_.num_experts, site.terms->front().B_EXP.size(1), site.columns}, site);
+    const at::Tensor B = padded({d_.num_experts, site.terms->front().B_EXP.size(1), site.columns}, {&site});
     for (size_t i = 0; i < site.terms->size(); ++i) {
       const ExpertLowRank& term = (*site.terms)[i];
       at::Tensor to = B.narrow(2, site.begin[i], term.B_EXP.size(2));
@@ -222,10 +222,14 @@ class MoeLayer {
     }
     return B;
   }
-  at::Tensor padded(at::IntArrayRef shape, const ThinSite& site) const {
-    int64_t ranks = 0;
-    for (const ExpertLowRank& term : *site.terms) ranks += term.A_EPX.size(1);
-    return ranks == site.columns ? at::empty(shape, p_.x_XD.options()) : at::zeros(shape, p_.x_XD.options());
+  // For the factors of these sites; zeros only where a rank is padded.
+  at::Tensor padded(at::IntArrayRef shape, std::initializer_list<const ThinSite*> sites) const {
+    int64_t padding = 0;
+    for (const ThinSite* site : sites) {
+      padding += site->columns;
+      for (const ExpertLowRank& term : *site->terms) padding -= term.A_EPX.size(1);
+    }
+    return padding == 0 ? at::empty(shape, p_.x_XD.options()) : at::zeros(shape, p_.x_XD.options());
   }
 
   // A site's thin product from columns [from_column, ...) to columns [to_column, ...), exactly zero on rows where a term does not act; `weighted` (as wide
