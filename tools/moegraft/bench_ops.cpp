@@ -12,6 +12,7 @@
 #include "bench.h"
 #include "cpu.h"
 #include "moegraft/base/check.h"
+#include "moegraft/kernels/expert_layout.h"
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/weights.h"
 
@@ -59,8 +60,9 @@ OpCase moe_case(const Shapes& s) {
   const auto& o = s.o;
   const double d = 1 / std::sqrt(double(o.hidden)), f = 1 / std::sqrt(double(o.width));
   k::ExpertFfnWeights w;
-  const at::Tensor gate = s.normal({o.experts, o.width, o.hidden}, d), up = s.normal({o.experts, o.width, o.hidden}, d), down = s.normal({o.experts, o.hidden, o.width}, f);
-  w.gate_FD = gate.unbind(0), w.up_FD = up.unbind(0), w.down_DF = down.unbind(0);
+  w.gate_FD = s.normal({o.experts, o.width, o.hidden}, d).unbind(0), w.up_FD = s.normal({o.experts, o.width, o.hidden}, d).unbind(0);
+  w.down_DF = s.normal({o.experts, o.hidden, o.width}, f).unbind(0);
+  k::join_experts(w.gate_FD, w.up_FD, w.down_DF);  // as a model's lie on a device: gate and up are one product
   w.panels = k::make_expert_panels(w);
   const auto term = [&](int64_t in, int64_t out) { return k::ExpertLowRank{s.master({o.experts, o.rank, in}, 1 / std::sqrt(double(in))), s.master({o.experts, out, o.rank}, 0.01), 2.0, {true}}; };
   k::ExpertFfnAdapters a{{term(o.hidden, o.width)}, {term(o.hidden, o.width)}, {term(o.width, o.hidden)}};
@@ -82,8 +84,8 @@ OpCase moe_case(const Shapes& s) {
     for (int64_t e = 0; e < o.experts; ++e) {
       const auto where = at::where(ids == e);
       const at::Tensor in = x.index_select(0, where[0]);
-      const at::Tensor h = at::silu(at::linear(in, gate[e]) + low_rank(in, a.gate[0], e)) * (at::linear(in, up[e]) + low_rank(in, a.up[0], e));
-      const at::Tensor y = at::linear(h, down[e]) + low_rank(h, a.down[0], e);
+      const at::Tensor h = at::silu(at::linear(in, w.gate_FD[e]) + low_rank(in, a.gate[0], e)) * (at::linear(in, w.up_FD[e]) + low_rank(in, a.up[0], e));
+      const at::Tensor y = at::linear(h, w.down_DF[e]) + low_rank(h, a.down[0], e);
       out = out.index_add(0, where[0], y * weights.index({where[0], where[1]}).unsqueeze(1).to(y.scalar_type()));
     }
     return out;
