@@ -15,6 +15,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/offload.h"
+#include "moegraft/model/random_base.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/kernels/cpu.h"
 
@@ -196,8 +197,12 @@ fs::path newest_snapshot(const fs::path& cache) {
 DecoderSpec read_spec(const fs::path& dir) {
   MOEGRAFT_CHECK(fs::is_directory(dir), "model path ", dir.string(), " is not a directory", what_a_path_may_be(dir));
   MOEGRAFT_CHECK(fs::exists(dir / "config.json") || !fs::is_directory(dir / "snapshots"), dir.string(), " is a folder of Hugging Face's cache; the model is ", newest_snapshot(dir).string());
-  const io::Json config = io::read_json(dir / "config.json");
-  MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), (dir / "config.json").string(), ": model_type is missing");
+  return read_spec_file(dir / "config.json");
+}
+
+DecoderSpec read_spec_file(const fs::path& file) {
+  const io::Json config = io::read_json(file);
+  MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), file.string(), ": model_type is missing");
   try {
     const Family& family = find_family(config.at("model_type").get<std::string>());
     io::Json filled = family.defaults;
@@ -206,9 +211,9 @@ DecoderSpec read_spec(const fs::path& dir) {
     check_spec(spec);
     return spec;
   } catch (const UserError& e) {
-    fail<UserError>(dir.string(), "/", e.what());
+    fail<UserError>((file.has_parent_path() ? file.parent_path() : fs::path(".")).string(), "/", e.what());
   } catch (const io::Json::exception& e) {
-    fail<UserError>((dir / "config.json").string(), ": ", e.what());
+    fail<UserError>(file.string(), ": ", e.what());
   }
 }
 
