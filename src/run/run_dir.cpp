@@ -87,6 +87,8 @@ std::map<std::string, std::string> flat_config(const RunConfig& config) {
   return out;
 }
 
+std::string git_commit() { return MOEGRAFT_GIT_COMMIT; }
+
 bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
 
 RunConfig load_run_config(const fs::path& dir) {
@@ -177,7 +179,7 @@ void RunDir::note(const std::string& key, const std::string& json) {
 }
 
 void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from) {
-  io::Json j{{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", MOEGRAFT_GIT_COMMIT}, {"seed", config.run.seed}, {"fingerprints", fingerprints},
+  io::Json j{{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", git_commit()}, {"seed", config.run.seed}, {"fingerprints", fingerprints},
              {"sessions", io::Json::array({io::Json::parse(session)})}};
   if (!branched_from.empty()) j["branched_from"] = branched_from;
   io::write_json(dir_ / kRun, j);

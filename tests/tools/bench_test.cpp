@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "libtorch.h"
@@ -116,6 +117,61 @@ TEST_F(Bench, RaggedLengthsPackTheSameTokens) {
   EXPECT_LT(ragged["flops"]["attention_scores_not_counted"].get<double>(), fixed["flops"]["attention_scores_not_counted"].get<double>());
 }
 
+// A config.json is enough. Logits of random weights are about standard normal: the loss begins at ln V + 1/2.
+TEST_F(Bench, RandomWeightsNeedAConfigAlone) {
+  const std::filesystem::path config = *folder_ / "a-model.json";
+  std::filesystem::copy_file(*base_ + "/config.json", config, std::filesystem::copy_options::overwrite_existing);
+  const std::vector<std::string> rest{"--dtype", "float32", "--rank", "4", "--steps", "2", "--batch", "2", "--seq", "20", "--matmul", "256"};
+  const auto of = [&](std::vector<std::string> more) {
+    std::vector<std::string> args{"step", "--random"};
+    args.insert(args.end(), more.begin(), more.end());
+    args.insert(args.end(), rest.begin(), rest.end());
+    return bench(args);
+  };
+  const Json j = of({config.string()}), again = of({*base_}), cut = of({config.string(), "--layers", "1"});
+  EXPECT_EQ(j["random"], true);
+  EXPECT_NEAR(j["loss"][0].get<double>(), std::log(vocab_) + 0.5, 0.3);
+  EXPECT_EQ(j["loss"], again["loss"]);
+  EXPECT_LT(j["loss"][1], j["loss"][0]);
+  EXPECT_EQ(j["flops_per_token"], bench(step({}))["flops_per_token"]);
+  EXPECT_EQ(j["layers"], 2);
+  EXPECT_EQ(cut["layers"], 1);
+  EXPECT_DOUBLE_EQ(j["flops_per_token"].get<double>() - cut["flops_per_token"].get<double>(), 4 * kLayers / 2 + 6 * kLora4 / 2);
+  const Json text = bench({"generate", "--random", config.string(), "--dtype", "float32", "--batch", "1", "--prompt", "5", "--tokens", "4", "--pictures", "0", "--rounds", "1"});
+  EXPECT_EQ(text["ids"][0].size(), 4u);
+}
+
+// As training runs a step: several micro-batches, the gradients' norm, moments in 8 bits, statistics of routing.
+TEST_F(Bench, AStepCanBeWhatTrainingDoes) {
+  const std::string ids = (*folder_ / "step-ids.safetensors").string();
+  io::save_safetensors(ids, {{"input_ids", at::arange(3, 43).view({2, 20})}});
+  const auto with = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"step", *base_, "--dtype", "float32", "--ids", ids, "--rank", "64", "--steps", "4", "--matmul", "256"});
+    return bench(more);
+  };
+  const Json plain = with({}), twice = with({"--accumulate", "2"}), bits = with({"--optimizer", "adamw_8bit"}), clipped = with({"--clip", "1e-15"}), routed = with({"--routing", "--kernels"});
+  EXPECT_EQ(twice["tokens"], 80);
+  EXPECT_EQ(twice["sequences"], 4);
+  EXPECT_EQ(twice["accumulate"], 2);
+  EXPECT_EQ(twice["flops_per_token"], plain["flops_per_token"]);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(twice["loss"][i].get<double>(), plain["loss"][i].get<double>(), 1e-5) << "the mean of the same twice";
+    EXPECT_NEAR(bits["loss"][i].get<double>(), plain["loss"][i].get<double>(), 1e-2);
+    // A gradient far below epsilon moves nothing.
+    EXPECT_NEAR(clipped["loss"][i].get<double>(), plain["loss"][0].get<double>(), 1e-5);
+    EXPECT_EQ(routed["loss"][i], plain["loss"][i]);
+  }
+  EXPECT_NE(bits["loss"][3], plain["loss"][3]) << "8 bits were used";
+  const Json random = bench(step({"--accumulate", "2"}));
+  EXPECT_NE(random["loss"][0], bench(step({}))["loss"][0]) << "micro-batches have their own ids";
+  const double entropy = routed["routing"]["text"]["load_entropy"];
+  EXPECT_TRUE(entropy > 0 && entropy <= 1) << entropy;
+  EXPECT_GE(routed["routing"]["text"]["worst_imbalance"].get<double>(), 1.0);
+  EXPECT_TRUE(routed["kernels"].contains("absent")) << "a CPU has no kernels, and says so";
+  EXPECT_TRUE(plain["card"].is_null() && plain["reserved_mib"].is_null());
+  EXPECT_FALSE(plain["commit"].get<std::string>().empty());
+}
+
 TEST_F(Bench, AProfileAccountsForTheWholeStep) {
   const Json p = bench(step({"--profile"}))["profile"];
   std::vector<std::string> names;
@@ -204,7 +260,8 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
       {"bench"}, {"bench", "step"}, {"bench", "generate"}, {"bench", "growth"}, {"bench", "step", *base_, "--gate", "half"}, {"bench", "step", *base_, "--gate", "modality"},
       {"bench", "step", *base_, "--quantize", "nf4"}, {"bench", "step", *base_, "--dtype", "int8"}, {"bench", "step", *base_, "--sites", "gate,wrong"}, {"bench", "step", *base_, "--labels", "image"},
       {"bench", "--rank", "4", "generate", *base_}, {"bench", "growth", *base_, "--axes", "width"}, {"bench", "growth", *base_, "--experts", "1"}, {"bench", "growth", *base_, "--tokens", "700"},
-      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "generate", *base_, "--prompt", "4", "--tokens", "4", "--cuda-graphs"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"}};
+      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "generate", *base_, "--prompt", "4", "--tokens", "4", "--cuda-graphs"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"},
+      {"bench", "step", *base_, "--random", *base_}, {"bench", "step", *base_, "--layers", "1"}, {"bench", "step", "--random", *base_, "--layers", "3"}};
   for (const auto& args : cases) {
     const auto r = run_moegraft(args);
     std::string text;
@@ -213,7 +270,7 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
     EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << text << r.err;
     EXPECT_EQ(r.out, "") << text;
   }
-  for (const auto& args : std::vector<std::vector<std::string>>{{"bench", "step", *base_, "--batch", "0"}, {"bench", "step", *base_, "--image-share", "2"}, {"bench", "step", *base_, "--lengths", "odd"}, {"bench", "fly", "x", "y"}})
+  for (const auto& args : std::vector<std::vector<std::string>>{{"bench", "step", *base_, "--batch", "0"}, {"bench", "step", *base_, "--image-share", "2"}, {"bench", "step", *base_, "--lengths", "odd"}, {"bench", "step", *base_, "--optimizer", "sgd"}, {"bench", "fly", "x", "y"}})
     EXPECT_EQ(run_moegraft(args).code, 2) << args.back();
 }
 
@@ -229,6 +286,21 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
   EXPECT_NEAR(ours["loss"][0].get<double>(), theirs["loss"][0].get<double>(), 1e-4);
   EXPECT_LT(theirs["loss"][1].get<double>(), theirs["loss"][0].get<double>());
   for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(theirs.contains(key)) << key;
+}
+
+// The checkpoint that a machine with a card makes for itself: in shards, of a cut, with other sizes.
+TEST_F(Bench, AModelWrittenShardByShardLoads) {
+  const std::string root = MOEGRAFT_SOURCE_DIR, python = testing::reference_python(root, "torch, safetensors");
+  if (python.empty()) GTEST_SKIP() << "no Python with torch and safetensors";
+  const std::string dir = (*folder_ / "sharded").string(), gpu = root + "/tests/bench/gpu/";
+  const auto made = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--layers", "3", "--layers-per-shard", "2", "--set", "vocab_size=300"}).wait();
+  ASSERT_EQ(made.code, 0) << made.err;
+  EXPECT_TRUE(std::filesystem::exists(dir + "/model-00003-of-00003.safetensors"));
+  const Json j = bench({"step", dir, "--dtype", "bfloat16", "--rank", "4", "--steps", "1", "--batch", "2", "--seq", "20", "--matmul", "256"});
+  EXPECT_EQ(j["layers"], 3);
+  EXPECT_NEAR(j["loss"][0].get<double>(), std::log(300.0) + 0.5, 0.3);
+  const auto refused = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--set", "width=3"}).wait();
+  EXPECT_NE(refused.err.find("has no width"), std::string::npos) << refused.err;
 }
 
 // Every trainer, alone and beside a busy loop: each of the figures is there, and the ratio is theirs. How large it is depends on the machine.

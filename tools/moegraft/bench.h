@@ -31,20 +31,28 @@ int64_t usable_cores();
 double matmul_gflops(at::ScalarType dtype, at::Device device, int64_t size = 0);
 
 // Largest resident memory of this process so far. rusage is what `time` and wait4 report; high_water (VmHWM) starts anew with each exec.
+// Of a GPU: what tensors took, what the allocator held for them, and all that the card has lost (with the context, and with other processes).
 struct PeakMemory {
-  double rusage_mib = 0, high_water_mib = 0, device_mib = 0;
+  double rusage_mib = 0, high_water_mib = 0, device_mib = 0, reserved_mib = 0, card_mib = 0;
 };
 PeakMemory peak_memory(at::Device device);
 
+// Where and by what a figure was made: device, card (name, driver, memory, clocks, power and temperature now, by nvidia-smi; null on a CPU), cpu, threads, commit.
+Json describe_place(at::Device device);
+
 struct ModelOptions {
   std::string model, dtype = "bfloat16", device = "cpu", quantize = "none";
+  std::string random;     // a config.json (or a folder that holds one) to draw random weights for, instead of a model
+  int64_t layers = 0;     // > 0: only so many of that model
   std::vector<std::string> sites{"gate", "up", "down"};
   int64_t rank = 16;      // 0: no adapter
   int64_t codes = 0;      // > 0: rows of a made-up modality "image" with that many codes
   int64_t item_length = 1;
 };
 void add_model_options(CLI::App& cmd, ModelOptions& o);
-// A Hugging Face directory with random LoRA (and rows) on it, registered for training. UserError: a run directory. UsageError: a base that cannot be had.
+void add_random_options(CLI::App& cmd, ModelOptions& o);
+// A Hugging Face directory, or random weights, with random LoRA (and rows) on it, registered for training. UserError: a run directory. UsageError: a base that
+// cannot be had.
 // mesh: the processes that hold it together; shard_base as in a run's config.
 graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* mesh = nullptr, bool shard_base = false);
 
@@ -60,12 +68,12 @@ std::map<std::string, train::GroupOptions> every_group(const model::ParameterReg
 
 // Work that one step cannot do without, in FLOPs; recomputed work never counts. Attention scores stay apart: the usual count of 2 per active parameter
 // leaves them out. memory_bytes: what must come from memory and go there where caches are small beside the model: each frozen weight that is met once
-// forward and once backward; trained ones three times, their moments and gradients, and what is written of them.
+// forward and once backward; trained ones three times, their moments and gradients, and what is written of them. passes: batches like this one in the step.
 struct StepWork {
   double forward = 0, activation_gradient = 0, lora = 0, attention_scores = 0, memory_bytes = 0;
   double total() const { return forward + activation_gradient + lora; }
 };
-StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o);
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o, int64_t passes = 1);
 
 // Self times of the operations of one stretch of work (ATen's, autograd's nodes and RECORD_FUNCTION marks). On a GPU every operation is waited for,
 // which makes the stretch slower than it is. Process-wide: one at a time.

@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "bench.h"
-#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/safetensors.h"
@@ -150,10 +149,9 @@ void run(const GenerateOptions& given) {
            {"new_tokens", o.tokens},
            {"dtype", o.model.dtype},
            {"rank", o.model.rank},
-           {"threads", at::get_num_threads()},
-           {"cuda_graphs", o.cuda_graphs},
-           {"cpu", describe_cpu()},
-           {"device", m.device().str()}};
+           {"layers", m.decoder->spec().num_layers},
+           {"cuda_graphs", o.cuda_graphs}};
+  out.update(describe_place(m.device()));
   if (!image.empty()) {
     out["image_tokens_per_s"] = double(o.pictures * (o.tokens - 1)) / best(image);
     out["image_decode_s"] = image;
@@ -186,6 +184,7 @@ void add_generate_command(CLI::App& bench) {
   auto o = std::make_shared<GenerateOptions>();
   CLI::App* cmd = bench.add_subcommand("generate", "Prefill, text decode and batched image codes");
   add_model_options(*cmd, o->model);
+  add_random_options(*cmd, o->model);
   cmd->add_option("--batch", o->batch, "Sequences of text")->check(CLI::Range(1, 1 << 16))->capture_default_str();
   cmd->add_option("--prompt", o->prompt, "Tokens of a prompt")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   cmd->add_option("--tokens", o->tokens, "Tokens to write, and codes of a picture")->check(CLI::Range(2, 1 << 20))->capture_default_str();

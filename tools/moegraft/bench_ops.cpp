@@ -10,7 +10,6 @@
 #include <memory>
 
 #include "bench.h"
-#include "cpu.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/expert_layout.h"
 #include "moegraft/kernels/ops.h"
@@ -256,10 +255,10 @@ void run(const OpsOptions& given) {
                     counted ? fixed(j["plain_gflops_per_s"], 0) : "", counted ? fixed(100 * j["share_of_limit"].get<double>(), 0) : ""});
   }
   if (o.json) {
-    std::cout << Json{{"tool", "moegraft"}, {"ops", ops}, {"matmul_gflops", limit}, {"dtype", o.dtype}, {"device", s.device.str()}, {"threads", at::get_num_threads()}, {"cpu", describe_cpu()},
-                      {"shape", {{"tokens", o.tokens}, {"seq", o.seq}, {"hidden", o.hidden}, {"width", o.width}, {"experts", o.experts}, {"top_k", o.top_k}, {"rank", o.rank}, {"heads", o.heads}, {"kv_heads", o.kv_heads}, {"head_dim", o.head_dim}, {"vocab", o.vocab}}}}
-                     .dump()
-              << '\n';
+    Json out{{"tool", "moegraft"}, {"ops", ops}, {"matmul_gflops", limit}, {"dtype", o.dtype},
+             {"shape", {{"tokens", o.tokens}, {"seq", o.seq}, {"hidden", o.hidden}, {"width", o.width}, {"experts", o.experts}, {"top_k", o.top_k}, {"rank", o.rank}, {"heads", o.heads}, {"kv_heads", o.kv_heads}, {"head_dim", o.head_dim}, {"vocab", o.vocab}}}};
+    out.update(describe_place(s.device));
+    std::cout << out.dump() << '\n';
     return;
   }
   print_table({"op", "ms", "plain ms", "times faster", "GF/s", "plain GF/s", "% of limit"}, rows);

@@ -1,5 +1,6 @@
 // moegraft bench step: a whole LoRA training step on all experts. By default the gate is open, every token is labelled and nothing is skipped: what
-// transformers + PEFT would do. Under a launcher the processes share each batch, and the figures are of all together.
+// transformers + PEFT would do. Under a launcher the processes share each batch, and the figures are of all together. What a run of `train` does beside that
+// can be added: accumulation, clipping, 8-bit moments, routing statistics.
 #include "libtorch.h"
 
 #include <algorithm>
@@ -8,13 +9,14 @@
 #include <memory>
 
 #include "bench.h"
-#include "cpu.h"
+#include "kernel_record.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
 #include "moegraft/parallel/part.h"
+#include "moegraft/routing/stats.h"
 #include "moegraft/train/team.h"
 
 namespace moegraft::tools::bench {
@@ -22,13 +24,13 @@ namespace {
 
 struct StepOptions {
   ModelOptions model;
-  std::string ids, gate, save, lengths = "fixed", labels = "all";
-  int64_t batch = 4, seq = 512, steps = 5, threads = 0, codes = 1024, recompute = 0, matmul = 0;
-  double image_share = 0;
+  std::string ids, gate, save, lengths = "fixed", labels = "all", optimizer = "adamw";
+  int64_t batch = 4, seq = 512, accumulate = 1, steps = 5, threads = 0, codes = 1024, recompute = 0, matmul = 0;
+  double image_share = 0, clip = 0;
   int64_t expert_parallel = 1;
   bool shard_base = false, shard_optimizer = false;
   double bucket_mib = 25;
-  bool whole_backward = false, profile = false, json = false;
+  bool whole_backward = false, routing = false, profile = false, kernels = false, json = false;
 };
 
 model::Gate choose_gate(const StepOptions& o) {
@@ -40,8 +42,9 @@ model::Gate choose_gate(const StepOptions& o) {
   return model::Gate::modality;
 }
 
-at::Tensor load_ids(const StepOptions& o, int64_t vocab) {
-  if (o.ids.empty()) return random_ids({o.batch, o.seq}, vocab);
+// index: of the micro-batch; all have the ids of a file.
+at::Tensor load_ids(const StepOptions& o, int64_t vocab, int64_t index) {
+  if (o.ids.empty()) return random_ids({o.batch, o.seq}, vocab, uint64_t(index));
   const io::SafetensorsFile file(o.ids);
   const at::Tensor ids = file.tensor("input_ids");
   MOEGRAFT_CHECK(ids.dim() == 2 && ids.scalar_type() == at::kLong, o.ids, ": input_ids must be int64 [batch, seq], got ", ids.sizes().vec());
@@ -80,7 +83,7 @@ model::PackedBatch share_of(const model::PackedBatch& all, int64_t rank, int64_t
   return mine;
 }
 
-// Of all processes, and what is this one's.
+// One micro-batch of all processes, and what is this one's.
 struct StepBatch {
   model::PackedBatch mine;
   int64_t tokens = 0, sequences = 0, labels = 0, images = 0;
@@ -89,8 +92,8 @@ struct StepBatch {
 // Each sequence: text, then a picture's begin and codes as its last tokens. With the gate closed the first token is a new row, so that gradients still
 // flow through every layer and position: the frozen base with activation gradients alone.
 // o.batch and o.seq become those of the ids.
-StepBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel& m, const distributed::World& world) {
-  const at::Tensor ids_BS = load_ids(o, m.decoder->spec().vocab_size);
+StepBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel& m, const distributed::World& world, int64_t index) {
+  const at::Tensor ids_BS = load_ids(o, m.decoder->spec().vocab_size, index);
   const int64_t B = o.batch = ids_BS.size(0), S = o.seq = ids_BS.size(1), T = B * S;
   model::PackedBatch batch;
   batch.ids_T = ids_BS.reshape({-1}).contiguous();
@@ -100,7 +103,7 @@ StepBatch make_batch(StepOptions& o, model::Gate gate, const graft::GraftedModel
   batch.labels_T = at::empty({T}, at::kLong);
   at::Tensor modality = at::zeros({T}, at::kLong);
   int64_t *ids = batch.ids_T.data_ptr<int64_t>(), *positions = batch.positions_T.data_ptr<int64_t>(), *labels = batch.labels_T.data_ptr<int64_t>(), *mod = modality.data_ptr<int64_t>();
-  Rng rng(0, "bench.codes");
+  Rng rng(0, "bench.codes", uint64_t(index));
   const auto make_image = [&](int64_t t, bool begin) {
     const model::ModalityTokens& tokens = m.vocabulary.modalities.front();
     ids[t] = begin ? tokens.begin_id() : tokens.code_id(int64_t(rng.below(uint64_t(tokens.num_codes))));
@@ -137,30 +140,57 @@ parallel::ParallelConfig parallel_config(const StepOptions& o) {
   return config;
 }
 
-train::AdamW make_optimizer(model::ParameterRegistry& registry, const std::vector<bool>& owned) {
-  return {registry, every_group(registry, {1e-4, 0.01}), train::AdamWOptions{0.9, 0.999, 1e-8}, owned};
+train::AdamW make_optimizer(model::ParameterRegistry& registry, const StepOptions& o, const std::vector<bool>& owned) {
+  return {registry, every_group(registry, {1e-4, 0.01}), train::AdamWOptions{0.9, 0.999, 1e-8, o.optimizer == "adamw_8bit"}, owned};
+}
+
+std::vector<std::string> modality_names(const graft::GraftedModel& m) {
+  std::vector<std::string> names{"text"};
+  for (const auto& modality : m.vocabulary.modalities) names.push_back(modality.name);
+  return names;
+}
+
+// Of all layers: means of the measures of load, and the largest imbalance.
+Json describe_routing(const routing::RoutingReport& report) {
+  Json out;
+  for (size_t i = 0; i < report.modality_names.size(); ++i) {
+    double entropy = 0, worst = 0;
+    int64_t layers = 0, dead = 0;
+    for (const auto& layer : report.layers) {
+      const routing::ModalityLoad& load = layer.modalities[i];
+      if (load.tokens == 0) continue;
+      ++layers, entropy += load.entropy, dead += load.dead, worst = std::max(worst, load.imbalance);
+    }
+    if (layers > 0) out[report.modality_names[i]] = {{"load_entropy", entropy / double(layers)}, {"worst_imbalance", worst}, {"idle_experts_per_layer", double(dead) / double(layers)}};
+  }
+  return out;
 }
 
 // One process's part of a step, and what it handed to the others in it.
 class Stepper {
  public:
   Stepper(graft::GraftedModel& m, const distributed::Mesh& mesh, const StepOptions& o)
-      : m_(m), team_(parallel_config(o), mesh, *m.registry), optimizer_(make_optimizer(*m.registry, team_.owned())) {}
+      : m_(m), clip_(o.clip), team_(parallel_config(o), mesh, *m.registry), optimizer_(make_optimizer(*m.registry, o, team_.owned())) {}
 
-  at::Tensor run(const StepBatch& batch, const model::ForwardOptions& forward, const std::function<void(const char*)>& phase = [](const char*) {}) {
-    phase("forward");
+  // The micro-batches' mean loss.
+  at::Tensor run(const std::vector<StepBatch>& batches, const model::ForwardOptions& forward, const std::function<void(const char*)>& phase = [](const char*) {}) {
+    at::Tensor sum;
     team_.begin_step();
-    const auto result = m_.decoder->forward(batch.mine, forward);
-    phase("loss");
-    const auto loss = model::cross_entropy_loss(*m_.decoder, result, batch.mine, double(std::max<int64_t>(batch.labels, 1)));
-    phase("backward");
-    team_.last_backward();
-    if (loss.loss.requires_grad()) loss.loss.backward();
+    for (size_t i = 0; i < batches.size(); ++i) {
+      phase("forward");
+      const auto result = m_.decoder->forward(batches[i].mine, forward);
+      phase("loss");
+      const auto loss = model::cross_entropy_loss(*m_.decoder, result, batches[i].mine, double(std::max<int64_t>(batches[i].labels, 1)) * double(batches.size()));
+      phase("backward");
+      if (i + 1 == batches.size()) team_.last_backward();
+      if (loss.loss.requires_grad()) loss.loss.backward();
+      sum = sum.defined() ? sum + loss.loss.detach() : loss.loss.detach();
+    }
     team_.finish_backward();
     phase("optimizer");
-    optimizer_.step(1.0);
+    optimizer_.step(1.0, clip_ > 0 ? train::clip_factor(team_.grad_norm(), clip_) : 1.0);
     team_.share_updates();
-    return loss.loss.detach();
+    return sum;
   }
 
   // This process's part of a checkpoint.
@@ -171,6 +201,7 @@ class Stepper {
 
  private:
   graft::GraftedModel& m_;
+  double clip_;
   train::Team team_;
   train::AdamW optimizer_;
 };
@@ -181,8 +212,34 @@ int64_t trained_parameters(const model::ParameterRegistry& registry) {
   return sum;
 }
 
+// What the device ran in a step of `best` seconds, and for how long it ran nothing. Recording may lengthen a step, its kernels hardly.
+Json record_kernels(const std::function<void()>& step, double best, at::Device device) {
+  if (!device.is_cuda()) return {{"absent", "a CPU runs no kernels beside its host's work: --profile shows its operations"}};
+  KernelRecord record(device);
+  step();
+  synchronize(device);
+  Json out = record.finish();
+  out["idle_share"] = std::max(0.0, 1 - out["busy_s"].get<double>() / best);
+  return out;
+}
+
+void print_kernels(const Json& kernels) {
+  if (kernels.contains("absent")) {
+    std::printf("share of time without kernels: none here, %s\n", kernels["absent"].get<std::string>().c_str());
+    return;
+  }
+  std::printf("\n%lld kernels, %.4f s of the best step: %.1f %% of it without any\n", static_cast<long long>(kernels["launches"].get<int64_t>()), kernels["busy_s"].get<double>(), 100 * kernels["idle_share"].get<double>());
+  std::vector<std::vector<std::string>> rows;
+  for (const auto& k : kernels["kernels"]) {
+    if (rows.size() == 30) break;
+    rows.push_back({k["name"].get<std::string>().substr(0, 100), std::to_string(k["calls"].get<int64_t>()), fixed(1e3 * k["s"].get<double>(), 2)});
+  }
+  print_table({"kernel", "calls", "ms"}, rows);
+}
+
 void print(const Json& j) {
   const double best = j["best_step_s"].get<double>();
+  if (j["card"].is_object()) std::printf("%s, ", j["card"]["name"].get<std::string>().c_str());
   std::printf("%.0f tokens/s, best step %.4f s (median %.4f s), peak %.0f MiB\n", j["tokens_per_s"].get<double>(), best, j["median_step_s"].get<double>(), j["peak_mib"].get<double>());
   std::printf("%.1f MFLOP per token, %.1f GF/s of %.1f GF/s that a large product reaches here: %.0f %%\n", j["flops_per_token"].get<double>() / 1e6, j["model_gflops_per_s"].get<double>(),
               j["matmul_gflops"].get<double>(), 100 * j["share_of_limit"].get<double>());
@@ -197,6 +254,7 @@ void print(const Json& j) {
   for (const auto& loss : j["loss"]) std::printf(" %.6f", loss.get<double>());
   std::printf("\n");
   std::printf("CPU path %s: float32 by %s, bfloat16 by %s\n", j["cpu"]["path"].get<std::string>().c_str(), j["cpu"]["float32"].get<std::string>().c_str(), j["cpu"]["bfloat16"].get<std::string>().c_str());
+  if (j.contains("kernels")) print_kernels(j["kernels"]);
   if (j.contains("profile")) {
     std::printf("\none more step, with every operation on the clock: %.4f s\n", j["profile"]["total_s"].get<double>());
     OpProfile::print(j["profile"], 25);
@@ -225,7 +283,7 @@ Json describe_processes(const distributed::Mesh& mesh, const StepOptions& o, con
 }
 
 // What saving takes from training, in the background or not: the stall, how long the writing took, and the steps beside it. Of the slowest process.
-Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::World>& world, Stepper& stepper, const StepBatch& batch, const model::ForwardOptions& forward, double step_s) {
+Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::World>& world, Stepper& stepper, const std::vector<StepBatch>& batches, const model::ForwardOptions& forward, double step_s) {
   constexpr int64_t kEvery = 100;  // checkpoint.every's default
   Json out;
   for (const bool async : {false, true}) {
@@ -245,7 +303,7 @@ Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::Worl
       writer.save(i + 1, stepper.parameters(), stepper.moments(), "{}");
       double stall = writer.last_stall_seconds();
       const auto start = Clock::now();
-      stepper.run(batch, forward);
+      stepper.run(batches, forward);
       const double step = since(start);
       writer.wait();
       double write = writer.last_write_seconds(), slowest = step;
@@ -281,7 +339,11 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   graft::GraftedModel m = open_model(o.model, &mesh, o.shard_base);
   const at::Device device = m.device();
   const at::ScalarType dtype = m.decoder->dtype();
-  const StepBatch batch = make_batch(o, gate, m, *world);
+  std::vector<StepBatch> batches;
+  for (int64_t i = 0; i < o.accumulate; ++i) batches.push_back(make_batch(o, gate, m, *world, i));
+  const StepBatch& batch = batches.front();  // the others are of its shape
+  routing::RoutingStats routing(m.decoder->spec().num_layers, std::max<int64_t>(m.decoder->spec().num_experts, 1), modality_names(m), device);
+  if (o.routing) forward.routing = &routing;
   Stepper stepper(m, mesh, o);
   double limit = limit_of_all(*world, dtype, device, o.matmul);
 
@@ -293,7 +355,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
     world->all().barrier("bench");
     stepper.take_traffic();
     const auto start = Clock::now();
-    const at::Tensor loss = stepper.run(batch, forward);
+    const at::Tensor loss = stepper.run(batches, forward);
     synchronize(device);
     const double mine = since(start);
     const auto step_traffic = stepper.take_traffic();
@@ -314,22 +376,25 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   Json profile;
   if (o.profile) {
     OpProfile ops(device);
-    stepper.run(batch, forward, [&](const char* name) { ops.phase(name); });
+    stepper.run(batches, forward, [&](const char* name) { ops.phase(name); });
     profile = ops.finish();
   }
+  Json kernels;
+  if (o.kernels) kernels = record_kernels([&] { stepper.run(batches, forward); }, *std::min_element(times.begin(), times.end()), device);
+  const Json place = describe_place(device);  // the clocks of a card that has just worked
   limit = std::max(limit, limit_of_all(*world, dtype, device, o.matmul));
   Json saves;
-  if (!o.save.empty()) saves = measure_saves(o, world, stepper, batch, forward, median(times));
+  if (!o.save.empty()) saves = measure_saves(o, world, stepper, batches, forward, median(times));
   const auto ranks = world->all().all_gather_numbers({waiting, bytes, peak_mib}, "figures");
 
-  const StepWork mine = count_work(m, batch.mine, gate, o.model);
+  const StepWork mine = count_work(m, batch.mine, gate, o.model, o.accumulate);
   StepWork work;
   for (const auto& w : world->all().all_gather_numbers({mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores, mine.memory_bytes}, "figures")) {
     work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3], work.memory_bytes += w[4];
   }
   if (world->rank() != 0) return;
   const double best = *std::min_element(times.begin(), times.end());
-  const int64_t T = batch.tokens;
+  const int64_t T = batch.tokens * o.accumulate;
   Json out{{"tool", "moegraft"},
            {"bench", "step"},
            {"tokens_per_s", double(T) / best},
@@ -338,6 +403,8 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"median_step_s", median(times)},
            {"loss", losses},
            {"peak_mib", peak_mib},
+           {"reserved_mib", device.is_cuda() ? Json(peak.reserved_mib) : Json()},
+           {"card_used_mib", device.is_cuda() ? Json(peak.card_mib) : Json()},
            {"host_peak_mib", peak.rusage_mib},
            {"vm_hwm_mib", peak.high_water_mib},
            {"matmul_gflops", limit},
@@ -348,9 +415,14 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"share_of_limit", work.total() / best / 1e9 / limit},
            {"dtype", o.model.dtype},
            {"tokens", T},
-           {"sequences", batch.sequences},
+           {"sequences", batch.sequences * o.accumulate},
            {"batch", o.batch},
            {"seq", o.seq},
+           {"accumulate", o.accumulate},
+           {"optimizer", o.optimizer},
+           {"clip", o.clip},
+           {"layers", m.decoder->spec().num_layers},
+           {"random", !o.model.random.empty()},
            {"lengths", o.lengths},
            {"gate", gate == model::Gate::all ? "all" : gate == model::Gate::none ? "none" : "modality"},
            {"image_share", double(batch.images) / double(T)},
@@ -363,14 +435,14 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
            {"frozen_prefix", forward.frozen_prefix},
            {"trained_parameters", trained_parameters(*m.registry)},
            {"active_parameters", m.decoder->spec().num_active_parameters()},
-           {"threads", at::get_num_threads()},
-           {"cores", usable_cores()},
-           {"cpu", describe_cpu()},
-           {"device", device.str()}};
+           {"cores", usable_cores()}};
+  out.update(place);
   const double counted = o.steps > 1 ? double(o.steps - 1) : 1;
   out.update(describe_processes(mesh, o, {times.begin() + (o.steps > 1), times.end()}, ranks, traffic, counted));
   if (!saves.is_null()) out["checkpoint"] = std::move(saves);
   if (!profile.is_null()) out["profile"] = std::move(profile);
+  if (!kernels.is_null()) out["kernels"] = std::move(kernels);
+  if (o.routing) out["routing"] = describe_routing(routing.read());
   if (o.json) std::cout << out.dump() << '\n';
   else print(out);
 }
@@ -380,7 +452,7 @@ void run(const StepOptions& o) {
   MOEGRAFT_CHECK_USAGE(o.labels == "all" || o.image_share > 0, "--labels image: there are no image tokens; give --image-share above 0");
   set_threads(o.threads);
   with_world(o.model.device,
-             moegraft::detail::concat("step ", o.model.model, " ", o.model.dtype, " rank ", o.model.rank, " ", o.ids, " ", o.lengths, " ", int(gate), " ", o.labels, " ", o.batch, "x", o.seq, " ", o.steps, " ", o.codes, " ",
+             moegraft::detail::concat("step ", o.model.model, o.model.random, " ", o.model.layers, " ", o.accumulate, o.optimizer, o.clip, o.routing, o.kernels, " ", o.model.dtype, " rank ", o.model.rank, " ", o.ids, " ", o.lengths, " ", int(gate), " ", o.labels, " ", o.batch, "x", o.seq, " ", o.steps, " ", o.codes, " ",
                                       o.recompute, " ", o.matmul, " ", o.image_share, " ", o.expert_parallel, o.shard_base, o.shard_optimizer, o.whole_backward, o.profile, " ", o.bucket_mib, " ", o.save),
              [&](const auto& world) { measure(o, world); });
 }
@@ -390,13 +462,18 @@ void run(const StepOptions& o) {
 std::function<void()> add_step_options(CLI::App& cmd) {
   auto o = std::make_shared<StepOptions>();
   add_model_options(cmd, o->model);
-  cmd.add_option("--batch", o->batch, "Sequences, of all processes together")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  add_random_options(cmd, o->model);
+  cmd.add_option("--batch", o->batch, "Sequences of a micro-batch, of all processes together")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   cmd.add_option("--seq", o->seq, "Tokens of a sequence")->check(CLI::Range(2, 1 << 24))->capture_default_str();
   cmd.add_option("--lengths", o->lengths, "fixed, or ragged: the same tokens packed as sequences of seq/4 to seq")->check(CLI::IsMember({"fixed", "ragged"}))->capture_default_str();
   cmd.add_option("--image-share", o->image_share, "Share of each sequence that is a made-up modality's tokens, at its end")->check(CLI::Range(0.0, 1.0))->capture_default_str();
   cmd.add_option("--codes", o->codes, "Codebook of that modality")->check(CLI::Range(1, 1 << 24))->capture_default_str();
   cmd.add_option("--gate", o->gate, "Rows that LoRA acts on: all, modality, none (default: all, or modality with image tokens)");
   cmd.add_option("--labels", o->labels, "Tokens to predict: all, or image")->check(CLI::IsMember({"all", "image"}))->capture_default_str();
+  cmd.add_option("--accumulate", o->accumulate, "Micro-batches of a step, each of its own ids")->check(CLI::Range(1, 1 << 16))->capture_default_str();
+  cmd.add_option("--optimizer", o->optimizer, "adamw, or adamw_8bit: moments in two bytes per parameter")->check(CLI::IsMember({"adamw", "adamw_8bit"}))->capture_default_str();
+  cmd.add_option("--clip", o->clip, "As train.clip: the gradients' norm is taken and held to this; 0: neither")->check(CLI::Range(0.0, 1e9))->capture_default_str();
+  cmd.add_flag("--routing", o->routing, "Keep routing statistics, as training does");
   cmd.add_option("--recompute", o->recompute, "Layers, from the first, that run again in the backward pass instead of keeping their activations")->check(CLI::Range(0, 1 << 20))->capture_default_str();
   cmd.add_option("--expert-parallel", o->expert_parallel, "Processes that the experts are spread over (under a launcher; as parallel.expert)")->check(CLI::Range(1, 4096))->capture_default_str();
   cmd.add_flag("--shard-base", o->shard_base, "As parallel.shard_base");
@@ -409,8 +486,10 @@ std::function<void()> add_step_options(CLI::App& cmd) {
   cmd.add_option("--ids", o->ids, "safetensors with input_ids int64 [batch, seq] instead of random ids");
   cmd.add_option("--matmul", o->matmul, "Rows and columns of the product that stands for the machine's limit; 0: 2048, or 8192 on a GPU")->check(CLI::Range(0, 1 << 16));
   cmd.add_flag("--profile", o->profile, "One more step with every operation on the clock");
+  cmd.add_flag("--kernels", o->kernels, "One more step with every kernel recorded: time by kernel, and the share of time without any (GPU)");
   cmd.add_flag("--json", o->json, "One JSON object on stdout");
   cmd.footer("Example: moegraft bench step models/base --batch 4 --seq 512 --dtype bfloat16 --rank 16 --steps 5 --profile\n"
+             "         moegraft bench step --random config.json --device cuda --batch 2 --seq 4096 --optimizer adamw_8bit --accumulate 4 --routing --clip 1 --kernels\n"
              "         moegraft launch --nproc 4 -- bench step models/base --batch 16 --expert-parallel 2 --json");
   return [o] { run(*o); };
 }

@@ -13,12 +13,15 @@
 #include <fstream>
 
 #include "bench.h"
+#include "cpu.h"
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/graft/initialise_lora.h"
+#include "moegraft/model/random_base.h"
 #include "moegraft/parallel/part.h"
+#include "moegraft/run/run_dir.h"
 
 namespace moegraft::tools::bench {
 
@@ -64,9 +67,44 @@ PeakMemory peak_memory(at::Device device) {
     if (line.starts_with("VmHWM:")) peak.high_water_mib = std::stod(line.substr(6)) / 1024;
   if (device.is_cuda()) {
     constexpr size_t kAll = 0;  // c10's StatType::AGGREGATE
-    peak.device_mib = double(at::accelerator::getDeviceStats(device.has_index() ? device.index() : 0).allocated_bytes[kAll].peak) / (1 << 20);
+    const auto index = c10::DeviceIndex(device.has_index() ? device.index() : 0);
+    const auto stats = at::accelerator::getDeviceStats(index);
+    const auto [free, total] = at::accelerator::getMemoryInfo(index);
+    peak.device_mib = double(stats.allocated_bytes[kAll].peak) / (1 << 20);
+    peak.reserved_mib = double(stats.reserved_bytes[kAll].peak) / (1 << 20);
+    peak.card_mib = double(total - free) / (1 << 20);
   }
   return peak;
+}
+
+namespace {
+
+// First line that a command writes; empty when it fails.
+std::string first_line(const std::string& command) {
+  FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
+  if (!pipe) return {};
+  char line[1024] = {};
+  const bool read = fgets(line, sizeof line, pipe) != nullptr;
+  return pclose(pipe) == 0 && read ? trim(line) : std::string();
+}
+
+Json describe_card(at::Device device) {
+  if (!device.is_cuda()) return nullptr;
+  const char* keys[] = {"name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"};
+  std::string query;
+  for (const char* key : keys) query += (query.empty() ? "" : ",") + std::string(key);
+  const std::string line = first_line("nvidia-smi --query-gpu=" + query + " --format=csv,noheader,nounits -i " + std::to_string(device.has_index() ? device.index() : 0));
+  if (line.empty()) return {{"name", "unknown: nvidia-smi did not answer"}};
+  const auto values = split(line, ',');
+  Json card;
+  for (size_t i = 0; i < std::size(keys) && i < values.size(); ++i) card[keys[i]] = trim(values[i]);
+  return card;
+}
+
+}  // namespace
+
+Json describe_place(at::Device device) {
+  return {{"device", device.str()}, {"card", describe_card(device)}, {"cpu", describe_cpu()}, {"threads", at::get_num_threads()}, {"commit", run::git_commit()}};
 }
 
 void add_model_options(CLI::App& cmd, ModelOptions& o) {
@@ -76,6 +114,11 @@ void add_model_options(CLI::App& cmd, ModelOptions& o) {
   cmd.add_option("--rank", o.rank, "LoRA rank")->check(CLI::Range(1, 1024))->capture_default_str();
   cmd.add_option("--sites", o.sites, "Where LoRA acts: gate up down q k v o")->delimiter(',')->capture_default_str();
   cmd.add_option("--quantize", o.quantize, "How the base is stored; none is all there is so far")->capture_default_str();
+}
+
+void add_random_options(CLI::App& cmd, ModelOptions& o) {
+  cmd.add_option("--random", o.random, "A config.json, or a folder that holds one: random weights of that model, drawn on the device, instead of a checkpoint");
+  cmd.add_option("--layers", o.layers, "With --random: only so many layers; 0: all")->check(CLI::Range(0, 1 << 16));
 }
 
 namespace {
@@ -106,6 +149,17 @@ graft::GraftedModel open_whole(const ModelOptions& o) {
   return m;
 }
 
+graft::GraftedModel draw_model(const ModelOptions& o) {
+  const std::filesystem::path path = o.random;
+  model::DecoderSpec spec = std::filesystem::is_directory(path) ? model::read_spec(path) : model::read_spec_file(path);
+  if (o.layers > 0) spec = model::cut_layers(std::move(spec), o.layers);
+  graft::GraftedModel m;
+  m.registry = std::make_unique<model::ParameterRegistry>();
+  m.vocabulary = {spec.vocab_size, spec.bos_id, spec.eos_id, {}};
+  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), graft::parse_device(o.device)));
+  return m;
+}
+
 // Of one of several processes; experts: those that are here, count 0 for all.
 graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& mesh, bool shard_base, std::pair<int64_t, int64_t>& experts) {
   graft::GraftedModel m;
@@ -123,11 +177,15 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
 }  // namespace
 
 graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* mesh, bool shard_base) {
-  MOEGRAFT_CHECK_USAGE(!o.model.empty(), "bench: give a model: a Hugging Face directory");
+  MOEGRAFT_CHECK_USAGE(!o.model.empty() || !o.random.empty(), "bench: give a model: a Hugging Face directory, or --random CONFIG.json");
+  MOEGRAFT_CHECK_USAGE(o.model.empty() || o.random.empty(), "bench: ", o.model, " and --random ", o.random, ": one of them");
+  MOEGRAFT_CHECK_USAGE(o.layers == 0 || !o.random.empty(), "--layers cuts random weights; a checkpoint is taken whole: give --random CONFIG.json");
   MOEGRAFT_CHECK_USAGE(o.quantize == "none", "--quantize ", o.quantize, ": a quantised base cannot be trained on yet; only none");
   for (const auto& site : o.sites) adapters::parse_site(site);
   std::pair<int64_t, int64_t> experts{0, 0};
-  graft::GraftedModel m = mesh && mesh->distributed() ? open_part(o, *mesh, shard_base, experts) : open_whole(o);
+  const bool distributed = mesh && mesh->distributed();
+  MOEGRAFT_CHECK_USAGE(o.random.empty() || !distributed, "--random is for one process; several need a checkpoint to share");
+  graft::GraftedModel m = !o.random.empty() ? draw_model(o) : distributed ? open_part(o, *mesh, shard_base, experts) : open_whole(o);
   if (o.codes > 0) add_modality(m, o.codes, o.item_length);
   if (o.rank > 0) {
     adapters::AdapterConfig config;

@@ -43,7 +43,7 @@ double weights_met(const model::DecoderSpec& s, int64_t tokens) {
 
 }  // namespace
 
-StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o) {
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o, int64_t passes) {
   const model::DecoderSpec& s = m.decoder->spec();
   const int64_t T = batch.num_tokens();
   const at::Tensor labels = batch.labels_T.to(at::kCPU).contiguous(), modality = batch.modality_T.defined() ? batch.modality_T.to(at::kCPU).contiguous() : at::zeros({T}, at::kLong);
@@ -70,6 +70,7 @@ StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batc
     }
   }
   work.memory_bytes = 2 * double(m.decoder->base().weights->head_VD().element_size()) * weights_met(s, T);
+  for (double* part : {&work.forward, &work.activation_gradient, &work.lora, &work.attention_scores, &work.memory_bytes}) *part *= double(passes);
   for (const auto& p : m.registry->all()) work.memory_bytes += 10.0 * double(p.tensor.nbytes());
   return work;
 }

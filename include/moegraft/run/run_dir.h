@@ -16,6 +16,9 @@ namespace moegraft::run {
 // What bit-identity depends on: binary (checksum of the executable), libtorch, processor, vector instructions, threads, device.
 std::map<std::string, std::string> describe_environment(const std::string& device = "cpu");
 
+// The commit that this build was configured at; "unknown" outside a checkout.
+std::string git_commit();
+
 // True when a run was started there (config.yaml exists).
 bool is_run(const std::filesystem::path& dir);
 
