@@ -5,16 +5,9 @@
 #include "kernels/cuda/host_run.h"
 #include "kernels/cuda/moe_body.h"
 #include "kernels/moe.h"
+#include "emulation.h"
 
 namespace moegraft::kernels {
-
-inline bool emulated = false;  // while a test says so, CPU tensors count as the device's
-inline int64_t emulated_layers = 0;  // layers of experts that went this way
-
-struct Emulation {
-  Emulation() { emulated = true; }
-  ~Emulation() { emulated = false; }
-};
 
 bool moe_cuda_runs_on(int) { return emulated; }
 bool moe_cuda_fits(int64_t, int64_t, int64_t) { return true; }
