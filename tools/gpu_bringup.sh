@@ -8,7 +8,8 @@
 #
 #   --out DIR      results: JSON, XML, CSV and logs (default: $OUT, or runs/gpu)      --device cuda|cpu   (default: cuda; cpu: tiny sizes)
 #   --packed DIR   what pack writes and the stages run (default: .gpu)                --build DIR         what pack builds (default: build-cuda)
-#   --only A,B     these parts of a stage alone (names: OUT/STAGE/parts.jsonl)        --scratch DIR       models and runs (default: /dev/shm, in memory)
+#   --only A,B     these parts of a stage alone (names: OUT/STAGE/parts.jsonl)        --scratch DIR       models and runs (default: /dev/shm where 40 GiB
+#                                                                                                         are free, else $TMPDIR)
 #   --seconds N    what a stage may take (default: tests 420, micro 400, step 560)
 #
 # The machine with the card needs Linux on x86-64, an NVIDIA driver for CUDA 13, and a Python with torch 2.11 for CUDA 13 (MOEGRAFT_PYTHON, .venv or python3);
@@ -46,7 +47,7 @@ programs="test_kernels test_model test_distributed test_parallel test_train"
 
 choose_python() {
   local one
-  for one in ${MOEGRAFT_PYTHON:-} .venv/bin/python python3; do
+  for one in ${MOEGRAFT_PYTHON:-} "${MOEGRAFT_VENV:-.venv}/bin/python" python3; do
     "$one" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null && { command -v "$one"; return; }
   done
   return 1

@@ -45,7 +45,7 @@ class Draw {
     return at::empty(shape, options_).normal_(0.0, std, generator_);
   }
   at::Tensor linear(at::IntArrayRef shape) { return normal(shape, 1 / std::sqrt(double(shape.back()))); }
-  // A layer's norms and router are computed in float32 on a CPU: as load_base keeps them there.
+  // Norms of a layer are float32 on a CPU: as load_base keeps them there.
   at::Tensor wide(const at::Tensor& t) const { return options_.device().is_cpu() ? t.to(at::kFloat) : t; }
   at::Tensor ones(int64_t size) const { return at::ones({size}, options_); }
   at::Tensor zeros(int64_t size) const { return at::zeros({size}, options_); }
@@ -114,7 +114,7 @@ BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device 
     LayerWeights layer;
     layer.input_norm_D = draw.wide(draw.ones(D)), layer.post_norm_D = draw.wide(draw.ones(D));
     layer.attention = draw_attention(draw, spec);
-    if (kind.sparse) layer.router_ED = draw.wide(draw.linear({spec.num_experts, D}));
+    if (kind.sparse) layer.router_ED = draw.linear({spec.num_experts, D}).to(at::kFloat);  // as its product is
     else layer.dense = draw_dense(draw, spec);
     w->layers.push_back(std::move(layer));
     w->layer_experts.push_back(kind.sparse ? draw_experts(draw, spec) : ExpertWeights{});

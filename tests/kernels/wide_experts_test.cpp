@@ -6,7 +6,6 @@
 #include "../support/gpu.h"
 #include "kernels/moe.h"
 #include "libtorch.h"
-#include "moegraft/kernels/expert_layout.h"
 
 namespace moegraft::kernels {
 namespace {
@@ -21,13 +20,13 @@ struct Inputs {
     at::manual_seed(7);
     const auto bf16 = [&](at::IntArrayRef shape, double std) { return at::empty(shape, options.dtype(at::kBFloat16)).normal_(0.0, std); };
     const double in_D = 1 / std::sqrt(double(s.D)), in_F = 1 / std::sqrt(double(s.F));
+    // Laid out as a device has them (kernels/expert_layout.h).
     const at::Tensor gate_up = bf16({s.E, 2 * s.F, s.D}, in_D), all_down = bf16({s.E, s.D, s.F}, in_F);
     for (int64_t e = 0; e < s.E; ++e) {
       gate.push_back(gate_up[e].narrow(0, 0, s.F));
       up.push_back(gate_up[e].narrow(0, s.F, s.F));
       down.push_back(all_down[e]);
     }
-    join_experts(gate, up, down);
     x = bf16({s.T, s.D}, 1.0), dout = bf16({s.T, s.D}, 1.0);
     const auto [top, chosen] = at::topk(at::softmax(at::empty({s.T, s.E}, options).normal_(0.0, 2.0), -1), s.K, -1);
     ids = chosen;

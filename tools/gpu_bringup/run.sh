@@ -29,6 +29,11 @@ prepare() {
   export PYTORCH_ALLOC_CONF=expandable_segments:True
 }
 
+# Models in memory where there is room: containers often have 64 MiB there.
+choose_scratch() {
+  if [ "$device" = cuda ] && [ -w /dev/shm ] && [ "$(df -Pm /dev/shm | awk 'NR == 2 {print $4}')" -ge 40960 ]; then echo /dev/shm; else echo "$work"; fi
+}
+
 run_stage() {
   local limit
   case $1 in tests) limit=420 ;; micro) limit=400 ;; step) limit=560 ;; esac
@@ -38,7 +43,7 @@ run_stage() {
   mkdir -p "$results"
   [ -n "$only" ] || rm -f "$results/parts.jsonl"  # parts that run again replace themselves in the report
   deadline=$((SECONDS + ${seconds:-$limit}))
-  scratch_of_stage=$(mktemp -d "${scratch:-$([ -w /dev/shm ] && [ "$device" = cuda ] && echo /dev/shm || echo "$work")}/moegraft-$stage-XXXXXX")
+  scratch_of_stage=$(mktemp -d "${scratch:-$(choose_scratch)}/moegraft-$stage-XXXXXX")
   echo "== $stage on $device, at most ${seconds:-$limit} s, into $results"
   "stage_$stage"
   rm -rf "$scratch_of_stage"
