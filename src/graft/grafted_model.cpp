@@ -13,6 +13,7 @@
 #include "moegraft/checkpoint/parameters.h"
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/kernels/current_device.h"
+#include "moegraft/kernels/device_numerics.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/parallel/part.h"
 #include "moegraft/run/run_dir.h"
@@ -136,6 +137,7 @@ at::Device parse_device(const std::string& name) {
   MOEGRAFT_CHECK_USAGE(name == "cuda" || name == "auto", "the device must be auto, cpu or cuda, got '", name, "'");
   const bool available = torch::cuda::is_available();
   MOEGRAFT_CHECK(name == "auto" || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
+  if (available) kernels::set_device_numerics();
   return available ? kernels::current_device(at::kCUDA) : at::Device(at::kCPU);
 }
 

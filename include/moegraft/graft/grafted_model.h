@@ -47,7 +47,7 @@ struct GraftedModel {
   at::Device device() const { return decoder->device(); }
 };
 
-at::Device parse_device(const std::string& name);        // UserError when cuda is asked for and there is none
+at::Device parse_device(const std::string& name);        // UserError when cuda is asked for and there is none; sets its numerics (kernels/device_numerics.h)
 // The device of one of several processes on this machine; makes it the calling thread's current one. UserError: more processes than GPUs.
 at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size);
 at::ScalarType parse_dtype(const std::string& name);     // float32 | bfloat16 | bf16; UsageError otherwise

@@ -15,8 +15,11 @@
 namespace moegraft::kernels {
 namespace {
 
-// The flash backward asks the process-wide switch whether float atomics may be used. Set for one call and put back; the switch's other effect, filling
-// every fresh tensor, is kept off.
+// The flash backward asks the process-wide switch whether float atomics may be used, and offers no argument for it (the function below the operator, which
+// has one, is not exported by torch 2.11). Set for one call and put back, although an operation without a deterministic form would throw if another thread
+// ran it meanwhile (no thread of ours computes during a backward pass). Setting it for good would cost more than that: every cuBLAS product then throws
+// unless CUBLAS_WORKSPACE_CONFIG was in the environment before the start, and index_add, index_copy and index_select's gradient sort their indices first,
+// which occur once each here and so have one order without. The switch's other effect, filling every fresh tensor, is kept off.
 class DeterministicAlgorithms {
  public:
   DeterministicAlgorithms() {

@@ -1,0 +1,9 @@
+#pragma once
+
+namespace moegraft::kernels {
+
+// The library's process-wide switches, as this project wants them on a GPU: sums in float32 or exact, equal calls with equal bits. Once, before the first
+// product on a device (graft::parse_device does it); also in a build without CUDA, where nothing reads them.
+void set_device_numerics();
+
+}  // namespace moegraft::kernels
