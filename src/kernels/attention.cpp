@@ -176,13 +176,16 @@ void check_shapes(const at::Tensor& q, int64_t groups, const std::vector<int64_t
 }  // namespace
 
 at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
-                            double scale) {
+                            double scale, const DeviceLengths& on_device) {
   RECORD_FUNCTION("moegraft::packed_attention", {});
   check_shapes(q_THC, k_SGC.size(1), cu_q);
+  for (const at::Tensor* cu : {&on_device.cu_q, &on_device.cu_kv})
+    MOEGRAFT_INVARIANT(!cu->defined() || (cu->scalar_type() == at::kInt && cu->device() == q_THC.device() && cu->numel() == int64_t(cu_q.size())), "attention: lengths on the device: ",
+                       cu->sizes(), " ", c10::toString(cu->scalar_type()), " on ", cu->device());
   MOEGRAFT_INVARIANT(cu_kv.size() == cu_q.size() && cu_kv.front() == 0 && cu_kv.back() == k_SGC.size(0), "attention: cu_kv does not span the ", k_SGC.size(0), " keys");
   if (q_THC.is_cpu() || attention_cuda_serves(q_THC)) {
     auto node = c10::make_intrusive<Node>();
-    node->shape.cu_q = cu_q, node->shape.cu_kv = cu_kv, node->shape.window = window, node->shape.scale = scale;
+    node->shape.cu_q = cu_q, node->shape.cu_kv = cu_kv, node->shape.window = window, node->shape.scale = scale, node->shape.on_device = on_device;
     return PackedAttention::apply(q_THC.contiguous(), k_SGC.contiguous(), v_SGC.contiguous(), node);
   }
   // Elsewhere the library's own differentiable attention, one call per sequence.

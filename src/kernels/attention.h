@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "libtorch.h"
+#include "moegraft/kernels/ops.h"
 
 namespace moegraft::kernels {
 
@@ -13,6 +14,7 @@ struct AttentionProblem {
   std::vector<int64_t> cu_q, cu_kv;
   int64_t window = 0;
   double scale = 1.0;
+  DeviceLengths on_device = {};  // cu_q and cu_kv beside the tensors; undefined: not given
 
   int64_t heads() const { return q_THC.size(1); }
   int64_t groups() const { return k_SGC.size(1); }

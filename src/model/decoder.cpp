@@ -189,7 +189,7 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   const DecoderSpec& s = spec();
   const std::shared_ptr<WeightProvider> weights = base_.weights;
   auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_, rotary_));
-  call->past = std::move(past);
+  set_past(*call, std::move(past));
   call->keep = std::move(keep);
   if (options.prefix_cache && call->keep) stand_apart(*call);
   Stream stream{embed(*this, *weights, batch).to(at::kFloat), {}};

@@ -108,7 +108,7 @@ Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatc
                std::shared_ptr<const AdapterSites> adapters, std::shared_ptr<const Rotary> rotary) {
   const int64_t T = batch.num_tokens();
   MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
-  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, std::move(rotary), {}, nullptr, nullptr};
+  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, std::move(rotary), {}, nullptr, nullptr, {}};
   if (options.gate == Gate::modality && (batch.modality_T.defined() || options.lockstep)) {
     call.num_groups = options.lockstep ? num_modalities : call.facts->num_modalities;
     if (call.num_groups > 1) call.modality_T = batch.modality_T.defined() ? batch.modality_T : at::zeros_like(batch.ids_T);
@@ -128,6 +128,13 @@ Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatc
   }
   call.rope = call.rotary->tables(batch.positions_T, longest);
   return call;
+}
+
+void set_past(Call& call, std::shared_ptr<const PastKeys> past) {
+  call.past = std::move(past);
+  const at::Tensor& cu = call.facts->cu_seqlens;
+  call.lengths = {cu, cu};
+  if (call.past) call.lengths.cu_kv = cu + at::tensor(at::ArrayRef<int64_t>(call.past->cu_seqlens), at::kInt).to(cu.device(), /*non_blocking=*/true);
 }
 
 void stand_apart(Call& call) {
@@ -166,9 +173,9 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
     const std::vector<int64_t>&before = call.past->cu_seqlens, &cu = call.batch.cu_seqlens;
     std::vector<int64_t> cu_kv;
     for (size_t i = 0; i < cu.size(); ++i) cu_kv.push_back(before[i] + cu[i]);
-    out = k::packed_attention(q, k::join_sequences(call.past->keys[l], key, before, cu), k::join_sequences(call.past->values[l], v, before, cu), cu, cu_kv, window, scale);
+    out = k::packed_attention(q, k::join_sequences(call.past->keys[l], key, before, cu), k::join_sequences(call.past->values[l], v, before, cu), cu, cu_kv, window, scale, call.lengths);
   } else {
-    out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale);
+    out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale, call.lengths);
   }
   if (call.keep) {
     call.keep->keys.push_back(key);

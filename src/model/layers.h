@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "moegraft/kernels/ops.h"
 #include "moegraft/model/decoder.h"
 #include "rope.h"
 
@@ -30,11 +31,15 @@ struct Call {
   RotaryTables rope;
   std::shared_ptr<const PastKeys> past;          // what the sequences begin with; null: nothing
   std::shared_ptr<PastKeys> keep;                // where to leave this call's keys and values
+  kernels::DeviceLengths lengths;                // of attention's sequences, on the device: see set_past
   bool apart = false;                            // see stand_apart
 };
 // num_modalities: of the model, text included.
 Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
                std::shared_ptr<const AdapterSites> adapters, std::shared_ptr<const Rotary> rotary);
+
+// What the call's sequences begin with (null: nothing), and their lengths on the device: there once for all layers, forwards and backwards.
+void set_past(Call& call, std::shared_ptr<const PastKeys> past);
 
 // From here on every library call whose bits depend on the number of rows is made once per sequence: with panels everywhere, a sequence then has the bits it
 // has alone (rows_stand_alone).

@@ -51,8 +51,12 @@ ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, c
 
 // Causal attention inside each packed sequence, grouped queries (H % G == 0). Sequence i has queries cu_q[i]..cu_q[i+1] and keys cu_kv[i]..cu_kv[i+1]; its
 // queries are the last of its keys (cu_q == cu_kv: plain self-attention). window > 0: a query sees the last `window` keys up to itself.
+// on_device: the same lengths beside the tensors (int32), for whoever has them there; a GPU otherwise gets a copy in every call.
+struct DeviceLengths {
+  at::Tensor cu_q, cu_kv;
+};
 at::Tensor packed_attention(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC, const std::vector<int64_t>& cu_q, const std::vector<int64_t>& cu_kv, int64_t window,
-                            double scale);
+                            double scale, const DeviceLengths& on_device = {});
 
 // Sequence i of the result: the rows of `past` (constants), then those of `now`. Row counts by cu_past, cu_now. Differentiable in `now`.
 at::Tensor join_sequences(const at::Tensor& past, const at::Tensor& now, const std::vector<int64_t>& cu_past, const std::vector<int64_t>& cu_now);

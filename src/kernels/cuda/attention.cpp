@@ -49,6 +49,13 @@ at::Tensor to_device(const std::vector<int64_t>& values, const at::Device& devic
   return host.to(device, /*non_blocking=*/true);
 }
 
+// Cumulative lengths beside the tensors, copied where the caller has none there.
+DeviceLengths lengths_of(const AttentionProblem& p) {
+  const at::Device device = p.q_THC.device();
+  const at::Tensor cu_q = p.on_device.cu_q.defined() ? p.on_device.cu_q : to_device(p.cu_q, device);
+  return {cu_q, p.on_device.cu_kv.defined() ? p.on_device.cu_kv : p.cu_kv == p.cu_q ? cu_q : to_device(p.cu_kv, device)};
+}
+
 // The first sequences of a cache [B, S, G, C], as one packed tensor with room between them.
 at::Tensor end_to_end(const at::Tensor& cache, int64_t sequences) { return cache.narrow(0, 0, sequences).reshape({sequences * cache.size(1), cache.size(2), cache.size(3)}); }
 
@@ -70,7 +77,7 @@ bool attention_cuda_serves(const at::Tensor& q) {
 
 AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
   const c10::DeviceGuard guard(p.q_THC.device());
-  const at::Tensor cu_q = to_device(p.cu_q, p.q_THC.device()), cu_kv = p.cu_kv == p.cu_q ? cu_q : to_device(p.cu_kv, p.q_THC.device());
+  const auto [cu_q, cu_kv] = lengths_of(p);
   auto [out, lse_HT, rng_state, unused, debug] =
       at::_flash_attention_forward(p.q_THC, p.k_SGC, p.v_SGC, cu_q, cu_kv, bound(p.cu_q, false), longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, p.scale,
                                    left(p.window), right(p.window));
