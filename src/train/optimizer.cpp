@@ -59,36 +59,53 @@ bool suits_8bit(const model::Parameter& parameter) {
   return total >= kSmallest8bit && (parameter.sharding != "expert" || row % kernels::kAdamw8Block == 0);
 }
 
-double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts) {
+at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
   at::NoGradGuard no_grad;
-  const bool spread = experts && experts->size() > 1;
-  double sums[2] = {0, 0};  // of what is everywhere, of what is here alone
-  std::vector<at::Tensor> on_device[2];
-  for (const auto& parameter : registry.all()) {
-    const auto& grad = parameter.tensor.grad();
-    if (!grad.defined()) continue;
-    const int here = spread && parameter.sharding == "expert";
-    if (grad.is_cpu())
-      sums[here] += sum_of_squares_cpu(grad);
-    else
-      on_device[here].push_back(at::linalg_vector_norm(grad, 2, std::nullopt, false, at::kDouble));
-  }
-  std::vector<at::Tensor> totals;  // read together: the only sync
-  for (const auto& norms : on_device)
-    if (!norms.empty()) totals.push_back(at::stack(norms).square().sum());
-  if (!totals.empty()) {
-    const at::Tensor host = at::stack(totals).to(at::kCPU);
-    int64_t next = 0;
-    for (int i = 0; i < 2; ++i)
-      if (!on_device[i].empty()) sums[i] += host[next++].item<double>();
-  }
-  if (spread) {
+  std::map<at::ScalarType, std::vector<at::Tensor>> lists;  // a list of several dtypes would be walked tensor by tensor
+  for (const at::Tensor& t : tensors)
+    if (t.numel() > 0) lists[t.scalar_type()].push_back(t);  // the library's kernel leaves an empty tensor's norm unwritten
+  at::Tensor sum = at::zeros({}, (tensors.empty() ? at::TensorOptions() : tensors[0].options()).dtype(at::kDouble));
+  for (const auto& [dtype, list] : lists) sum = sum + at::stack(at::_foreach_norm(list, 2, at::kDouble)).square().sum();
+  return sum;
+}
+
+namespace {
+
+// Whether a parameter's gradient is here alone, and not everywhere.
+bool is_spread(const model::Parameter& parameter, const distributed::Communicator* experts) { return experts && experts->size() > 1 && parameter.sharding == "expert"; }
+
+}  // namespace
+
+at::Tensor queue_grad_squares(const model::ParameterRegistry& registry, const distributed::Communicator* experts) {
+  std::vector<at::Tensor> lists[2];
+  for (const auto& parameter : registry.all())
+    if (const auto& grad = parameter.tensor.grad(); grad.defined() && !grad.is_cpu()) lists[is_spread(parameter, experts)].push_back(grad);
+  if (lists[0].empty() && lists[1].empty()) return {};
+  const at::Tensor none = at::zeros({}, (lists[0].empty() ? lists[1] : lists[0])[0].options().dtype(at::kDouble));
+  return at::stack({lists[0].empty() ? none : sum_of_squares(lists[0]), lists[1].empty() ? none : sum_of_squares(lists[1])});
+}
+
+double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts, const std::array<double, 2>& from_device) {
+  at::NoGradGuard no_grad;
+  std::array<double, 2> sums = from_device;
+  for (const auto& parameter : registry.all())
+    if (const auto& grad = parameter.tensor.grad(); grad.defined() && grad.is_cpu()) sums[is_spread(parameter, experts)] += sum_of_squares_cpu(grad);
+  if (experts && experts->size() > 1) {
     const at::Tensor mine = at::full({1}, sums[1], at::kDouble);
     at::Tensor all = at::empty({experts->size()}, at::kDouble);
     experts->all_gather(all, mine, "gradient norm").wait();
     for (int64_t r = 0; r < experts->size(); ++r) sums[0] += all[r].item<double>();
   }
   return std::sqrt(sums[0]);
+}
+
+double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts) {
+  std::array<double, 2> sums{};
+  if (const at::Tensor queued = queue_grad_squares(registry, experts); queued.defined()) {
+    const at::Tensor host = queued.to(at::kCPU);
+    sums = {host[0].item<double>(), host[1].item<double>()};
+  }
+  return global_grad_norm(registry, experts, sums);
 }
 
 double clip_factor(double norm, double max_norm) { return max_norm > 0 && std::isfinite(norm) && norm > max_norm ? max_norm / norm : 1.0; }
@@ -138,9 +155,9 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
         if (!slots_[i].owned || parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
         const auto grad = parameter.tensor.grad().contiguous();  // the kernels walk raw pointers
         const auto& slot = slots_[i];
-        slot.step.add_(1);  // the fused kernel reads the count and does not advance it
         ++updated;
         if (slot.is_8bit) {
+          slot.step.add_(1);  // on the host
           kernels::adamw8_step(parameter.tensor, grad, slot.quantized,
                                {lr, options_.beta1, options_.beta2, options_.epsilon, weight_decay, int64_t(slot.step.item<float>()), grad_factor});
           continue;
@@ -152,6 +169,7 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
         steps.push_back(slot.step);
       }
       if (tensors.empty()) continue;
+      at::_foreach_add_(steps, 1);  // the fused kernel reads the counts and does not advance them
       std::optional<at::Tensor> divisor;  // of the gradients; the kernel writes them back divided
       if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
       at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,

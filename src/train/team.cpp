@@ -43,7 +43,8 @@ void Team::forget_absent(const std::set<std::string>& modalities) {
     if (std::none_of(acts_on.begin(), acts_on.end(), [&](const std::string& m) { return modalities.contains(m); })) p.tensor.mutable_grad().reset();
   }
 }
-double Team::grad_norm() { return global_grad_norm(registry_, mesh_.expert.get()); }
+at::Tensor Team::queue_grad_squares() const { return train::queue_grad_squares(registry_, mesh_.expert.get()); }
+double Team::grad_norm(const std::array<double, 2>& from_device) { return global_grad_norm(registry_, mesh_.expert.get(), from_device); }
 void Team::share_updates() {
   if (updates_) updates_->share();
 }

@@ -3,6 +3,7 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <map>
@@ -199,9 +200,10 @@ class Trainer {
     }
     team_.finish_backward();
     if (team_.alone() && health_.watches_groups()) note_idle_groups();
-    // Read only now: the host would wait for the device here, and has nothing left to launch.
-    loss_ = share_numbers(batches, results, stop);
-    grad_norm_ = team_.grad_norm();
+    // Read only now, in one copy: the host waits for the device here, and has nothing left to launch.
+    const StepNumbers numbers = read_numbers(results, team_.queue_grad_squares());
+    loss_ = share_numbers(batches, results, numbers, stop);
+    grad_norm_ = team_.grad_norm(numbers.grad_squares);
     if (!std::isfinite(grad_norm_)) stop_on_bad_number(&batches.back(), "gradient norm", grad_norm_);
     optimizer_.step(schedule_.factor(state_.step), clip_factor(grad_norm_, t.clip));
     team_.share_updates();
@@ -224,8 +226,31 @@ class Trainer {
       if (p.tensor.grad().defined()) idle_groups_.erase(p.group);
   }
 
+  struct StepNumbers {
+    std::vector<double> losses;                // of each micro-batch
+    std::vector<std::vector<double>> nll_sums;  // its sums by modality
+    std::array<double, 2> grad_squares{};      // of what is on a device
+  };
+  // squares_2: undefined where no gradient is on a device.
+  static StepNumbers read_numbers(const std::vector<model::LossResult>& results, const at::Tensor& squares_2) {
+    std::vector<at::Tensor> parts;
+    for (const auto& r : results) parts.push_back(r.loss.reshape({1})), parts.push_back(r.nll_sum_M);
+    at::Tensor all = at::cat(parts).to(at::kDouble);
+    if (squares_2.defined()) all = at::cat({all, squares_2});
+    all = all.to(at::kCPU);
+    const double* next = all.const_data_ptr<double>();
+    StepNumbers numbers;
+    for (const auto& r : results) {
+      numbers.losses.push_back(*next++);
+      numbers.nll_sums.emplace_back(next, next + r.nll_sum_M.size(0));
+      next += r.nll_sum_M.size(0);
+    }
+    if (squares_2.defined()) numbers.grad_squares = {next[0], next[1]};
+    return numbers;
+  }
+
   // The loss over all processes; the sums by modality go into the window. All leave after the same step: when one was asked to, or its time is up.
-  double share_numbers(const std::vector<model::PackedBatch>& batches, const std::vector<model::LossResult>& results, bool stop) {
+  double share_numbers(const std::vector<model::PackedBatch>& batches, const std::vector<model::LossResult>& results, const StepNumbers& numbers, bool stop) {
     const size_t sets = results.front().count_M.size(), first = 3;
     const double minutes = config_.train.max_minutes;
     std::vector<double> mine(first + 3 * sets, 0.0);  // loss, stop, time is up, then nll, labels and tokens by modality
@@ -233,11 +258,10 @@ class Trainer {
     mine[2] = minutes > 0 && seconds() > 60 * minutes;
     const model::PackedBatch* bad = nullptr;
     for (size_t i = 0; i < results.size(); ++i) {
-      mine[0] += results[i].loss.item<double>();
+      mine[0] += numbers.losses[i];
       if (!bad && !std::isfinite(mine[0])) bad = &batches[i];
-      const at::Tensor nll = results[i].nll_sum_M.to(at::kCPU);
       for (size_t m = 0; m < sets; ++m) {
-        mine[first + m] += nll[int64_t(m)].item<double>();
+        mine[first + m] += numbers.nll_sums[i][m];
         mine[first + sets + m] += double(results[i].count_M[m]);
         const auto& tokens = batches[i].facts->modality_tokens;
         if (!batches[i].facts->placeholder && m < tokens.size()) mine[first + 2 * sets + m] += double(tokens[m].size(0));

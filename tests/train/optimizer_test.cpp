@@ -9,6 +9,7 @@
 #include <limits>
 #include <numbers>
 
+#include "../support/launches.h"
 #include "moegraft/base/check.h"
 #include "moegraft/train/schedule.h"
 
@@ -196,6 +197,51 @@ TEST(Clip, NormDependsNeitherOnThreadsNorOnSize) {
   EXPECT_TRUE(std::isnan(global_grad_norm(registry)));
   g[7] = std::numeric_limits<float>::infinity();
   EXPECT_TRUE(std::isinf(global_grad_norm(registry)));
+}
+
+// The device's half of the norm, on the host: the same operations.
+TEST(Clip, SumOfSquaresIsExactEnoughForAnyList) {
+  at::manual_seed(4);
+  std::vector<at::Tensor> tensors{torch::randn({300, 70}), at::empty({0, 5}), torch::randn({7}).to(at::kBFloat16), torch::randn({40, 30}).t(), torch::randn({}), torch::randn({5000}) * 1e-3};
+  double expected = 0;
+  for (const auto& t : tensors) expected += t.to(at::kDouble).square().sum().item<double>();
+  EXPECT_EQ(sum_of_squares(tensors).scalar_type(), at::kDouble);
+  EXPECT_NEAR(sum_of_squares(tensors).item<double>(), expected, 1e-13 * expected);
+  EXPECT_EQ(sum_of_squares({}).item<double>(), 0.0);
+  EXPECT_EQ(sum_of_squares({at::empty({0})}).item<double>(), 0.0);
+  // 2^24 + 1 squares of one: a float32 sum ends at 2^24.
+  EXPECT_EQ(sum_of_squares({at::ones({(1 << 24) + 1})}).item<double>(), double((1 << 24) + 1));
+  tensors[3][2][1] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(std::isnan(sum_of_squares(tensors).item<double>()));
+  tensors[3][2][1] = -std::numeric_limits<float>::infinity();
+  EXPECT_TRUE(std::isinf(sum_of_squares(tensors).item<double>()));
+}
+
+TEST(Clip, WhatADeviceHasOfTheNormIsAddedToTheHosts) {
+  model::ParameterRegistry registry;
+  const auto x = leaf(at::zeros({1}));
+  registry.add({"x", x, "lora"});
+  set_grad(x, at::full({1}, 3.0));
+  EXPECT_FALSE(queue_grad_squares(registry).defined()) << "nothing is on a device";
+  EXPECT_EQ(global_grad_norm(registry, nullptr, {16.0, 0.0}), 5.0);
+  EXPECT_TRUE(std::isnan(global_grad_norm(registry, nullptr, {std::numeric_limits<double>::quiet_NaN(), 0.0})));
+}
+
+TEST(AdamW, LaunchesDoNotCountTheParameters) {
+  const auto count = [](int parameters) {
+    model::ParameterRegistry registry;
+    std::vector<at::Tensor> grads;
+    for (int i = 0; i < parameters; ++i) {
+      const auto x = leaf(at::zeros({2, 3}));
+      registry.add({"x" + std::to_string(i), x, "lora"});
+      set_grad(x, at::ones({2, 3}));
+      grads.push_back(x.grad());
+    }
+    AdamW optimizer(registry, {{"lora", {0.1, 0.1}}});
+    return std::pair(launches([&] { optimizer.step(1.0, 0.5); }), launches([&] { sum_of_squares(grads); }));
+  };
+  EXPECT_EQ(count(2), count(40));
+  EXPECT_LT(count(40).first, 10);
 }
 
 TEST(Schedule, ExactValues) {

@@ -3,6 +3,7 @@
 
 #include <torch/types.h>
 
+#include <array>
 #include <map>
 #include <string>
 #include <vector>
@@ -20,6 +21,13 @@ namespace moegraft::train {
 // so the value depends neither on the number of threads nor on scheduling. 0 without any gradient; NaN or Inf pass through.
 // experts: the group over which expert parameters are spread; their squares are then added over it in rank order (collective), the same bits on every rank.
 double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts = nullptr);
+// The same in two halves, so that a step waits for the device once. First: the squares of what is on a device, as float64 [2] there (of parameters that are
+// everywhere, and of those spread over `experts`), a handful of launches and no wait; undefined when every gradient is on the host. Second: with what the
+// host read of them ({} if undefined).
+at::Tensor queue_grad_squares(const model::ParameterRegistry& registry, const distributed::Communicator* experts = nullptr);
+double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts, const std::array<double, 2>& from_device);
+// Of all elements of all tensors of one device, a float64 scalar there: accumulated in double without a copy in double, in launches that do not count the tensors.
+at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors);
 
 // What the gradients are to be multiplied by: max_norm / norm where norm > max_norm > 0, else 1 (max_norm 0: off; a norm that is not finite: the caller stops).
 double clip_factor(double norm, double max_norm);

@@ -1,6 +1,7 @@
 #pragma once
 // A training loop's part in a group of processes. Alone, everything here is a plain zero_grad, norm or nothing.
 
+#include <array>
 #include <map>
 #include <optional>
 #include <set>
@@ -37,7 +38,8 @@ class Team {
   // modalities: those with a token in this step, in any process. In lockstep every process runs every term on experts, and so has gradients (zeros) where one
   // process alone would have none: of modalities that nobody has. They go, for AdamW's moments must not move.
   void forget_absent(const std::set<std::string>& modalities);
-  double grad_norm();      // each parameter once
+  at::Tensor queue_grad_squares() const;                         // of what is on a device, before the host waits for it
+  double grad_norm(const std::array<double, 2>& from_device);    // each parameter once; from_device: what queue_grad_squares came to
   void share_updates();
 
   // Sums of a few numbers over all processes, in float64 on the host.
