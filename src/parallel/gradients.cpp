@@ -29,7 +29,7 @@ struct GradientReducer::Hook : torch::autograd::PostAccumulateGradHook {
   size_t parameter;
 };
 
-GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes)
+GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes, at::ScalarType dtype)
     : registry_(registry), mesh_(mesh), world_(split_world(mesh, "gradients")), places_(registry.all().size()) {
   if (mesh_.expert_size() == 1) data_ = world_;
   else if (mesh_.data_size() > 1) data_ = split_data(mesh, "expert gradients");
@@ -48,7 +48,7 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
     Bucket bucket;
     bucket.group = kind == 0 ? world_ : data_;
     bucket.parameters = std::move(open[kind].parameters);
-    bucket.flat = at::zeros({open[kind].numel}, all[bucket.parameters[0]].tensor.options().requires_grad(false));
+    bucket.flat = at::zeros({open[kind].numel}, all[bucket.parameters[0]].tensor.options().dtype(dtype).requires_grad(false));
     int64_t at_element = 0;
     for (const size_t i : bucket.parameters) {
       places_[i] = {true, buckets_.size(), bucket.flat.narrow(0, at_element, all[i].tensor.numel()).view(all[i].tensor.sizes()), false, false};
@@ -88,7 +88,7 @@ void GradientReducer::begin_step() {
     place.present = place.arrived = false;
     if (place.reduced) parameter.tensor.mutable_grad() = place.view;
   }
-  started_ = 0;
+  started_ = settled_ = 0;
   communicating_ = false;
 }
 
@@ -112,17 +112,25 @@ void GradientReducer::start_ready() {
 
 void GradientReducer::start(Bucket& bucket, size_t index) {
   ++started_;
-  if (bucket.group) bucket.sum = bucket.group->all_reduce(bucket.flat, "gradients, bucket " + std::to_string(index));
+  if (!bucket.group) return;
+  bucket.wide = bucket.flat.to(at::kFloat);
+  bucket.sum = bucket.group->all_reduce(bucket.wide, "gradients, bucket " + std::to_string(index));
+  if (!bucket.wide.is_same(bucket.flat))
+    while (started_ - settled_ > kUnderWay) settle(buckets_[settled_++]);
+}
+
+void GradientReducer::settle(Bucket& bucket) {
+  bucket.sum.wait();
+  bucket.sum = distributed::Pending();
+  if (bucket.wide.defined() && !bucket.wide.is_same(bucket.flat)) bucket.flat.copy_(bucket.wide);
+  bucket.wide.reset();
 }
 
 void GradientReducer::finish() {
   communicating_ = false;
   while (started_ < buckets_.size()) start(buckets_[started_], started_);
   share_presence();
-  for (auto& bucket : buckets_) {
-    bucket.sum.wait();
-    bucket.sum = distributed::Pending();
-  }
+  while (settled_ < buckets_.size()) settle(buckets_[settled_++]);
   for (size_t i = 0; i < places_.size(); ++i)
     if (!places_[i].present) registry_.all()[i].tensor.mutable_grad().reset();
 }

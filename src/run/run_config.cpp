@@ -116,6 +116,9 @@ void check_train(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(train.betas.size() == 2, "train.betas must have two values, got ", train.betas);
   for (const double beta : train.betas) MOEGRAFT_CHECK_USAGE(beta >= 0 && beta < 1, "train.betas must be in [0, 1), got ", train.betas);
   MOEGRAFT_CHECK_USAGE(train.adam_epsilon > 0, "train.adam_epsilon must be above 0, got ", train.adam_epsilon);
+  // bf16 has 8 bits: of more addends the average one would be near what rounding drops.
+  MOEGRAFT_CHECK_USAGE(train.gradients == "float32" || train.accumulation <= 128, "train.gradients: bf16 adds up at most 128 micro-batches, train.accumulation is ", train.accumulation,
+                       ": use float32, or larger micro-batches");
   MOEGRAFT_CHECK_USAGE(train.base_weights == "frozen" || c.model.init || train.allow_text_drift,
                        "train.base_weights: full changes text logits; it needs model.init (training from scratch) or train.allow_text_drift: true");
   MOEGRAFT_CHECK_USAGE(train.base_weights == "full" || !c.modalities.empty() || !c.adapters.empty(),

@@ -15,6 +15,7 @@
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/expert_ring.h"
 #include "moegraft/model/weights.h"
+#include "moegraft/parallel/gradients.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
@@ -254,6 +255,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.base_trains = config.train.base_weights == "full";
   r.offload_experts = config.model.offload == "experts";
   r.moments_8bit = config.train.optimizer == "adamw_8bit";
+  r.narrow_gradients = config.train.gradients == "bf16";
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
   r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation, 0, processes});
@@ -262,6 +264,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.data_size = std::max<int64_t>(processes / r.expert_size, 1);
   r.shard_base = config.parallel.shard_base;
   r.shard_optimizer = config.parallel.shard_optimizer;
+  r.bucket_bytes = int64_t(config.parallel.bucket_mib * double(kMiB));
   r.async_saves = config.checkpoint.async;
   const bool text_trains = std::any_of(config.adapters.begin(), config.adapters.end(), [](const auto& a) { return std::find(a.modality.begin(), a.modality.end(), "text") != a.modality.end(); });
   if (!r.base_trains && !text_trains && !r.offload_experts && r.expert_size == 1 && !(r.shard_base && r.data_size > 1)) r.prefix_cache = config.train.prefix_cache_mib * kMiB;
@@ -333,6 +336,10 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
     else plan.base += experts / request.data_size;
   }
   plan.trained = plan.gradients = 4 * trained;
+  if (request.narrow_gradients) {
+    plan.gradients = 2 * trained;
+    if (request.expert_size * request.data_size > 1) plan.gradients += std::min(4 * trained, int64_t(parallel::GradientReducer::kUnderWay) * request.bucket_bytes);
+  }
   plan.optimizer = request.moments_8bit ? 2 * trained + 2 * trained * 4 / kernels::kAdamw8Block : 8 * trained;
   plan.prefix_cache = request.prefix_cache;
   // A save's tensors are dealt out to the processes that hold them.

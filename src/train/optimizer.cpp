@@ -25,6 +25,7 @@ Rows rows_of(const model::Parameter& parameter, const char* suffix) {
 }
 
 constexpr int64_t kNormChunk = 1 << 15;
+constexpr int64_t kWidened = int64_t{256} << 20;  // bytes of float32 copies of bf16 gradients at a time
 
 double sum_of_squares(const float* x, int64_t n) {
   double lanes[8] = {};
@@ -38,7 +39,7 @@ double sum_of_squares(const float* x, int64_t n) {
 }
 
 double sum_of_squares_cpu(const at::Tensor& grad) {
-  const auto dense = grad.contiguous();
+  const auto dense = grad.to(at::kFloat).contiguous();
   const float* data = dense.const_data_ptr<float>();
   const int64_t n = dense.numel(), chunks = (n + kNormChunk - 1) / kNormChunk;
   std::vector<double> partial(chunks);
@@ -150,10 +151,20 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
     for (const bool decayed : {true, false}) {
       const double lr = group.lr * lr_factor, weight_decay = decayed ? group.weight_decay : 0.0;
       std::vector<at::Tensor> tensors, grads, exp_avgs, exp_avg_sqs, steps;
+      const auto update = [&] {
+        if (tensors.empty()) return;
+        at::_foreach_add_(steps, 1);  // the fused kernel reads the counts and does not advance them
+        std::optional<at::Tensor> divisor;  // of the gradients; the kernel writes them back divided
+        if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
+        at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,
+                          /*maximize=*/false, divisor);
+        for (auto* list : {&tensors, &grads, &exp_avgs, &exp_avg_sqs, &steps}) list->clear();
+      };
+      int64_t widened = 0;
       for (size_t i = 0; i < slots_.size(); ++i) {
         const auto& parameter = registry_.all()[i];
         if (!slots_[i].owned || parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
-        const auto grad = parameter.tensor.grad().contiguous();  // the kernels walk raw pointers
+        const auto grad = parameter.tensor.grad().to(at::kFloat).contiguous();  // the kernels walk raw pointers
         const auto& slot = slots_[i];
         ++updated;
         if (slot.is_8bit) {
@@ -167,13 +178,11 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
         exp_avgs.push_back(slot.exp_avg);
         exp_avg_sqs.push_back(slot.exp_avg_sq);
         steps.push_back(slot.step);
+        if (grad.is_same(parameter.tensor.grad()) || (widened += int64_t(grad.nbytes())) < kWidened) continue;
+        update();
+        widened = 0;
       }
-      if (tensors.empty()) continue;
-      at::_foreach_add_(steps, 1);  // the fused kernel reads the counts and does not advance them
-      std::optional<at::Tensor> divisor;  // of the gradients; the kernel writes them back divided
-      if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
-      at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,
-                        /*maximize=*/false, divisor);
+      update();
     }
   }
   return updated;

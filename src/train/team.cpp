@@ -12,10 +12,13 @@
 
 namespace moegraft::train {
 
-Team::Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry)
+Team::Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry, at::ScalarType gradients)
     : mesh_(mesh), registry_(registry), lockstep_(parallel::lockstep(mesh, config.shard_base)) {
-  if (alone()) return;
-  reducer_.emplace(registry, mesh_, int64_t(config.bucket_mib * double(1 << 20)));
+  if (alone()) {
+    if (gradients == at::kBFloat16) narrow_.emplace(registry);
+    return;
+  }
+  reducer_.emplace(registry, mesh_, int64_t(config.bucket_mib * double(1 << 20)), gradients);
   if (config.shard_optimizer) updates_.emplace(registry, mesh_);
 }
 

@@ -49,7 +49,7 @@ class Trainer {
         run_path_(config.run.dir),
         model_(std::move(start.model)),
         names_(modality_names(model_.vocabulary)),
-        team_(config.parallel, mesh, *model_.registry),
+        team_(config.parallel, mesh, *model_.registry, graft::parse_dtype(config.train.gradients)),
         optimizer_(make_optimizer(*model_.registry, config.train, team_.owned())),
         schedule_{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
         stream_(std::make_unique<data::BatchStream>(config.data.train, config.data, model_.vocabulary, uint64_t(config.run.seed),

@@ -166,6 +166,44 @@ RANK_BODY(reducer_net) {
 }
 TEST(GradientReducer, GivesOneProcessesGradients) { testing::run_ranks("reducer_net", 2); }
 
+// Buckets in bf16: each rank's micro-batches rounded as they are added, the sum over ranks in float32 and rounded once. More buckets than may be under way.
+RANK_BODY(narrow_reducer) {
+  const auto world = testing::join();
+  for (int64_t ep = 1; ep <= world->size(); ep *= 2) {
+    const Mesh mesh = distributed::make_mesh(world, ep);
+    ParameterRegistry registry;
+    fill(registry);
+    GradientReducer reducer(registry, mesh, 1, at::kBFloat16);
+    ASSERT_GT(reducer.num_buckets(), 2 * int64_t(GradientReducer::kUnderWay));
+    for (int round = 0; round < 2; ++round) {
+      step(registry, reducer, world->rank(), [](int64_t) { return false; });
+      for (size_t i = 0; i < registry.all().size(); ++i) {
+        const auto& p = registry.all()[i];
+        at::Tensor sum;
+        for (int64_t r = 0; r < world->size(); ++r) {
+          if (p.sharding == "expert" && r % ep != mesh.expert->rank()) continue;
+          at::Tensor mine = at::zeros(p.tensor.sizes(), at::kBFloat16);
+          bool any = false;
+          for (int64_t m = 0; m < kMicroBatches; ++m)
+            if (uses(i, r, m, p.name)) mine = (mine.to(at::kFloat) + coefficient(p.tensor, i, r, m)).to(at::kBFloat16), any = true;
+          if (any) sum = sum.defined() ? sum + mine.to(at::kFloat) : mine.to(at::kFloat);
+        }
+        ASSERT_EQ(p.tensor.grad().defined(), sum.defined()) << p.name;
+        if (!sum.defined()) continue;
+        EXPECT_EQ(p.tensor.grad().scalar_type(), at::kBFloat16);
+        // One rounding, 2^-8 of the sum itself, however its addends cancel; and the order of float32 sums of four.
+        const at::Tensor error = (p.tensor.grad().to(at::kFloat) - sum).abs(), bound = sum.abs() * (1.0 / 256) + sum.abs().max() * 1e-6;
+        EXPECT_TRUE((error <= bound).all().item<bool>()) << p.name;
+      }
+    }
+  }
+  world->all().barrier("end");
+}
+TEST(GradientReducer, SumsBf16BucketsInFloat32) {
+  testing::run_ranks("narrow_reducer", 2);
+  testing::run_ranks("narrow_reducer", 4);
+}
+
 TEST(GradientReducer, RefusesWhatWouldBeLost) {
   const Mesh mesh = distributed::make_mesh(World::join({}), 1);
   ParameterRegistry registry;

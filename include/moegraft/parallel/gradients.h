@@ -22,7 +22,9 @@ namespace moegraft::parallel {
 class GradientReducer {
  public:
   // The registry is complete, outlives this and is equal on all ranks (names and, per expert group member, shapes). Collective: makes groups of its own.
-  GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes);
+  // dtype: what gradients are kept in, float32 or bfloat16. The sums over processes are float32's either way: a bf16 bucket travels as a float32 copy, kUnderWay of
+  // them at a time, and is rounded when it comes back.
+  GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes, at::ScalarType dtype = at::kFloat);
   ~GradientReducer();
   GradientReducer(const GradientReducer&) = delete;
 
@@ -33,17 +35,19 @@ class GradientReducer {
   // stream waits for the sums.
   void finish();
 
+  static constexpr size_t kUnderWay = 4;
   // Elements that a gradient takes in a bucket: each begins on a cache line.
   static constexpr int64_t room(int64_t numel) { return (numel + kAlignment - 1) / kAlignment * kAlignment; }
   int64_t num_buckets() const { return static_cast<int64_t>(buckets_.size()); }
   distributed::Traffic take_traffic();  // of both groups, since the last call
 
  private:
-  static constexpr int64_t kAlignment = 16;  // elements
+  static constexpr int64_t kAlignment = 16;  // elements of float32
   struct Hook;
   struct Bucket {
     std::shared_ptr<distributed::Communicator> group;  // null: nothing to add, every expert is here once
-    at::Tensor flat;                                   // float32
+    at::Tensor flat;                                   // float32 or bfloat16
+    at::Tensor wide;                                   // while it travels: flat itself, or a float32 copy
     std::vector<size_t> parameters;
     int64_t missing = 0;
     distributed::Pending sum;
@@ -57,6 +61,7 @@ class GradientReducer {
   void arrived(size_t parameter);
   void start_ready();
   void start(Bucket& bucket, size_t index);
+  void settle(Bucket& bucket);
   void share_presence();
 
   model::ParameterRegistry& registry_;
@@ -64,7 +69,7 @@ class GradientReducer {
   std::shared_ptr<distributed::Communicator> world_, data_;  // data_: null when every expert is here once
   std::vector<Bucket> buckets_;
   std::vector<Place> places_;  // in the registry's order
-  size_t started_ = 0;         // buckets
+  size_t started_ = 0, settled_ = 0;  // buckets
   bool communicating_ = false;
 };
 

@@ -125,6 +125,7 @@ struct TrainSection {
   int64_t steps = 1000;
   double max_minutes = 0;  // 0: no limit
   std::string optimizer = "adamw";
+  std::string gradients = "float32";
   std::vector<double> betas = {0.9, 0.95};
   double adam_epsilon = 1e-8;
   OptimizerGroup lora{1e-4, 0.0}, embeddings{1e-3, 0.0}, base{3e-3, 0.1};
@@ -150,6 +151,8 @@ struct TrainSection {
     v("steps", steps, config::range(1, 1e12), "Optimizer steps.");
     v("max_minutes", max_minutes, config::range(0.0, 1e9), "Stop cleanly after this time; 0: no limit. The schedule still spans `steps`.");
     v("optimizer", optimizer, config::one_of({"adamw", "adamw_8bit"}), "adamw_8bit: both moments in 8 bits, two bytes per parameter instead of eight (tensors below 4096 values stay float32).");
+    v("gradients", gradients, config::one_of({"float32", "bf16"}),
+      "What gradients are kept in from micro-batch to micro-batch. bf16: half the memory, each micro-batch's sum rounded once (by up to 2^-8 of it); sums over processes, norm and update stay float32.");
     v("betas", betas, config::any(), "AdamW's two betas.");
     v("adam_epsilon", adam_epsilon, config::range(0.0, 1.0), "AdamW's epsilon.");
     v("lora", lora, config::any(), "Group of the low-rank factors.");

@@ -20,7 +20,7 @@ struct MemoryRequest {
   model::DecoderSpec spec;
   at::ScalarType dtype = at::kFloat;  // compute: float32 or bfloat16
   at::Device device = at::kCPU;       // the plan is of this device's memory
-  bool base_trains = false, offload_experts = false, moments_8bit = false;
+  bool base_trains = false, offload_experts = false, moments_8bit = false, narrow_gradients = false;
   bool converted = false;             // the base's files hold another dtype
   bool gate_open = false;             // adapters act on every row of a batch, which need then not be gathered
   bool auxiliary_loss = false;        // layers cannot be computed again
@@ -28,6 +28,7 @@ struct MemoryRequest {
   int64_t sequences = 1;              // that they make at least
   int64_t expert_size = 1, data_size = 1;  // processes that experts are spread over, and that repeat them
   bool shard_base = false, shard_optimizer = false;
+  int64_t bucket_bytes = int64_t{25} << 20;  // of gradients that are summed over processes at a time (parallel.bucket_mib)
   bool async_saves = false;           // checkpoints are written from copies
   int64_t prefix_cache = 0;           // bytes for captions; 0 where it is not used
   int64_t new_rows = 0;               // of all modalities
@@ -68,7 +69,7 @@ struct MemoryPlan {
   int64_t base = 0;           // frozen weights that stay resident; with offload, without the experts; sharded, with a part of them
   int64_t panels = 0;         // the CPU's packed copies, forward and backward
   int64_t offload_buffers = 0;  // of experts that visit
-  int64_t trained = 0, gradients = 0, optimizer = 0;
+  int64_t trained = 0, gradients = 0, optimizer = 0;  // bf16 gradients that are summed over processes: with the float32 copies that are under way
   int64_t activations = 0, loss = 0, workspace = 0;
   int64_t heap = 0;           // free memory between live tensors that malloc keeps (host memory only)
   int64_t save_copies = 0;    // what a checkpoint in the background is written from (host memory only; at most, of this process's share)

@@ -14,14 +14,15 @@
 #include "moegraft/model/weights.h"
 #include "moegraft/parallel/config.h"
 #include "moegraft/parallel/gradients.h"
+#include "moegraft/parallel/narrow_gradients.h"
 #include "moegraft/parallel/updates.h"
 
 namespace moegraft::train {
 
 class Team {
  public:
-  // The registry is complete. Collective.
-  Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry);
+  // The registry is complete. Collective. gradients: the dtype that they are kept in, float32 or bfloat16.
+  Team(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry, at::ScalarType gradients = at::kFloat);
 
   int64_t rank() const { return mesh_.world->rank(); }
   int64_t size() const { return mesh_.world->size(); }
@@ -58,7 +59,8 @@ class Team {
   distributed::Mesh mesh_;
   model::ParameterRegistry& registry_;
   bool lockstep_;
-  std::optional<parallel::GradientReducer> reducer_;
+  std::optional<parallel::NarrowGradients> narrow_;   // alone
+  std::optional<parallel::GradientReducer> reducer_;  // with others
   std::optional<parallel::UpdateSharding> updates_;
 };
 
