@@ -203,13 +203,13 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
       auto again = std::make_shared<Call>(*call);
       again->options.routing = nullptr;  // told once
       const auto layer = [weights, l](const std::shared_ptr<Call>& with, bool backwards = false) {
-        return [weights, l, with, backwards](const at::Tensor& x, const at::Tensor& delta) {
+        return [weights, l, with, backwards](const at::Tensor& x) {
           if (backwards) weights->prefetch(l - 1);
-          const Stream out = run_layer(*with, *weights, l, {x, delta}, nullptr);
-          return std::make_pair(out.x_TD, out.delta_TD);
+          const Stream out = run_layer(*with, *weights, l, {x, {}}, nullptr);
+          return out.x_TD + out.delta_TD;  // one tensor to keep; the sum that the next norm would make, to the bit
         };
       };
-      std::tie(stream.x_TD, stream.delta_TD) = recompute(layer(call), layer(again, true), stream.x_TD, stream.delta_TD);
+      stream.x_TD = recompute(layer(call), layer(again, true), stream.x_TD);
     } else {
       stream = run_layer(*call, *weights, l, stream, options.aux_loss ? &balance : nullptr);
     }

@@ -79,7 +79,7 @@ class Counter {
     if (!r_.gate_open && any_term(l, {Site::o})) bytes += T_ * q_ * width_;
     return bytes + (s_.layers[size_t(l)].sparse ? experts(l) : dense());
   }
-  int64_t layer_input(int64_t l) const { return T_ * s_.hidden_size * (4 + (l > 0 ? width_ : 0)); }
+  int64_t layer_input() const { return T_ * s_.hidden_size * 4; }
 
   int64_t loss() const {
     const int64_t D = s_.hidden_size, V = s_.vocab_size;
@@ -347,7 +347,7 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   if (request.shard_optimizer) plan.optimizer /= request.data_size;  // expert factors are most of it
   for (int64_t l = 0; l < s.num_layers; ++l) {
     plan.layer_stored.push_back(count.layer(l));
-    plan.layer_recomputed.push_back(count.layer_input(l));
+    plan.layer_recomputed.push_back(count.layer_input());
   }
   plan.loss = count.loss();
   plan.workspace = count.workspace();
