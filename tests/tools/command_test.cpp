@@ -124,6 +124,10 @@ TEST_F(Command, DataDealSaysHowEvenlyStepsAreShared) {
   EXPECT_EQ(run_moegraft({"data", "deal", "-c", world.yaml.string(), "--world", "0"}).code, 2);
 }
 
+const char* const kQwen30B = R"({"model_type":"qwen3_moe","vocab_size":151936,"hidden_size":2048,"num_hidden_layers":48,"num_attention_heads":32,"num_key_value_heads":4,"head_dim":128,
+       "intermediate_size":6144,"moe_intermediate_size":768,"num_experts":128,"num_experts_per_tok":8,"norm_topk_prob":true,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+       "max_position_embeddings":40960,"mlp_only_layers":[],"decoder_sparse_step":1})";
+
 // A dry run of the recipes on the published sizes: nothing but config.json is needed.
 TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   struct Case {
@@ -131,12 +135,8 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
     double billions, active;
   };
   const std::vector<Case> cases{
-      {"qwen3-30b-a3b", R"({"model_type":"qwen3_moe","vocab_size":151936,"hidden_size":2048,"num_hidden_layers":48,"num_attention_heads":32,"num_key_value_heads":4,"head_dim":128,
-       "intermediate_size":6144,"moe_intermediate_size":768,"num_experts":128,"num_experts_per_tok":8,"norm_topk_prob":true,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
-       "max_position_embeddings":40960,"mlp_only_layers":[],"decoder_sparse_step":1})", 30.5, 3.3},
-      {"cluster/qwen3-30b-a3b", R"({"model_type":"qwen3_moe","vocab_size":151936,"hidden_size":2048,"num_hidden_layers":48,"num_attention_heads":32,"num_key_value_heads":4,"head_dim":128,
-       "intermediate_size":6144,"moe_intermediate_size":768,"num_experts":128,"num_experts_per_tok":8,"norm_topk_prob":true,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
-       "max_position_embeddings":40960,"mlp_only_layers":[],"decoder_sparse_step":1})", 30.5, 3.3},
+      {"qwen3-30b-a3b", kQwen30B, 30.5, 3.3},
+      {"cluster/qwen3-30b-a3b", kQwen30B, 30.5, 3.3},
       {"olmoe-1b-7b", R"({"model_type":"olmoe","vocab_size":50304,"hidden_size":2048,"num_hidden_layers":16,"num_attention_heads":16,"num_key_value_heads":16,"intermediate_size":1024,
        "num_experts":64,"num_experts_per_tok":8,"rope_theta":10000.0,"max_position_embeddings":4096})", 6.9, 1.3},
       {"mixtral-8x7b", R"({"model_type":"mixtral","vocab_size":32000,"hidden_size":4096,"num_hidden_layers":32,"num_attention_heads":32,"num_key_value_heads":8,"intermediate_size":14336,
@@ -144,7 +144,8 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
   for (const auto& c : cases) {
     testing::TemporaryFolder folder;
     io::write_file_atomic(folder / "config.json", c.json);
-    const auto r = run_moegraft({"inspect", "-c", (kConfigs / (std::string(c.config) + ".yaml")).string(), "--set", "model.path=" + folder.path().string(), "--codebook", "16384", "--json"});
+    const auto r = run_moegraft({"inspect", "-c", (kConfigs / (std::string(c.config) + ".yaml")).string(), "--set", "model.path=" + folder.path().string(), "--codebook", "16384", "--json", "--set",
+                                 "ot.max_iterations=1"});  // which is timed
     ASSERT_EQ(r.code, 0) << r.err;
     const io::Json j = io::Json::parse(r.out);
     EXPECT_NEAR(j["model"]["parameters"].get<double>() / 1e9, c.billions, 0.05) << c.config;
@@ -156,13 +157,38 @@ TEST_F(Command, RecipesForPublicCheckpointsTrainAFewPercent) {
     EXPECT_EQ(memory["recompute_layers"], 0) << c.config;
     const double between = (memory["total_bytes"].get<double>() + memory["smallest_total_bytes"].get<double>()) / 2 / double(1 << 30);
     const auto tight = run_moegraft({"inspect", "-c", (kConfigs / (std::string(c.config) + ".yaml")).string(), "--set", "model.path=" + folder.path().string(), "--codebook", "16384", "--json", "--set",
-                                     "train.memory_budget_gib=" + std::to_string(between)});
+                                     "train.memory_budget_gib=" + std::to_string(between), "--set", "ot.max_iterations=1"});
     ASSERT_EQ(tight.code, 0) << tight.err;
     const io::Json planned = io::Json::parse(tight.out)["memory"];
     EXPECT_GT(planned["recompute_layers"], 0) << c.config;
     EXPECT_TRUE(planned["fits"].get<bool>()) << c.config;
     EXPECT_GT(j["trained"]["share_percent"].get<double>(), 0.1) << c.config;
   }
+}
+
+// What fits one card, as configs/qwen3-30b-a3b.yaml says.
+TEST_F(Command, TheRecipeOf30BParametersFitsItsCards) {
+  testing::TemporaryFolder folder;
+  io::write_file_atomic(folder / "config.json", kQwen30B);
+  const auto inspect = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"inspect", "-c", (kConfigs / "qwen3-30b-a3b.yaml").string(), "--codebook", "16384", "--device", "cuda", "--json", "--set", "model.path=" + folder.path().string()});
+    const auto r = run_moegraft(more);
+    EXPECT_EQ(r.code, 0) << r.err;
+    return r.code == 0 ? io::Json::parse(r.out) : io::Json::object();
+  };
+  const double gib = double(1 << 30);
+  const io::Json large = inspect({"--budget", "131"});  // of an H200
+  EXPECT_TRUE(large["memory"]["fits"].get<bool>());
+  EXPECT_LE(large["memory"]["recompute_layers"].get<int64_t>(), 4);
+  EXPECT_EQ(large["calibration"]["solves"], 2 * 48 * 128);
+  EXPECT_EQ(large["calibration"]["rows_per_expert"], 62);
+  EXPECT_LE(large["calibration"]["host_bytes"].get<double>(), 4 * gib);
+  EXPECT_GT(large["calibration"]["solve_seconds"].get<double>(), 0);
+  const std::vector<std::string> small{"--set", "train.optimizer=adamw_8bit", "--set", "train.gradients=bf16", "--set", "train.accumulation=32", "--set", "data.sequence_length=1024"};
+  EXPECT_LE(inspect(small)["memory"]["smallest_total_bytes"].get<double>(), 72e9);
+  EXPECT_LE(inspect({small.begin(), small.begin() + 4})["memory"]["smallest_total_bytes"].get<double>(), 73 * gib) << "in whole micro-batches it still fits a card of 80 GB";
+  const auto kept = inspect({small[0], small[1]})["memory"]["gradient_bytes"].get<int64_t>();
+  EXPECT_EQ(inspect({small.begin(), small.begin() + 4})["memory"]["gradient_bytes"].get<int64_t>(), kept / 2);
 }
 
 // For a card that is not here.
