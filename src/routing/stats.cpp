@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "moegraft/base/check.h"
+#include "moegraft/kernels/route.h"
 
 namespace moegraft::routing {
 namespace {
@@ -95,23 +96,7 @@ void RoutingStats::observe(int64_t layer, const at::Tensor& probs_TE, const at::
   at::NoGradGuard no_grad;
   MOEGRAFT_INVARIANT(layer >= 0 && layer < sums_LMX_.size(0), "layer ", layer, " of ", sums_LMX_.size(0));
   MOEGRAFT_INVARIANT(probs_TE.dim() == 2 && probs_TE.size(1) == num_experts_ && topk_ids_TK.dim() == 2 && topk_ids_TK.size(0) == probs_TE.size(0), "router output shapes");
-  const int64_t num_tokens = probs_TE.size(0), num_modalities = sums_LMX_.size(1);
-  if (num_tokens == 0) return;
-  const auto p_TE = probs_TE.to(at::kFloat);
-  const auto selected_TE = at::zeros_like(p_TE).scatter_(1, topk_ids_TK, 1.0);
-  const auto scale = num_experts_ > 1 ? 1.0 / std::log(double(num_experts_)) : 1.0;
-  const auto entropy_T1 = at::special_entr(p_TE).sum(1, /*keepdim=*/true).mul_(scale);
-  const auto top_T2 = std::get<0>(p_TE.topk(std::min<int64_t>(2, num_experts_), 1));
-  const auto margin_T1 = num_experts_ > 1 ? top_T2.narrow(1, 0, 1) - top_T2.narrow(1, 1, 1) : top_T2.narrow(1, 0, 1);
-  const auto rows_TX = at::cat({selected_TE, p_TE, at::ones_like(margin_T1), entropy_T1, margin_T1}, 1);
-  auto sums_MX = sums_LMX_[layer];
-  if (num_modalities == 1 || !modality_T.defined()) {
-    sums_MX[0].add_(rows_TX.sum(0, false, at::kDouble));
-    return;
-  }
-  // A product with the one-hot modalities: deterministic on CUDA, where scattered adds are not; float32 counts are exact below 2^24 tokens a call.
-  const auto one_hot_MT = (modality_T.unsqueeze(0) == at::arange(num_modalities, modality_T.options()).unsqueeze(1)).to(at::kFloat);
-  sums_MX.add_(at::mm(one_hot_MT, rows_TX));
+  if (probs_TE.size(0) > 0) kernels::add_routing_sums(sums_LMX_[layer], probs_TE, topk_ids_TK, modality_T);
 }
 
 void RoutingStats::reset() { sums_LMX_.zero_(); }

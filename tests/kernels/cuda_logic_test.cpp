@@ -96,6 +96,24 @@ TEST(CudaLogic, RouteBreaksTiesDownwardsAndKeepsIdsInRange) {
 
 // ------------------------------------------------------------------------------------------------ norm, rotary
 
+TEST(CudaLogic, RoutingSumsAreTheHostsAndCountsExact) {
+  for (const auto& [T, E, K, M] : {std::tuple(1, 4, 2, 1), std::tuple(5, 1, 1, 2), std::tuple(33, 7, 1, 2), std::tuple(64, 130, 8, 3), std::tuple(700, 64, 8, 2)}) {
+    const Routed r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
+    const at::Tensor modality = at::arange(T, at::kLong) * 5 % 7 % M, once = at::zeros({M, 2 * E + 3}, at::kDouble), expected = at::zeros_like(once);
+    Host::add_routing_sums(once, r.probs_TE, r.ids_TK, M > 1 ? modality : at::Tensor());
+    kernels::add_routing_sums(expected, r.probs_TE, r.ids_TK, modality);
+    EXPECT_TRUE(at::equal(once.narrow(1, 0, E), expected.narrow(1, 0, E))) << T << " tokens: selections";
+    EXPECT_TRUE(at::equal(once.select(1, 2 * E), expected.select(1, 2 * E))) << T << " tokens";
+    EXPECT_LT(distance(once, expected), 2e-6 * double(T) + 1e-6) << T << " tokens, " << E << " experts";  // float32 sums of up to T values below 1
+    Host::add_routing_sums(once, r.probs_TE, r.ids_TK, M > 1 ? modality : at::Tensor());
+    EXPECT_LT(distance(once, expected * 2), 4e-6 * double(T) + 2e-6) << "calls add up";
+  }
+  // Certain and uniform routers have closed forms; a probability of 0 has no entropy.
+  const at::Tensor probs = at::tensor({1.0f, 0.0f, 0.0f, 0.0f, 0.25f, 0.25f, 0.25f, 0.25f}).view({2, 4}), ids = at::tensor({0, 1, 0, 1}, at::kLong).view({2, 2}), sums = at::zeros({2, 11}, at::kDouble);
+  Host::add_routing_sums(sums, probs, ids, at::tensor({0, 1}, at::kLong));
+  EXPECT_LT(distance(sums, at::tensor({1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25, 1.0, 1.0, 0.0}, at::kDouble).view({2, 11})), 1e-7);
+}
+
 TEST(CudaLogic, RmsNormMatchesAutograd) {
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {3, 4, 24}, {133, 192}, {2, 2056}, {0, 8}})
     for (const bool residual : {false, true}) {

@@ -2,6 +2,7 @@
 #ifndef MOEGRAFT_HAVE_CUDA
 
 #include "../support/emulated_device.h"
+#include "../support/launches.h"
 #include "cuda_cases.h"
 
 namespace moegraft::kernels::cuda {
@@ -39,6 +40,16 @@ TEST(EmulatedDevice, NormsOfAnyShapeAndUnusedOutputs) {
   const Route r = kernels::route(randn({4, 6}, 3).set_requires_grad(true), 2, true);
   EXPECT_FALSE(r.topk_ids_TK.requires_grad());
   EXPECT_TRUE(r.topk_weights_TK.requires_grad() && r.probs_TE.requires_grad());
+}
+
+TEST(EmulatedDevice, RoutingStatisticsAreTwoLaunches) {
+  const Routed r = Host::route_forward(randn({50, 8}, 1), 2, true);
+  const at::Tensor sums = at::zeros({2, 19}, at::kDouble), modality = at::arange(50, at::kLong) % 2;
+  const auto count = [&] { return launches([&] { kernels::add_routing_sums(sums, r.probs_TE, r.ids_TK, modality); }); };
+  const int64_t host = count();
+  const Emulation on;
+  EXPECT_EQ(count(), 0) << "of the library; the host needs " << host;
+  EXPECT_GT(host, 10);
 }
 
 }  // namespace

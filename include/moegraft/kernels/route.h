@@ -12,4 +12,9 @@ struct Route {
 // Of equal probabilities the lower index comes first (in float64 ATen chooses).
 Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
 
+// Adds one such result's sums by modality to sums_MX, float64 [M, 2E + 3]: selections and probability mass of each expert, tokens, entropies of their
+// probabilities over ln E (1: uniform), and largest minus second largest probability. ids in falling order of probability; modality_T int64 in [0, M),
+// undefined: all 0. No gradient, no host synchronisation. Equal calls give equal bits: no scattered adds.
+void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& modality_T);
+
 }  // namespace moegraft::kernels

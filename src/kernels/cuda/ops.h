@@ -34,6 +34,9 @@ struct Routed {
 Routed route_forward(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
 at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise);  // either undefined -> dlogits
 
+// add_routing_sums of route.h. sums float64 [M, 2E + 3], contiguous.
+void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, const at::Tensor& ids_TK, const at::Tensor& modality_T);
+
 // ids int64 [T, K], negative: no row (num_rows then says how many have one); group int64 [T] or undefined. Ids and groups beyond their range count as the
 // nearest one (the caller checks; memory stays safe).
 Dispatch make_dispatch(const at::Tensor& ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups, int64_t num_rows = -1);

@@ -7,6 +7,7 @@
 #include "norm_kernels.h"
 #include "ops.h"
 #include "route_kernels.h"
+#include "routing_kernels.h"
 #include "row_kernels.h"
 #include "swiglu_kernels.h"
 
@@ -119,6 +120,17 @@ struct Ops {
                             r.ids_TK.size(1), renormalise},
               r.probs_TE.size(0));
     return dlogits;
+  }
+
+  static void add_routing_sums(const at::Tensor& sums, const at::Tensor& probs_in, const at::Tensor& ids_in, const at::Tensor& modality_in) {
+    const at::Tensor probs = probs_in.contiguous(), ids = ids_in.contiguous(), modality = modality_in.defined() ? modality_in.contiguous() : modality_in;
+    const int64_t tokens = probs.size(0), experts = probs.size(1), chunks = (tokens + kRoutingTokens - 1) / kRoutingTokens;
+    MOEGRAFT_INVARIANT(sums.is_contiguous() && sums.size(1) == 2 * experts + 3 && probs.scalar_type() == at::kFloat, "routing sums: ", sums.sizes(), ", probabilities ", probs.sizes());
+    const at::Tensor partial = at::empty({chunks, sums.size(0), sums.size(1)}, probs.options());
+    Run::rows(RoutingPartial{in<float>(probs), in<int64_t>(ids), in<int64_t>(modality), out<float>(partial), tokens, experts, ids.size(1), sums.size(0),
+                             experts > 1 ? float(1.0 / std::log(double(experts))) : 1.0f},
+              chunks);
+    Run::threads(AddRoutingPartials{in<float>(partial), out<double>(sums), chunks, sums.numel()}, sums.numel());
   }
 
   static Dispatch make_dispatch(const at::Tensor& ids_in, int64_t num_experts, const at::Tensor& group_in, int64_t num_groups, int64_t num_rows = -1) {

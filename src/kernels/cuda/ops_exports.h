@@ -26,6 +26,10 @@ at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights, cons
   const c10::DeviceGuard guard(routed.probs_TE.device());
   return Device::route_backward(routed, dweights, dprobs, renormalise);
 }
+void add_routing_sums(const at::Tensor& sums, const at::Tensor& probs, const at::Tensor& ids, const at::Tensor& modality) {
+  const c10::DeviceGuard guard(sums.device());
+  Device::add_routing_sums(sums, probs, ids, modality);
+}
 Dispatch make_dispatch(const at::Tensor& ids, int64_t num_experts, const at::Tensor& group, int64_t num_groups, int64_t num_rows) {
   const c10::DeviceGuard guard(ids.device());
   return Device::make_dispatch(ids, num_experts, group, num_groups, num_rows);

@@ -16,6 +16,7 @@ NormGradients rms_norm_backward(const at::Tensor&, const at::Tensor&, const at::
 at::Tensor rotary(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { missing(); }
 Routed route_forward(const at::Tensor&, int64_t, bool) { missing(); }
 at::Tensor route_backward(const Routed&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
+void add_routing_sums(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
 Dispatch make_dispatch(const at::Tensor&, int64_t, const at::Tensor&, int64_t, int64_t) { missing(); }
 at::Tensor gather_rows(const at::Tensor&, const at::Tensor&) { missing(); }
 at::Tensor combine(const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
