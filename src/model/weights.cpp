@@ -292,11 +292,13 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   }
   load.check_rest(s.num_layers);
   load.finish();
-  if (options.device.is_cpu() && options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step
-    w->final_norm = w->final_norm.to(at::kFloat);
-    for (LayerWeights& layer : w->layers)
-      for (at::Tensor* t : {&layer.input_norm_D, &layer.post_norm_D, &layer.router_ED})
-        if (t->defined()) *t = t->to(at::kFloat);
+  if (options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step. A GPU's kernels read norms as they lie.
+    const auto widen = [](at::Tensor& t) { t = t.defined() ? t.to(at::kFloat) : t; };
+    for (LayerWeights& layer : w->layers) widen(layer.router_ED);
+    if (options.device.is_cpu()) {
+      widen(w->final_norm);
+      for (LayerWeights& layer : w->layers) widen(layer.input_norm_D), widen(layer.post_norm_D);
+    }
   }
   make_panels(*w, shared, packs_lean(base.spec));
   if (ring) base.weights = ring;

@@ -65,6 +65,15 @@ TEST(Cuda, LogitsLossAndGradientsEqualTheCpu) {
   }
 }
 
+TEST(Cuda, RoutersAreWidenedOnce) {
+  MOEGRAFT_NEEDS_GPU();
+  const BaseModel base = load_base(kGolden / "olmoe", {at::kBFloat16, at::kCUDA});
+  const LayerWeights w = base.weights->layer(0);
+  EXPECT_EQ(w.router_ED.scalar_type(), at::kFloat);
+  EXPECT_EQ(w.input_norm_D.scalar_type(), at::kBFloat16);
+}
+
+
 // ------------------------------------------------------------------------------------------------ bf16
 
 // Where a body runs: what the cards' tests ask for, and two stand-ins on the host.
@@ -161,7 +170,7 @@ class Checkpoint {
   }
   ~Checkpoint() { std::filesystem::remove_all(dir_); }
   BaseModel load(at::ScalarType dtype, at::Device device, bool offload = false) const {
-    BaseModel base = load_base(dir_, {dtype, device, offload});
+    BaseModel base = load_base(dir_, {dtype, device, offload ? Experts::offloaded : Experts::resident});
     if (device.is_cpu()) base.weights = std::make_shared<AsOnADevice>(base.weights);
     return base;
   }

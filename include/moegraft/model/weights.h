@@ -39,9 +39,9 @@ struct ExpertWeights {
   int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }
 };
 struct LayerWeights {
-  at::Tensor input_norm_D, post_norm_D;  // these and the router are float32 on a CPU
+  at::Tensor input_norm_D, post_norm_D;  // float32 on a CPU
   AttentionWeights attention;
-  at::Tensor router_ED;  // sparse layers
+  at::Tensor router_ED;  // sparse layers; float32, as its product is
   DenseWeights dense;    // dense layers
 };
 
