@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/loss_kernels.h"
 #include "kernels/cuda/route_kernels.h"
+#include "kernels/cuda/routing_kernels.h"
 
 namespace moegraft::kernels::cuda {
 
@@ -60,6 +61,29 @@ struct Case<CrossEntropyRow<TIn, TOut>> {
         Run::rows(CrossEntropyRow<TIn, TOut>{logits, targets(), logits, a.empty<float>(rows), V, 0.25f}, rows);
       }
     }
+  }
+};
+
+template <>
+struct Case<RoutingPartial> {
+  template <class Run>
+  static void run(Arrays& a, int64_t chunks) {
+    const int64_t tokens = std::max<int64_t>(chunks * kRoutingTokens - 13, 0), M = 2;  // the last chunk is not full
+    for (const auto& [E, K] : kRoutings) {
+      const int64_t experts = E;
+      const auto ids = [&] { return a.fill<int64_t>(tokens * K, [&](int64_t i) { return (i * 7 + 3) % experts; }); };
+      const auto probs = [&] { return a.fill<float>(tokens * E, [&](int64_t i) { return float(i % 9) / 8; }); };  // zeros among them
+      Run::rows(RoutingPartial{probs(), ids(), nullptr, a.empty<float>(chunks * (2 * E + 3)), tokens, E, K, 1, 0.5f}, chunks);
+      Run::rows(RoutingPartial{probs(), ids(), a.fill<int64_t>(tokens, [](int64_t t) { return t % 3 == 1; }), a.empty<float>(chunks * M * (2 * E + 3)), tokens, E, K, M, 0.5f}, chunks);
+    }
+  }
+};
+
+template <>
+struct Case<AddRoutingPartials> {
+  template <class Run>
+  static void run(Arrays& a, int64_t count) {
+    Run::threads(AddRoutingPartials{a.random<float>(7 * count), a.fill<double>(count, [](int64_t i) { return double(i) / 3; }), 7, count}, count);
   }
 };
 
