@@ -367,7 +367,9 @@ TEST(ExpertFfn, AnAbsentSlotCountsAsWeightZero) {
   EXPECT_LT(distance(absent.weights.grad(), zeroed.weights.grad() * here), 1e-4 * zeroed.weights.grad().abs().max().item<double>());
   EXPECT_EQ(absent.weights.grad().masked_select(here.logical_not()).abs().max().item<float>(), 0.0f);
   for (size_t i = 0; i < absent.leaves.size(); ++i)
-    if (i != 1) EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()), 1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>())) << i;
+    if (i != 1) {
+      EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()), 1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>())) << i;
+    }
 }
 
 TEST(ExpertFfn, KeptFactorsGiveTheSameBits) {
@@ -397,7 +399,9 @@ TEST(ExpertFfn, KeptFactorsGiveTheSameBits) {
       check("another factor");
       in.adapters.down[0].scale *= 3;
       const at::Tensor last = check("another scale");
-      if (c.T == 600) EXPECT_GT(distance(first, last), 1e-3);
+      if (c.T == 600) {
+        EXPECT_GT(distance(first, last), 1e-3);
+      }
     }
 }
 
@@ -476,7 +480,9 @@ TEST(ExpertFfn, SaturatedGatesStayFinite) {
     EXPECT_LT(distance(y, z), 2e-2 * z.abs().max().item<double>());
     EXPECT_TRUE(at::isfinite(in.x.grad()).all().item<bool>());
     EXPECT_TRUE(at::isfinite(in.weights.grad()).all().item<bool>());
-    if (dtype == at::kFloat) EXPECT_LT(distance(in.x.grad(), d.x.grad()), 1e-3 * d.x.grad().abs().max().item<double>());
+    if (dtype == at::kFloat) {
+      EXPECT_LT(distance(in.x.grad(), d.x.grad()), 1e-3 * d.x.grad().abs().max().item<double>());
+    }
   }
 }
 
@@ -600,7 +606,9 @@ TEST(ResidualNorm, ValuesAndGradientsMatchAutograd) {
         const double tolerance = dtype == at::kFloat ? 1e-5 : 2e-2;
         EXPECT_LT(distance(r.x_XD, sum), 1e-5);
         EXPECT_LT(distance(r.y_XD, y), tolerance * (1 + y.abs().max().item<double>()));
-        if (also_float) EXPECT_LT(distance(r.y_float_XD, y), 1e-5 * (1 + y.abs().max().item<double>()));
+        if (also_float) {
+          EXPECT_LT(distance(r.y_float_XD, y), 1e-5 * (1 + y.abs().max().item<double>()));
+        }
         const at::Tensor gx = randn(shape, 4), gy = randn(shape, 5, dtype);
         at::Tensor loss = (r.x_XD * gx).sum() + (r.y_XD * gy).sum().to(at::kFloat), exact = (sum * gx.to(at::kDouble)).sum() + (y * gy.to(at::kDouble)).sum();
         if (also_float) loss = loss + (r.y_float_XD * gx).sum(), exact = exact + (y * gx.to(at::kDouble)).sum();
