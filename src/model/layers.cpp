@@ -29,36 +29,20 @@ struct Projection {
 
 // Linear layers that share their input, each with the low-rank terms of its site.
 std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX, std::initializer_list<Projection> projections) {
-  std::vector<k::FrozenLinearWeight> weights;
-  for (const auto& p : projections) weights.push_back({p.weight, p.bias, p.panels});
-  std::vector<at::Tensor> out = k::frozen_linear(x_TX, weights);
-  if (!call.adapters) return out;
-  // A modality's rows are gathered, and kept for the backward pass, once for all terms.
   const auto& tokens_of = call.facts->modality_tokens;
-  std::vector<at::Tensor> rows_of_group(tokens_of.size());
-  const auto rows_of = [&](int64_t m) {
-    at::Tensor& rows = rows_of_group[size_t(m)];
-    if (!rows.defined()) rows = x_TX.index_select(0, tokens_of[m]);
-    return rows;
-  };
-  auto y = out.begin();
+  std::vector<k::AdaptedLinear> layers;
   for (const auto& p : projections) {
+    layers.push_back({{p.weight, p.bias, p.panels}, {}});
+    if (!call.adapters) continue;
     for (const LowRank& term : call.adapters->at(layer, p.site)) {
-      const at::Tensor A = term.A.to(x_TX.scalar_type()), B = term.B.to(x_TX.scalar_type());
-      const auto delta = [&](const at::Tensor& x) { return at::linear(at::linear(x, A), B) * term.scale; };
-      if (call.options.gate == Gate::all) {
-        *y = *y + delta(x_TX);
-        continue;
-      }
-      for (int64_t m = 0; m < int64_t(tokens_of.size()); ++m) {
-        if (!acts(call, term, m) || tokens_of[m].size(0) == 0) continue;
-        // Only the modality's rows are touched; each index occurs once, so the sum has one order.
-        *y = y->index_add(0, tokens_of[m], delta(rows_of(m)));
-      }
+      k::LinearLowRank t{term.A, term.B, term.scale, {}};
+      if (call.options.gate == Gate::all) t.groups = {0};
+      for (int64_t m = 0; call.options.gate != Gate::all && m < int64_t(tokens_of.size()); ++m)
+        if (acts(call, term, m) && tokens_of[size_t(m)].size(0) > 0) t.groups.push_back(m);
+      if (!t.groups.empty()) layers.back().terms.push_back(std::move(t));
     }
-    ++y;
   }
-  return out;
+  return k::adapted_linear(x_TX, layers, call.options.gate == Gate::all ? std::vector<at::Tensor>(1) : tokens_of);
 }
 
 std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site site) {

@@ -189,6 +189,30 @@ TEST(CudaKernels, TextRowsKeepTheBaseBitsAndAnIdleExpertGetsZero) {
     }
 }
 
+TEST(CudaKernels, RoutingSumsAndAddedRowsEqualTheHosts) {
+  MOEGRAFT_NEEDS_GPU();
+  for (const auto& [T, E, K, M] : {std::tuple(1, 4, 2, 1), std::tuple(33, 7, 1, 2), std::tuple(700, 128, 8, 2)}) {
+    const Routed r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
+    const at::Tensor modality = at::arange(T, at::kLong) % M, host = at::zeros({M, 2 * E + 3}, at::kDouble);
+    const auto sums = [&] {
+      const at::Tensor to = gpu(at::zeros_like(host)), probs = gpu(r.probs_TE), ids = gpu(r.ids_TK), of = gpu(modality);
+      const NoWaiting guard;
+      kernels::add_routing_sums(to, probs, ids, of);
+      return to;
+    };
+    Host::add_routing_sums(host, r.probs_TE, r.ids_TK, modality);
+    const at::Tensor once = sums();
+    EXPECT_LT(distance(cpu(once), host), 1e-4) << "logarithms of two libraries";
+    EXPECT_TRUE(at::equal(once, sums()));
+  }
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor from = randn({400, 64}, 3, dtype), rows = at::arange(400) * 2 + 1, to = randn({801, 64}, 4, dtype), on_device = gpu(to);
+    add_rows(gpu(from), gpu(rows), on_device, 2.0);  // times a power of two: a fused multiplication rounds nothing else
+    Host::add_rows(from, rows, to, 2.0);
+    EXPECT_TRUE(same(on_device, to));
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ as the decoder calls them
 
 TEST(CudaKernels, PublicOperationsEqualTheCpus) {

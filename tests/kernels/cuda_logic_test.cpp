@@ -114,6 +114,19 @@ TEST(CudaLogic, RoutingSumsAreTheHostsAndCountsExact) {
   EXPECT_LT(distance(sums, at::tensor({1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25, 1.0, 1.0, 0.0}, at::kDouble).view({2, 11})), 1e-7);
 }
 
+TEST(CudaLogic, AddedRowsAreRoundedOnceAndOthersUntouched) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    for (const int64_t width : {8, 24, 5}) {
+      const at::Tensor from = randn({4, width}, 3, dtype), rows = at::tensor({6, 0, 3, 2}, at::kLong), to = randn({7, width}, 4, dtype), before = to.clone();
+      Host::add_rows(from, rows, to, 2.0);  // a power of two: whether the product is fused with the sum makes no difference
+      const at::Tensor expected = before.clone();
+      expected.index_copy_(0, rows, (before.index_select(0, rows).to(at::kFloat) + 2.0f * from.to(at::kFloat)).to(dtype));
+      EXPECT_TRUE(at::equal(to, expected));
+      Host::add_rows(at::empty({0, width}, from.options()), at::empty({0}, at::kLong), to);
+      EXPECT_TRUE(at::equal(to, expected));
+    }
+}
+
 TEST(CudaLogic, RmsNormMatchesAutograd) {
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {3, 4, 24}, {133, 192}, {2, 2056}, {0, 8}})
     for (const bool residual : {false, true}) {

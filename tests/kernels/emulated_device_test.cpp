@@ -52,6 +52,107 @@ TEST(EmulatedDevice, RoutingStatisticsAreTwoLaunches) {
   EXPECT_GT(host, 10);
 }
 
+// adapted_linear: the host's composition is the reference.
+struct LinearCase {
+  std::vector<std::vector<std::vector<int64_t>>> groups;  // of each layer's terms
+  bool every_row, bias;
+};
+const std::vector<LinearCase> kLinearCases{
+    {{{{1}}, {{1}}, {{1}}}, false, false},       // q, k, v of one modality
+    {{{{0}}}, true, true},                       // an open gate
+    {{{{1}, {1, 2}}, {}, {{2}}}, false, true},   // two terms on one layer, one of them on two modalities; a layer without any
+    {{{{0, 1, 2}}, {{2}}}, false, false},        // text adapted too
+};
+
+std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::ScalarType masters, bool use_all) {
+  const at::Tensor x = randn({40, 16}, 1, dtype).set_requires_grad(true);
+  std::vector<at::Tensor> leaves{x};
+  const at::Tensor modality = at::arange(40) * 3 % 7 % 3;
+  std::vector<at::Tensor> rows;
+  for (int64_t m = 0; m < 3; ++m) rows.push_back(c.every_row ? at::Tensor() : at::nonzero(modality == m).view({-1}));
+  std::vector<AdaptedLinear> layers;
+  uint64_t seed = 2;
+  for (const auto& terms : c.groups) {
+    const int64_t out = 8 + 16 * int64_t(layers.size());
+    layers.push_back({{randn({out, 16}, seed++, dtype) * 0.3, c.bias ? randn({out}, seed++, dtype) : at::Tensor(), nullptr}, {}});
+    for (const auto& groups : terms) {
+      const int64_t rank = 3 + int64_t(seed % 3);
+      leaves.push_back((randn({rank, 16}, seed++) * 0.3).to(masters).set_requires_grad(true));
+      leaves.push_back((randn({out, rank}, seed++) * 0.3).to(masters).set_requires_grad(true));
+      layers.back().terms.push_back({leaves[leaves.size() - 2], leaves.back(), 1.5, groups});
+    }
+  }
+  std::vector<at::Tensor> out = adapted_linear(x, layers, rows);
+  at::Tensor objective = at::zeros({}, at::kFloat);
+  for (size_t i = 0; i < out.size(); ++i)
+    if (use_all || i == 0) objective = objective + (out[i].to(at::kFloat) * randn(out[i].sizes(), 90 + i)).sum();
+  objective.backward();
+  for (at::Tensor& y : out) y = y.detach();
+  for (const at::Tensor& leaf : leaves) out.push_back(leaf.grad().defined() ? leaf.grad() : at::zeros_like(leaf));
+  return out;
+}
+
+TEST(EmulatedDevice, AdaptedLinearEqualsTheHosts) {
+  for (const auto& c : kLinearCases)
+    for (const bool use_all : {true, false})
+      for (const auto& [dtype, masters] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kFloat), std::pair(at::kBFloat16, at::kBFloat16)}) {
+        const auto exact = adapted(c, at::kFloat, at::kFloat, use_all), host = adapted(c, dtype, masters, use_all);
+        const Emulation on;
+        const auto device = adapted(c, dtype, masters, use_all);
+        ASSERT_EQ(device.size(), host.size());
+        for (size_t i = 0; i < host.size(); ++i) {
+          EXPECT_EQ(device[i].scalar_type(), host[i].scalar_type());
+          const double error = distance(device[i], exact[i]), scale = 1 + largest(exact[i]);
+          if (dtype == at::kFloat) EXPECT_LT(error, 1e-5 * scale) << "result " << i;
+          else EXPECT_LE(error, 2 * distance(host[i], exact[i]) + 4e-3 * scale) << "result " << i;
+        }
+      }
+}
+
+TEST(EmulatedDevice, AdaptedLinearsGradientsAreThoseOfFiniteDifferences) {
+  const Emulation on;
+  const LinearCase& c = kLinearCases[2];
+  const at::Tensor x = randn({40, 16}, 1), w = randn({8, 16}, 2), seeds = randn({40, 8}, 3);
+  std::vector<at::Tensor> rows;
+  for (int64_t m = 0; m < 3; ++m) rows.push_back(at::nonzero(at::arange(40) * 3 % 7 % 3 == m).view({-1}));
+  std::vector<at::Tensor> leaves{x, randn({3, 16}, 4), randn({8, 3}, 5), randn({4, 16}, 6), randn({8, 4}, 7)};
+  const auto objective = [&] {
+    return (adapted_linear(leaves[0], {{{w, {}, nullptr}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}}, rows)[0] * seeds).sum();
+  };
+  for (auto& leaf : leaves) leaf.set_requires_grad(true);
+  objective().backward();
+  const at::NoGradGuard no_grad;
+  for (auto& leaf : leaves) {
+    const at::Tensor direction = randn(leaf.sizes(), 9), before = leaf.detach().clone();
+    const double h = 1e-2, expected = (leaf.grad() * direction).sum().item<double>();
+    leaf.copy_(before + h * direction);
+    const double up = objective().item<double>();
+    leaf.copy_(before - h * direction);
+    const double down = objective().item<double>();
+    leaf.copy_(before);
+    EXPECT_NEAR((up - down) / (2 * h), expected, 2e-3 * (1 + std::abs(expected)));  // the objective is linear in each leaf: only float32's rounding is left
+  }
+}
+
+TEST(EmulatedDevice, AdaptedLinearKeepsTheBitsOfRowsOnWhichNothingActs) {
+  const Emulation on;
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = randn({20, 16}, 1, dtype), w = randn({24, 16}, 2, dtype), rows = at::tensor({3, 4, 19}, at::kLong);
+    const std::vector<at::Tensor> groups{at::Tensor(), rows};
+    const at::Tensor y = adapted_linear(x, {{{w, {}, nullptr}, {{randn({2, 16}, 3), randn({24, 2}, 4), 1.5, {1}}}}}, groups)[0], base = frozen_linear(x, {{w, {}, nullptr}})[0];
+    for (int64_t t = 0; t < 20; ++t) EXPECT_EQ(at::equal(y[t], base[t]), t != 3 && t != 4 && t != 19) << "row " << t;
+  }
+}
+
+TEST(EmulatedDevice, AdaptedLinearLaunchesLessThanItsComposition) {
+  const at::Tensor x = randn({40, 16}, 1, at::kBFloat16), w = randn({24, 16}, 2, at::kBFloat16), A = randn({4, 16}, 3), B = randn({24, 4}, 4), rows = at::arange(3, 30);
+  const AdaptedLinear layer{{w, {}, nullptr}, {{A, B, 1.5, {0}}}};
+  const auto count = [&] { return launches([&] { adapted_linear(x, {layer, layer, layer}, {rows}); }); };
+  const int64_t host = count();
+  const Emulation on;
+  EXPECT_LT(3 * count(), 2 * host) << "one thin product for all, no scaling, sums in place; all casts at once";
+}
+
 }  // namespace
 }  // namespace moegraft::kernels::cuda
 

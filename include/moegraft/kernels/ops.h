@@ -38,6 +38,20 @@ struct FrozenLinearWeight {
 };
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights);
 
+// One low-rank term of a linear layer: y += scale * (x A^T) B^T on the rows of its groups.
+struct LinearLowRank {
+  at::Tensor A_PK, B_NP;  // float32 (masters) or the compute dtype
+  double scale = 1.0;
+  std::vector<int64_t> groups;  // in rows_of_group, none of them empty
+};
+struct AdaptedLinear {
+  FrozenLinearWeight base;
+  std::vector<LinearLowRank> terms;
+};
+// frozen_linear with terms. rows_of_group: each group's rows, int64, each at most once; undefined: every row. A row on which no term acts has frozen_linear's
+// bits. Differentiable in x and the factors (and in the weights where they are leaves).
+std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group);
+
 // Whether rows of a frozen product on the CPU get the same bits whatever rows are beside them: tried on this machine's own micro-kernels, of every height and
 // width, at each of these depths. False without panels (has none, portable).
 bool rows_stand_alone(at::ScalarType dtype, const std::vector<int64_t>& depths);

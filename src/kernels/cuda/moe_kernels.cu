@@ -24,6 +24,7 @@ MOEGRAFT_FACTOR_KERNELS(bf16, bf16);
 
 #define MOEGRAFT_ROW_KERNELS(T, V)         \
   MOEGRAFT_THREADS(GatherRows<T, V>);      \
+  MOEGRAFT_THREADS(AddRows<T, V>);         \
   MOEGRAFT_THREADS(CombineRows<T, V>);     \
   MOEGRAFT_THREADS(SwigluForward<T, V>);   \
   MOEGRAFT_ROWS(SwigluBackward<T, V>)

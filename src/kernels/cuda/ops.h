@@ -41,6 +41,8 @@ void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, con
 // nearest one (the caller checks; memory stays safe).
 Dispatch make_dispatch(const at::Tensor& ids_TK, int64_t num_experts, const at::Tensor& group_T, int64_t num_groups, int64_t num_rows = -1);
 at::Tensor gather_rows(const at::Tensor& x_TD, const at::Tensor& token_of_row_R);
+// to[rows[i]] += factor * from[i], rounded once; rows int64, each at most once: no atomics, one order. `to` is contiguous, both of one dtype.
+void add_rows(const at::Tensor& from_ND, const at::Tensor& rows_N, const at::Tensor& to_TD, double factor = 1.0);
 // sum_k w[t,k] * y[row(t,k)] in y's dtype; weights float32, undefined: all ones.
 at::Tensor combine(const at::Tensor& y_RD, const at::Tensor& weights_TK, const at::Tensor& row_of_slot_TK);
 

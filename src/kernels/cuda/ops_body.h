@@ -166,6 +166,16 @@ struct Ops {
     return y;
   }
 
+  static void add_rows(const at::Tensor& from_in, const at::Tensor& rows_in, const at::Tensor& to, double factor = 1.0) {
+    const at::Tensor from = from_in.contiguous(), rows = rows_in.contiguous();
+    const int64_t width = to.size(1);
+    MOEGRAFT_INVARIANT(to.is_contiguous() && from.scalar_type() == to.scalar_type() && from.size(1) == width && from.size(0) == rows.size(0), "add_rows: ", from.sizes(), " to ", to.sizes());
+    with_type(to.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      with_pack(packs(width, {from, to}), [&](auto v) { Run::threads(AddRows<T, v()>{in<T>(from), in<int64_t>(rows), out<T>(to), width, float(factor)}, rows.size(0) * (width / v())); });
+    });
+  }
+
   // y + y2 + delta on the rows whose bits meet `acting`; y2, delta, weights may be undefined. All contiguous.
   static at::Tensor combine_sum(const at::Tensor& y, const at::Tensor& y2, const at::Tensor& delta, const at::Tensor& row_bits, uint32_t acting, const at::Tensor& weights,
                                 const at::Tensor& row_of_slot) {

@@ -38,6 +38,10 @@ at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& token_of_row) {
   const c10::DeviceGuard guard(x.device());
   return Device::gather_rows(x, token_of_row);
 }
+void add_rows(const at::Tensor& from, const at::Tensor& rows, const at::Tensor& to, double factor) {
+  const c10::DeviceGuard guard(to.device());
+  Device::add_rows(from, rows, to, factor);
+}
 at::Tensor combine(const at::Tensor& y, const at::Tensor& weights, const at::Tensor& row_of_slot) {
   const c10::DeviceGuard guard(y.device());
   return Device::combine(y, weights, row_of_slot);

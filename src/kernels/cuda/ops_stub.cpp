@@ -19,6 +19,7 @@ at::Tensor route_backward(const Routed&, const at::Tensor&, const at::Tensor&, b
 void add_routing_sums(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
 Dispatch make_dispatch(const at::Tensor&, int64_t, const at::Tensor&, int64_t, int64_t) { missing(); }
 at::Tensor gather_rows(const at::Tensor&, const at::Tensor&) { missing(); }
+void add_rows(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { missing(); }
 at::Tensor combine(const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
 at::Tensor swiglu_forward(const at::Tensor&, const at::Tensor&) { missing(); }
 std::pair<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }

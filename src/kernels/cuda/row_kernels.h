@@ -19,6 +19,26 @@ struct GatherRows {
   }
 };
 
+// One thread per (row, V columns): to[place_of_row[row]] += factor * from[row], rounded once. No two rows have one place.
+template <class T, int V>
+struct AddRows {
+  const T* from;
+  const int64_t* place_of_row;
+  T* to;
+  int64_t width;
+  float factor;
+
+  MOEGRAFT_HD void operator()(int64_t i) const {
+    const int64_t packs = width / V, row = i / packs, column = i % packs * V;
+    T* place = to + place_of_row[row] * width + column;
+    float value[V], more[V];
+    load<V>(place, value);
+    load<V>(from + row * width + column, more);
+    for (int v = 0; v < V; ++v) value[v] += factor * more[v];
+    store<V>(value, place);
+  }
+};
+
 // One thread per (token, V columns): out[t] = sum_k w[t,k] * (y + y2 + delta)[row(t,k)], in the order of k. y2 and delta may be null; delta counts on rows
 // whose bits meet `acting` only, so that other rows keep the very bits of the sum without it. weights null: all ones.
 template <class T, int V>
