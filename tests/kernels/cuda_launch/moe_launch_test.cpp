@@ -122,6 +122,15 @@ struct Case<GatherRows<T, V>> {
 };
 
 template <class T, int V>
+struct Case<AddRows<T, V>> {
+  template <class Run>
+  static void run(Arrays& a, int64_t rows) {
+    const int64_t D = 5 * V;  // each place at most once
+    Run::threads(AddRows<T, V>{a.random<T>(rows * D), a.fill<int64_t>(rows, [&](int64_t r) { return 2 * (rows - 1 - r); }), a.random<T>(2 * rows * D), D, 1.5f}, rows * (D / V));
+  }
+};
+
+template <class T, int V>
 struct Case<CombineRows<T, V>> {
   template <class Run>
   static void run(Arrays& a, int64_t tokens) {
