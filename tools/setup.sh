@@ -86,6 +86,7 @@ case $profile in
 esac
 [ "$arrow" = 0 ] || requirements+=(third_party/requirements-arrow.txt)
 if [ "$cuda" = 1 ] && [ -z "$own_torch" ]; then
+  requirements+=(third_party/requirements-cudnn-frontend.txt)
   [ "$profile" = tests ] || requirements+=(third_party/requirements-cuda.txt)
   [ -n "${CUDACXX:-}" ] || command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || requirements+=(third_party/requirements-cuda-toolkit.txt)
 fi
@@ -106,6 +107,7 @@ if [ -x "$venv/bin/python" ]; then
     case $file in
       *runtime*) needed=3000 size="0.6 GB to load" options=(--no-deps) ;;
       *arrow*) needed=400 size="55 MB to load" options=(--no-deps) ;;
+      *cudnn-frontend*) needed=100 size="11 MB to load" options=(--no-deps) ;;
       *cuda-toolkit*) needed=1000 size="0.2 GB to load" options=(--no-deps) ;;
       *cuda*) needed=6000 size="1.6 GB to load" options=(--no-deps) ;;
       *) needed=12000 size="2.5 GB to load, a few minutes" options=(-c third_party/constraints.txt) ;;

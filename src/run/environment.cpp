@@ -7,6 +7,7 @@
 #include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
 #include "moegraft/kernels/cpu.h"
+#include "moegraft/kernels/device_numerics.h"
 #include "moegraft/run/run_dir.h"
 
 namespace moegraft::run {
@@ -33,10 +34,13 @@ std::string checksum_of_executable() {
 
 std::map<std::string, std::string> describe_environment(const std::string& device) {
   static const std::string binary = checksum_of_executable();  // all of a large file: read once
-  return {{"binary", binary},                         {"libtorch", TORCH_VERSION},
+  std::map<std::string, std::string> out{{"binary", binary},                         {"libtorch", TORCH_VERSION},
           {"processor", processor_name()},            {"instructions", at::get_cpu_capability()},
           {"cpu_path", kernels::cpu_kernels().path},  {"threads", std::to_string(at::get_num_threads())},
           {"device", device}};
+  const std::string attention = kernels::describe_device_attention();
+  if (device.starts_with("cuda")) out["attention"] = attention.substr(0, attention.find(' '));  // the kernel, without the reason
+  return out;
 }
 
 }  // namespace moegraft::run

@@ -1,11 +1,17 @@
 // The device kernels on a GPU: against the same functors on the host and against plain ATen in double, twice for equal bits, and without waiting for the
 // device. Everything here needs a GPU and skips without one; it has not run on one yet. bf16 is bounded by what plain bf16 ATen makes of the same inputs.
+#include <functional>
+
 #include "../support/gpu.h"
 #include "cuda_cases.h"
 #include "kernels/attention.h"
 
 #ifdef MOEGRAFT_HAVE_CUDA
 #include <c10/cuda/CUDAFunctions.h>
+
+#include "kernels/cuda/attention_choice.h"
+#include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cuda/device_run.h"
 #endif
 
 namespace moegraft::kernels::cuda {
@@ -237,19 +243,23 @@ at::Tensor plain_attention(const AttentionProblem& p, const at::Tensor& q, const
   return at::cat(out, 0);
 }
 
-TEST(CudaKernels, FlashAttentionWithGradients) {
-  MOEGRAFT_NEEDS_GPU();
-  struct Case {
-    std::vector<int64_t> cu_q, cu_kv;
-    int64_t H, G, C, window;
-  };
-  for (const auto& c : std::vector<Case>{{{0, 1}, {0, 1}, 1, 1, 8, 0},
-                                         {{0, 1, 1, 2}, {0, 1, 1, 2}, 4, 2, 16, 0},  // one query each, or none
-                                         {{0, 5, 5, 18, 19}, {0, 5, 5, 18, 19}, 6, 2, 16, 0},
-                                         {{0, 40, 45}, {0, 40, 45}, 4, 4, 64, 7},
-                                         {{0, 300, 1000}, {0, 300, 1000}, 8, 1, 128, 0},
-                                         {{0, 10, 14}, {0, 25, 60}, 4, 2, 32, 0},  // after a prefix
-                                         {{0, 10, 14}, {0, 25, 60}, 4, 2, 32, 5}}) {
+struct AttentionCase {
+  std::vector<int64_t> cu_q, cu_kv;
+  int64_t H, G, C, window;
+};
+const std::vector<AttentionCase> kAttentionCases{{{0, 1}, {0, 1}, 1, 1, 8, 0},
+                                                 {{0, 1, 1, 2}, {0, 1, 1, 2}, 4, 2, 16, 0},  // one query each, or none
+                                                 {{0, 5, 5, 18, 19}, {0, 5, 5, 18, 19}, 6, 2, 16, 0},
+                                                 {{0, 40, 45}, {0, 40, 45}, 4, 4, 64, 7},
+                                                 {{0, 300, 1000}, {0, 300, 1000}, 8, 1, 128, 0},
+                                                 {{0, 10, 14}, {0, 25, 60}, 4, 2, 32, 0},  // after a prefix
+                                                 {{0, 10, 14}, {0, 25, 60}, 4, 2, 32, 5}};
+
+// serves: of a problem on the GPU. Twice, for equal bits.
+void check_attention(const std::function<bool(const AttentionProblem&)>& serves, const std::function<AttentionOutput(const AttentionProblem&)>& forward,
+                     const std::function<AttentionGradients(const AttentionProblem&, const AttentionOutput&, const at::Tensor&)>& backward) {
+  int served = 0;
+  for (const auto& c : kAttentionCases) {
     AttentionProblem p{randn({c.cu_q.back(), c.H, c.C}, 1).to(at::kBFloat16), randn({c.cu_kv.back(), c.G, c.C}, 2).to(at::kBFloat16), randn({c.cu_kv.back(), c.G, c.C}, 3).to(at::kBFloat16),
                        c.cu_q, c.cu_kv, c.window, 0.3};
     std::vector<at::Tensor> exact{wide(p.q_THC), wide(p.k_SGC), wide(p.v_SGC)};
@@ -257,21 +267,50 @@ TEST(CudaKernels, FlashAttentionWithGradients) {
     const auto expected = torch::autograd::grad({z}, exact, {dout.to(at::kDouble)});
     AttentionProblem d = p;
     d.q_THC = gpu(p.q_THC), d.k_SGC = gpu(p.k_SGC), d.v_SGC = gpu(p.v_SGC);
-    if (!attention_cuda_serves(d.q_THC)) GTEST_SKIP() << "this GPU is older than Ampere: attention runs per sequence through ATen";
-    const at::Tensor dout_d = gpu(dout);
-    const auto run = [&] {
-      const NoWaiting guard;
-      const AttentionOutput out = attention_forward_cuda(d);
-      const AttentionGradients g = attention_backward_cuda(d, out, dout_d);
-      return std::vector<at::Tensor>{out.out_THC, g.q_THC, g.k_SGC, g.v_SGC};
-    };
-    const auto once = run(), again = run();
-    EXPECT_LT(distance(cpu(once[0]), z), 1e-2 * (1 + largest(z)));
-    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(cpu(once[i + 1]), expected[i]), 2e-2 * (1 + largest(expected[i]))) << "input " << i << ", window " << c.window;
-    for (size_t i = 0; i < once.size(); ++i) EXPECT_TRUE(at::equal(once[i], again[i])) << "result " << i;
-    EXPECT_FALSE(at::globalContext().deterministicAlgorithms());
+    const auto lengths = [](const std::vector<int64_t>& cu) { return gpu(at::tensor(at::ArrayRef<int64_t>(cu), at::kInt)); };
+    for (const bool given : {false, true}) {  // the lengths, on the device
+      if (given) d.on_device = {lengths(c.cu_q), lengths(c.cu_kv)};
+      if (!serves(d)) continue;
+      ++served;
+      const at::Tensor dout_d = gpu(dout);
+      const auto run = [&] {
+        const NoWaiting guard;
+        const AttentionOutput out = forward(d);
+        const AttentionGradients g = backward(d, out, dout_d);
+        return std::vector<at::Tensor>{out.out_THC, g.q_THC, g.k_SGC, g.v_SGC};
+      };
+      const auto once = run(), again = run();
+      EXPECT_LT(distance(cpu(once[0]), z), 1e-2 * (1 + largest(z)));
+      for (int i = 0; i < 3; ++i) EXPECT_LT(distance(cpu(once[i + 1]), expected[i]), 2e-2 * (1 + largest(expected[i]))) << "input " << i << ", window " << c.window;
+      for (size_t i = 0; i < once.size(); ++i) EXPECT_TRUE(at::equal(once[i], again[i])) << "result " << i;
+      EXPECT_FALSE(at::globalContext().deterministicAlgorithms());
+    }
   }
+  if (served == 0) GTEST_SKIP() << "this GPU or build has no such attention";
 }
+
+TEST(CudaKernels, FlashAttentionWithGradients) {
+  MOEGRAFT_NEEDS_GPU();
+  check_attention([](const AttentionProblem& p) { return attention_cuda_serves(p.q_THC); }, attention_forward_cuda, attention_backward_cuda);
+}
+
+#ifdef MOEGRAFT_HAVE_CUDA
+TEST(CudaKernels, CudnnAttentionWithGradients) {
+  MOEGRAFT_NEEDS_GPU();
+  const auto serves = [](const AttentionProblem& p) {
+    AttentionShape shape = attention_shape(p);
+    shape.generation = device_generation(0);
+    shape.cudnn_version = cudnn_attention_version();
+    return choose_attention(shape, "cudnn").kernel == DeviceAttention::cudnn;
+  };
+  const auto forward = [](const AttentionProblem& p) {
+    if (p.on_device.cu_q.defined()) return attention_forward_cudnn(p, p.on_device);
+    const auto copied = [](const std::vector<int64_t>& cu) { return at::tensor(at::ArrayRef<int64_t>(cu), at::kInt).pin_memory().to(at::kCUDA, /*non_blocking=*/true); };
+    return attention_forward_cudnn(p, {copied(p.cu_q), copied(p.cu_kv)});
+  };
+  check_attention(serves, forward, attention_backward_cudnn);
+}
+#endif
 
 TEST(CudaKernels, CachedAttentionContinuesWhatPackedComputes) {
   MOEGRAFT_NEEDS_GPU();

@@ -86,6 +86,28 @@ function(moegraft_collectives)
   endif()
 endfunction()
 
+# cuDNN's attention on a GPU: header-only (the wheel nvidia-cudnn-frontend) over the libcudnn and libnvrtc that LibTorch loads, with the headers of that libcudnn.
+# Without them the build has LibTorch's flash kernel alone.
+function(moegraft_cudnn_attention)
+  if(NOT MOEGRAFT_CUDA)
+    return()
+  endif()
+  find_path(MOEGRAFT_CUDNN_FRONTEND_INCLUDE cudnn_frontend.h HINTS ${MOEGRAFT_TORCH_ROOT}/../include DOC "Folder that holds cudnn_frontend.h (the wheel nvidia-cudnn-frontend)")
+  find_path(MOEGRAFT_CUDNN_INCLUDE cudnn.h HINTS ${MOEGRAFT_TORCH_ROOT}/../nvidia/cudnn/include ${CUDAToolkit_INCLUDE_DIRS} DOC "Folder that holds cudnn.h (the wheel nvidia-cudnn-cu13)")
+  find_library(MOEGRAFT_CUDNN_LIBRARY NAMES libcudnn.so.9 cudnn HINTS ${MOEGRAFT_TORCH_ROOT}/../nvidia/cudnn/lib ${MOEGRAFT_TORCH_ROOT}/lib DOC "libcudnn.so.9, the one that LibTorch loads")
+  file(GLOB wheels ${MOEGRAFT_TORCH_ROOT}/../nvidia/cu*/lib)
+  find_library(MOEGRAFT_NVRTC_LIBRARY NAMES libnvrtc.so.13 nvrtc HINTS ${wheels} ${CUDAToolkit_LIBRARY_DIR} DOC "libnvrtc.so.13, which cudnn-frontend's own kernels are compiled with")
+  if(NOT MOEGRAFT_CUDNN_FRONTEND_INCLUDE OR NOT MOEGRAFT_CUDNN_INCLUDE OR NOT MOEGRAFT_CUDNN_LIBRARY OR NOT MOEGRAFT_NVRTC_LIBRARY)
+    message(STATUS "cuDNN attention: off (cudnn_frontend.h, cudnn.h, libcudnn.so.9 or libnvrtc.so.13 not found); attention on a GPU is LibTorch's flash kernel")
+    return()
+  endif()
+  message(STATUS "cuDNN attention: ${MOEGRAFT_CUDNN_FRONTEND_INCLUDE}")
+  set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/cuda/cudnn_attention.cpp PROPERTIES COMPILE_DEFINITIONS MOEGRAFT_HAVE_CUDNN_FRONTEND=1
+                              INCLUDE_DIRECTORIES "${MOEGRAFT_CUDNN_FRONTEND_INCLUDE};${MOEGRAFT_CUDNN_INCLUDE}" COMPILE_OPTIONS "-Wno-all;-Wno-extra")
+  # As options: the folders are in the run path already, and beside a toolkit's own CMake finds no order for them.
+  target_link_libraries(moegraft_kernels PRIVATE "-Wl,${MOEGRAFT_CUDNN_LIBRARY},${MOEGRAFT_NVRTC_LIBRARY}")
+endfunction()
+
 # The command-line tool: tools/moegraft/*.cpp, one file per subcommand.
 function(moegraft_binary)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tools/moegraft/*.cpp)

@@ -18,6 +18,7 @@
 #include "moegraft/graft/calibration.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/kernels/device_numerics.h"
 #include "moegraft/model/device.h"
 #include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
@@ -147,6 +148,7 @@ void run(const Options& o) {
     }
   }
   out["cpu"] = describe_cpu();
+  if (const std::string attention = kernels::describe_device_attention(); !attention.empty()) out["gpu"] = {{"attention", attention}};
   if (o.json) std::cout << out.dump() << '\n';
   else print(out, 0);
 }

@@ -1,5 +1,5 @@
-// Flash attention over packed sequences and over a cache, by the library's kernels (attention_stub.cpp where CUDA is off). Grouped queries and sequences of
-// any lengths in one launch.
+// Attention over packed sequences and over a cache by the library's flash kernels, or cuDNN's for packed sequences where choose_attention says so
+// (attention_stub.cpp where CUDA is off). Grouped queries and sequences of any lengths in one launch.
 // Not at::_cudnn_attention_*, whose kernels are faster: in LibTorch 2.11 its packed backward takes the head's width for the longest sequence's length and reads
 // out of bounds beyond it (pytorch#186142, mended later); nor does it ask for a deterministic backward, and it plans anew for every shape.
 
@@ -10,6 +10,8 @@
 #include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "attention_choice.h"
+#include "cudnn_attention.h"
 #include "device_run.h"
 
 namespace moegraft::kernels {
@@ -56,6 +58,15 @@ DeviceLengths lengths_of(const AttentionProblem& p) {
   return {cu_q, p.on_device.cu_kv.defined() ? p.on_device.cu_kv : p.cu_kv == p.cu_q ? cu_q : to_device(p.cu_kv, device)};
 }
 
+// The same for both passes of a problem.
+bool goes_to_cudnn(const AttentionProblem& p) {
+  if (wanted_attention().empty()) return false;
+  AttentionShape shape = attention_shape(p);
+  shape.generation = cuda::device_generation(p.q_THC.device().index());
+  shape.cudnn_version = cudnn_attention_version();
+  return choose_attention(shape, wanted_attention()).kernel == DeviceAttention::cudnn;
+}
+
 // The first sequences of a cache [B, S, G, C], as one packed tensor with room between them.
 at::Tensor end_to_end(const at::Tensor& cache, int64_t sequences) { return cache.narrow(0, 0, sequences).reshape({sequences * cache.size(1), cache.size(2), cache.size(3)}); }
 
@@ -77,7 +88,9 @@ bool attention_cuda_serves(const at::Tensor& q) {
 
 AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
   const c10::DeviceGuard guard(p.q_THC.device());
-  const auto [cu_q, cu_kv] = lengths_of(p);
+  const DeviceLengths lengths = lengths_of(p);
+  if (goes_to_cudnn(p)) return attention_forward_cudnn(p, lengths);
+  const auto& [cu_q, cu_kv] = lengths;
   auto [out, lse_HT, rng_state, unused, debug] =
       at::_flash_attention_forward(p.q_THC, p.k_SGC, p.v_SGC, cu_q, cu_kv, bound(p.cu_q, false), longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false, p.scale,
                                    left(p.window), right(p.window));
@@ -86,6 +99,7 @@ AttentionOutput attention_forward_cuda(const AttentionProblem& p) {
 
 AttentionGradients attention_backward_cuda(const AttentionProblem& p, const AttentionOutput& output, const at::Tensor& dout) {
   const c10::DeviceGuard guard(p.q_THC.device());
+  if (goes_to_cudnn(p)) return attention_backward_cudnn(p, output, dout);
   const DeterministicAlgorithms deterministic;
   auto [dq, dk, dv] = at::_flash_attention_backward(dout, p.q_THC, p.k_SGC, p.v_SGC, output.out_THC, output.lse_TH.transpose(0, 1), output.extra[0], output.extra[1], bound(p.cu_q, false),
                                                     longest(p.cu_kv), /*dropout_p=*/0.0, /*is_causal=*/true, output.extra[2], output.extra[3], p.scale, left(p.window), right(p.window));

@@ -1,6 +1,7 @@
 #include "device_run.cuh"
 #include "dispatch_kernels.h"
 #include "row_kernels.h"
+#include "sequence_kernels.h"
 #include "swiglu_kernels.h"
 
 namespace moegraft::kernels::cuda {
@@ -8,6 +9,7 @@ namespace moegraft::kernels::cuda {
 MOEGRAFT_THREADS(CountSlots);
 MOEGRAFT_THREADS(PlaceSlots);
 MOEGRAFT_THREADS(BucketOffsets);
+MOEGRAFT_THREADS(SequenceOffsets);
 MOEGRAFT_THREADS(SlotsToRows);
 MOEGRAFT_THREADS(RowsToSlots);
 MOEGRAFT_THREADS(RowBits);

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/dispatch_kernels.h"
 #include "kernels/cuda/row_kernels.h"
+#include "kernels/cuda/sequence_kernels.h"
 #include "kernels/cuda/swiglu_kernels.h"
 
 namespace moegraft::kernels::cuda {
@@ -118,6 +119,21 @@ struct Case<GatherRows<T, V>> {
     const int64_t D = 5 * V, tokens = 9;
     Run::threads(GatherRows<T, V>{a.random<T>(tokens * D), a.fill<int32_t>(rows, [&](int64_t) { return a.below(tokens); }), a.empty<T>(rows * D), D},
                  rows * (D / V));
+  }
+};
+
+// `bucket` sequences and one more; of those there are some are empty.
+template <>
+struct Case<SequenceOffsets> {
+  template <class Run>
+  static void run(Arrays& a, int64_t bucket) {
+    const int64_t sequences = bucket / 2;
+    const auto lengths = [&](int32_t most) {
+      return a.fill<int32_t>(sequences + 1, [&, end = int32_t{0}](int64_t i) mutable { return end += i ? int32_t(i * 3 % most) : 0; });
+    };
+    Run::threads(SequenceOffsets{lengths(7), lengths(11), sequences, bucket, 24, 8, 3, a.empty<int32_t>(bucket), a.empty<int32_t>(bucket),
+                                 a.empty<int32_t>(bucket + 1), a.empty<int32_t>(bucket + 1), a.empty<int32_t>(bucket + 1)},
+                 bucket + 1);
   }
 };
 
