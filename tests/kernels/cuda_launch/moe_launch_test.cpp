@@ -128,8 +128,9 @@ struct Case<SequenceOffsets> {
   template <class Run>
   static void run(Arrays& a, int64_t bucket) {
     const int64_t sequences = bucket / 2;
-    const auto lengths = [&](int32_t most) {
-      return a.fill<int32_t>(sequences + 1, [&, end = int32_t{0}](int64_t i) mutable { return end += i ? int32_t(i * 3 % most) : 0; });
+    const auto lengths = [&](int64_t most) {
+      int64_t end = 0;
+      return a.fill<int32_t>(sequences + 1, [&](int64_t i) { return end += i * 3 % most; });
     };
     Run::threads(SequenceOffsets{lengths(7), lengths(11), sequences, bucket, 24, 8, 3, a.empty<int32_t>(bucket), a.empty<int32_t>(bucket),
                                  a.empty<int32_t>(bucket + 1), a.empty<int32_t>(bucket + 1), a.empty<int32_t>(bucket + 1)},
