@@ -27,6 +27,7 @@ prepare() {
   moegraft=$wrapped/moegraft
   export MOEGRAFT_BIN=$moegraft MOEGRAFT_SOURCE_DIR=$root MOEGRAFT_BINARY_DIR=$tree OMP_WAIT_POLICY=PASSIVE MKL_CBWR=AUTO HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=1
   export PYTORCH_ALLOC_CONF=expandable_segments:True
+  on_card || export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # tiny sizes: on a busy machine more threads only wait for each other
 }
 
 # Models in memory where there is room: containers often have 64 MiB there.
@@ -37,6 +38,7 @@ choose_scratch() {
 run_stage() {
   local limit
   case $1 in tests) limit=420 ;; micro) limit=400 ;; step) limit=560 ;; esac
+  on_card || limit=$((2 * limit))
   stage=$1
   prepare
   results=$out/$stage
@@ -54,6 +56,9 @@ note() {
   printf '{"stage": "%s", "part": "%s", "status": "%s", "seconds": %s, "code": %s, "reason": "%s", "device": "%s", "commit": "%s"}\n' "$stage" "$1" "$2" "$3" "$4" "${5//[\"\\]/}" "$device" "$(cat "$tree/commit")" >>"$results/parts.jsonl"
   printf '   %-28s %-8s %4s s  %s\n' "$1" "$2" "$3" "$5"
 }
+# after FILE PART NAME: whether NAME can run, for which PART had to leave FILE.
+after() { [ -e "$1" ] || { skip "$3" "needs $2, which left nothing"; return 1; }; }
+on_card() { [ "$device" = cuda ]; }
 skip() { wanted "$1" && note "$1" skipped 0 0 "$2"; true; }
 wanted() { [ -z "$only" ] || case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
 
@@ -62,6 +67,7 @@ part() {
   local name=$1 limit=$2 file=$3 begin=$SECONDS left=$((deadline - SECONDS)) result=0 log
   shift 3
   wanted "$name" || return 0
+  on_card || limit=$((8 * limit))  # limits are for a card; a CPU may have other work
   [ "$left" -ge 5 ] || { note "$name" skipped 0 0 "no time left in this stage"; return 0; }
   [ "$limit" -le "$left" ] || limit=$left
   log=$results/$name.log

@@ -2,8 +2,6 @@
 
 gpu_tests='*Cuda*:*Nccl*:*Pinned*-*OnTheHost*'
 
-on_card() { [ "$device" = cuda ]; }
-
 # What a host cannot run and what a tool is missing for, with the reason.
 unless_possible() {
   on_card || { skip "$1" "on a CPU there is nothing to look at"; return 0; }
@@ -29,9 +27,9 @@ stage_tests() {
   # A small graft by the commands that a user has: killed, resumed, text drift, and the same losses on the CPU.
   if has_modules safetensors; then
     part graft-model 60 graft-model.json "$python" "$here/make_model.py" "$here/tiny.json" "$scratch_of_stage/base" --device cpu
-    part graft-world 90 - "$python" "$here/make_world.py" "$moegraft" "$scratch_of_stage/base" "$scratch_of_stage/world" --pictures "$(on_card && echo 96 || echo 12)" --size 24 --codec-steps 10 \
+    after "$scratch_of_stage/base/config.json" graft-model graft-world && part graft-world 90 - "$python" "$here/make_world.py" "$moegraft" "$scratch_of_stage/base" "$scratch_of_stage/world" --pictures "$(on_card && echo 96 || echo 12)" --size 24 --codec-steps 10 \
       --sequence-length 128 --tokens-per-step "$(on_card && echo 1024 || echo 256)"
-    part graft 120 graft.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 100 || echo 12)" --beside cpu
+    after "$scratch_of_stage/world/graft.yaml" graft-world graft && part graft 120 graft.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 100 || echo 12)" --beside cpu
   else
     skip graft "this Python has no safetensors"
   fi
@@ -68,6 +66,7 @@ stage_micro() {
   local batch seq cut=$scratch_of_stage/cut
   on_card && batch=1 seq=4096 || batch=2 seq=32
   part peer-model 60 peer-model.json "$python" "$here/make_model.py" "$(config)" "$cut" --layers "$(on_card && echo 4 || echo 2)" --device "$device"
+  after "$cut/config.json" peer-model peer || return 0
   part peer-ours 60 peer-ours.json "$moegraft" bench step "$cut" --dtype bfloat16 --device "$device" --rank 16 --batch $batch --seq $seq --steps 5 --json --matmul "$(on_card && echo 0 || echo 256)"
   part peer 90 peer.json "$python" tests/bench/peer_step.py "$cut" --dtype bfloat16 --device "$device" --rank 16 --batch $batch --seq $seq --steps "$(on_card && echo 5 || echo 2)" --experts grouped_mm
 }
@@ -113,8 +112,10 @@ stage_step() {
   fi
   on_card && layers=8 || layers=2
   part train-model 60 train-model.json "$python" "$here/make_model.py" "$(config)" "$scratch_of_stage/base" --layers $layers --device "$device"
+  after "$scratch_of_stage/base/config.json" train-model train || return 0
   part train-world 60 - "$python" "$here/make_world.py" "$moegraft" "$scratch_of_stage/base" "$scratch_of_stage/world" --pictures "$(on_card && echo 96 || echo 12)" --size "$(on_card && echo 48 || echo 24)" \
     --codec-steps 10 --sequence-length "$(on_card && echo 4096 || echo 128)" --tokens-per-step "$(on_card && echo 16384 || echo 256)" --accumulation 2
+  after "$scratch_of_stage/world/graft.yaml" train-world train || return 0
   part train 150 train.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 20 || echo 12)" --set train.optimizer=adamw_8bit
 }
 
