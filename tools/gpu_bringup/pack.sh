@@ -39,6 +39,8 @@ build_for_hopper() {
   command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] || ls .venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc >/dev/null 2>&1 || die "pack needs nvcc 13 (tools/setup.sh --cuda installs one)"
   echo "== build $1 for sm_90"
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} cmake --preset cuda -B "$1" -DMOEGRAFT_ARROW_ROOT=OFF >"$out/configure.log" || { cat "$out/configure.log" >&2; die "configuring failed"; }
+  ! grep -q '^MOEGRAFT_NCCL_INCLUDE:.*NOTFOUND' "$1/CMakeCache.txt" || die "nccl.h was not found, and the stages try several processes: tools/setup.sh --cuda brings it"
+  ! grep -q '^MOEGRAFT_CUDNN_FRONTEND_INCLUDE:.*NOTFOUND' "$1/CMakeCache.txt" || echo "   cudnn_frontend.h was not found: cuDNN's attention is not built and will not be compared (tools/setup.sh --cuda)"
   # shellcheck disable=SC2086
   cmake --build "$1" --target moegraft $programs
 }

@@ -134,7 +134,7 @@ def kernels(r):
 
 def ops(r):
     rows = []
-    for name in ("ops", "ops-16k"):
+    for name in ("ops", "ops-cudnn", "ops-16k"):
         j = r.json(f"micro/{name}.json")
         for op in j.get("ops", []):
             rows.append([op["op"] + (" + backward" if op["backward"] else ""), j["shape"]["tokens"], number(op["ms"], 3), number(op["plain_ms"], 3), share(op.get("share_of_limit")) if "share_of_limit" in op else "",
