@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "libtorch.h"
+#include "moegraft/kernels/expert_layout.h"
 #include "moegraft/model/decoder.h"
 
 namespace moegraft::model {
@@ -34,24 +35,31 @@ class AlignedModel {
   const std::filesystem::path dir_ = std::filesystem::path(testing::TempDir()) / ("moegraft-aligned-" + std::to_string(::getpid()));
 };
 
-// The host's own layouts of frozen weights are not the device's business.
-class WithoutPanels : public WeightProvider {
+// On the host, weights as a device has them: without the host's own layouts of frozen ones, a layer's experts in one storage.
+class AsOnADevice : public WeightProvider {
  public:
-  explicit WithoutPanels(std::shared_ptr<WeightProvider> weights) : weights_(std::move(weights)) {}
-  at::Tensor embedding_VD() override { return weights_->embedding_VD(); }
-  at::Tensor head_VD() override { return weights_->head_VD(); }
-  at::Tensor final_norm_D() override { return weights_->final_norm_D(); }
+  explicit AsOnADevice(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}
+  at::Tensor embedding_VD() override { return inner_->embedding_VD(); }
+  at::Tensor head_VD() override { return inner_->head_VD(); }
+  at::Tensor final_norm_D() override { return inner_->final_norm_D(); }
   LayerWeights layer(int64_t index) override {
-    LayerWeights w = weights_->layer(index);
+    LayerWeights w = inner_->layer(index);
     w.attention.q_panels = w.attention.k_panels = w.attention.v_panels = w.attention.o_panels = nullptr;
     return w;
   }
-  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override { return weights_->experts(layer, first, count); }
-  at::ScalarType dtype() const override { return weights_->dtype(); }
-  at::Device device() const override { return weights_->device(); }
+  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
+    ExpertWeights w = inner_->experts(layer, first, count);
+    w.panels = nullptr;
+    kernels::join_experts(w.gate_FD, w.up_FD, w.down_DF);
+    return w;
+  }
+  void prefetch(int64_t layer) override { inner_->prefetch(layer); }
+  bool transient() const override { return inner_->transient(); }
+  at::ScalarType dtype() const override { return inner_->dtype(); }
+  at::Device device() const override { return inner_->device(); }
 
  private:
-  std::shared_ptr<WeightProvider> weights_;
+  std::shared_ptr<WeightProvider> inner_;
 };
 
 }  // namespace moegraft::model

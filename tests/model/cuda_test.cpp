@@ -9,9 +9,9 @@
 #include "../support/emulation.h"
 #include "../support/gpu.h"
 #include "../support/paths.h"
+#include "aligned_model.h"
 #include "libtorch.h"
 #include "moegraft/io/safetensors.h"
-#include "moegraft/kernels/expert_layout.h"
 #include "moegraft/model/decoder.h"
 #include "moegraft/model/device.h"
 #include "moegraft/model/random_base.h"
@@ -82,33 +82,6 @@ struct Place {
   bool emulated = false;
 };
 const Place kGpu{at::kCUDA}, kHost{at::kCPU}, kEmulated{at::kCPU, true};
-
-// On the host, weights as a device has them: without the host's own layouts of frozen ones, a layer's experts in one storage.
-class AsOnADevice : public WeightProvider {
- public:
-  explicit AsOnADevice(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}
-  at::Tensor embedding_VD() override { return inner_->embedding_VD(); }
-  at::Tensor head_VD() override { return inner_->head_VD(); }
-  at::Tensor final_norm_D() override { return inner_->final_norm_D(); }
-  LayerWeights layer(int64_t index) override {
-    LayerWeights w = inner_->layer(index);
-    w.attention.q_panels = w.attention.k_panels = w.attention.v_panels = w.attention.o_panels = nullptr;
-    return w;
-  }
-  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
-    ExpertWeights w = inner_->experts(layer, first, count);
-    w.panels = nullptr;
-    kernels::join_experts(w.gate_FD, w.up_FD, w.down_DF);
-    return w;
-  }
-  void prefetch(int64_t layer) override { inner_->prefetch(layer); }
-  bool transient() const override { return inner_->transient(); }
-  at::ScalarType dtype() const override { return inner_->dtype(); }
-  at::Device device() const override { return inner_->device(); }
-
- private:
-  std::shared_ptr<WeightProvider> inner_;
-};
 
 // Factors of rank 8 on all seven sites, gated; float32 masters, as in training.
 class AllSites : public AdapterSites {

@@ -69,7 +69,7 @@ class EmulatedStep : public testing::Test {
  protected:
   EmulatedStep() {
     BaseModel base = model_.load(at::kFloat, at::kCPU);
-    base.weights = std::make_shared<WithoutPanels>(base.weights);
+    base.weights = std::make_shared<AsOnADevice>(base.weights);
     decoder_.emplace(std::move(base));
     const DecoderSpec& s = decoder_->spec();
     terms_ = std::make_shared<AttentionTerms>(s);

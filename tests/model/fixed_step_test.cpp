@@ -103,7 +103,7 @@ TEST(FixedStep, ReplayedOnAnEmulatedDeviceEqualsOrdinaryDecoding) {
   const kernels::Emulation on;
   const AlignedModel model;
   BaseModel base = model.load(at::kFloat, at::kCPU);
-  base.weights = std::make_shared<WithoutPanels>(base.weights);
+  base.weights = std::make_shared<AsOnADevice>(base.weights);
   Decoder decoder(std::move(base));
   const DecoderSpec& s = decoder.spec();
   decoder.attach(std::make_shared<Terms>(s));

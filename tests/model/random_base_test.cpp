@@ -6,6 +6,7 @@
 
 #include <filesystem>
 
+#include "../support/paths.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/model/decoder.h"
@@ -51,7 +52,7 @@ TEST(RandomBase, KeepsActivationsTheirSize) {
 
 // What the benchmarks of a card draw is of the size that its name says.
 TEST(RandomBase, TheLargeConfigIsThatOfAThirtyBillionModel) {
-  const DecoderSpec spec = read_spec_file(std::filesystem::path(MOEGRAFT_SOURCE_DIR) / "tests/bench/gpu/qwen3-30b-a3b.json");
+  const DecoderSpec spec = read_spec_file(std::filesystem::path(test_source_dir()) / "tests/bench/gpu/qwen3-30b-a3b.json");
   EXPECT_EQ(spec.num_parameters(), 30532122624);
   EXPECT_EQ(spec.num_layers, 48);
 }

@@ -290,7 +290,7 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
 
 // The checkpoint that a machine with a card makes for itself: in shards, of a cut, with other sizes.
 TEST_F(Bench, AModelWrittenShardByShardLoads) {
-  const std::string root = MOEGRAFT_SOURCE_DIR, python = testing::reference_python(root, "torch, safetensors");
+  const std::string root = test_source_dir(), python = testing::reference_python(root, "torch, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with torch and safetensors";
   const std::string dir = (*folder_ / "sharded").string(), gpu = root + "/tests/bench/gpu/";
   const auto made = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--layers", "3", "--layers-per-shard", "2", "--set", "vocab_size=300"}).wait();

@@ -4,6 +4,7 @@
 #include "libtorch.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
+#include "support/paths.h"
 #include "support/process.h"
 #include "support/python.h"
 #include "support/tiny_world.h"
@@ -11,7 +12,7 @@
 namespace moegraft {
 namespace {
 
-const std::string kRoot = MOEGRAFT_SOURCE_DIR;
+const std::string kRoot = test_source_dir();
 
 testing::ProcessResult bringup(std::vector<std::string> words, const std::vector<std::string>& environment = {}) {
   words.insert(words.begin(), {"/usr/bin/env", "bash", kRoot + "/tools/gpu_bringup.sh"});
