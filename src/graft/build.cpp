@@ -87,8 +87,6 @@ void initialise_from(adapters::ModalityLora& lora, size_t index, const std::stri
     }
 }
 
-bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && a.init != "kaiming_zero"; }
-
 }  // namespace
 
 bool initialises_by_running(const run::RunConfig& config) { return std::any_of(config.adapters.begin(), config.adapters.end(), needs_calibration); }

@@ -17,6 +17,8 @@ constexpr int64_t kRows = 256;  // beyond them subspaces of the ranks in use har
 
 }  // namespace
 
+bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && a.init != "kaiming_zero"; }
+
 int64_t CalibrationPlan::num_solves() const {
   int64_t sum = 0;
   for (const auto& s : solves) sum += s.count;
@@ -27,7 +29,7 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   CalibrationPlan plan;
   int64_t rank = 0;
   for (const auto& a : config.adapters) {
-    if (a.init == "kaiming_zero" || !a.init_from.empty()) continue;
+    if (!needs_calibration(a)) continue;
     const auto is_in = [&](int64_t layer) { return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end(); };
     int64_t layers = 0;
     for (int64_t l = 0; l < spec.num_layers; ++l) layers += spec.layers[size_t(l)].sparse && is_in(l);

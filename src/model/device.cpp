@@ -3,11 +3,11 @@
 #include "libtorch.h"
 
 #include <c10/core/CachingDeviceAllocator.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <cstring>
 
 #include "moegraft/base/check.h"
+#include "moegraft/kernels/current_device.h"
 
 namespace moegraft::model {
 namespace {
@@ -65,7 +65,7 @@ std::optional<int64_t> free_memory(at::Device device) {
   if (device.is_cpu() || (device.is_cuda() && !torch::cuda::is_available())) return std::nullopt;
   auto* allocator = dynamic_cast<c10::DeviceAllocator*>(c10::GetAllocator(device.type()));
   if (!allocator) return std::nullopt;
-  const auto index = device.has_index() ? device.index() : c10::impl::VirtualGuardImpl(device.type()).getDevice().index();
+  const auto index = device.has_index() ? device.index() : kernels::current_device(device.type()).index();
   return int64_t(allocator->getMemoryInfo(index).first);
 }
 

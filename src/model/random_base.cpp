@@ -7,32 +7,10 @@
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
+#include "resident_weights.h"
 
 namespace moegraft::model {
 namespace {
-
-class RandomWeights : public WeightProvider {
- public:
-  at::Tensor embedding, head, final_norm;
-  Panels head_panels_;
-  std::vector<LayerWeights> layers;
-  std::vector<ExpertWeights> layer_experts;
-  at::ScalarType type = at::kFloat;
-  at::Device where = at::kCPU;
-
-  at::Tensor embedding_VD() override { return embedding; }
-  at::Tensor head_VD() override { return head; }
-  Panels head_panels() override { return head_panels_; }
-  at::Tensor final_norm_D() override { return final_norm; }
-  LayerWeights layer(int64_t index) override { return layers.at(size_t(index)); }
-  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
-    const ExpertWeights& all = layer_experts.at(size_t(layer));
-    MOEGRAFT_INVARIANT(first == 0 && count == all.count(), "a random base is whole: experts ", first, "+", count, " of ", all.count());
-    return all;
-  }
-  at::ScalarType dtype() const override { return type; }
-  at::Device device() const override { return where; }
-};
 
 // Every tensor from a stream of its own.
 class Draw {
@@ -45,8 +23,6 @@ class Draw {
     return at::empty(shape, options_).normal_(0.0, std, generator_);
   }
   at::Tensor linear(at::IntArrayRef shape) { return normal(shape, 1 / std::sqrt(double(shape.back()))); }
-  // Norms of a layer are float32 on a CPU: as load_base keeps them there.
-  at::Tensor wide(const at::Tensor& t) const { return options_.device().is_cpu() ? t.to(at::kFloat) : t; }
   at::Tensor ones(int64_t size) const { return at::ones({size}, options_); }
   at::Tensor zeros(int64_t size) const { return at::zeros({size}, options_); }
 
@@ -63,8 +39,6 @@ AttentionWeights draw_attention(Draw& draw, const DecoderSpec& s) {
   if (s.attention_bias) a.q_bias = draw.zeros(q), a.k_bias = draw.zeros(kv), a.v_bias = draw.zeros(kv), a.o_bias = draw.zeros(D);
   if (s.qk_norm == QkNorm::per_head) a.q_norm = draw.ones(s.head_dim), a.k_norm = draw.ones(s.head_dim);
   if (s.qk_norm == QkNorm::full) a.q_norm = draw.ones(q), a.k_norm = draw.ones(kv);
-  a.q_panels = kernels::make_weight_panels(a.q), a.k_panels = kernels::make_weight_panels(a.k);
-  a.v_panels = kernels::make_weight_panels(a.v), a.o_panels = kernels::make_weight_panels(a.o);
   return a;
 }
 
@@ -78,16 +52,12 @@ ExpertWeights draw_experts(Draw& draw, const DecoderSpec& s) {
     x.up_FD.push_back(gate_up[e].narrow(0, F, F));
     x.down_DF.push_back(down[e]);
   }
-  kernels::ExpertFfnWeights ffn;
-  ffn.gate_FD = x.gate_FD, ffn.up_FD = x.up_FD, ffn.down_DF = x.down_DF;
-  x.panels = kernels::make_expert_panels(ffn, nullptr, packs_lean(s));
   return x;
 }
 
 DenseWeights draw_dense(Draw& draw, const DecoderSpec& s) {
   DenseWeights d;
   d.gate_ID = draw.linear({s.intermediate_size, s.hidden_size}), d.up_ID = draw.linear({s.intermediate_size, s.hidden_size}), d.down_DI = draw.linear({s.hidden_size, s.intermediate_size});
-  d.gate_panels = kernels::make_weight_panels(d.gate_ID), d.up_panels = kernels::make_weight_panels(d.up_ID), d.down_panels = kernels::make_weight_panels(d.down_DI);
   return d;
 }
 
@@ -103,22 +73,22 @@ DecoderSpec cut_layers(DecoderSpec spec, int64_t layers) {
 BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed) {
   const at::NoGradGuard no_grad;
   Draw draw(dtype, device, seed);
-  auto w = std::make_shared<RandomWeights>();
+  auto w = std::make_shared<ResidentWeights>();
   w->type = dtype, w->where = device;
   const int64_t D = spec.hidden_size;
   w->embedding = spec.tie_word_embeddings ? draw.linear({spec.vocab_size, D}) : draw.normal({spec.vocab_size, D}, 1.0);
   w->head = spec.tie_word_embeddings ? w->embedding : draw.linear({spec.vocab_size, D});
-  w->head_panels_ = kernels::make_weight_panels(w->head);
-  w->final_norm = draw.wide(draw.ones(D));
+  w->final_norm = draw.ones(D);
   for (const auto& kind : spec.layers) {
     LayerWeights layer;
-    layer.input_norm_D = draw.wide(draw.ones(D)), layer.post_norm_D = draw.wide(draw.ones(D));
+    layer.input_norm_D = draw.ones(D), layer.post_norm_D = draw.ones(D);
     layer.attention = draw_attention(draw, spec);
-    if (kind.sparse) layer.router_ED = draw.linear({spec.num_experts, D}).to(at::kFloat);  // as its product is
+    if (kind.sparse) layer.router_ED = draw.linear({spec.num_experts, D});
     else layer.dense = draw_dense(draw, spec);
     w->layers.push_back(std::move(layer));
     w->layer_experts.push_back(kind.sparse ? draw_experts(draw, spec) : ExpertWeights{});
   }
+  finish_frozen(*w, packs_lean(spec));
   BaseModel base;
   base.spec = spec;
   base.weights = std::move(w);

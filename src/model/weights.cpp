@@ -18,70 +18,12 @@
 #include "moegraft/model/random_base.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/kernels/cpu.h"
+#include "resident_weights.h"
 
 namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
-
-// Everything in memory (mapped pages count): what every provider so far is.
-class ResidentWeights : public WeightProvider {
- public:
-  at::Tensor embedding, head, final_norm;
-  std::vector<LayerWeights> layers;
-  std::vector<ExpertWeights> layer_experts;
-  at::ScalarType type = at::kFloat;
-  at::Device where = at::kCPU;
-  bool trains = false;
-  Panels panels_of_head;
-
-  at::Tensor embedding_VD() override { return embedding; }
-  at::Tensor head_VD() override { return head; }
-  Panels head_panels() override { return panels_of_head; }
-  at::Tensor final_norm_D() override { return final_norm; }
-  LayerWeights layer(int64_t index) override { return layers.at(index); }
-  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
-    const ExpertWeights& all = layer_experts.at(layer);
-    const int64_t at = first - all.first;
-    MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer, " has no experts here: a dense layer, or a base loaded without them");
-    MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
-    if (at == 0 && count == all.count()) return all;
-    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
-    ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
-    if (all.gate_EFD.defined()) {
-      part.gate_EFD = all.gate_EFD.narrow(0, at, count);
-      part.up_EFD = all.up_EFD.narrow(0, at, count);
-      part.down_EDF = all.down_EDF.narrow(0, at, count);
-    }
-    return part;
-  }
-  at::ScalarType dtype() const override { return type; }
-  at::Device device() const override { return where; }
-  bool trainable() const override { return trains; }
-};
-
-// Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
-void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
-  const auto release = [&](std::vector<at::Tensor> tensors) -> kernels::Packed {
-    if (tensors.empty() || !source->holds(tensors.front())) return nullptr;
-    return [source, tensors = std::move(tensors)] {
-      for (const auto& t : tensors) source->release(t);
-    };
-  };
-  const auto matrix = [&](const at::Tensor& t) { return t.defined() ? kernels::make_weight_panels(t, release({t})) : nullptr; };
-  w.panels_of_head = matrix(w.head);
-  for (auto& layer : w.layers) {
-    auto& a = layer.attention;
-    a.q_panels = matrix(a.q), a.k_panels = matrix(a.k), a.v_panels = matrix(a.v), a.o_panels = matrix(a.o);
-    auto& d = layer.dense;
-    d.gate_panels = matrix(d.gate_ID), d.up_panels = matrix(d.up_ID), d.down_panels = matrix(d.down_DI);
-  }
-  for (auto& x : w.layer_experts) {
-    std::vector<at::Tensor> all = x.gate_FD.list();
-    for (const auto* list : {&x.up_FD, &x.down_DF}) all.insert(all.end(), list->begin(), list->end());
-    x.panels = kernels::make_expert_panels({x.gate_FD, x.up_FD, x.down_DF, {}, {}, {}, {}}, release(std::move(all)), lean);
-  }
-}
 
 AttentionWeights load_attention(Loader& load, const TensorSource& source, const DecoderSpec& s, const std::string& prefix) {
   const int64_t D = s.hidden_size, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
@@ -292,15 +234,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   }
   load.check_rest(s.num_layers);
   load.finish();
-  if (options.dtype == at::kBFloat16) {  // what is computed in float32 anyway: widened once, not in every step. A GPU's kernels read norms as they lie.
-    const auto widen = [](at::Tensor& t) { t = t.defined() ? t.to(at::kFloat) : t; };
-    for (LayerWeights& layer : w->layers) widen(layer.router_ED);
-    if (options.device.is_cpu()) {
-      widen(w->final_norm);
-      for (LayerWeights& layer : w->layers) widen(layer.input_norm_D), widen(layer.post_norm_D);
-    }
-  }
-  make_panels(*w, shared, packs_lean(base.spec));
+  finish_frozen(*w, packs_lean(base.spec), shared);
   if (ring) base.weights = ring;
   else base.weights = std::move(w);
   return base;

@@ -48,6 +48,7 @@ void Team::forget_absent(const std::set<std::string>& modalities) {
 }
 at::Tensor Team::queue_grad_squares() const { return train::queue_grad_squares(registry_, mesh_.expert.get()); }
 double Team::grad_norm(const std::array<double, 2>& from_device) { return global_grad_norm(registry_, mesh_.expert.get(), from_device); }
+double Team::grad_norm() { return global_grad_norm(registry_, mesh_.expert.get()); }
 void Team::share_updates() {
   if (updates_) updates_->share();
 }

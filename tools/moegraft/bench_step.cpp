@@ -4,7 +4,6 @@
 #include "libtorch.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <iostream>
 #include <memory>
@@ -189,7 +188,7 @@ class Stepper {
     }
     team_.finish_backward();
     phase("optimizer");
-    optimizer_.step(1.0, clip_ > 0 ? train::clip_factor(grad_norm(), clip_) : 1.0);
+    optimizer_.step(1.0, clip_ > 0 ? train::clip_factor(team_.grad_norm(), clip_) : 1.0);
     team_.share_updates();
     return sum;
   }
@@ -201,16 +200,6 @@ class Stepper {
   std::map<std::string, distributed::Traffic> take_traffic() { return team_.take_traffic(*m_.decoder->base().weights); }
 
  private:
-  // What the device has of it is read here, as a trainer reads it with its losses.
-  double grad_norm() {
-    std::array<double, 2> squares{};
-    if (const at::Tensor queued = team_.queue_grad_squares(); queued.defined()) {
-      const at::Tensor host = queued.to(at::kCPU);
-      squares = {host[0].item<double>(), host[1].item<double>()};
-    }
-    return team_.grad_norm(squares);
-  }
-
   graft::GraftedModel& m_;
   double clip_;
   train::Team team_;

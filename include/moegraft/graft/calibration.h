@@ -14,6 +14,9 @@
 
 namespace moegraft::graft {
 
+// Whether an adapter's initialisation looks at activations.
+bool needs_calibration(const adapters::AdapterConfig& adapter);
+
 // What the initialisations that look at activations take, from shapes alone.
 struct CalibrationPlan {
   // Gromov-Wasserstein problems of one site: up shares gate's.

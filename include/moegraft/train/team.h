@@ -41,6 +41,7 @@ class Team {
   void forget_absent(const std::set<std::string>& modalities);
   at::Tensor queue_grad_squares() const;                         // of what is on a device, before the host waits for it
   double grad_norm(const std::array<double, 2>& from_device);    // each parameter once; from_device: what queue_grad_squares came to
+  double grad_norm();                                            // both, with a wait of its own
   void share_updates();
 
   // Sums of a few numbers over all processes, in float64 on the host.

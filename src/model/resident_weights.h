@@ -1,0 +1,53 @@
+#pragma once
+// The provider of a base that lies in memory as a whole, loaded, drawn or in training.
+
+#include <memory>
+#include <vector>
+
+#include "loader.h"
+#include "moegraft/base/check.h"
+#include "moegraft/model/weights.h"
+
+namespace moegraft::model {
+
+// Mapped pages count as memory.
+class ResidentWeights : public WeightProvider {
+ public:
+  at::Tensor embedding, head, final_norm;
+  std::vector<LayerWeights> layers;
+  std::vector<ExpertWeights> layer_experts;
+  at::ScalarType type = at::kFloat;
+  at::Device where = at::kCPU;
+  bool trains = false;
+  Panels panels_of_head;
+
+  at::Tensor embedding_VD() override { return embedding; }
+  at::Tensor head_VD() override { return head; }
+  Panels head_panels() override { return panels_of_head; }
+  at::Tensor final_norm_D() override { return final_norm; }
+  LayerWeights layer(int64_t index) override { return layers.at(index); }
+  ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
+    const ExpertWeights& all = layer_experts.at(layer);
+    const int64_t at = first - all.first;
+    MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer, " has no experts here: a dense layer, or a base loaded without them");
+    MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
+    if (at == 0 && count == all.count()) return all;
+    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
+    ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
+    if (all.gate_EFD.defined()) {
+      part.gate_EFD = all.gate_EFD.narrow(0, at, count);
+      part.up_EFD = all.up_EFD.narrow(0, at, count);
+      part.down_EDF = all.down_EDF.narrow(0, at, count);
+    }
+    return part;
+  }
+  at::ScalarType dtype() const override { return type; }
+  at::Device device() const override { return where; }
+  bool trainable() const override { return trains; }
+};
+
+// What a frozen base wants once its tensors are all there: what is computed in float32 anyway is widened, matrices get their panels (lean: kernels::make_expert_panels).
+// source: whose mapped pages may go once panels have been filled; null: none.
+void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source = nullptr);
+
+}  // namespace moegraft::model
