@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <csignal>
-#include <fstream>
 #include <map>
 #include <thread>
 
@@ -13,6 +12,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "support/gpu.h"
+#include "support/metrics.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -24,15 +24,6 @@ using testing::Process;
 using testing::TinyWorld;
 
 constexpr double kClip = 0.05;
-
-// A column of the training lines of metrics.jsonl, by step.
-std::map<int64_t, double> column(const fs::path& run, const char* key) {
-  std::map<int64_t, double> out;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);)
-    if (const io::Json j = io::Json::parse(line); j.contains("loss")) out[j.at("step")] = j.at(key);
-  return out;
-}
 
 class Training {
  public:
@@ -75,7 +66,7 @@ void expect_the_cpus_numbers(const std::string& device) {
   training.train(there);
   training.train(here);
   for (const char* key : {"loss", "grad_norm"}) {
-    const auto a = column(there.run.dir, key), b = column(here.run.dir, key);
+    const auto a = testing::training_column(there.run.dir, key), b = testing::training_column(here.run.dir, key);
     ASSERT_EQ(a.size(), 6u);
     // Adam divides by the root of the moments: where a gradient is mostly rounding, so is its update; each of a tenth of lr at most moves the loss by less.
     for (const auto& [step, value] : b) EXPECT_NEAR(a.at(step), value, (step == 1 ? 1e-5 : 1e-3) * value) << key << " of step " << step;
@@ -96,16 +87,16 @@ void expect_the_same_bytes_after_a_kill(const std::string& device, const std::st
     p.send(SIGKILL);
     EXPECT_EQ(p.wait().signal, SIGKILL);
   }
-  const auto begun = column(killed.run.dir, "loss");
+  const auto begun = testing::training_column(killed.run.dir, "loss");
   ASSERT_LT(begun.empty() ? 0 : begun.rbegin()->first, 40) << "nothing was left to resume";
   training.train(killed, "auto");
   for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_TRUE(io::read_file(last(calm) / file) == io::read_file(last(killed) / file)) << file;
-  EXPECT_EQ(column(calm.run.dir, "loss"), column(killed.run.dir, "loss"));
-  EXPECT_EQ(column(calm.run.dir, "grad_norm"), column(killed.run.dir, "grad_norm"));
+  EXPECT_EQ(testing::training_column(calm.run.dir, "loss"), testing::training_column(killed.run.dir, "loss"));
+  EXPECT_EQ(testing::training_column(calm.run.dir, "grad_norm"), testing::training_column(killed.run.dir, "grad_norm"));
   int64_t in_8bit = 0;
   for (const auto& [name, tensor] : checkpoint::load(last(calm)).optimizer) in_8bit += name.ends_with(".exp_avg.codes");
   EXPECT_EQ(in_8bit > 0, optimizer == "adamw_8bit");
-  const auto losses = column(calm.run.dir, "loss");
+  const auto losses = testing::training_column(calm.run.dir, "loss");
   EXPECT_LT(losses.rbegin()->second, losses.begin()->second);
 
   // C1: what was trained there leaves text alone there, to the bit.

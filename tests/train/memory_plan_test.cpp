@@ -4,7 +4,6 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
-#include <fstream>
 
 #include "libtorch.h"
 #include "moegraft/adapters/modality_lora.h"
@@ -15,6 +14,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
 #include "moegraft/train/trainer.h"
+#include "support/metrics.h"
 #include "support/tiny_world.h"
 #include "train/gpu_memory.h"
 
@@ -258,15 +258,6 @@ TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {
 }
 
 std::string adapter_bytes(const fs::path& run) { return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors"); }
-std::vector<double> losses(const fs::path& run) {
-  std::vector<double> out;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);) {
-    const io::Json j = io::Json::parse(line);
-    if (j.contains("loss")) out.push_back(j.at("loss"));
-  }
-  return out;
-}
 
 TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
   const TemporaryFolder folder;
@@ -284,7 +275,7 @@ TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
     tight.train.memory_budget_gib = double((free.total() + free.smallest) / 2) / double(int64_t{1} << 30);
     ASSERT_GE(plan_of(tight).recompute_layers, 1);
     train(tight);
-    EXPECT_EQ(losses(plain.run.dir), losses(tight.run.dir));
+    EXPECT_EQ(moegraft::testing::training_losses(plain.run.dir), moegraft::testing::training_losses(tight.run.dir));
     EXPECT_EQ(adapter_bytes(plain.run.dir), adapter_bytes(tight.run.dir));
   }
   run::RunConfig hopeless = world.config;
@@ -304,7 +295,7 @@ TEST(MemoryBudget, ARunWithOffloadedExpertsLearnsTheSame) {
   away.model.offload = "experts";
   train(plain);
   train(away);
-  const auto a = losses(plain.run.dir), b = losses(away.run.dir);
+  const auto a = moegraft::testing::training_losses(plain.run.dir), b = moegraft::testing::training_losses(away.run.dir);
   ASSERT_EQ(a.size(), b.size());
   for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-4 * a[i]) << "step " << i;  // without panels, products sum in another order
   run::RunConfig full = away;

@@ -1,7 +1,6 @@
 // train.gradients: bf16. What is kept, and runs with it: near those with float32 gradients, resumed bit for bit, the same in every layout, and counted by the plan.
 #include <gtest/gtest.h>
 
-#include <fstream>
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
@@ -13,6 +12,7 @@
 #include "moegraft/train/memory_plan.h"
 #include "moegraft/train/optimizer.h"
 #include "moegraft/train/trainer.h"
+#include "support/metrics.h"
 #include "support/tiny_world.h"
 
 namespace moegraft::train {
@@ -65,14 +65,6 @@ TEST(NarrowGradients, AreWidenedByNormAndUpdate) {
   }
 }
 
-std::vector<double> losses(const run::RunConfig& c) {
-  std::vector<double> out;
-  std::ifstream in(fs::path(c.run.dir) / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);)
-    if (const io::Json j = io::Json::parse(line); j.contains("loss")) out.push_back(j.at("loss"));
-  return out;
-}
-
 TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
   const TemporaryFolder folder;
   const auto world = moegraft::testing::make_tiny_world(folder.path());
@@ -93,14 +85,14 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
     train(exact);
     train(whole);
     train(part);
-    const auto a = losses(exact), b = losses(whole);
+    const auto a = moegraft::testing::training_losses(exact.run.dir), b = moegraft::testing::training_losses(whole.run.dir);
     ASSERT_EQ(a.size(), 8u);
     ASSERT_EQ(b.size(), 8u);
     EXPECT_NE(a.back(), b.back()) << "bf16 was used";
     for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(b[i], a[i], 0.01 * a[i]) << optimizer << " step " << i + 1;
     for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
     train(part, "auto");
-    EXPECT_EQ(losses(part), b);
+    EXPECT_EQ(moegraft::testing::training_losses(part.run.dir), b);
     const auto last = [](const run::RunConfig& c) { return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"); };
     for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
     auto changed = whole;

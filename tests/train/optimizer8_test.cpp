@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
@@ -11,6 +10,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/train/optimizer.h"
 #include "moegraft/train/trainer.h"
+#include "support/metrics.h"
 #include "support/tiny_world.h"
 
 namespace moegraft::train {
@@ -187,18 +187,11 @@ TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
     c.checkpoint.keep = 100;
     return c;
   };
-  const auto losses = [](const run::RunConfig& c) {
-    std::vector<double> out;
-    std::ifstream in(fs::path(c.run.dir) / "metrics.jsonl");
-    for (std::string line; std::getline(in, line);)
-      if (const io::Json j = io::Json::parse(line); j.contains("loss")) out.push_back(j.at("loss"));
-    return out;
-  };
   const auto exact = config_of("exact", "adamw"), whole = config_of("whole", "adamw_8bit"), part = config_of("part", "adamw_8bit");
   train(exact);
   train(whole);
   train(part);
-  const auto a = losses(exact), b = losses(whole);
+  const auto a = moegraft::testing::training_losses(exact.run.dir), b = moegraft::testing::training_losses(whole.run.dir);
   ASSERT_EQ(a.size(), 8u);
   ASSERT_EQ(b.size(), 8u);
   EXPECT_NE(a.back(), b.back()) << "8 bits were used";
@@ -206,7 +199,7 @@ TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
 
   for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
   train(part, "auto");
-  EXPECT_EQ(losses(part), b);
+  EXPECT_EQ(moegraft::testing::training_losses(part.run.dir), b);
   const auto last = [](const run::RunConfig& c) { return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"); };
   for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
   int in_8bit = 0;

@@ -16,6 +16,7 @@
 #include "moegraft/io/safetensors.h"
 #include "moegraft/train/signals.h"
 #include "moegraft/train/trainer.h"
+#include "support/metrics.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -32,16 +33,7 @@ std::string adapter_bytes(const fs::path& run) {
   return latest ? io::read_file(*latest / "adapter.safetensors") : "";
 }
 
-// Loss of every training line, by step.
-std::map<int64_t, double> losses(const fs::path& run) {
-  std::map<int64_t, double> out;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);) {
-    const io::Json j = io::Json::parse(line);
-    if (j.contains("loss")) out[j.at("step")] = j.at("loss");
-  }
-  return out;
-}
+std::map<int64_t, double> losses(const fs::path& run) { return moegraft::testing::training_column(run, "loss"); }
 
 run::RunConfig config_of(const TinyWorld& world, const std::string& dir, int64_t steps) {
   run::RunConfig c = world.config;
