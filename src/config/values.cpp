@@ -1,4 +1,4 @@
-// Typed reading of single values, and the YAML and Markdown writers.
+// Typed reading of single values, and the YAML writers.
 
 #include <algorithm>
 #include <cctype>
@@ -48,11 +48,8 @@ bool parse_double(std::string text, double& value) {
   return error == std::errc() && end == text.data() + text.size();
 }
 
-std::string range_text(const Constraint& c) { return "[" + number_text(c.min) + ", " + number_text(c.max) + "]"; }
-bool has_range(const Constraint& c) { return std::isfinite(c.min) || std::isfinite(c.max); }
-
 void check_range(const Cursor& at, double value, const Constraint& c) {
-  if (!(value >= c.min && value <= c.max)) at.fail("must be in " + range_text(c) + ", got " + shown(at));
+  if (!(value >= c.min && value <= c.max)) at.fail("must be in " + range_text(c.min, c.max) + ", got " + shown(at));
 }
 
 // Text that any YAML reader takes as the same string without quotes.
@@ -110,6 +107,8 @@ void write_block(const Tree& tree, size_t indent, bool first_inline, std::string
 }
 
 }  // namespace
+
+std::string range_text(double min, double max) { return std::isfinite(min) || std::isfinite(max) ? "[" + number_text(min) + ", " + number_text(max) + "]" : ""; }
 
 std::string join_path(const std::string& path, const std::string& key) { return path.empty() ? key : path + "." + key; }
 
@@ -238,15 +237,6 @@ std::string to_block(const Tree& tree) {
   std::string out;
   write_block(tree, 0, false, out);
   return out;
-}
-
-std::string describe_row(const std::string& path, const std::string& type, const Constraint& c, const std::string& default_text, const std::string& doc) {
-  std::string row = "- `" + path + "` (" + type;
-  if (has_range(c)) row += " in " + range_text(c);
-  if (!c.choices.empty()) row += ": one of " + join(c.choices, ", ");
-  if (c.required) row += ", required";
-  else if (!default_text.empty()) row += ", default `" + default_text + "`";
-  return row + "): " + doc + "\n";
 }
 
 }  // namespace moegraft::config::detail

@@ -371,13 +371,52 @@ train:
 }
 
 TEST(Config, DescribeListsEveryKey) {
-  const std::string text = describe<Whole>();
-  for (const char* line : {"- `dir` (text, required): The run directory.\n", "- `init.family` (text: one of olmoe, mixtral, default `olmoe`): Layout.\n",
-                           "- `modalities.<name>.lr` (number in [0, 10], default `1.0e-04`): Peak learning rate.\n",
-                           "- `adapters[].rank` (integer in [1, 1024], default `16`): LoRA rank P.\n", "- `train` (section): The loop.\n",
-                           "- `train.embeddings.lr` (number in [0, 10], default `0.001`): Peak learning rate.\n",
-                           "- `train.betas` (list of number in [0, 1], default `[0.9, 0.95]`): Betas.\n"})
+  std::map<std::string, Key> keys;
+  for (const Key& key : describe<Whole>()) EXPECT_TRUE(keys.emplace(key.path, key).second) << key.path;
+  EXPECT_EQ(keys.size(), 23u);
+  EXPECT_TRUE(keys.at("dir").required);
+  EXPECT_EQ(keys.at("init").default_text, "null");
+  EXPECT_EQ(keys.at("init.family").choices.at(1).name, "mixtral");
+  EXPECT_TRUE(keys.at("init.tokenizer").in_entry);
+  EXPECT_EQ(keys.at("modalities.<name>.lr").max, 10);
+  EXPECT_EQ(keys.at("adapters").type, "list of sections");
+  EXPECT_EQ(keys.at("adapters[].sites").default_text, "[gate, up]");
+  EXPECT_EQ(keys.at("train").type, "section");
+  EXPECT_EQ(keys.at("train.embeddings.lr").default_text, "0.001");
+  EXPECT_FALSE(keys.at("train.embeddings.lr").in_entry);
+  EXPECT_EQ(keys.at("train.grid").type, "list of lists of numbers");
+  EXPECT_EQ(keys.at("train.betas").meaning, "Betas.");
+}
+
+TEST(Config, MarkdownHasATablePerSection) {
+  const std::string text = to_markdown(describe<Whole>());
+  for (const char* line : {"| `dir` | text | **required** | The run directory. |\n", "| `limit` | optional number in [0, 5] | `2.0` | A limit. |\n", "\n### init\n\nFrom scratch. (optional section)\n\n",
+                           "| `init.family` | text: one of `olmoe`, `mixtral` | `olmoe` | Layout. |\n", "| `modalities.<name>.lr` | number in [0, 10] | `1.0e-04` | Peak learning rate. |\n",
+                           "\n### adapters\n\nAdapters. (list of sections)\n\n| key | type | default | meaning |\n|---|---|---|---|\n| `adapters[].kind` | text: `modality_lora` | `modality_lora` | Kind. |\n",
+                           "| `train.embeddings` | section |  | Group. |\n"})
     EXPECT_NE(text.find(line), std::string::npos) << line << "\nin\n" << text;
+}
+
+TEST(Config, YamlTemplateParsesToTheDefaults) {
+  const std::string text = to_yaml(describe<Whole>());
+  EXPECT_EQ(dump(load(text, {"dir=x"})), dump(load("dir: x")));
+  EXPECT_EQ(text.find("# The run directory. (text, required)\ndir:\n"), 0u) << text;
+  // Entries stand there as comments: without their # they parse too.
+  const std::string list = "\nadapters: []\n#  -\n#    # Kind. (text: modality_lora)\n#    kind: modality_lora\n", mapping = "\nmodalities: {}\n#  <name>:\n#    # Peak learning rate.";
+  for (const auto& lines : {list, mapping}) EXPECT_NE(text.find(lines), std::string::npos) << lines << "\nin\n" << text;
+  std::string entries;
+  for (size_t at = 0, end; at < text.size(); at = end + 1) {
+    end = text.find('\n', at);
+    std::string line = text.substr(at, end - at);
+    if (line.starts_with("#  ")) line.erase(0, 1);
+    for (const char* empty : {" null", " []", " {}"})
+      if (line.starts_with("init:") || line.starts_with("adapters:") || line.starts_with("modalities:")) line = line.substr(0, line.find(empty));
+    entries += line + "\n";
+  }
+  const Whole c = load(entries, {"dir=x", "init.tokenizer=t"});
+  EXPECT_EQ(c.init->family, "olmoe");
+  EXPECT_EQ(c.adapters.at(0).rank, 16);
+  EXPECT_EQ(c.modalities.at("<name>").lr, 1e-4);
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
 #include <regex>
 
 #include "libtorch.h"
+#include "moegraft/codec/train.h"
 #include "moegraft/config/config.h"
+#include "moegraft/evaluate/config.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
@@ -101,10 +103,28 @@ TEST_F(Command, DataCheckShowsDocumentsAsTheyRead) {
   EXPECT_NE(other.code, 0);
 }
 
-TEST_F(Command, EveryKeyOfTheConfigIsListed) {
-  const auto r = run_moegraft({"train", "--keys"});
+TEST_F(Command, DocsConfigIsWhatConfigPrints) {
+  const auto r = run_moegraft({"config"});
   ASSERT_EQ(r.code, 0) << r.err;
-  for (const char* key : {"`run.dir`", "`data.train[].sample_by`", "`train.lora.lr`", "`adapters[].rank`", "`parallel.expert`"}) EXPECT_NE(r.out.find(key), std::string::npos) << key;
+  EXPECT_EQ(r.out, io::read_file(fs::path(test_source_dir()) / "docs/config.md")) << "renew it: moegraft config > docs/config.md";
+  for (const char* key : {"| `run.dir` |", "| `data.train[].sample_by` |", "| `retrieval[].manifest` |", "| `codec.image_size` |"}) EXPECT_NE(r.out.find(key), std::string::npos) << key;
+}
+
+TEST_F(Command, ConfigTemplatesHoldTheDefaults) {
+  const auto print = [](const std::string& command) {
+    const auto r = run_moegraft({"config", command, "--format", "yaml"});
+    EXPECT_EQ(r.code, 0) << r.err;
+    return r.out;
+  };
+  const auto check = [&]<class Config>(const std::string& command, const std::vector<std::string>& required, Config) {
+    const auto read = [&](const std::string& yaml) { return config::dump(config::parse<Config>(config::Document::from_string(yaml, required))); };
+    EXPECT_EQ(read(print(command)), read("{}")) << command;
+  };
+  check("train", {"run.dir=r", "model.path=m", "modalities.image.codec=c", "data.train=[{path: d}]"}, run::RunConfig());
+  check("eval", {}, evaluate::EvalConfig());
+  check("codec", {"dir=c", "data.train=[{path: d}]"}, codec::CodecRunConfig());
+  EXPECT_EQ(run_moegraft({"config", "--format", "yaml"}).code, 2);
+  EXPECT_EQ(run_moegraft({"config", "trian"}).code, 2);
 }
 
 TEST_F(Command, DataDealSaysHowEvenlyStepsAreShared) {

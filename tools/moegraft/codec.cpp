@@ -152,7 +152,7 @@ void add_codec_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
 
   auto* t = codec->add_subcommand("train", "Train the small VQ codec");
-  t->add_option("-c,--config", o->config, "YAML file")->required();
+  t->add_option("-c,--config", o->config, "YAML file; moegraft config codec lists its keys")->required();
   t->add_option("--set", o->overrides, "Override a key: --set train.steps=200")->allow_extra_args(false);
   t->add_option("--threads", o->threads, "CPU threads")->check(CLI::Range(1, 4096));
   t->add_flag("--overwrite", o->overwrite, "Replace the codec in dir, when the new one is whole");

@@ -9,6 +9,7 @@
 namespace moegraft::tools {
 
 void add_train_command(CLI::App& app);
+void add_config_command(CLI::App& app);
 void add_generate_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_export_command(CLI::App& app);

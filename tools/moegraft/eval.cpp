@@ -87,7 +87,7 @@ void add_eval_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* cmd = app.add_subcommand("eval", "Text perplexity and drift, likelihood of pictures, codec quality, prompt retrieval, likelihood ranking, baselines, routing");
   cmd->add_option("model", o->model, "Run or Hugging Face directory")->required();
-  cmd->add_option("-c,--config", o->config, "YAML file of what to measure; nothing at all on a run: its data.eval and the drift");
+  cmd->add_option("-c,--config", o->config, "YAML file of what to measure (moegraft config eval lists its keys); nothing at all on a run: its data.eval and the drift");
   cmd->add_option("--set", o->set, "Override a key of the YAML (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_option("--text", o->text, "Text shards (several: after the model): perplexity, of the graft and of its base");
   cmd->add_option("--images", o->images, "Shards of captioned pictures: likelihood with true, dropped and shuffled captions");

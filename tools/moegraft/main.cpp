@@ -47,6 +47,7 @@ int run(int argc, char** argv) {
     waits.emplace();
   });
   tools::add_train_command(app);
+  tools::add_config_command(app);
   tools::add_generate_command(app);
   tools::add_eval_command(app);
   tools::add_export_command(app);

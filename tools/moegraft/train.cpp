@@ -1,5 +1,4 @@
 // moegraft train: the loop, from a YAML file.
-#include <iostream>
 #include <memory>
 
 #include "command.h"
@@ -23,14 +22,10 @@ struct Options {
 void add_train_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* cmd = app.add_subcommand("train", "Train: a base from scratch, or a new modality grafted onto a base");
-  cmd->add_option("-c,--config", o->config, "YAML file of the run")->required();
+  cmd->add_option("-c,--config", o->config, "YAML file of the run; moegraft config train lists its keys")->required();
   cmd->add_option("--set", o->set, "Override a key: train.steps=200 (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_option("--resume", o->resume, "none: a new run; auto: continue when there is one; or a checkpoint directory: of another run, a new run.dir branches from it")->capture_default_str();
   cmd->add_option("--accept-changed", o->accept_changed, "data: go on although a data set is not the one that the run was trained on")->check(CLI::IsMember({"data"}));
-  cmd->add_flag_callback("--keys", [] {
-    std::cout << config::describe<run::RunConfig>();
-    throw CLI::Success();
-  }, "Print every key of the YAML file with its type, range, default and meaning");
   cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   cmd->callback([o] {

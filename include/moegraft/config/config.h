@@ -16,7 +16,7 @@
 //
 //   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));
 //   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values
-//   std::cout << config::describe<RunConfig>();                         // every key with type, range, default and meaning
+//   std::cout << config::to_yaml(config::describe<RunConfig>());        // every key with type, range, default and meaning: a file to start from
 
 #include <cstdint>
 #include <limits>
@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "moegraft/base/check.h"
+#include "moegraft/config/keys.h"  // IWYU pragma: export
 
 namespace moegraft::config {
 
@@ -83,4 +84,4 @@ class Document {
 
 }  // namespace moegraft::config
 
-#include "moegraft/config/visit.h"  // IWYU pragma: export   parse<T>(document), dump(value) -> YAML text, describe<T>() -> docs
+#include "moegraft/config/visit.h"  // IWYU pragma: export   parse<T>(document), dump(value) -> YAML text, describe<T>() -> its keys

@@ -37,7 +37,7 @@ Tree scalar_tree(double value);
 Tree scalar_tree(const std::string& value);
 std::string to_block(const Tree& tree);  // YAML over several lines
 std::string to_flow(const Tree& tree);   // YAML on one line
-std::string describe_row(const std::string& path, const std::string& type, const Constraint& constraint, const std::string& default_text, const std::string& doc);
+std::string range_text(double min, double max);  // "[min, max]"; empty when neither bounds
 std::string join_path(const std::string& path, const std::string& key);
 
 template <class T>
@@ -187,43 +187,47 @@ Tree to_tree(T& value) {
   return tree;
 }
 
+// What a key takes, as docs call it; `many`: several of them.
 template <class T>
-std::string type_name() {
+std::string type_name(const Constraint& constraint, bool many = false) {
   if constexpr (std::same_as<T, bool>) return "true or false";
-  else if constexpr (std::same_as<T, int64_t>) return "integer";
-  else if constexpr (std::same_as<T, double>) return "number";
-  else if constexpr (std::same_as<T, std::string>) return "text";
-  else if constexpr (is_vector<T>::value) return "list of " + type_name<typename T::value_type>();
-  else if constexpr (is_map<T>::value) return "mapping of names to " + type_name<typename T::mapped_type>();
-  else if constexpr (is_optional<T>::value) return "optional " + type_name<typename T::value_type>();
-  else return "section";
+  else if constexpr (std::same_as<T, int64_t>) return many ? "integers" : "integer";
+  else if constexpr (std::same_as<T, double>) return many ? "numbers" : "number";
+  else if constexpr (std::same_as<T, std::string>) return (constraint.path ? "path" : "text") + std::string(many ? "s" : "");
+  else if constexpr (is_vector<T>::value) return (many ? "lists of " : "list of ") + type_name<typename T::value_type>(constraint, true);
+  else if constexpr (is_map<T>::value) return (many ? "mappings of names to " : "mapping of names to ") + type_name<typename T::mapped_type>(constraint, true);
+  else if constexpr (is_optional<T>::value) return "optional " + type_name<typename T::value_type>(constraint, many);
+  else return many ? "sections" : "section";
 }
 
 struct FieldDescriber {
   std::string prefix;
-  std::string& out;
+  bool in_entry;
+  std::vector<Key>& out;
 
   template <class F>
   void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
-    const std::string path = join_path(prefix, name);
-    out += describe_row(path, type_name<F>(), constraint, Section<F> ? "" : to_flow(to_tree(field)), doc);
-    below(path, field);
+    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .meaning = doc, .required = constraint.required, .in_entry = in_entry};
+    for (const std::string& choice : constraint.choices) key.choices.push_back({choice, ""});
+    if constexpr (!Section<F>) key.default_text = to_flow(to_tree(field));
+    out.push_back(key);
+    below(key.path, field, in_entry);
   }
   // The keys inside a section, or inside what a list, mapping or optional holds.
   template <class F>
-  void below(const std::string& path, F& field) {
+  void below(const std::string& path, F& field, bool entry) {
     if constexpr (Section<F>) {
-      FieldDescriber inner{path, out};
+      FieldDescriber inner{path, entry, out};
       field.visit_fields(inner);
     } else if constexpr (is_vector<F>::value) {
       typename F::value_type element{};
-      below(path + "[]", element);
+      below(path + "[]", element, true);
     } else if constexpr (is_map<F>::value) {
       typename F::mapped_type element{};
-      below(path + ".<name>", element);
+      below(path + ".<name>", element, true);
     } else if constexpr (is_optional<F>::value) {
       typename F::value_type element{};
-      below(path, element);
+      below(path, element, true);
     }
   }
 };
@@ -245,14 +249,14 @@ std::string dump(T value) {
   return detail::to_block(detail::to_tree(value));
 }
 
-// A Markdown list of every key: path, type, range or choices, default, meaning.
+// Every key, in the order of the field lists; a section before its own keys.
 template <detail::Section T>
-std::string describe() {
+std::vector<Key> describe() {
   T value{};
-  std::string out;
-  detail::FieldDescriber describer{"", out};
+  std::vector<Key> keys;
+  detail::FieldDescriber describer{"", false, keys};
   value.visit_fields(describer);
-  return out;
+  return keys;
 }
 
 }  // namespace moegraft::config
