@@ -89,7 +89,7 @@ void initialise_from(adapters::ModalityLora& lora, size_t index, const std::stri
 
 }  // namespace
 
-bool initialises_by_running(const run::RunConfig& config) { return std::any_of(config.adapters.begin(), config.adapters.end(), needs_calibration); }
+bool initialises_by_running(const std::vector<adapters::AdapterConfig>& adapters) { return std::any_of(adapters.begin(), adapters.end(), needs_calibration); }
 
 GraftedModel build_model(const run::RunConfig& config, const OpenOptions& options) {
   const auto start = std::chrono::steady_clock::now();

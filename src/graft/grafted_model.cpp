@@ -23,7 +23,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-model::DecoderSpec spec_from_init(const run::InitSection& init, const tokenizer::Tokenizer& tokenizer) {
+model::DecoderSpec spec_from_init(const model::InitConfig& init, const tokenizer::Tokenizer& tokenizer) {
   model::DecoderSpec s;
   s.family = init.family;
   s.vocab_size = init.vocab_size > 0 ? init.vocab_size : tokenizer.size();
@@ -75,19 +75,19 @@ void add_rows(GraftedModel& m) {
   }
 }
 
-void add_adapters(GraftedModel& m, const run::RunConfig& config, std::pair<int64_t, int64_t> experts) {
-  if (config.adapters.empty()) return;
+void add_adapters(GraftedModel& m, const std::vector<adapters::AdapterConfig>& configs, std::pair<int64_t, int64_t> experts) {
+  if (configs.empty()) return;
   m.adapters = std::make_shared<adapters::AdapterStack>();
-  for (size_t i = 0; i < config.adapters.size(); ++i) {
-    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config.adapters[i], int64_t(i), modality_ids(m.vocabulary, config.adapters[i].modality), m.device(), experts);
-    adapter->register_parameters(*m.registry, config.adapters[i].init);
+  for (size_t i = 0; i < configs.size(); ++i) {
+    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), configs[i], int64_t(i), modality_ids(m.vocabulary, configs[i].modality), m.device(), experts);
+    adapter->register_parameters(*m.registry, configs[i].init);
     m.adapters->add(std::move(adapter));
   }
   m.decoder->attach(m.adapters);
 }
 
 // Codecs tell the size of each modality; an opened run knows it from vocabulary.json and can do without them.
-void add_vocabulary(GraftedModel& m, const run::RunConfig& config, bool with_codecs) {
+void add_vocabulary(GraftedModel& m, const std::map<std::string, ModalityConfig>& modalities, bool with_codecs) {
   const auto& s = m.decoder->spec();
   m.vocabulary.text_size = s.vocab_size;
   m.vocabulary.bos_id = s.bos_id;
@@ -98,7 +98,7 @@ void add_vocabulary(GraftedModel& m, const run::RunConfig& config, bool with_cod
     m.vocabulary = *stored;
   }
   int64_t next = s.vocab_size, modality = 0;
-  for (const auto& [name, section] : config.modalities) {
+  for (const auto& [name, section] : modalities) {
     ++modality;
     if (stored && !with_codecs) continue;
     std::shared_ptr<codec::ImageCodec> image = codec::load_codec(section.codec);
@@ -192,9 +192,9 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     }
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   }
-  add_vocabulary(m, config, options.with_codecs);
+  add_vocabulary(m, config.modalities, options.with_codecs);
   add_rows(m);
-  add_adapters(m, config, experts);
+  add_adapters(m, config.adapters, experts);
   return m;
 }
 

@@ -81,7 +81,7 @@ struct SiteInit {
   io::Json report;
 };
 
-SiteInit expert_site(const std::string& method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const run::OtSection& ot,
+SiteInit expert_site(const std::string& method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const ot::OtConfig& ot,
                      uint64_t seed, const std::string& name, Solved& solved) {
   const int64_t experts = shape[0], rank = shape[1];
   SiteInit init{kaiming_A(shape, seed, name), {}};
@@ -130,7 +130,7 @@ at::Tensor kaiming_A(at::IntArrayRef shape, uint64_t seed, const std::string& na
   return at::rand(shape, generator, at::TensorOptions(at::kFloat)).mul_(2.0 * bound).sub_(bound);
 }
 
-at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_given, int64_t rank, const run::OtSection& ot, uint64_t seed, GwSubspaceReport* report) {
+at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_given, int64_t rank, const ot::OtConfig& ot, uint64_t seed, GwSubspaceReport* report) {
   at::NoGradGuard no_grad;
   const at::Tensor x_v = checked_states(x_v_given, "gw_subspace: x_v"), x_t = checked_states(x_t_given, "gw_subspace: x_t");
   MOEGRAFT_CHECK(x_v.size(1) == x_t.size(1), "gw_subspace: x_v and x_t must have one width, got ", x_v.size(1), " and ", x_t.size(1));
@@ -170,7 +170,7 @@ at::Tensor activation_svd_A(const at::Tensor& x_v_given, int64_t rank, uint64_t 
   return scaled_rows(top_right_vectors(x_v, rank), rank, seed, nullptr);
 }
 
-double estimate_solve_seconds(const CalibrationPlan& plan, const run::OtSection& ot) {
+double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& ot) {
   const int64_t threads = at::get_num_threads();
   double seconds = 0;
   for (const auto& s : plan.solves) {
@@ -184,7 +184,7 @@ double estimate_solve_seconds(const CalibrationPlan& plan, const run::OtSection&
   return seconds;
 }
 
-std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const run::OtSection& ot, uint64_t seed) {
+std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
   MOEGRAFT_CHECK_USAGE(method == "kaiming_zero" || method == "gw_subspace" || method == "activation_svd", "adapters.init must be kaiming_zero, gw_subspace or activation_svd, got ", method);
   const bool calibrated = method != "kaiming_zero";

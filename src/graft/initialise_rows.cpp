@@ -125,11 +125,11 @@ at::Tensor polar_map(const at::Tensor& plan_NM, const at::Tensor& z_NZ, const at
   return at::mm(u, vh);
 }
 
-ot::Result couple(const Cloud& codes, const Cloud& rows, const run::OtSection& ot) {
+ot::Result couple(const Cloud& codes, const Cloud& rows, const ot::OtConfig& ot) {
   return ot::solve(ot::Cost::squared_euclidean(codes.points), ot::Cost::squared_euclidean(rows.points), solver_settings(ot, codes.points.size(0), rows.points.size(0)), codes.weights, rows.weights);
 }
 
-CodeRows barycentric_rows(const Text& text, const at::Tensor& codebook_NZ, const run::OtSection& ot, uint64_t seed, RowsReport& report) {
+CodeRows barycentric_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
   const Cloud codes = reduce(codebook_NZ, ot.max_points, seed), rows = reduce(text.embedding_VD, ot.max_points, seed + 1);
   const ot::Result plan = couple(codes, rows, ot);
   note_plan(report, plan);
@@ -145,7 +145,7 @@ CodeRows barycentric_rows(const Text& text, const at::Tensor& codebook_NZ, const
   return {place(text.embedding_VD), text.tied ? at::Tensor() : place(text.head_VD)};
 }
 
-CodeRows procrustes_rows(const Text& text, const at::Tensor& codebook_NZ, const run::OtSection& ot, uint64_t seed, RowsReport& report) {
+CodeRows procrustes_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
   const Cloud codes = reduce(codebook_NZ, ot.max_points, seed), rows = reduce(text.embedding_VD, ot.max_points, seed + 1);
   const ot::Result plan = couple(codes, rows, ot);
   note_plan(report, plan);
@@ -168,7 +168,7 @@ std::vector<std::vector<int64_t>> members_by_distance(const at::Tensor& x_ND, co
   return members;
 }
 
-CodeRows cluster_rows(const Text& text, const at::Tensor& codebook_NZ, const run::OtSection& ot, uint64_t seed, RowsReport& report) {
+CodeRows cluster_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
   const int64_t n = codebook_NZ.size(0), v = text.embedding_VD.size(0), kx = std::min(ot.clusters, n), ky = std::min(ot.clusters, v);
   std::optional<ot::Result> best;
   ot::KMeansResult codes, rows;
@@ -262,7 +262,7 @@ RowStatistics row_statistics(const at::Tensor& rows_ND) {
   return s;
 }
 
-ot::Settings solver_settings(const run::OtSection& ot, int64_t n, int64_t m) {
+ot::Settings solver_settings(const ot::OtConfig& ot, int64_t n, int64_t m) {
   ot::Settings s;
   s.solver = ot.solver == "proximal" ? ot::Solver::proximal : ot::Solver::entropic;
   s.epsilon = ot.epsilon;
@@ -278,7 +278,7 @@ ot::Settings solver_settings(const run::OtSection& ot, int64_t n, int64_t m) {
 }
 
 RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
-                         const run::OtSection& ot, uint64_t seed) {
+                         const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
   Text text;
   text.embedding_VD = checked_matrix(text_embedding_VD, "text embedding");

@@ -48,8 +48,8 @@ struct Origin {
 };
 
 // Nothing that could be gone on from is removed: an older checkpoint of the run continues in a run of its own.
-Origin find_origin(const run::RunConfig& config, const std::string& resume) {
-  const fs::path dir = config.run.dir, own = dir / "checkpoints";
+Origin find_origin(const fs::path& dir, const std::string& resume) {
+  const fs::path own = dir / "checkpoints";
   if (resume == "none") return {};
   if (resume == "auto" || resume == "latest") return {run::is_run(dir) ? checkpoint::find_latest(own) : std::nullopt};
   fs::path asked = fs::absolute(resume).lexically_normal();
@@ -123,8 +123,8 @@ fs::path wait_for_rank_0(distributed::World& world, double minutes) {
 }
 
 // The least that the device of a process has free; 0 on the CPU. Collective on GPUs.
-int64_t free_everywhere(const run::RunConfig& config, const distributed::Mesh& mesh) {
-  const auto mine = model::free_memory(graft::parse_device(config.model.device));
+int64_t free_everywhere(const model::ModelConfig& config, const distributed::Mesh& mesh) {
+  const auto mine = model::free_memory(graft::parse_device(config.device));
   if (!mine) return 0;
   if (!mesh.distributed()) return *mine;
   double least = double(*mine);
@@ -134,14 +134,14 @@ int64_t free_everywhere(const run::RunConfig& config, const distributed::Mesh& m
 
 }  // namespace
 
-AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& t, std::vector<bool> owned) {
-  const auto options = [](const run::OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
+AdamW make_optimizer(model::ParameterRegistry& registry, const TrainConfig& t, std::vector<bool> owned) {
+  const auto options = [](const OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
   return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}},
                {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == "adamw_8bit"}, std::move(owned));
 }
 
 std::optional<model::Experts> experts_of_new_run(const run::RunConfig& config, bool on_gpu) {
-  if (!graft::initialises_by_running(config)) return model::Experts::absent;
+  if (!graft::initialises_by_running(config.adapters)) return model::Experts::absent;
   const bool visit = config.parallel.expert > 1 || config.parallel.shard_base || config.model.offload == "experts";  // one GPU may not hold the whole base
   if (visit && on_gpu) return model::Experts::mapped;
   return {};
@@ -174,10 +174,10 @@ std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, con
 Start start_run(const run::RunConfig& config, const std::string& resume, const distributed::Mesh& mesh, bool accept_data) {
   Start start;
   const bool first = mesh.world->rank() == 0;
-  const int64_t free = free_everywhere(config, mesh);
+  const int64_t free = free_everywhere(config.model, mesh);
   const auto open = [&] {
     check_inputs(config);
-    Origin origin = find_origin(config, resume);
+    Origin origin = find_origin(config.run.dir, resume);
     start.fingerprints = run::take_fingerprints(config, run::Parts::all);
     if (origin.checkpoint && !origin.branches && !run::RunDir::has_trained(config.run.dir) && !run::RunDir::would_resume(config, start.fingerprints)) {
       log::info(config.run.dir, " has trained no step yet, and its config or what it reads has changed: it begins anew");

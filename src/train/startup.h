@@ -10,12 +10,13 @@
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/run/run_config.h"
 #include "moegraft/run/run_dir.h"
+#include "moegraft/train/config.h"
 #include "moegraft/train/memory_plan.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
 
-AdamW make_optimizer(model::ParameterRegistry& registry, const run::TrainSection& section, std::vector<bool> owned = {});
+AdamW make_optimizer(model::ParameterRegistry& registry, const TrainConfig& section, std::vector<bool> owned = {});
 
 // Whether this config can run on so many processes, as far as one of them can tell. UsageError or UserError.
 void check_layout(const run::RunConfig& config, int64_t world_size);

@@ -42,6 +42,9 @@ const std::regex kHeavy(
 // Exceptions, header -> the includes it exists for.
 const std::map<std::string, std::string> kHeavyAllowed = {{"include/moegraft/io/json.h", "nlohmann"}};
 
+// <module>/config.h, a section of the YAML, is a leaf: any layer may read it, for it brings its own fields alone.
+bool is_section(const std::string& module, const std::string& header) { return module != "config" && header == "moegraft/" + module + "/config.h"; }
+
 bool allowed(const std::string& from, const std::string& to) {
   if (from == to) return true;
   if (kLayerOf.at(from) != kLayerOf.at(to)) return kLayerOf.at(from) > kLayerOf.at(to);
@@ -80,6 +83,7 @@ std::vector<std::string> violations(const fs::path& root) {
         continue;
       }
       const auto lines = lines_of(entry.path());
+      const bool is_leaf = file == "include/moegraft/" + module + "/config.h" && module != "config";
       for (size_t i = 0; i < lines.size(); ++i) {
         std::smatch match;
         if (!std::regex_search(lines[i], match, include_line)) continue;
@@ -91,9 +95,12 @@ std::vector<std::string> violations(const fs::path& root) {
         const std::string path = names_public ? target.substr(9) : target;
         const std::string to = path.substr(0, path.find('/'));
         const bool names_module = path.find('/') != std::string::npos && kLayerOf.contains(to) && to != "tools";
+        if (is_leaf && !(names_module && (to == "base" || to == "config")) && target.find_first_of("/.") != std::string::npos) {
+          report(i, "a section's header may include base, config and the standard library alone: " + target);
+        }
         if (names_public && !names_module) {
           report(i, "unknown module in " + target);
-        } else if (names_public && !allowed(module, to)) {
+        } else if (names_public && !allowed(module, to) && !is_section(to, target)) {
           report(i, module + " may not include " + to + " (" + target + ")");
         } else if (!names_public && names_module && (to != module || is_public) && fs::exists(root / "src" / target)) {
           report(i, "private header of " + to + ": " + target);
@@ -178,6 +185,8 @@ TEST_F(PlantedTree, GoodTreePasses) {
   plant("include/moegraft/io/json.h", "#include <nlohmann/json.hpp>\n");
   plant("src/train/loop.cpp", "#include \"moegraft/evaluate/evaluate.h\"\n#include \"train/private.h\"\n#include <nlohmann/json.hpp>\n");
   plant("src/train/private.h", "");
+  plant("include/moegraft/train/config.h", "#include <string>\n#include \"moegraft/config/config.h\"\n");
+  plant("src/run/run_config.cpp", "#include \"moegraft/train/config.h\"\n");
   plant("src/model/families/olmoe.cpp", "#include \"../family.h\"\n");
   plant("tools/moegraft/main.cpp", "#include \"command.h\"\n#include \"moegraft/train/train.h\"\n");
   EXPECT_EQ(violations(root_), std::vector<std::string>{});
@@ -187,6 +196,9 @@ TEST_F(PlantedTree, EachBrokenRuleIsNamedWithFileAndLine) {
   const std::vector<std::tuple<std::string, std::string, std::string>> cases = {
       {"src/model/decoder.cpp", "\n#include \"moegraft/train/loop.h\"\n",
        "src/model/decoder.cpp:2: model may not include train (moegraft/train/loop.h)"},
+      {"include/moegraft/train/config.h", "#include <string>\n#include \"moegraft/model/spec.h\"\n",
+       "include/moegraft/train/config.h:2: a section's header may include base, config and the standard library alone: moegraft/model/spec.h"},
+      {"src/base/log.cpp", "#include \"moegraft/config/config.h\"\n", "src/base/log.cpp:1: base may not include config (moegraft/config/config.h)"},
       {"src/io/image.cpp", "#include <moegraft/kernels/gemm.h>\n", "src/io/image.cpp:1: io may not include kernels (moegraft/kernels/gemm.h)"},
       {"include/moegraft/run/a.h", "#  include \"moegraft/graft/b.h\"\n",
        "include/moegraft/run/a.h:1: run may not include graft (moegraft/graft/b.h)"},

@@ -19,8 +19,8 @@ at::Tensor cloud(int64_t n, int64_t d, uint64_t seed) {
   return x;
 }
 
-run::OtSection quick() {
-  run::OtSection ot;
+ot::OtConfig quick() {
+  ot::OtConfig ot;
   ot.epsilon = {0.05, 0.01};
   return ot;
 }
@@ -55,7 +55,7 @@ TEST(GwSubspace, FindsTheStretchedDirectionsOfAnIsometricCopy) {
   const at::Tensor scale = at::tensor({9.0, 6.0, 3.0, 0.3, 0.2, 0.1}, at::kFloat), x_t = cloud(60, 6, 4) * scale;
   const at::Tensor turn = std::get<0>(at::linalg_qr(cloud(6, 6, 5)));
   const at::Tensor x_v = at::mm(x_t, turn).index_select(0, at::tensor(Rng(6, "test.order").permutation(60), at::kLong));
-  run::OtSection ot;
+  ot::OtConfig ot;
   ot.epsilon = {0.05, 0.01, 0.002, 0.0005};
   GwSubspaceReport report;
   const at::Tensor a = gw_subspace_A(x_v, x_t, 2, ot, 1, &report);

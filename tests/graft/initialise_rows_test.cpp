@@ -25,8 +25,8 @@ at::Tensor cloud(int64_t n, int64_t d, uint64_t seed) {
 // Anisotropic, off-centre text rows, as embeddings are.
 at::Tensor text_rows(int64_t v, int64_t d, uint64_t seed) { return at::mm(cloud(v, d, seed), cloud(d, d, seed + 100)) * 0.3 + cloud(1, d, seed + 200); }
 
-run::OtSection quick() {
-  run::OtSection ot;
+ot::OtConfig quick() {
+  ot::OtConfig ot;
   ot.epsilon = {0.05, 0.01, 0.003};
   ot.clusters = 16;
   ot.max_iterations = 30;
@@ -106,7 +106,7 @@ TEST(InitialiseRows, BarycentricRecoversAnIsometricCopy) {
   const at::Tensor turn = std::get<0>(at::linalg_qr(cloud(6, 6, 13)));
   const auto order = Rng(14, "test.order").permutation(40);
   const at::Tensor ids = at::tensor(order, at::kLong), z = at::mm(e.index_select(0, ids), turn) * 3.0;
-  run::OtSection ot = quick();
+  ot::OtConfig ot = quick();
   ot.epsilon = {0.05, 0.01, 0.002, 0.0005, 0.0001};
   ot.max_iterations = 200;
   for (const char* solver : {"entropic", "proximal"}) {
@@ -120,7 +120,7 @@ TEST(InitialiseRows, BarycentricRecoversAnIsometricCopy) {
 }
 
 TEST(InitialiseRows, ReportsCollapseUnderALargeEpsilon) {
-  run::OtSection ot = quick();
+  ot::OtConfig ot = quick();
   ot.epsilon = {50.0};
   ot.max_iterations = 2;
   const RowsInit init = initialise_rows("gw_barycentric", text_rows(100, 6, 15), {}, cloud(50, 3, 16), 2, ot, 1);
@@ -131,7 +131,7 @@ TEST(InitialiseRows, ReportsCollapseUnderALargeEpsilon) {
 }
 
 TEST(InitialiseRows, LargeCloudsAreClusteredFirst) {
-  run::OtSection ot = quick();
+  ot::OtConfig ot = quick();
   ot.max_points = 30;
   for (const char* method : {"gw_barycentric", "gw_procrustes"}) {
     const RowsInit init = initialise_rows(method, text_rows(200, 6, 17), text_rows(200, 6, 18), cloud(90, 4, 19), 2, ot, 1);

@@ -27,20 +27,20 @@ struct Options {
   bool json = false;
 };
 
-model::Vocabulary text_vocabulary(const run::RunConfig& config) {
-  if (!config.model.init) {
-    const model::DecoderSpec s = model::read_spec(config.model.path);
+model::Vocabulary text_vocabulary(const model::ModelConfig& config) {
+  if (!config.init) {
+    const model::DecoderSpec s = model::read_spec(config.path);
     return {s.vocab_size, s.bos_id, s.eos_id, {}};
   }
-  const auto tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
-  return {std::max(config.model.init->vocab_size, tokenizer->size()), tokenizer->bos_id(), tokenizer->eos_id(), {}};
+  const auto tokenizer = tokenizer::load_tokenizer(config.init->tokenizer);
+  return {std::max(config.init->vocab_size, tokenizer->size()), tokenizer->bos_id(), tokenizer->eos_id(), {}};
 }
 
 Json to_json(const data::Imbalance& i) { return {{"mean", i.mean}, {"worst", i.worst}, {"over_steps", i.over_steps}}; }
 
 void run(const Options& o) {
   const auto config = config::parse<run::RunConfig>(config::Document::from_file(o.config, o.set));
-  const model::Vocabulary vocabulary = vocabulary_of(text_vocabulary(config), config);
+  const model::Vocabulary vocabulary = vocabulary_of(text_vocabulary(config.model), config.modalities);
   Json out{{"accumulation", config.train.accumulation}, {"tokens_per_step", config.data.tokens_per_step}, {"results", Json::array()}};
   if (!o.json) std::printf("largest / mean over ranks          cost          tokens of new modalities\nbatching   world   kinds/step    mean   worst    mean   worst   step tokens\n");
   for (const char* batching : {"mixed", "modality"})

@@ -78,7 +78,7 @@ Json describe_plan(const train::MemoryPlan& p, at::Device device) {
 }
 
 // Before step 0 of a new run: memory of the host, and what the GW solves cost.
-Json describe_calibration(const graft::CalibrationPlan& plan, const run::OtSection& ot) {
+Json describe_calibration(const graft::CalibrationPlan& plan, const ot::OtConfig& ot) {
   return {{"tokens", ot.calibration_tokens}, {"rows_per_expert", plan.rows}, {"host_bytes", plan.bytes}, {"solves", plan.num_solves()},
           {"solve_seconds", std::round(10 * graft::estimate_solve_seconds(plan, ot)) / 10}, {"solve_seconds_are", moegraft::detail::concat("of ", at::get_num_threads(), " threads here: one solve of each width timed on random states, times their number")}};
 }
@@ -128,7 +128,7 @@ void run(const Options& o) {
     if (!config && !o.plan.empty()) out["cluster"] = plan_cluster(s, {}, {}, at::kCPU, o.plan, o.measured);
     if (config) {
       const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);
-      const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, *config, o.codebook);
+      const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, config->modalities, o.codebook);
       // A plan for a GPU needs none.
       const at::Device planned_on = config->model.device == "cuda" ? at::Device(at::kCUDA) : graft::parse_device(config->model.device);
       train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);

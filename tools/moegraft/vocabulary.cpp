@@ -4,8 +4,8 @@
 
 namespace moegraft::tools {
 
-model::Vocabulary vocabulary_of(model::Vocabulary v, const run::RunConfig& config, int64_t codebook) {
-  for (const auto& [name, section] : config.modalities) {
+model::Vocabulary vocabulary_of(model::Vocabulary v, const std::map<std::string, graft::ModalityConfig>& modalities, int64_t codebook) {
+  for (const auto& [name, section] : modalities) {
     int64_t codes = codebook, length = 0;
     if (codes == 0) {
       const auto codec = codec::load_codec(section.codec);

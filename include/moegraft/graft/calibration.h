@@ -32,7 +32,7 @@ struct CalibrationPlan {
 // 256 rows, or fewer so that all of them fit ot.calibration_gib; never fewer than the largest rank: UserError when those do not fit.
 CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunConfig& config);
 // Seconds that the plan's solves take here: one of each width on every thread, timed now on random states (real ones may take more or fewer iterations).
-double estimate_solve_seconds(const CalibrationPlan& plan, const run::OtSection& ot);
+double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& ot);
 
 // Pass it as ForwardOptions::sites. Reservoir sampling (Vitter's algorithm R) per (layer, site, expert, modality), a function of the seed and of the
 // rows' order alone. Rows are kept on the CPU in the dtype that they come in: what a bf16 base computes fits bf16.

@@ -58,7 +58,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
 // assemble_model, then initialises rows and factors as config says (calibrating on config.data where GW needs it), or from init_from.
 GraftedModel build_model(const run::RunConfig& config, const OpenOptions& options = {});
 // Whether build_model runs the model for an initialisation, and so needs its experts.
-bool initialises_by_running(const run::RunConfig& config);
+bool initialises_by_running(const std::vector<adapters::AdapterConfig>& adapters);
 
 // A run directory (config.yaml + checkpoints) or a Hugging Face model directory. UserError says what the path lacks.
 GraftedModel open_model(const std::filesystem::path& path, const OpenOptions& options = {});

@@ -7,7 +7,7 @@
 
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/graft/calibration.h"
-#include "moegraft/run/run_config.h"
+#include "moegraft/ot/config.h"
 
 namespace moegraft::graft {
 
@@ -23,7 +23,7 @@ struct GwSubspaceReport {
 // A [P,D] float32 from inputs of one site: x_v [n_v,D] of the new modality, x_t [n_t,D] of text. T = GW(x_v, x_t); X^ = diag(1/p) T x_t is where each
 // new state would lie among text states; M the ridge solution of x_v M^T = X^; A = U^T M with U the top-P right singular vectors of x_v M^T.
 // Rows have Kaiming's expected norm sqrt(1/3). UserError: shapes, NaN, no rows.
-at::Tensor gw_subspace_A(const at::Tensor& x_v, const at::Tensor& x_t, int64_t rank, const run::OtSection& ot, uint64_t seed, GwSubspaceReport* report = nullptr);
+at::Tensor gw_subspace_A(const at::Tensor& x_v, const at::Tensor& x_t, int64_t rank, const ot::OtConfig& ot, uint64_t seed, GwSubspaceReport* report = nullptr);
 
 // The control without GW: top-P right singular vectors of x_v, same norm.
 at::Tensor activation_svd_A(const at::Tensor& x_v, int64_t rank, uint64_t seed);
@@ -31,6 +31,6 @@ at::Tensor activation_svd_A(const at::Tensor& x_v, int64_t rank, uint64_t seed);
 // Fills every A of `lora` in place (B is set to zero) and returns a JSON report. method: kaiming_zero | gw_subspace | activation_svd; the latter two need
 // `calibration` and act on expert sites (gate and up share one A at the start); attention sites get Kaiming's. `modality` names the new rows in the
 // calibration. An expert with fewer than P rows of either side uses its layer's pool, and Kaiming's A when that is short too (counted in the report).
-std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const run::OtSection& ot, uint64_t seed);
+std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed);
 
 }  // namespace moegraft::graft

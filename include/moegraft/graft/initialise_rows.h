@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/ot/config.h"
 #include "moegraft/ot/gromov_wasserstein.h"
-#include "moegraft/run/run_config.h"
 
 namespace moegraft::graft {
 
@@ -52,9 +52,9 @@ struct RowsInit {
 // text_embedding_VD, text_head_VD [V,D] any float dtype (head undefined or the same tensor: tied); codebook_NZ [N,d_z]. The special rows (begin, end)
 // are drawn as moment_match does. Pure function of its arguments. UserError: shapes, NaN; UsageError: unknown method.
 RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
-                         const run::OtSection& ot, uint64_t seed);
+                         const ot::OtConfig& ot, uint64_t seed);
 
 // The solver settings of a run's `ot` section, for clouds of n and m points: epsilon annealed until the plan is sharp, tolerances that suit an initialisation.
-ot::Settings solver_settings(const run::OtSection& ot, int64_t n, int64_t m);
+ot::Settings solver_settings(const ot::OtConfig& ot, int64_t n, int64_t m);
 
 }  // namespace moegraft::graft

@@ -1,0 +1,68 @@
+#pragma once
+// The `model` section of a run.
+
+#include <optional>
+#include <string>
+
+#include "moegraft/config/config.h"
+
+namespace moegraft::model {
+
+// A base to train from scratch. Fields left at 0 take the family's usual ratio.
+struct InitConfig {
+  std::string family = "olmoe";
+  std::string tokenizer;  // a directory with tokenizer.json or tokenizer.model, copied into the model
+  int64_t vocab_size = 0; // 0: the tokenizer's size
+  int64_t hidden_size = 192, num_layers = 4, num_heads = 6, num_kv_heads = 2, head_dim = 32;
+  int64_t num_experts = 8, num_experts_per_tok = 2, moe_intermediate_size = 192, max_positions = 1024;
+  bool tie_word_embeddings = false;
+  double rope_theta = 10000.0;
+  double embedding_std = 1.0;
+  double router_aux_loss_coef = 0.01;
+  template <class V>
+  void visit_fields(V& v) {
+    v("family", family, config::one_of({"olmoe", "qwen3_moe", "mixtral"}), "Layout of the model to train.");
+    v("tokenizer", tokenizer, config::required(config::path()), "Folder of the text tokenizer.");
+    v("vocab_size", vocab_size, config::range(0, 1 << 28), "0: the tokenizer's size.");
+    v("hidden_size", hidden_size, config::range(1, 1 << 20), "Model width D.");
+    v("num_layers", num_layers, config::range(1, 4096), "Layers.");
+    v("num_heads", num_heads, config::range(1, 4096), "Query heads H.");
+    v("num_kv_heads", num_kv_heads, config::range(1, 4096), "Key/value heads G.");
+    v("head_dim", head_dim, config::range(2, 4096), "Head width C.");
+    v("num_experts", num_experts, config::range(1, 4096), "Experts E.");
+    v("num_experts_per_tok", num_experts_per_tok, config::range(1, 512), "Experts per token K.");
+    v("moe_intermediate_size", moe_intermediate_size, config::range(1, 1 << 20), "Expert width F.");
+    v("max_positions", max_positions, config::range(1, 1 << 26), "Longest context.");
+    v("tie_word_embeddings", tie_word_embeddings, config::any(), "One matrix for embedding and head.");
+    v("rope_theta", rope_theta, config::range(1.0, 1e12), "Rotary base.");
+    v("embedding_std", embedding_std, config::range(0.0, 100.0), "Standard deviation of the embedding rows at the start.");
+    v("router_aux_loss_coef", router_aux_loss_coef, config::range(0.0, 10.0), "Weight of the load-balancing loss.");
+  }
+  void validate(const std::string& path) const {
+    MOEGRAFT_CHECK_USAGE(num_heads % num_kv_heads == 0, path, ".num_heads must be a multiple of num_kv_heads (", num_kv_heads, "), got ", num_heads);
+    MOEGRAFT_CHECK_USAGE(head_dim % 2 == 0, path, ".head_dim must be even (rotary positions turn pairs), got ", head_dim);
+    MOEGRAFT_CHECK_USAGE(num_experts_per_tok <= num_experts, path, ".num_experts_per_tok must not exceed num_experts (", num_experts, "), got ", num_experts_per_tok);
+  }
+};
+
+struct ModelConfig {
+  std::string path;                // a Hugging Face directory; or
+  std::optional<InitConfig> init;  // train a base from scratch
+  std::string dtype = "float32";
+  std::string device = "auto";
+  std::string offload = "none";
+  template <class V>
+  void visit_fields(V& v) {
+    v("path", path, config::path(), "Hugging Face directory of the base.");
+    v("init", init, config::any(), "Train a base from scratch instead.");
+    v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "Compute dtype of the base.");
+    v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
+    v("offload", offload, config::one_of({"none", "experts"}), "experts: the frozen experts stay in host memory and visit the device a layer at a time; every layer is then computed again in the backward pass.");
+  }
+  void validate(const std::string& at) const {
+    MOEGRAFT_CHECK_USAGE(!path.empty() || init, at, ": give ", at, ".path (a Hugging Face directory) or ", at, ".init (train a base from scratch), got neither");
+    MOEGRAFT_CHECK_USAGE(path.empty() || !init, at, ": give ", at, ".path or ", at, ".init, got both (", at, ".path is ", path, ")");
+  }
+};
+
+}  // namespace moegraft::model
