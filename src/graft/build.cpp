@@ -113,7 +113,7 @@ GraftedModel build_model(const run::RunConfig& config, const OpenOptions& option
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   report["seconds"] = seconds;
   m.init_report_json = report.dump(2);
-  log::info("initialised rows (", config.embeddings.init, ") and adapters in ", int64_t(seconds * 10) / 10.0, " s");
+  log::info("initialised rows (", config::name_of(config.embeddings.init), ") and adapters in ", int64_t(seconds * 10) / 10.0, " s");
   return m;
 }
 

@@ -17,7 +17,7 @@ constexpr int64_t kRows = 256;  // beyond them subspaces of the ranks in use har
 
 }  // namespace
 
-bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && a.init != "kaiming_zero"; }
+bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && config::row_of(a.init).needs_calibration; }
 
 int64_t CalibrationPlan::num_solves() const {
   int64_t sum = 0;
@@ -38,11 +38,12 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
       const model::Site site = stored(adapters::parse_site(name));
       if (!adapters::is_expert_site(site) || std::find(seen.begin(), seen.end(), site) != seen.end()) continue;
       seen.push_back(site);
-      plan.solves.push_back({layers * spec.num_experts, adapters::site_shape(spec, site).in, a.rank});
+      if (layers == 0) continue;
       rank = std::max(rank, a.rank);
+      if (config::row_of(a.init).needs_ot) plan.solves.push_back({layers * spec.num_experts, adapters::site_shape(spec, site).in, a.rank});
     }
   }
-  if (plan.num_solves() == 0) return plan;
+  if (rank == 0) return plan;  // no adapter asks for inputs
   // Inputs of both sites of every expert are seen, of text and of each new modality.
   const int64_t sparse = std::count_if(spec.layers.begin(), spec.layers.end(), [](const auto& layer) { return layer.sparse; });
   const int64_t width = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? 2 : 4;
@@ -51,7 +52,7 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   plan.wanted = std::max(kRows, rank);
   plan.rows = int64_t(std::min(double(plan.wanted), bound / double(row_of_all)));
   MOEGRAFT_CHECK(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
-                 double(rank * row_of_all) / double(int64_t{1} << 30), " at least, or use adapters.init: kaiming_zero");
+                 double(rank * row_of_all) / double(int64_t{1} << 30), " at least, or use adapters.init: ", config::name_of(adapters::FactorInit::kaiming_zero));
   plan.bytes = plan.rows * row_of_all;
   return plan;
 }

@@ -80,7 +80,7 @@ void add_adapters(GraftedModel& m, const std::vector<adapters::AdapterConfig>& c
   m.adapters = std::make_shared<adapters::AdapterStack>();
   for (size_t i = 0; i < configs.size(); ++i) {
     auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), configs[i], int64_t(i), modality_ids(m.vocabulary, configs[i].modality), m.device(), experts);
-    adapter->register_parameters(*m.registry, configs[i].init);
+    adapter->register_parameters(*m.registry, config::name_of(configs[i].init));
     m.adapters->add(std::move(adapter));
   }
   m.decoder->attach(m.adapters);

@@ -20,6 +20,8 @@
 namespace moegraft::graft {
 namespace {
 
+using adapters::FactorInit;
+
 constexpr double kRidge = 1e-2;            // of the mean squared singular value
 constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan, and there are layers x sites x experts of them
 constexpr int64_t kSharpen = 2;
@@ -76,42 +78,63 @@ class Solved {
   int64_t done_ = 0;
 };
 
+// Inputs of one expert's site.
+struct FactorContext {
+  const at::Tensor &x_v, &x_t;  // [n, X] of the new modality, and of text where the method couples them
+  int64_t rank;
+  const ot::OtConfig& ot;
+  uint64_t seed;
+  GwSubspaceReport& report;  // of the solve, where there is one
+};
+
+struct FactorInitialiser {
+  FactorInit init;
+  at::Tensor (*A_PX)(const FactorContext&);  // null: Kaiming's, which reads no inputs
+};
+constexpr FactorInitialiser kInitialisers[] = {
+    {FactorInit::kaiming_zero, nullptr},
+    {FactorInit::gw_subspace, [](const FactorContext& in) { return gw_subspace_A(in.x_v, in.x_t, in.rank, in.ot, in.seed, &in.report); }},
+    {FactorInit::activation_svd, [](const FactorContext& in) { return activation_svd_A(in.x_v, in.rank, in.seed); }},
+};
+static_assert(std::ranges::equal(kInitialisers, adapters::kFactorInits, {}, &FactorInitialiser::init, &adapters::FactorInitRow::value), "a function for each row of adapters/config.h's table, in its order");
+
 struct SiteInit {
   at::Tensor A_EPX;
   io::Json report;
 };
 
-SiteInit expert_site(const std::string& method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const ot::OtConfig& ot,
+SiteInit expert_site(FactorInit method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const ot::OtConfig& ot,
                      uint64_t seed, const std::string& name, Solved& solved) {
   const int64_t experts = shape[0], rank = shape[1];
+  const bool couples = config::row_of(method).needs_ot;  // reads text's inputs too
   SiteInit init{kaiming_A(shape, seed, name), {}};
   std::vector<GwSubspaceReport> reports(experts);
   std::vector<at::Tensor> x_v(experts), x_t(experts);
   int64_t pooled = 0, fallback = 0;
   const auto enough = [&](const at::Tensor& x) { return x.defined() && x.size(0) >= rank; };
+  const auto is_complete = [&](int64_t e) { return enough(x_v[e]) && (!couples || enough(x_t[e])); };
   at::Tensor pool_v, pool_t;
   for (int64_t e = 0; e < experts; ++e) {
     x_v[e] = calibration.rows(layer, site, e, modality);
-    x_t[e] = calibration.rows(layer, site, e, 0);
-    if (enough(x_v[e]) && enough(x_t[e])) continue;
+    if (couples) x_t[e] = calibration.rows(layer, site, e, 0);
+    if (is_complete(e)) continue;
     ++pooled;
     if (!pool_v.defined() && !pool_t.defined()) {
       pool_v = calibration.pool(layer, site, modality);
-      pool_t = calibration.pool(layer, site, 0);
+      if (couples) pool_t = calibration.pool(layer, site, 0);
     }
     if (!enough(x_v[e])) x_v[e] = pool_v;
     if (!enough(x_t[e])) x_t[e] = pool_t;
-    if (!enough(x_v[e]) || !enough(x_t[e])) ++fallback;
+    if (!is_complete(e)) ++fallback;
   }
   at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
     at::NoGradGuard no_grad;
     for (int64_t e = first; e < last; ++e, solved.one()) {
-      if (!enough(x_v[e]) || !enough(x_t[e])) continue;
-      init.A_EPX[e].copy_(method == "gw_subspace" ? gw_subspace_A(x_v[e], x_t[e], rank, ot, seed + uint64_t(e), &reports[e]) : activation_svd_A(x_v[e], rank, seed + uint64_t(e)));
+      if (is_complete(e)) init.A_EPX[e].copy_(kInitialisers[size_t(method)].A_PX({x_v[e], x_t[e], rank, ot, seed + uint64_t(e), reports[e]}));
     }
   });
   init.report = {{"from_pool", pooled}, {"kaiming_fallback", fallback}};
-  if (method == "gw_subspace" && fallback < experts) {
+  if (couples && fallback < experts) {
     double perplexity = 0, objective = 0;
     int64_t converged = 0;
     for (const auto& r : reports) perplexity += r.row_perplexity, objective += r.objective, converged += r.converged;
@@ -184,13 +207,12 @@ double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& o
   return seconds;
 }
 
-std::string initialise_lora(adapters::ModalityLora& lora, const std::string& method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
+std::string initialise_lora(adapters::ModalityLora& lora, FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
-  MOEGRAFT_CHECK_USAGE(method == "kaiming_zero" || method == "gw_subspace" || method == "activation_svd", "adapters.init must be kaiming_zero, gw_subspace or activation_svd, got ", method);
-  const bool calibrated = method != "kaiming_zero";
-  MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", method, " needs a calibration");
+  const bool calibrated = config::row_of(method).needs_calibration;
+  MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", config::name_of(method), " needs a calibration");
   const auto start = std::chrono::steady_clock::now();
-  io::Json report = {{"method", method}, {"sites", io::Json::object()}};
+  io::Json report = {{"method", config::name_of(method)}, {"sites", io::Json::object()}};
   std::map<std::pair<int64_t, model::Site>, SiteInit> done;  // of a layer: gate and up see the same input
   std::set<std::pair<int64_t, model::Site>> sites;
   int64_t experts = 0;
@@ -198,7 +220,7 @@ std::string initialise_lora(adapters::ModalityLora& lora, const std::string& met
   for (const auto& factor : lora.factors())
     if (calibrated && adapters::is_expert_site(factor.site) && sites.insert(key_of(factor)).second) experts += factor.A.size(0);
   std::optional<Solved> solved;
-  if (experts > 0) solved.emplace("initialise adapters (" + method + "), experts", experts);
+  if (experts > 0) solved.emplace("initialise adapters (" + config::name_of(method) + "), experts", experts);
   for (auto& factor : lora.factors()) {
     factor.B.zero_();
     if (!calibrated || !adapters::is_expert_site(factor.site)) {

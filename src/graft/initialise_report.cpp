@@ -11,7 +11,7 @@ io::Json statistics(const RowStatistics& s) {
 }  // namespace
 
 std::string RowsReport::to_json() const {
-  io::Json j = {{"method", method}, {"text", statistics(text)}, {"raw", statistics(raw)}, {"embedding", statistics(embedding)}, {"head", statistics(head)}, {"warnings", warnings}};
+  io::Json j = {{"method", config::name_of(method)}, {"text", statistics(text)}, {"raw", statistics(raw)}, {"embedding", statistics(embedding)}, {"head", statistics(head)}, {"warnings", warnings}};
   if (used_gw) {
     io::Json list = io::Json::array();
     for (const ot::Stage& s : stages) {

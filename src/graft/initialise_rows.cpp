@@ -37,6 +37,16 @@ struct CodeRows {
   at::Tensor embedding_ND, head_ND;
 };
 
+// What an initialisation reads, and where it notes what it found.
+struct RowsContext {
+  const Text& text;
+  const at::Tensor& codebook_NZ;
+  const CodeRows& drawn;  // moment_match's rows: the special ones, and last the codes' where they are drawn with them
+  const ot::OtConfig& ot;
+  uint64_t seed;
+  RowsReport& report;
+};
+
 at::Tensor checked_matrix(const at::Tensor& x, const char* name) {
   MOEGRAFT_CHECK(x.defined() && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, "row initialisation: ", name, " must be a matrix with rows, got ",
                  x.defined() ? x.sizes().vec() : std::vector<int64_t>{});
@@ -105,7 +115,6 @@ Cloud reduce(const at::Tensor& x_ND, int64_t limit, uint64_t seed) {
 }
 
 void note_plan(RowsReport& report, const ot::Result& plan) {
-  report.used_gw = true;
   report.points_x = plan.plan_NM.size(0);
   report.points_y = plan.plan_NM.size(1);
   report.objective = plan.objective;
@@ -129,32 +138,33 @@ ot::Result couple(const Cloud& codes, const Cloud& rows, const ot::OtConfig& ot)
   return ot::solve(ot::Cost::squared_euclidean(codes.points), ot::Cost::squared_euclidean(rows.points), solver_settings(ot, codes.points.size(0), rows.points.size(0)), codes.weights, rows.weights);
 }
 
-CodeRows barycentric_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
-  const Cloud codes = reduce(codebook_NZ, ot.max_points, seed), rows = reduce(text.embedding_VD, ot.max_points, seed + 1);
-  const ot::Result plan = couple(codes, rows, ot);
-  note_plan(report, plan);
+CodeRows barycentric_rows(const RowsContext& in) {
+  const Cloud codes = reduce(in.codebook_NZ, in.ot.max_points, in.seed), rows = reduce(in.text.embedding_VD, in.ot.max_points, in.seed + 1);
+  const ot::Result plan = couple(codes, rows, in.ot);
+  note_plan(in.report, plan);
   const auto place = [&](const at::Tensor& text_VD) {
     const at::Tensor text_MD = text_VD.index_select(0, longs(rows.member));
     const at::Tensor placed = ot::barycentric(plan.plan_NM, text_MD);
     if (!codes.owner.defined()) return placed;
     // Codes that share a point keep their offsets to it, turned into text space and scaled like the points.
     const double scale = rms_deviation(placed) / std::max(rms_deviation(codes.points), 1e-300);
-    const at::Tensor offset_NZ = codebook_NZ - codes.points.index_select(0, codes.owner);
+    const at::Tensor offset_NZ = in.codebook_NZ - codes.points.index_select(0, codes.owner);
     return placed.index_select(0, codes.owner) + at::mm(offset_NZ, polar_map(plan.plan_NM, codes.points, text_MD)) * scale;
   };
-  return {place(text.embedding_VD), text.tied ? at::Tensor() : place(text.head_VD)};
+  return {place(in.text.embedding_VD), in.text.tied ? at::Tensor() : place(in.text.head_VD)};
 }
 
-CodeRows procrustes_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
-  const Cloud codes = reduce(codebook_NZ, ot.max_points, seed), rows = reduce(text.embedding_VD, ot.max_points, seed + 1);
-  const ot::Result plan = couple(codes, rows, ot);
-  note_plan(report, plan);
-  const at::Tensor z = codebook_NZ - codebook_NZ.mean(0);
+CodeRows procrustes_rows(const RowsContext& in) {
+  const Cloud codes = reduce(in.codebook_NZ, in.ot.max_points, in.seed), rows = reduce(in.text.embedding_VD, in.ot.max_points, in.seed + 1);
+  const ot::Result plan = couple(codes, rows, in.ot);
+  note_plan(in.report, plan);
+  const at::Tensor z = in.codebook_NZ - in.codebook_NZ.mean(0);
   const auto turn = [&](const at::Tensor& text_VD) { return at::mm(z, polar_map(plan.plan_NM, codes.points, text_VD.index_select(0, longs(rows.member)))); };
-  if (codebook_NZ.size(1) < text.embedding_VD.size(1)) {
-    report.warnings.push_back(detail::concat("gw_procrustes: codes of ", codebook_NZ.size(1), " dimensions give rows of rank at most ", codebook_NZ.size(1), " of ", text.embedding_VD.size(1)));
+  if (in.codebook_NZ.size(1) < in.text.embedding_VD.size(1)) {
+    in.report.warnings.push_back(detail::concat(config::name_of(in.report.method), ": codes of ", in.codebook_NZ.size(1), " dimensions give rows of rank at most ", in.codebook_NZ.size(1), " of ",
+                                                in.text.embedding_VD.size(1)));
   }
-  return {turn(text.embedding_VD), text.tied ? at::Tensor() : turn(text.head_VD)};
+  return {turn(in.text.embedding_VD), in.text.tied ? at::Tensor() : turn(in.text.head_VD)};
 }
 
 // Members of each cluster, nearest to the centre first.
@@ -168,23 +178,23 @@ std::vector<std::vector<int64_t>> members_by_distance(const at::Tensor& x_ND, co
   return members;
 }
 
-CodeRows cluster_rows(const Text& text, const at::Tensor& codebook_NZ, const ot::OtConfig& ot, uint64_t seed, RowsReport& report) {
-  const int64_t n = codebook_NZ.size(0), v = text.embedding_VD.size(0), kx = std::min(ot.clusters, n), ky = std::min(ot.clusters, v);
+CodeRows cluster_rows(const RowsContext& in) {
+  const int64_t n = in.codebook_NZ.size(0), v = in.text.embedding_VD.size(0), kx = std::min(in.ot.clusters, n), ky = std::min(in.ot.clusters, v);
   std::optional<ot::Result> best;
   ot::KMeansResult codes, rows;
   for (int64_t restart = 0; restart < kClusterRestarts; ++restart) {
-    const uint64_t own_seed = seed + uint64_t(restart) * 1000;
-    ot::KMeansResult x = ot::kmeans(codebook_NZ, kx, {.restarts = 1, .seed = own_seed});
-    ot::KMeansResult y = ot::kmeans(text.embedding_VD.to(at::kFloat), ky, {.restarts = 1, .max_iterations = 20, .max_samples = 64 * ky, .seed = own_seed + 1});
-    ot::Result plan = ot::solve(ot::Cost::squared_euclidean(x.centres_KD), ot::Cost::squared_euclidean(y.centres_KD), solver_settings(ot, kx, ky), x.counts_K.to(at::kDouble) / double(n),
+    const uint64_t own_seed = in.seed + uint64_t(restart) * 1000;
+    ot::KMeansResult x = ot::kmeans(in.codebook_NZ, kx, {.restarts = 1, .seed = own_seed});
+    ot::KMeansResult y = ot::kmeans(in.text.embedding_VD.to(at::kFloat), ky, {.restarts = 1, .max_iterations = 20, .max_samples = 64 * ky, .seed = own_seed + 1});
+    ot::Result plan = ot::solve(ot::Cost::squared_euclidean(x.centres_KD), ot::Cost::squared_euclidean(y.centres_KD), solver_settings(in.ot, kx, ky), x.counts_K.to(at::kDouble) / double(n),
                                 y.counts_K.to(at::kDouble) / double(v));
     if (best && plan.objective >= best->objective) continue;
     best = std::move(plan);
     codes = std::move(x);
     rows = std::move(y);
   }
-  note_plan(report, *best);
-  const auto code_members = members_by_distance(codebook_NZ, codes, kx), row_members = members_by_distance(text.embedding_VD, rows, ky);
+  note_plan(in.report, *best);
+  const auto code_members = members_by_distance(in.codebook_NZ, codes, kx), row_members = members_by_distance(in.text.embedding_VD, rows, ky);
   // Within a cluster a code takes a free row of a matched text cluster, at its own relative distance from the centre (distances to the centre are what
   // GW's first lower bound compares: Mémoli 2011).
   std::vector<char> taken(v, 0);
@@ -218,7 +228,7 @@ CodeRows cluster_rows(const Text& text, const at::Tensor& codebook_NZ, const ot:
       ids[members[i]] = chosen;
     }
   }
-  return gather_rows(text, ids);
+  return gather_rows(in.text, ids);
 }
 
 std::vector<int64_t> sampled_ids(int64_t vocabulary, int64_t count, uint64_t seed) {
@@ -230,14 +240,41 @@ std::vector<int64_t> sampled_ids(int64_t vocabulary, int64_t count, uint64_t see
   return ids;
 }
 
+CodeRows random_rows(const RowsContext& in) {
+  const auto draw = [&](const at::Tensor& like, const char* purpose) {
+    return normal({in.codebook_NZ.size(0), like.size(1)}, in.seed, purpose) * std::sqrt(like.square().mean().item<double>());
+  };
+  return {draw(in.text.embedding_VD, "graft.rows.random"), in.text.tied ? at::Tensor() : draw(in.text.head_VD, "graft.rows.random_head")};
+}
+
+CodeRows sampled_rows(const RowsContext& in) { return gather_rows(in.text, sampled_ids(in.text.embedding_VD.size(0), in.codebook_NZ.size(0), in.seed)); }
+
+CodeRows moment_match_rows(const RowsContext& in) {
+  const int64_t first = in.drawn.embedding_ND.size(0) - in.codebook_NZ.size(0);
+  return {in.drawn.embedding_ND.slice(0, first), in.text.tied ? at::Tensor() : in.drawn.head_ND.slice(0, first)};
+}
+
+struct RowInitialiser {
+  RowInit init;
+  CodeRows (*rows)(const RowsContext&);
+};
+constexpr RowInitialiser kInitialisers[] = {
+    {RowInit::random, random_rows},
+    {RowInit::sampled_rows, sampled_rows},
+    {RowInit::moment_match, moment_match_rows},
+    {RowInit::gw_barycentric, barycentric_rows},
+    {RowInit::gw_procrustes, procrustes_rows},
+    {RowInit::gw_cluster, cluster_rows},
+};
+static_assert(std::ranges::equal(kInitialisers, kRowInits, {}, &RowInitialiser::init, &RowInitRow::value), "a function for each row of config.h's table, in its order");
+
 void note_collapse(RowsReport& report) {
   const double spread = report.text.rms_deviation > 0 ? report.raw.rms_deviation / report.text.rms_deviation : 1.0;
-  const bool gw_rows = report.used_gw && report.method == "gw_barycentric";
-  if (gw_rows && (spread < kCollapsedSpread || report.raw.mean_cosine > std::max(kCollapsedCosine, report.text.mean_cosine + 0.3))) {
-    report.warnings.push_back(detail::concat(report.method, ": the plan is too blunt (row perplexity ", report.row_perplexity, " of ", report.uniform_perplexity, "), rows collapsed to ", spread,
-                                             " of the text rows' spread before rescaling: lower ot.epsilon or use moment_match"));
+  if (report.method == RowInit::gw_barycentric && (spread < kCollapsedSpread || report.raw.mean_cosine > std::max(kCollapsedCosine, report.text.mean_cosine + 0.3))) {
+    report.warnings.push_back(detail::concat(config::name_of(report.method), ": the plan is too blunt (row perplexity ", report.row_perplexity, " of ", report.uniform_perplexity, "), rows collapsed to ",
+                                             spread, " of the text rows' spread before rescaling: lower ot.epsilon or use ", config::name_of(RowInit::moment_match)));
   }
-  if (report.used_gw && report.reason == "marginals not reached") report.warnings.push_back(detail::concat(report.method, ": Sinkhorn stopped before its marginals were exact; the plan was repaired"));
+  if (report.used_gw && report.reason == "marginals not reached") report.warnings.push_back(detail::concat(config::name_of(report.method), ": Sinkhorn stopped before its marginals were exact; the plan was repaired"));
 }
 
 }  // namespace
@@ -277,7 +314,7 @@ ot::Settings solver_settings(const ot::OtConfig& ot, int64_t n, int64_t m) {
   return s;
 }
 
-RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
+RowsInit initialise_rows(RowInit method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
                          const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
   Text text;
@@ -288,30 +325,14 @@ RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embed
   MOEGRAFT_CHECK(text.head_VD.sizes() == text.embedding_VD.sizes(), "row initialisation: text head ", text.head_VD.sizes().vec(), " must have the embedding's shape ", text.embedding_VD.sizes().vec());
   const at::Tensor codebook = checked_matrix(codebook_NZ, "codebook");
   MOEGRAFT_CHECK(num_special >= 0, "row initialisation: number of special rows must not be negative, got ", num_special);
-  const int64_t n = codebook.size(0), d = text.embedding_VD.size(1);
 
   RowsInit init;
   RowsReport& report = init.report;
   report.method = method;
+  report.used_gw = config::row_of(method).needs_ot;
   report.text = row_statistics(text.embedding_VD);
-  const CodeRows drawn = moment_rows(text, num_special + (method == "moment_match" ? n : 0), seed);
-  CodeRows codes;
-  if (method == "random") {
-    const auto draw = [&](const at::Tensor& like, const char* purpose) { return normal({n, d}, seed, purpose) * std::sqrt(like.square().mean().item<double>()); };
-    codes = {draw(text.embedding_VD, "graft.rows.random"), text.tied ? at::Tensor() : draw(text.head_VD, "graft.rows.random_head")};
-  } else if (method == "sampled_rows") {
-    codes = gather_rows(text, sampled_ids(text.embedding_VD.size(0), n, seed));
-  } else if (method == "moment_match") {
-    codes = {drawn.embedding_ND.slice(0, num_special), text.tied ? at::Tensor() : drawn.head_ND.slice(0, num_special)};
-  } else if (method == "gw_barycentric") {
-    codes = barycentric_rows(text, codebook, ot, seed, report);
-  } else if (method == "gw_procrustes") {
-    codes = procrustes_rows(text, codebook, ot, seed, report);
-  } else if (method == "gw_cluster") {
-    codes = cluster_rows(text, codebook, ot, seed, report);
-  } else {
-    fail<UsageError>("embeddings.init must be one of random, sampled_rows, moment_match, gw_barycentric, gw_procrustes, gw_cluster, got ", method);
-  }
+  const CodeRows drawn = moment_rows(text, num_special + (method == RowInit::moment_match ? codebook.size(0) : 0), seed);
+  CodeRows codes = kInitialisers[size_t(method)].rows({text, codebook, drawn, ot, seed, report});
   report.raw = row_statistics(codes.embedding_ND);
   if (report.used_gw) {
     codes.embedding_ND = match_mean_and_scale(codes.embedding_ND, text.embedding_VD);

@@ -10,6 +10,15 @@
 namespace moegraft::config {
 namespace {
 
+enum class Kind { modality_lora, mixture };
+struct KindRow {
+  Kind value;
+  const char *name, *meaning;
+  bool routed;
+};
+constexpr KindRow kKinds[] = {{Kind::modality_lora, "modality_lora", "Gated.", false}, {Kind::mixture, "mixture", "", true}};
+constexpr std::span<const KindRow> choices_of(Kind) { return kKinds; }
+
 struct Group {
   double lr = 1e-4;
   template <class V>
@@ -29,13 +38,13 @@ struct Init {
 };
 
 struct Adapter {
-  std::string kind = "modality_lora";
+  Kind kind = Kind::modality_lora;
   int64_t rank = 16;
   std::vector<std::string> sites = {"gate", "up"};
   std::vector<int64_t> layers;
   template <class V>
   void visit_fields(V& v) {
-    v("kind", kind, one_of({"modality_lora"}), "Kind.");
+    v("kind", kind, any(), "Kind.");
     v("rank", rank, range(1, 1024), "LoRA rank P.");
     v("sites", sites, one_of({"gate", "up", "down", "q"}), "Where it acts.");
     v("layers", layers, range(0, 100), "Layer indices.");
@@ -167,6 +176,7 @@ TEST(Config, ErrorsNameTheKeyTheRuleAndTheValue) {
       {"dir: x\nadapters: [modality_lora]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got modality_lora (write { kind: modality_lora }) (c.yaml:2)"},
       {"dir: x\nadapters: [[a]]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got a list (c.yaml:2)"},
       {"dir: x\ntrain: {lora: &g {lr: 1}, embeddings: {<<: *g}}", "train.embeddings.<< is YAML's merge, which is not read here: write its keys out (c.yaml:2)"},
+      {"dir: x\nadapters: [{kind: mixtur}]", "adapters[0].kind must be one of modality_lora, mixture, got mixtur; did you mean mixture? (c.yaml:2)"},
       {"dir: x\nadapters: {rank: 1}", "adapters must be a list, got a mapping (c.yaml:2)"},
       {"dir: x\nadapters:", "adapters must be a list, got null (write [] for an empty list) (c.yaml:2)"},
       {"dir: x\nadapters: [{layers: [-1]}]", "adapters[0].layers[0] must be in [0, 100], got -1 (c.yaml:2)"},
@@ -320,6 +330,7 @@ TEST(Config, DumpParsesBackIdentically) {
   c.adapters.resize(2);
   c.adapters[0].sites = {};
   c.adapters[1].layers = {1, 2};
+  c.adapters[1].kind = Kind::mixture;
   c.train.steps = 999999999999;
   c.train.clip = -INFINITY;
   c.train.betas = {0.1 + 0.2 - 0.05, 1e-12};
@@ -333,11 +344,18 @@ TEST(Config, DumpParsesBackIdentically) {
   EXPECT_EQ(back.modalities.at("null").lr, 1.0 / 3);
   EXPECT_EQ(back.modalities.at("a: b").lr, 5e-324);
   EXPECT_TRUE(back.adapters[0].sites.empty());
+  EXPECT_EQ(back.adapters[1].kind, Kind::mixture);
   EXPECT_EQ(back.train.steps, 999999999999);
   EXPECT_EQ(back.train.clip, -INFINITY);
   EXPECT_EQ(back.train.betas, c.train.betas);
   EXPECT_EQ(back.train.grid, c.train.grid);
   EXPECT_TRUE(std::signbit(back.train.grid[0][1]));
+}
+
+TEST(Config, AnEnumsTableIsAskedForWhatElseItsRowsHold) {
+  EXPECT_TRUE(row_of(load("dir: x\nadapters: [{kind: mixture}]").adapters[0].kind).routed);
+  EXPECT_EQ(name_of(Kind::mixture), "mixture");
+  EXPECT_THROW(row_of(Kind{7}), InvariantError);
 }
 
 TEST(Config, DumpIsReadableYaml) {
@@ -392,7 +410,7 @@ TEST(Config, MarkdownHasATablePerSection) {
   const std::string text = to_markdown(describe<Whole>());
   for (const char* line : {"| `dir` | text | **required** | The run directory. |\n", "| `limit` | optional number in [0, 5] | `2.0` | A limit. |\n", "\n### init\n\nFrom scratch. (optional section)\n\n",
                            "| `init.family` | text: one of `olmoe`, `mixtral` | `olmoe` | Layout. |\n", "| `modalities.<name>.lr` | number in [0, 10] | `1.0e-04` | Peak learning rate. |\n",
-                           "\n### adapters\n\nAdapters. (list of sections)\n\n| key | type | default | meaning |\n|---|---|---|---|\n| `adapters[].kind` | text: `modality_lora` | `modality_lora` | Kind. |\n",
+                           "\n### adapters\n\nAdapters. (list of sections)\n\n| key | type | default | meaning |\n|---|---|---|---|\n| `adapters[].kind` | text: one of `modality_lora`, `mixture` | `modality_lora` | Kind.<br>`modality_lora`: Gated. |\n",
                            "| `train.embeddings` | section |  | Group. |\n"})
     EXPECT_NE(text.find(line), std::string::npos) << line << "\nin\n" << text;
 }
@@ -402,7 +420,7 @@ TEST(Config, YamlTemplateParsesToTheDefaults) {
   EXPECT_EQ(dump(load(text, {"dir=x"})), dump(load("dir: x")));
   EXPECT_EQ(text.find("# The run directory. (text, required)\ndir:\n"), 0u) << text;
   // Entries stand there as comments: without their # they parse too.
-  const std::string list = "\nadapters: []\n#  -\n#    # Kind. (text: modality_lora)\n#    kind: modality_lora\n", mapping = "\nmodalities: {}\n#  <name>:\n#    # Peak learning rate.";
+  const std::string list = "\nadapters: []\n#  -\n#    # Kind. (text: one of modality_lora, mixture)\n#    #   modality_lora: Gated.\n#    kind: modality_lora\n", mapping = "\nmodalities: {}\n#  <name>:\n#    # Peak learning rate.";
   for (const auto& lines : {list, mapping}) EXPECT_NE(text.find(lines), std::string::npos) << lines << "\nin\n" << text;
   std::string entries;
   for (size_t at = 0, end; at < text.size(); at = end + 1) {

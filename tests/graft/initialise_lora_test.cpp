@@ -12,6 +12,8 @@
 namespace moegraft::graft {
 namespace {
 
+using adapters::FactorInit;
+
 at::Tensor cloud(int64_t n, int64_t d, uint64_t seed) {
   Rng rng(seed, "test.lora");
   at::Tensor x = at::empty({n, d}, at::kFloat);
@@ -132,7 +134,7 @@ TEST(CalibrationPlan, FitsItsBound) {
   EXPECT_EQ(plan_calibration(spec, config).rows, 0) << "nobody asks";
   config.adapters.resize(1);
   EXPECT_EQ(plan_calibration(spec, config).rows, 0) << "kaiming_zero needs no states";
-  config.adapters[0].init = "gw_subspace";
+  config.adapters[0].init = FactorInit::gw_subspace;
   const int64_t row = 48 * 128 * 2 * (2048 + 768) * 2, gib = int64_t{1} << 30;
   const CalibrationPlan plan = plan_calibration(spec, config);
   EXPECT_EQ(plan.rows, 4 * gib / row);
@@ -143,6 +145,11 @@ TEST(CalibrationPlan, FitsItsBound) {
   ASSERT_EQ(plan.solves.size(), 2u);
   EXPECT_EQ(plan.solves[0].width, 2048);
   EXPECT_EQ(plan.solves[1].width, 768);
+  config.adapters[0].init = FactorInit::activation_svd;
+  EXPECT_EQ(plan_calibration(spec, config).bytes, 62 * row);
+  EXPECT_EQ(plan_calibration(spec, config).num_solves(), 0);
+  EXPECT_EQ(estimate_solve_seconds(plan_calibration(spec, config), quick()), 0);
+  config.adapters[0].init = FactorInit::gw_subspace;
   config.model.dtype = "float32";
   EXPECT_EQ(plan_calibration(spec, config).rows, 31);
   config.ot.calibration_gib = 1000;
@@ -165,7 +172,7 @@ TEST(CalibrationPlan, FitsItsBound) {
   spec.layers.assign(2, {});
   config = {};
   config.adapters.resize(1);
-  config.adapters[0].init = "gw_subspace", config.adapters[0].rank = 4;
+  config.adapters[0].init = FactorInit::gw_subspace, config.adapters[0].rank = 4;
   EXPECT_GT(estimate_solve_seconds(plan_calibration(spec, config), quick()), 0);
 }
 
@@ -188,13 +195,13 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
     calibration.observe_experts(layer, model::Site::gate, cloud(152, 24, uint64_t(layer)), {0, 30, 60, 90, 120, 150, 152}, 2);
     if (layer == 0) calibration.observe_experts(layer, model::Site::down, cloud(150, 16, 9), {0, 30, 60, 90, 120, 150, 150}, 2);
   }
-  for (const char* method : {"kaiming_zero", "gw_subspace", "activation_svd"}) {
+  for (const auto& [value, method, meaning, needs_calibration, needs_ot] : adapters::kFactorInits) {
     adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU), again(spec, config, 0, {1}, at::kCPU);
     ::testing::internal::CaptureStderr();
-    const auto report = nlohmann::json::parse(initialise_lora(lora, method, &calibration, 1, quick(), 5));
+    const auto report = nlohmann::json::parse(initialise_lora(lora, value, &calibration, 1, quick(), 5));
     const bool told = ::testing::internal::GetCapturedStderr().find("experts 12/12") != std::string::npos;  // 2 layers x 3 experts x (gate with up, down)
-    EXPECT_EQ(told, std::string(method) != "kaiming_zero");
-    initialise_lora(again, method, &calibration, 1, quick(), 5);
+    EXPECT_EQ(told, needs_calibration);
+    initialise_lora(again, value, &calibration, 1, quick(), 5);
     EXPECT_EQ(report["method"], method);
     ASSERT_EQ(lora.factors().size(), 14u);
     for (size_t i = 0; i < lora.factors().size(); ++i) {
@@ -207,13 +214,28 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
         EXPECT_FALSE(at::equal(f.A[0], f.A[1])) << f.name;
       }
     }
-    if (std::string(method) == "kaiming_zero") continue;
+    if (!needs_calibration) continue;
     EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["from_pool"], 1);
     EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["kaiming_fallback"], 0);
     EXPECT_EQ(report["sites"]["adapters.0.layers.1.down"]["kaiming_fallback"], 3);  // never observed
   }
   adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU);
-  EXPECT_THROW(initialise_lora(lora, "pissa", nullptr, 1, quick(), 5), UsageError);
+  EXPECT_THROW(initialise_lora(lora, FactorInit::activation_svd, nullptr, 1, quick(), 5), InvariantError) << "no calibration";
+}
+
+TEST(InitialiseLora, TextIsReadOnlyWhereItIsCoupled) {
+  model::DecoderSpec spec;
+  spec.hidden_size = 24, spec.num_layers = 1, spec.num_experts = 1, spec.moe_intermediate_size = 16;
+  spec.layers.resize(1);
+  adapters::AdapterConfig config;
+  config.rank = 4, config.sites = {"gate"};
+  Calibration calibration(32, 1);
+  calibration.observe_experts(0, model::Site::gate, cloud(30, 24, 1), {0, 0, 30}, 2);  // of the new modality alone
+  for (const auto& [method, fallback] : {std::pair(FactorInit::gw_subspace, 1), {FactorInit::activation_svd, 0}}) {
+    adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU);
+    const auto report = nlohmann::json::parse(initialise_lora(lora, method, &calibration, 1, quick(), 5));
+    EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["kaiming_fallback"], fallback) << config::name_of(method);
+  }
 }
 
 }  // namespace

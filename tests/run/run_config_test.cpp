@@ -70,6 +70,8 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
       {{"adapters[0].layers=[1, 1]"}, "adapters[0].layers"},
       {{"adapters[0].layers=[-1]"}, "adapters[0].layers"},
       {{"adapters[0].alpha=0"}, "adapters[0].alpha"},
+      {{"adapters[0].init=pissa"}, "adapters[0].init must be one of kaiming_zero, gw_subspace, activation_svd, got pissa"},
+      {{"embeddings.init=gw_magic"}, "embeddings.init must be one of random, sampled_rows, moment_match, gw_barycentric, gw_procrustes, gw_cluster, got gw_magic"},
       {{"ot.epsilon=[]"}, "ot.epsilon"},
       {{"ot.epsilon=[0.1, 0]"}, "ot.epsilon[1]"},
       {{"ot.epsilon=[0.1, 0.2]"}, "must decrease"},

@@ -17,7 +17,7 @@ TEST(CalibrationBound, ChangesNothingUntilRowsDoNotFit) {
   testing::TinyOptions options;
   options.layers = 1;
   auto world = testing::make_tiny_world(folder.path(), options);
-  world.config.adapters[0].init = "gw_subspace";
+  world.config.adapters[0].init = adapters::FactorInit::gw_subspace;
   world.config.ot.epsilon = {0.1};
   world.config.ot.max_iterations = 3;
   const auto initialised = [&](const std::string& precision, double gib) {

@@ -193,8 +193,8 @@ graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* m
     config.alpha = 2.0 * double(o.rank);
     config.sites = o.sites;
     auto lora = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config, 0, std::vector<int64_t>{1}, m.device(), experts);
-    graft::initialise_lora(*lora, "kaiming_zero", nullptr, 1, ot::OtConfig{}, 0);
-    lora->register_parameters(*m.registry, "kaiming_zero");
+    graft::initialise_lora(*lora, config.init, nullptr, 1, ot::OtConfig{}, 0);
+    lora->register_parameters(*m.registry, config::name_of(config.init));
     m.adapters = std::make_shared<adapters::AdapterStack>();
     m.adapters->add(std::move(lora));
     m.decoder->attach(m.adapters);

@@ -77,10 +77,13 @@ Json describe_plan(const train::MemoryPlan& p, at::Device device) {
   return out;
 }
 
-// Before step 0 of a new run: memory of the host, and what the GW solves cost.
+// Before step 0 of a new run: memory of the host, and what the GW solves cost where there are any.
 Json describe_calibration(const graft::CalibrationPlan& plan, const ot::OtConfig& ot) {
-  return {{"tokens", ot.calibration_tokens}, {"rows_per_expert", plan.rows}, {"host_bytes", plan.bytes}, {"solves", plan.num_solves()},
-          {"solve_seconds", std::round(10 * graft::estimate_solve_seconds(plan, ot)) / 10}, {"solve_seconds_are", moegraft::detail::concat("of ", at::get_num_threads(), " threads here: one solve of each width timed on random states, times their number")}};
+  Json out{{"tokens", ot.calibration_tokens}, {"rows_per_expert", plan.rows}, {"host_bytes", plan.bytes}, {"solves", plan.num_solves()}};
+  if (plan.solves.empty()) return out;
+  out["solve_seconds"] = std::round(10 * graft::estimate_solve_seconds(plan, ot)) / 10;
+  out["solve_seconds_are"] = moegraft::detail::concat("of ", at::get_num_threads(), " threads here: one solve of each width timed on random states, times their number");
+  return out;
 }
 
 void print(const Json& j, int indent) {

@@ -1,12 +1,30 @@
 #pragma once
 // The `adapters` list of a run.
 
+#include <span>
 #include <string>
 #include <vector>
 
 #include "moegraft/config/config.h"
 
 namespace moegraft::adapters {
+
+// Where LoRA's A starts; B starts at zero. The functions stand in graft/initialise_lora.cpp, in the same order.
+enum class FactorInit { kaiming_zero, gw_subspace, activation_svd };
+struct FactorInitRow {
+  FactorInit value;
+  const char *name, *meaning;
+  bool needs_calibration;  // inputs of the expert sites, which documents of data.train are run through the base for
+  bool needs_ot;           // a Gromov-Wasserstein solve for each expert and site, and so text's inputs too
+};
+inline constexpr FactorInitRow kFactorInits[] = {
+    {FactorInit::kaiming_zero, "kaiming_zero", "uniform in ±1/√in, as PEFT does.", false, false},
+    {FactorInit::gw_subspace, "gw_subspace",
+     "on experts, the directions in which the new modality's inputs vary most once Gromov-Wasserstein has mapped them to where they would lie among text's; Kaiming's on attention.", true, true},
+    {FactorInit::activation_svd, "activation_svd", "the control without Gromov-Wasserstein: on experts, the directions in which the new modality's inputs vary most; Kaiming's on attention.", true,
+     false},
+};
+constexpr std::span<const FactorInitRow> choices_of(FactorInit) { return kFactorInits; }
 
 struct AdapterConfig {
   std::string kind = "modality_lora";
@@ -16,8 +34,8 @@ struct AdapterConfig {
   bool use_rslora = false;
   std::vector<std::string> sites = {"gate", "up", "down", "q", "k", "v", "o"};
   std::vector<int64_t> layers;  // empty: all
-  std::string init = "kaiming_zero";
-  std::string init_from;        // a run or a checkpoint whose adapter of the same shape to start from
+  FactorInit init = FactorInit::kaiming_zero;
+  std::string init_from;  // a run or a checkpoint whose adapter of the same shape to start from
   template <class V>
   void visit_fields(V& v) {
     v("kind", kind, config::one_of({"modality_lora"}), "Kind of adapter.");
@@ -27,7 +45,7 @@ struct AdapterConfig {
     v("use_rslora", use_rslora, config::any(), "Rank-stabilised scale.");
     v("sites", sites, config::any(), "Where it acts: gate, up, down (experts), q, k, v, o (attention).");
     v("layers", layers, config::any(), "Layer indices; empty: all.");
-    v("init", init, config::one_of({"kaiming_zero", "gw_subspace"}), "Initialisation of A (B starts at zero).");
+    v("init", init, config::any(), "Where A starts (B starts at zero).");
     v("init_from", init_from, config::path(), "Start from the adapter of an earlier run.");
   }
 };

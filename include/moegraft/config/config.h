@@ -11,7 +11,7 @@
 //     void validate(const std::string& path) const;   // optional: cross-field checks, throw UsageError
 //   };
 //
-// Field types: bool, int64_t, double, std::string, std::vector<T>, std::map<std::string, T>, std::optional<T>, and structs with visit_fields.
+// Field types: bool, int64_t, double, std::string, enums with a table of names (choices.h), std::vector<T>, std::map<std::string, T>, std::optional<T>, and structs with visit_fields.
 // A field without default: wrap in config::required(...). Rules of the format: src/config/README.md. All errors are UsageError, one line with the key's path.
 //
 //   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));
@@ -26,7 +26,8 @@
 #include <vector>
 
 #include "moegraft/base/check.h"
-#include "moegraft/config/keys.h"  // IWYU pragma: export
+#include "moegraft/config/choices.h"  // IWYU pragma: export
+#include "moegraft/config/keys.h"     // IWYU pragma: export
 
 namespace moegraft::config {
 

@@ -64,7 +64,7 @@ concept Section = requires(T& value, FieldNames& names) { value.visit_fields(nam
 template <class T>
 concept Validated = requires(const T& value) { value.validate(std::string()); };
 template <class T>
-concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || is_vector<T>::value ||
+concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || Choosable<T> || is_vector<T>::value ||
                 is_map<T>::value || is_optional<T>::value || Section<T>;
 
 // The first key of a section where that is text (what a user means by one value in the section's place), else empty.
@@ -73,7 +73,7 @@ struct FirstTextKey {
   bool seen = false;
   template <class F>
   void operator()(const char* field, F&, const Constraint&, const char*) {
-    if (std::same_as<F, std::string> && !seen) name = field;
+    if ((std::same_as<F, std::string> || Choosable<F>) && !seen) name = field;
     seen = true;
   }
 };
@@ -103,6 +103,12 @@ void read(const Cursor& at, const Constraint& constraint, T& value) {
     value = read_double(at, constraint);
   } else if constexpr (std::same_as<T, std::string>) {
     value = read_string(at, constraint);
+  } else if constexpr (Choosable<T>) {
+    Constraint named = constraint;
+    for (const auto& row : choices_of(value)) named.choices.push_back(row.name);
+    const std::string name = read_string(at, named);
+    for (const auto& row : choices_of(value))
+      if (row.name == name) value = row.value;
   } else if constexpr (is_vector<T>::value) {
     value.clear();
     for (const Cursor& item : read_list(at, first_text_key<typename T::value_type>())) {
@@ -181,6 +187,8 @@ Tree to_tree(T& value) {
     tree.kind = Tree::Kind::map;
     FieldWriter writer{tree};
     value.visit_fields(writer);
+  } else if constexpr (Choosable<T>) {
+    tree = scalar_tree(name_of(value));
   } else {
     tree = scalar_tree(std::as_const(value));
   }
@@ -194,10 +202,20 @@ std::string type_name(const Constraint& constraint, bool many = false) {
   else if constexpr (std::same_as<T, int64_t>) return many ? "integers" : "integer";
   else if constexpr (std::same_as<T, double>) return many ? "numbers" : "number";
   else if constexpr (std::same_as<T, std::string>) return (constraint.path ? "path" : "text") + std::string(many ? "s" : "");
+  else if constexpr (Choosable<T>) return many ? "texts" : "text";
   else if constexpr (is_vector<T>::value) return (many ? "lists of " : "list of ") + type_name<typename T::value_type>(constraint, true);
   else if constexpr (is_map<T>::value) return (many ? "mappings of names to " : "mapping of names to ") + type_name<typename T::mapped_type>(constraint, true);
   else if constexpr (is_optional<T>::value) return "optional " + type_name<typename T::value_type>(constraint, many);
   else return many ? "sections" : "section";
+}
+
+// Of an enum, or of what a list, mapping or optional of enums holds.
+template <class T>
+std::vector<Choice> choices_in() {
+  if constexpr (Choosable<T>) return list_choices<T>();
+  else if constexpr (is_vector<T>::value || is_optional<T>::value) return choices_in<typename T::value_type>();
+  else if constexpr (is_map<T>::value) return choices_in<typename T::mapped_type>();
+  else return {};
 }
 
 struct FieldDescriber {
@@ -207,7 +225,7 @@ struct FieldDescriber {
 
   template <class F>
   void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
-    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .meaning = doc, .required = constraint.required, .in_entry = in_entry};
+    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .choices = choices_in<F>(), .meaning = doc, .required = constraint.required, .in_entry = in_entry};
     for (const std::string& choice : constraint.choices) key.choices.push_back({choice, ""});
     if constexpr (!Section<F>) key.default_text = to_flow(to_tree(field));
     out.push_back(key);

@@ -19,7 +19,7 @@ bool needs_calibration(const adapters::AdapterConfig& adapter);
 
 // What the initialisations that look at activations take, from shapes alone.
 struct CalibrationPlan {
-  // Gromov-Wasserstein problems of one site: up shares gate's.
+  // Gromov-Wasserstein problems of one site, where the initialisation has any: up shares gate's.
   struct Solves {
     int64_t count = 0, width = 0, rank = 0;
   };

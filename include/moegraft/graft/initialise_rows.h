@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/graft/config.h"
 #include "moegraft/ot/config.h"
 #include "moegraft/ot/gromov_wasserstein.h"
 
@@ -22,7 +23,7 @@ struct RowStatistics {
 RowStatistics row_statistics(const at::Tensor& rows_ND);
 
 struct RowsReport {
-  std::string method;
+  RowInit method = RowInit::random;
   RowStatistics text, raw, embedding, head;  // text rows; code rows before and after matching mean and scale; head rows
   // GW methods only.
   bool used_gw = false;
@@ -40,18 +41,14 @@ struct RowsInit {
   RowsReport report;
 };
 
-// method: random | sampled_rows | moment_match | gw_barycentric | gw_procrustes | gw_cluster.
-//   random          normal at the text rows' root mean square
-//   sampled_rows    distinct text rows, the same ones for embedding and head
-//   moment_match    mean and full covariance of the text rows, joint over embedding and head
+// What the methods do, beyond what their table (config.h) says:
 //   gw_barycentric  diag(1/p) T E_t, mean and scale matched to the text rows
 //   gw_procrustes   (Z - mean) polar(Z^T T E_t), mean and scale matched: keeps the codebook's geometry, rank at most d_z
-//   gw_cluster      k-means centres are coupled; a code becomes a row of its cluster's matched text clusters, by distance to the centre
 // The head follows the embedding's coupling (same T, same rows) applied to the text head rows: what a code means as input and as output then agrees,
 // as it does for text tokens; its mean and scale match the text head's.
 // text_embedding_VD, text_head_VD [V,D] any float dtype (head undefined or the same tensor: tied); codebook_NZ [N,d_z]. The special rows (begin, end)
-// are drawn as moment_match does. Pure function of its arguments. UserError: shapes, NaN; UsageError: unknown method.
-RowsInit initialise_rows(const std::string& method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
+// are drawn as moment_match does. Pure function of its arguments. UserError: shapes, NaN.
+RowsInit initialise_rows(RowInit method, const at::Tensor& text_embedding_VD, const at::Tensor& text_head_VD, const at::Tensor& codebook_NZ, int64_t num_special,
                          const ot::OtConfig& ot, uint64_t seed);
 
 // The solver settings of a run's `ot` section, for clouds of n and m points: epsilon annealed until the plan is sharp, tolerances that suit an initialisation.
