@@ -7,6 +7,7 @@
 
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
+#include "moegraft/graft/grafted_model.h"
 
 namespace moegraft::graft {
 namespace {
@@ -46,7 +47,7 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   if (rank == 0) return plan;  // no adapter asks for inputs
   // Inputs of both sites of every expert are seen, of text and of each new modality.
   const int64_t sparse = std::count_if(spec.layers.begin(), spec.layers.end(), [](const auto& layer) { return layer.sparse; });
-  const int64_t width = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? 2 : 4;
+  const auto width = int64_t(c10::elementSize(parse_dtype(config.model.dtype)));
   const int64_t row_of_all = sparse * spec.num_experts * (1 + int64_t(config.modalities.size())) * (spec.hidden_size + spec.moe_intermediate_size) * width;
   const double bound = config.ot.calibration_gib * double(int64_t{1} << 30);
   plan.wanted = std::max(kRows, rank);

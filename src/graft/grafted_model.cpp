@@ -163,8 +163,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   if (run::is_run(config.run.dir)) m.path = config.run.dir;
   m.registry = std::make_unique<model::ParameterRegistry>();
   const at::Device device = parse_device(options.device.value_or(config.model.device));
-  const bool lower = config.train.precision == "bf16" || config.model.dtype == "bfloat16";
-  const at::ScalarType dtype = options.dtype.value_or(lower ? at::kBFloat16 : at::kFloat);
+  const at::ScalarType dtype = options.dtype.value_or(parse_dtype(config.model.dtype));
   std::pair<int64_t, int64_t> experts{0, 0};  // here; all
   const bool base_trains = config.train.base_weights == "full";
   MOEGRAFT_CHECK_USAGE(!base_trains || (dtype == at::kFloat && device == at::kCPU), "a base that trains runs in float32 on the CPU for now; open its model folder for other dtypes and devices");

@@ -108,6 +108,12 @@ void check_train(const RunConfig& c) {
 
 }  // namespace
 
+std::vector<config::MovedKey> RunConfig::moved_keys() {
+  // Either key could ask for bfloat16.
+  const auto dtype = [](const std::string& precision, const std::string& present) -> std::string { return precision == "bf16" ? "bfloat16" : present.empty() ? precision : present; };
+  return {{"train.precision", "model.dtype", dtype}};
+}
+
 void RunConfig::validate(const std::string&) const {
   check_model(*this);
   check_modalities(*this);

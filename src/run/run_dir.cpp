@@ -93,7 +93,7 @@ bool is_run(const fs::path& dir) { return fs::exists(dir / kConfig); }
 
 RunConfig load_run_config(const fs::path& dir) {
   MOEGRAFT_CHECK(is_run(dir), dir.string(), " is not a run directory: it has no ", kConfig);
-  return config::parse<RunConfig>(config::Document::from_file((dir / kConfig).string()));
+  return config::parse_stored<RunConfig>(config::Document::from_file((dir / kConfig).string()));
 }
 
 const std::vector<std::string>& keys_free_on_resume() {

@@ -11,6 +11,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/data/deal.h"
+#include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/expert_ring.h"
@@ -250,7 +251,7 @@ bool stored_as(const std::string& dir, at::ScalarType dtype) {
 MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes) {
   MemoryRequest r;
   r.spec = spec;
-  r.dtype = config.train.precision == "bf16" || config.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  r.dtype = graft::parse_dtype(config.model.dtype);
   r.device = device;
   r.base_trains = config.train.base_weights == "full";
   r.offload_experts = config.model.offload == "experts";

@@ -305,6 +305,50 @@ TEST(Config, OverrideErrors) {
     EXPECT_NE(with(std::string(path) + "=1").find("is not a key path"), std::string::npos) << path;
 }
 
+struct Moved {
+  Train train;
+  double threshold = 1;
+  template <class V>
+  void visit_fields(V& v) {
+    v("train", train, any(), "The loop.");
+    v("threshold", threshold, any(), "A bound.");
+  }
+  static std::vector<MovedKey> moved_keys() {
+    return {{"train.shape", "train.schedule", [](const std::string& shape, const std::string& schedule) -> std::string { return shape == "straight" ? "linear" : schedule; }},
+            {"limits.upper", "threshold"},
+            {"group", "train.lora"}};
+  }
+};
+
+TEST(Config, AMovedKeyIsRefusedWithItsNewPlace) {
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"train:\n  shape: straight", "train.shape has moved to train.schedule: write train.schedule: linear instead (c.yaml:2)"},
+      {"train: {shape: bent, schedule: cosine}", "train.shape has moved to train.schedule: write train.schedule: cosine instead (c.yaml:1)"},
+      {"limits: {upper: 3}", "limits.upper has moved to threshold: write threshold: 3 instead (c.yaml:1)"},
+      {"group: {lr: 0.5}", "group has moved to train.lora: write it there instead (c.yaml:1)"},
+      {"limits: {lower: 3}", "limits is not a known key; expected one of train, threshold (c.yaml:1)"},
+  };
+  for (const auto& [yaml, message] : cases) {
+    try {
+      parse<Moved>(Document::from_string(yaml, {}, "c.yaml"));
+      ADD_FAILURE() << yaml;
+    } catch (const UsageError& error) {
+      EXPECT_EQ(error.what(), message);
+    }
+  }
+}
+
+TEST(Config, AStoredDocumentIsReadWithItsKeysWhereTheyAreNow) {
+  const auto stored = [](const std::string& yaml) { return parse_stored<Moved>(Document::from_string(yaml)); };
+  EXPECT_EQ(stored("train: {shape: straight, schedule: cosine}").train.schedule, "linear");
+  EXPECT_EQ(stored("train: {shape: bent, schedule: cosine, steps: 7}").train.steps, 7);
+  EXPECT_EQ(stored("group: {lr: 0.5}").train.lora.lr, 0.5);
+  EXPECT_EQ(stored("limits: {upper: 3}").threshold, 3) << "and no empty section stays behind";
+  EXPECT_EQ(stored("train: {shape: }").train.schedule, "cosine") << "nothing was said";
+  EXPECT_EQ(dump(stored(dump(Moved()))), dump(Moved()));
+  EXPECT_THROW(stored("train: {form: straight}"), UsageError);
+}
+
 TEST(Config, FileErrors) {
   try {
     Document::from_file("/nonexistent/c.yaml");

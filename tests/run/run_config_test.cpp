@@ -84,6 +84,8 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
       {{"parallel.expert=2", "train.base_weights=full", "train.allow_text_drift=true"}, "needs a frozen base"},
       {{"parallel.shard_base=true", "train.base_weights=full", "train.allow_text_drift=true"}, "needs a frozen base"},
       {{"parallel.shard_base=true", "model.offload=experts"}, "two places"},
+      {{"train.precision=bf16"}, "train.precision has moved to model.dtype: write model.dtype: bfloat16 instead (set by --set)"},
+      {{"train.precision=float32", "model.dtype=bfloat16"}, "write model.dtype: bfloat16 instead"},
       {{"train.betas=[0.9]"}, "two values"},
       {{"train.betas=[0.9, 1.0]"}, "[0, 1)"},
       {{"train.adam_epsilon=0"}, "train.adam_epsilon"},

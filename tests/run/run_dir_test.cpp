@@ -56,6 +56,58 @@ TEST_F(RunDirTest, CreateWritesTheTruth) {
   for (const auto& folder : {run.checkpoints(), run.samples(), run.tensorboard()}) EXPECT_TRUE(fs::is_directory(folder));
 }
 
+// config.yaml as it was stored while train.precision and model.dtype could both ask for bfloat16.
+TEST_F(RunDirTest, ARunFromBeforeAKeyMovedOpensAndGoesOn) {
+  struct Case {
+    const char *dtype, *precision, *now;
+  };
+  for (const Case& c : {Case{"float32", "float32", "float32"}, {"float32", "bf16", "bfloat16"}, {"bfloat16", "float32", "bfloat16"}, {"bfloat16", "bf16", "bfloat16"}}) {
+    const auto now = config({std::string("model.dtype=") + c.now});
+    { const auto run = RunDir::create(now, {}); }
+    io::write_file_atomic(dir_ / "config.yaml", "run:\n  dir: " + dir_.string() + R"(
+  seed: 17
+model:
+  path: models/base
+  init: null
+  dtype: )" + c.dtype + R"(
+  device: auto
+  offload: none
+modalities:
+  image:
+    codec: models/codec
+    begin: "<image>"
+    end: "</image>"
+adapters:
+  - kind: modality_lora
+    modality: [image]
+    rank: 4
+    alpha: 32.0
+    use_rslora: false
+    sites: [gate, up, down, q, k, v, o]
+    layers: []
+    init: kaiming_zero
+    init_from: ""
+embeddings:
+  init: moment_match
+data:
+  train:
+    - path: d.safetensors
+      weight: 1.0
+      sample_by: document
+      add_bos: null
+  eval: []
+train:
+  steps: 1000
+  prefix_cache_mib: 0
+  precision: )" + c.precision + R"(
+  base_weights: frozen
+)");
+    EXPECT_EQ(load_run_config(dir_).model.dtype, c.now);
+    EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(now));
+    EXPECT_TRUE(RunDir::would_resume(now, {}));
+  }
+}
+
 TEST_F(RunDirTest, ASecondRunIsRefused) {
   { const auto run = RunDir::create(config(), {}); }
   fs::create_directories(dir_ / "checkpoints/step-00000000");

@@ -20,21 +20,21 @@ TEST(CalibrationBound, ChangesNothingUntilRowsDoNotFit) {
   world.config.adapters[0].init = adapters::FactorInit::gw_subspace;
   world.config.ot.epsilon = {0.1};
   world.config.ot.max_iterations = 3;
-  const auto initialised = [&](const std::string& precision, double gib) {
+  const auto initialised = [&](const std::string& dtype, double gib) {
     auto other = world;
-    other.config.train.precision = precision;
+    other.config.model.dtype = dtype;
     other.config.ot.calibration_gib = gib;
-    other.run = other.dir / (precision + std::to_string(gib));
+    other.run = other.dir / (dtype + std::to_string(gib));
     other.config.run.dir = other.run.string();
     return testing::read_parameters(testing::write_run(other));
   };
-  for (const std::string precision : {"float32", "bf16"}) {
+  for (const std::string dtype : {"float32", "bfloat16"}) {
     run::RunConfig config = world.config;
-    config.train.precision = precision;
+    config.model.dtype = dtype;
     const model::DecoderSpec spec = model::read_spec(world.base);
     const double all = double(graft::plan_calibration(spec, config).bytes) / double(1 << 30);
     EXPECT_EQ(graft::plan_calibration(spec, config).rows, 256);
-    const auto ample = initialised(precision, 1000), exact = initialised(precision, all * 1.0001), tight = initialised(precision, all / 8);
+    const auto ample = initialised(dtype, 1000), exact = initialised(dtype, all * 1.0001), tight = initialised(dtype, all / 8);
     int64_t moved = 0;
     for (const auto& [name, tensor] : ample) {
       EXPECT_TRUE(at::equal(tensor, exact.at(name))) << name;

@@ -29,14 +29,14 @@ class Training {
  public:
   Training() : world_(testing::make_tiny_world(folder_.path())) {}
 
-  run::RunConfig config(const std::string& name, const std::string& device, const std::string& precision, const std::string& optimizer, int64_t steps) const {
+  run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype, const std::string& optimizer, int64_t steps) const {
     run::RunConfig c = world_.config;
     c.run.dir = (world_.dir / name).string();
-    c.model.device = device;
+    c.model.device = device, c.model.dtype = dtype;
     c.adapters[0].rank = 64;  // as large as 8 bits ask for
     c.data.sequence_length = 64, c.data.tokens_per_step = 128;
     auto& t = c.train;
-    t.precision = precision, t.optimizer = optimizer, t.steps = steps, t.accumulation = 2, t.clip = kClip, t.log_every = 1;
+    t.optimizer = optimizer, t.steps = steps, t.accumulation = 2, t.clip = kClip, t.log_every = 1;
     t.sample_prompts.clear(), t.sample_every = 0;
     c.checkpoint.every = 2, c.checkpoint.keep = 100, c.checkpoint.async = true;
     return c;
@@ -78,7 +78,7 @@ void expect_the_cpus_numbers(const std::string& device) {
 // Killed once its second checkpoint is there, while others are being written; then resumed to the end.
 void expect_the_same_bytes_after_a_kill(const std::string& device, const std::string& optimizer) {
   const Training training;
-  const auto calm = training.config("calm", device, "bf16", optimizer, 40), killed = training.config("killed", device, "bf16", optimizer, 40);
+  const auto calm = training.config("calm", device, "bfloat16", optimizer, 40), killed = training.config("killed", device, "bfloat16", optimizer, 40);
   training.train(calm);
   {
     Process p = training.start(killed, "none");

@@ -264,10 +264,10 @@ TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
   moegraft::testing::TinyOptions options;
   options.layers = 3;
   const auto world = moegraft::testing::make_tiny_world(folder.path(), options);
-  for (const char* precision : {"float32", "bf16"}) {
+  for (const char* dtype : {"float32", "bfloat16"}) {
     run::RunConfig plain = world.config, tight = world.config;
-    plain.run.dir = (world.dir / (std::string("plain_") + precision)).string(), tight.run.dir = (world.dir / (std::string("tight_") + precision)).string();
-    for (auto* c : {&plain, &tight}) c->train.precision = precision, c->train.sample_prompts.clear();
+    plain.run.dir = (world.dir / (std::string("plain_") + dtype)).string(), tight.run.dir = (world.dir / (std::string("tight_") + dtype)).string();
+    for (auto* c : {&plain, &tight}) c->model.dtype = dtype, c->train.sample_prompts.clear();
     train(plain);
     const graft::GraftedModel m = graft::open_model(plain.run.dir);
     const auto plan_of = [&](const run::RunConfig& c) { return plan_memory(memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU)); };

@@ -183,7 +183,7 @@ TEST(Trainer, Bfloat16KeepsFloat32Masters) {
   wide.train.lora.lr = 1e-2;
   run::RunConfig c = wide;
   c.run.dir = (world.dir / "bf16").string();
-  c.train.precision = "bf16";
+  c.model.dtype = "bfloat16";
   train(wide);
   train(c);
   for (const auto& [step, loss] : losses(wide.run.dir)) EXPECT_NEAR(loss, losses(c.run.dir)[step], 0.03 * loss) << "step " << step;

@@ -15,7 +15,7 @@
 // A field without default: wrap in config::required(...). Rules of the format: src/config/README.md. All errors are UsageError, one line with the key's path.
 //
 //   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));
-//   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values
+//   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values; parse_stored, when keys have moved since
 //   std::cout << config::to_yaml(config::describe<RunConfig>());        // every key with type, range, default and meaning: a file to start from
 
 #include <cstdint>
@@ -67,6 +67,13 @@ struct Tree {
 struct TreeEntry {
   std::string key;
   Tree value;
+};
+
+// A key that has gone to another place. A struct that a whole document describes lists its own: static std::vector<config::MovedKey> moved_keys().
+struct MovedKey {
+  std::string from, to;  // "train.precision", "model.dtype": names of sections and fields, no list items
+  // The new key's value from the old one's and from what the document has at the new place ("": nothing); null: the old value.
+  std::string (*value)(const std::string& old_value, const std::string& present) = nullptr;
 };
 
 // A parsed YAML document with --set overrides applied in order ("train.steps=200", "adapters[0].rank=4", "stages=[]").

@@ -29,6 +29,8 @@ std::string read_string(const Cursor& at, const Constraint& constraint);
 // first_key: of the sections that the list holds, for what a single value should have been written as; empty: they are no sections.
 std::vector<Cursor> read_list(const Cursor& at, const std::string& first_key);
 std::vector<std::pair<std::string, Cursor>> read_map(const Cursor& at);
+void refuse_moved(const Cursor& root, const std::vector<MovedKey>& moved);
+Tree migrated(Tree root, const std::vector<MovedKey>& moved);
 void check_keys(const Cursor& at, const std::vector<std::string>& known, const std::string& first_key);
 
 Tree scalar_tree(bool value);
@@ -63,6 +65,10 @@ template <class T>
 concept Section = requires(T& value, FieldNames& names) { value.visit_fields(names); };
 template <class T>
 concept Validated = requires(const T& value) { value.validate(std::string()); };
+template <class T>
+concept HasMovedKeys = requires {
+  { T::moved_keys() } -> std::same_as<std::vector<MovedKey>>;
+};
 template <class T>
 concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || Choosable<T> || is_vector<T>::value ||
                 is_map<T>::value || is_optional<T>::value || Section<T>;
@@ -253,11 +259,22 @@ struct FieldDescriber {
 }  // namespace detail
 
 // The struct that a document describes: defaults where a key is absent, every rule checked. UsageError: unknown key (nearest one named),
-// wrong type, out of range, not one of the choices, missing; or whatever a validate() throws.
+// wrong type, out of range, not one of the choices, missing, moved (the new place named); or whatever a validate() throws.
 template <detail::Section T>
 T parse(const Document& document) {
+  const detail::Cursor root{&document.root(), "", document.name()};
+  if constexpr (detail::HasMovedKeys<T>) detail::refuse_moved(root, T::moved_keys());
   T value{};
-  detail::read_section(detail::Cursor{&document.root(), "", document.name()}, value);
+  detail::read_section(root, value);
+  return value;
+}
+
+// parse() of what dump() wrote, perhaps in an earlier version: keys that have moved since are read at their old places too.
+template <detail::HasMovedKeys T>
+T parse_stored(const Document& document) {
+  const Tree root = detail::migrated(document.root(), T::moved_keys());
+  T value{};
+  detail::read_section(detail::Cursor{&root, "", document.name()}, value);
   return value;
 }
 

@@ -55,7 +55,7 @@ struct ModelConfig {
   void visit_fields(V& v) {
     v("path", path, config::path(), "Hugging Face directory of the base.");
     v("init", init, config::any(), "Train a base from scratch instead.");
-    v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "Compute dtype of the base.");
+    v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "What the model computes in, and a frozen base is kept in; what trains has float32 masters.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
     v("offload", offload, config::one_of({"none", "experts"}), "experts: the frozen experts stay in host memory and visit the device a layer at a time; every layer is then computed again in the backward pass.");
   }

@@ -55,6 +55,7 @@ struct RunConfig {
     v("parallel", parallel, config::any(), "Several processes: torchrun, srun, mpirun or `moegraft launch`.");
   }
   void validate(const std::string& path) const;  // cross-field rules
+  static std::vector<config::MovedKey> moved_keys();
 };
 
 }  // namespace moegraft::run

@@ -22,7 +22,7 @@ std::string git_commit();
 // True when a run was started there (config.yaml exists).
 bool is_run(const std::filesystem::path& dir);
 
-// The resolved config of an existing run. UserError when `dir` is none.
+// The resolved config of an existing run, an earlier version's too. UserError when `dir` is none.
 RunConfig load_run_config(const std::filesystem::path& dir);
 
 // Keys that may differ when a run continues; a trailing ".*" stands for a whole section. All others decide what is computed.

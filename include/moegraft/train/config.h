@@ -32,7 +32,6 @@ struct TrainConfig {
   int64_t accumulation = 1;
   double memory_budget_gib = 0;  // 0: a GPU's free memory; on the CPU no limit
   int64_t prefix_cache_mib = 0;  // 0: none
-  std::string precision = "float32";
   std::string base_weights = "frozen";
   int64_t log_every = 10;
   int64_t eval_every = 0;
@@ -61,7 +60,6 @@ struct TrainConfig {
     v("accumulation", accumulation, config::range(1, 1e6), "Micro-batches per optimizer step: its sequences are dealt to them, so that each holds about tokens_per_step / accumulation tokens.");
     v("memory_budget_gib", memory_budget_gib, config::range(0.0, 1e6), "Memory that a step may take (the process on the CPU, the device on a GPU); as few layers as it takes are computed again in the backward pass. 0: 0.94 of what the GPU has free at the start; on the CPU no limit.");
     v("prefix_cache_mib", prefix_cache_mib, config::range(0, 1 << 24), "Room for what the frozen base makes of captions, which come back every epoch (keys and values of every layer); full, it keeps what came first. 0: none.");
-    v("precision", precision, config::one_of({"float32", "bf16"}), "Compute precision; masters stay float32.");
     v("base_weights", base_weights, config::one_of({"frozen", "full"}), "full: train the base itself (only with model.init or allow_text_drift).");
     v("log_every", log_every, config::range(1, 1e9), "Steps between lines of metrics.jsonl.");
     v("eval_every", eval_every, config::range(0, 1e12), "Steps between evaluations; 0: only at the end.");

@@ -91,7 +91,6 @@ data:
 train:
   steps: 20
   accumulation: {args.accumulation}
-  precision: bf16
   lora: {{ lr: 1.0e-3 }}
   embeddings: {{ lr: 1.0e-2 }}
   warmup: 2
