@@ -36,18 +36,22 @@ const char* site_name(Site site) {
   return "?";
 }
 
-bool is_expert_site(Site site) { return site == Site::gate || site == Site::up || site == Site::down; }
+bool is_ffn_site(Site site) { return site == Site::gate || site == Site::up || site == Site::down; }
+
+bool is_per_expert(const model::DecoderSpec& spec, Site site) { return is_ffn_site(site) && spec.has_experts(); }
+
+bool has_site(const model::DecoderSpec& spec, int64_t layer, Site site) { return !is_per_expert(spec, site) || spec.layers[size_t(layer)].sparse; }
 
 SiteShape site_shape(const model::DecoderSpec& s, Site site) {
-  const int64_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
+  const int64_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim, ffn = s.has_experts() ? s.moe_intermediate_size : s.intermediate_size;
   switch (site) {
     case Site::q: return {s.hidden_size, q};
     case Site::k:
     case Site::v: return {s.hidden_size, kv};
     case Site::o: return {q, s.hidden_size};
     case Site::gate:
-    case Site::up: return {s.hidden_size, s.moe_intermediate_size};
-    case Site::down: return {s.moe_intermediate_size, s.hidden_size};
+    case Site::up: return {s.hidden_size, ffn};
+    case Site::down: return {ffn, s.hidden_size};
   }
   return {};
 }
@@ -72,8 +76,8 @@ ModalityLora::ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& 
   for (int64_t l = 0; l < spec.num_layers; ++l) {
     if (!config.layers.empty() && std::find(config.layers.begin(), config.layers.end(), l) == config.layers.end()) continue;
     for (const Site site : wanted) {
-      const bool expert = is_expert_site(site);
-      if (expert && !spec.layers[l].sparse) continue;
+      if (!has_site(spec, l, site)) continue;
+      const bool expert = is_per_expert(spec, site);
       const auto [in, out] = site_shape(spec, site);
       std::vector<int64_t> a{config.rank, in}, b{out, config.rank};
       if (expert) a.insert(a.begin(), num_experts_), b.insert(b.begin(), num_experts_);
@@ -93,7 +97,7 @@ std::vector<model::LowRank> ModalityLora::at(int64_t layer, Site site) const {
 
 void ModalityLora::register_parameters(model::ParameterRegistry& registry, const std::string& provenance) const {
   for (const Factor& f : factors_) {
-    const bool expert = is_expert_site(f.site);
+    const bool expert = f.A.dim() == 3;
     const std::string sharding = expert ? "expert" : "replicated";
     const int64_t total = expert && num_experts_ < total_experts_ ? total_experts_ : 0, first = total > 0 ? first_expert_ : 0;
     registry.add({f.name + ".A", f.A, "lora", join(config_.modality, ","), sharding, provenance, first, total});

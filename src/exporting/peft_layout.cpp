@@ -4,68 +4,41 @@
 
 #include <algorithm>
 
-#include "moegraft/base/check.h"
-#include "moegraft/base/text.h"
+#include "moegraft/model/families.h"
 
 namespace moegraft::exporting {
 namespace {
 
 using model::Site;
 
-struct Place {
-  const char* module;
-  bool second_half;  // of the fused output
-};
-
-Place place_of(Site site) {
-  switch (site) {
-    case Site::q: return {"self_attn.q_proj", false};
-    case Site::k: return {"self_attn.k_proj", false};
-    case Site::v: return {"self_attn.v_proj", false};
-    case Site::o: return {"self_attn.o_proj", false};
-    case Site::gate: return {"mlp.experts.gate_up_proj", false};
-    case Site::up: return {"mlp.experts.gate_up_proj", true};
-    case Site::down: return {"mlp.experts.down_proj", false};
-  }
-  return {"", false};
-}
-
-// Families whose transformers modules carry these names; a model with others must not get a file that loads as a silent no-op.
-void check_family(const std::string& family) {
-  const std::vector<std::string> known = {"mixtral", "olmoe", "qwen3_moe"};
-  MOEGRAFT_CHECK(std::find(known.begin(), known.end(), family) != known.end(), "the names of ", family, "'s modules in transformers are not known to the PEFT export; known: ",
-                 join(known, ", "));
-}
-
-// Position among a layer's targets.
-int order_of(const std::string& module) {
-  static const std::vector<std::string> order = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"};
-  return int(std::find(order.begin(), order.end(), module) - order.begin());
+// Position among a layer's targets: experts' gate and up are one.
+int order_of(const Target& t) {
+  const Site site = t.terms.front().site;
+  return int(t.experts && site == Site::up ? Site::gate : site);
 }
 
 }  // namespace
 
 std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::ModalityLora>>& adapters) {
-  check_family(spec.family);
   std::vector<Target> targets;
   for (size_t i = 0; i < adapters.size(); ++i)
     for (const auto& f : adapters[i]->factors()) {
-      const Place place = place_of(f.site);
-      auto target = std::find_if(targets.begin(), targets.end(), [&](const Target& t) { return t.layer == f.layer && t.module == place.module; });
+      const model::PeftModule module = model::peft_module(spec, f.site);
+      auto target = std::find_if(targets.begin(), targets.end(), [&](const Target& t) { return t.layer == f.layer && t.module == module.name; });
       if (target == targets.end()) {
         Target t;
-        t.layer = f.layer, t.module = place.module, t.experts = adapters::is_expert_site(f.site);
+        t.layer = f.layer, t.module = module.name, t.experts = adapters::is_per_expert(spec, f.site);
         const auto [in, out] = adapters::site_shape(spec, f.site);
         t.num_experts = t.experts ? spec.num_experts : 1;
-        t.in = in, t.out = f.site == Site::gate || f.site == Site::up ? 2 * out : out;
+        t.in = in, t.out = t.experts && adapters::is_ffn_site(f.site) && f.site != Site::down ? 2 * out : out;
         targets.push_back(std::move(t));
         target = std::prev(targets.end());
       }
-      Term term{i, f.site, f.A.detach().to(at::kCPU, at::kFloat), f.B.detach().to(at::kCPU, at::kFloat), adapters[i]->scale(), target->rank, place.second_half ? target->out / 2 : 0};
+      Term term{i, f.site, f.A.detach().to(at::kCPU, at::kFloat), f.B.detach().to(at::kCPU, at::kFloat), adapters[i]->scale(), target->rank, module.second_half ? target->out / 2 : 0};
       target->rank += term.rank();
       target->terms.push_back(std::move(term));
     }
-  std::stable_sort(targets.begin(), targets.end(), [](const Target& a, const Target& b) { return std::pair(a.layer, order_of(a.module)) < std::pair(b.layer, order_of(b.module)); });
+  std::stable_sort(targets.begin(), targets.end(), [](const Target& a, const Target& b) { return std::pair(a.layer, order_of(a)) < std::pair(b.layer, order_of(b)); });
   return targets;
 }
 
@@ -73,8 +46,8 @@ std::string tensor_key(const Target& target, const std::vector<Target>& all, con
   std::string path = target.path();
   if (target.experts) {
     const bool both = std::count_if(all.begin(), all.end(), [&](const Target& t) { return t.layer == target.layer && t.experts; }) == 2;
-    path = "model.layers." + std::to_string(target.layer) + ".mlp.experts";
-    if (both && target.module == "mlp.experts.gate_up_proj") path += ".base_layer";
+    path.erase(path.rfind('.'));  // the module that holds both parameters
+    if (both && target.terms.front().site != Site::down) path += ".base_layer";
   }
   return "base_model.model." + path + "." + factor + ".weight";
 }

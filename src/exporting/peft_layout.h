@@ -24,14 +24,14 @@ struct Term {
 // One weight that PEFT adapts.
 struct Target {
   int64_t layer = 0;
-  std::string module;      // "self_attn.q_proj" | "mlp.experts.gate_up_proj" | "mlp.experts.down_proj": as layer's children are called
+  std::string module;      // "self_attn.q_proj", "mlp.gate_proj", or of experts "mlp.experts.gate_up_proj": model::peft_module
   bool experts = false;
   int64_t num_experts = 1, in = 0, out = 0, rank = 0;
   std::vector<Term> terms;
   std::string path() const { return "model.layers." + std::to_string(layer) + "." + module; }
 };
 
-// The targets of all adapters, by layer, experts' gate_up before down. UserError for a family with other names.
+// The targets of all adapters, by layer, experts' gate_up before down.
 std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::ModalityLora>>& adapters);
 
 // Key of lora_A / lora_B. PEFT nests its wrappers when both expert weights of a layer are targeted: gate_up is then the inner one, whatever the order in

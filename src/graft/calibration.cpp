@@ -28,27 +28,29 @@ int64_t CalibrationPlan::num_solves() const {
 
 CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunConfig& config) {
   CalibrationPlan plan;
+  const int64_t experts = spec.has_experts() ? spec.num_experts : 1;
   int64_t rank = 0;
   for (const auto& a : config.adapters) {
     if (!needs_calibration(a)) continue;
     const auto is_in = [&](int64_t layer) { return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end(); };
     int64_t layers = 0;
-    for (int64_t l = 0; l < spec.num_layers; ++l) layers += spec.layers[size_t(l)].sparse && is_in(l);
+    for (int64_t l = 0; l < spec.num_layers; ++l) layers += adapters::has_site(spec, l, model::Site::gate) && is_in(l);
     std::vector<model::Site> seen;
     for (const auto& name : a.sites) {
       const model::Site site = stored(adapters::parse_site(name));
-      if (!adapters::is_expert_site(site) || std::find(seen.begin(), seen.end(), site) != seen.end()) continue;
+      if (!adapters::is_ffn_site(site) || std::find(seen.begin(), seen.end(), site) != seen.end()) continue;
       seen.push_back(site);
       if (layers == 0) continue;
       rank = std::max(rank, a.rank);
-      if (config::row_of(a.init).needs_ot) plan.solves.push_back({layers * spec.num_experts, adapters::site_shape(spec, site).in, a.rank});
+      if (config::row_of(a.init).needs_ot) plan.solves.push_back({layers * experts, adapters::site_shape(spec, site).in, a.rank});
     }
   }
   if (rank == 0) return plan;  // no adapter asks for inputs
   // Inputs of both sites of every expert are seen, of text and of each new modality.
-  const int64_t sparse = std::count_if(spec.layers.begin(), spec.layers.end(), [](const auto& layer) { return layer.sparse; });
+  int64_t layers = 0;
+  for (int64_t l = 0; l < spec.num_layers; ++l) layers += adapters::has_site(spec, l, model::Site::gate);
   const auto width = int64_t(c10::elementSize(parse_dtype(config.model.dtype)));
-  const int64_t row_of_all = sparse * spec.num_experts * (1 + int64_t(config.modalities.size())) * (spec.hidden_size + spec.moe_intermediate_size) * width;
+  const int64_t row_of_all = layers * experts * (1 + int64_t(config.modalities.size())) * (spec.hidden_size + adapters::site_shape(spec, model::Site::down).in) * width;
   const double bound = config.ot.calibration_gib * double(int64_t{1} << 30);
   plan.wanted = std::max(kRows, rank);
   plan.rows = int64_t(std::min(double(plan.wanted), bound / double(row_of_all)));

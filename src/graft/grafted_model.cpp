@@ -14,6 +14,7 @@
 #include "moegraft/graft/vocabulary_file.h"
 #include "moegraft/kernels/current_device.h"
 #include "moegraft/kernels/device_numerics.h"
+#include "moegraft/model/families.h"
 #include "moegraft/model/thaw.h"
 #include "moegraft/parallel/part.h"
 #include "moegraft/run/run_dir.h"
@@ -35,23 +36,18 @@ model::DecoderSpec spec_from_init(const model::InitConfig& init, const tokenizer
   s.head_dim = init.head_dim;
   s.num_experts = init.num_experts;
   s.num_experts_per_tok = init.num_experts_per_tok;
-  s.intermediate_size = s.moe_intermediate_size = init.moe_intermediate_size;
+  s.moe_intermediate_size = init.moe_intermediate_size;
+  s.intermediate_size = init.intermediate_size > 0 ? init.intermediate_size : init.moe_intermediate_size;
   s.max_positions = init.max_positions;
   s.tie_word_embeddings = init.tie_word_embeddings;
   s.rope.theta = init.rope_theta;
   s.router_aux_loss_coef = init.router_aux_loss_coef;
   s.rms_norm_eps = 1e-6;
-  s.norm_topk_prob = true;
+  s.router.renormalise = true;
   s.bos_id = tokenizer.bos_id();
   s.eos_id = tokenizer.eos_id();
   s.layers.assign(s.num_layers, {});
-  if (s.family == "olmoe") {
-    s.qk_norm = model::QkNorm::full;
-    MOEGRAFT_CHECK_USAGE(s.head_dim * s.num_heads == s.hidden_size, "model.init: olmoe needs num_heads * head_dim = hidden_size, got ", s.num_heads, " * ", s.head_dim, " and ", s.hidden_size);
-  } else if (s.family == "qwen3_moe") {
-    s.qk_norm = model::QkNorm::per_head;
-  }
-  return s;
+  return model::complete_spec(std::move(s));
 }
 
 std::vector<int64_t> modality_ids(const model::Vocabulary& vocabulary, const std::vector<std::string>& names) {

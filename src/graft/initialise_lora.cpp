@@ -216,14 +216,20 @@ std::string initialise_lora(adapters::ModalityLora& lora, FactorInit method, con
   std::map<std::pair<int64_t, model::Site>, SiteInit> done;  // of a layer: gate and up see the same input
   std::set<std::pair<int64_t, model::Site>> sites;
   int64_t experts = 0;
+  // A dense FFN is one expert.
+  const auto expert_shape = [](const auto& factor) {
+    std::vector<int64_t> shape = factor.A.sizes().vec();
+    if (shape.size() == 2) shape.insert(shape.begin(), 1);
+    return shape;
+  };
   const auto key_of = [](const auto& factor) { return std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site}; };
   for (const auto& factor : lora.factors())
-    if (calibrated && adapters::is_expert_site(factor.site) && sites.insert(key_of(factor)).second) experts += factor.A.size(0);
+    if (calibrated && adapters::is_ffn_site(factor.site) && sites.insert(key_of(factor)).second) experts += expert_shape(factor).front();
   std::optional<Solved> solved;
   if (experts > 0) solved.emplace("initialise adapters (" + config::name_of(method) + "), experts", experts);
   for (auto& factor : lora.factors()) {
     factor.B.zero_();
-    if (!calibrated || !adapters::is_expert_site(factor.site)) {
+    if (!calibrated || !adapters::is_ffn_site(factor.site)) {
       factor.A.copy_(kaiming_A(factor.A.sizes(), seed, factor.name));
       continue;
     }
@@ -231,10 +237,10 @@ std::string initialise_lora(adapters::ModalityLora& lora, FactorInit method, con
     auto found = done.find(key);
     if (found == done.end()) {
       std::erase_if(done, [&](const auto& earlier) { return earlier.first.first != factor.layer; });
-      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, factor.A.sizes(), modality, ot, seed, factor.name, *solved)).first;
+      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, expert_shape(factor), modality, ot, seed, factor.name, *solved)).first;
       report["sites"][factor.name] = found->second.report;
     }
-    factor.A.copy_(found->second.A_EPX);
+    factor.A.copy_(found->second.A_EPX.view(factor.A.sizes()));
   }
   if (solved) solved->finish();
   report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

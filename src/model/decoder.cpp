@@ -119,11 +119,7 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
   k::ResidualNorm n = k::residual_norm(in.x_TD, in.delta_TD, w.input_norm_D, s.rms_norm_eps, dtype);
   const at::Tensor attended = attention(call, l, w.attention, n.y_XD);
   n = k::residual_norm(n.x_XD, attended, w.post_norm_D, s.rms_norm_eps, dtype, s.layers[l].sparse);
-  if (!s.layers[l].sparse) {
-    const auto& d = w.dense;
-    const auto gate_up = k::frozen_linear(n.y_XD, {{d.gate_ID, {}, d.gate_panels}, {d.up_ID, {}, d.up_panels}});
-    return {n.x_XD, k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{d.down_DI, {}, d.down_panels}})[0]};
-  }
+  if (!s.layers[l].sparse) return {n.x_XD, dense_ffn(call, l, w.dense, n.y_XD)};
   const auto [first, count] = call.dispatcher->local_experts(s.num_experts);
   const MoeResult m = moe(call, l, w.router_ED, weights.experts(l, first, count), n.y_XD, n.y_float_XD);
   if (balance) {
@@ -131,7 +127,7 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
     balance->counts_E = balance->counts_E.defined() ? balance->counts_E + m.counts_E : m.counts_E;
     balance->prob_sum_E = balance->prob_sum_E.defined() ? balance->prob_sum_E + m.prob_sum_E : m.prob_sum_E;
   }
-  return {n.x_XD, m.y_TD};
+  return {n.x_XD, w.dense.gate_ID.defined() ? m.y_TD + shared_expert(w.dense, w.shared_scale_1D, n.y_XD) : m.y_TD};
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ namespace moegraft::model {
 namespace {
 
 const std::vector<const Family*>& families() {
-  static const std::vector<const Family*> table{&mixtral_family(), &olmoe_family(), &qwen3_moe_family()};
+  static const std::vector<const Family*> table{&llama_family(),     &mistral_family(), &mixtral_family(),  &olmoe_family(),
+                                                &qwen2_moe_family(), &qwen3_family(),   &qwen3_moe_family()};
   return table;
 }
 
@@ -30,7 +31,7 @@ int64_t special_id(const ConfigReader& c, const char* key) {
 RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   RopeSpec r;
   r.theta = c.number("rope_theta", 10000.0);
-  MOEGRAFT_CHECK(c.number("partial_rotary_factor", 1.0) == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
+  r.partial_factor = c.number("partial_rotary_factor", 1.0);
   // With both, rope_scaling is the one (unless it is empty), and what the object holds goes before the field outside of it.
   const char* key = c.has("rope_scaling") && !c.raw("rope_scaling").empty() ? "rope_scaling" : "rope_parameters";
   if (!c.has(key)) return r;
@@ -51,21 +52,11 @@ RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   r.mscale_all_dim = p.number("mscale_all_dim", 0.0);
   r.truncate = p.boolean("truncate", true);
   r.original_max_positions = p.integer("original_max_position_embeddings", max_positions);
-  MOEGRAFT_CHECK(p.number("partial_rotary_factor", 1.0) == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
+  r.partial_factor = p.number("partial_rotary_factor", r.partial_factor);
   return r;
 }
 
 }  // namespace
-
-std::string tensor_name(const std::string& pattern, int64_t layer, int64_t expert) {
-  std::string out = pattern;
-  const auto replace = [&](const char* key, int64_t value) {
-    if (const size_t at = out.find(key); at != std::string::npos) out.replace(at, 3, std::to_string(value));
-  };
-  replace("{l}", layer);
-  replace("{e}", expert);
-  return out;
-}
 
 std::vector<std::string> other_names(const std::string& name) {
   std::vector<std::string> out;
@@ -82,15 +73,83 @@ std::vector<std::string> other_names(const std::string& name) {
 const Family& find_family(const std::string& model_type) {
   for (const Family* f : families())
     if (model_type == f->model_type) return *f;
-  const bool dense = model_type == "llama" || model_type == "mistral" || model_type == "qwen3";
-  fail<UserError>("config.json: model_type '", shortened(model_type), "' is not a supported family; supported: ", join(known_families(), ", "),
-                  dense ? "; a dense model becomes a mixture of experts with moegraft upcycle" : "");
+  fail<UserError>("config.json: model_type '", shortened(model_type), "' is not a supported family; supported: ", join(known_families(), ", "));
 }
 
 std::vector<std::string> known_families() {
   std::vector<std::string> names;
   for (const Family* f : families()) names.emplace_back(f->model_type);
   return names;
+}
+
+DecoderSpec complete_spec(DecoderSpec sizes) {
+  find_family(sizes.family).complete(sizes);
+  check_spec(sizes);
+  return sizes;
+}
+
+PeftModule peft_module(const DecoderSpec& spec, Site site) {
+  const Family& family = find_family(spec.family);
+  const auto module = [&](TensorRole role) {
+    std::string name = family.row(role).name;
+    for (const std::string& end : {std::string("model.layers.{l}."), std::string(".weight")}) name.erase(name.find(end), end.size());
+    return name;
+  };
+  switch (site) {
+    case Site::q: return {module(TensorRole::q)};
+    case Site::k: return {module(TensorRole::k)};
+    case Site::v: return {module(TensorRole::v)};
+    case Site::o: return {module(TensorRole::o)};
+    case Site::gate: return spec.has_experts() ? PeftModule{family.peft_gate_up} : PeftModule{module(TensorRole::dense_gate)};
+    case Site::up: return spec.has_experts() ? PeftModule{family.peft_gate_up, true} : PeftModule{module(TensorRole::dense_up)};
+    case Site::down: return {spec.has_experts() ? family.peft_down : module(TensorRole::dense_down)};
+  }
+  return {};
+}
+
+void make_dense(DecoderSpec& s) {
+  for (LayerSpec& layer : s.layers) layer.sparse = false;
+  s.num_experts = s.num_experts_per_tok = s.moe_intermediate_size = 0;
+  s.router_aux_loss_coef = 0;
+}
+
+void read_sparse_layers(const ConfigReader& c, DecoderSpec& s) {
+  const int64_t step = c.integer("decoder_sparse_step", 1);
+  std::vector<int64_t> dense;
+  if (c.has("mlp_only_layers")) dense = c.raw("mlp_only_layers").get<std::vector<int64_t>>();
+  for (int64_t l = 0; l < s.num_layers; ++l) s.layers[l].sparse = s.num_experts > 0 && step > 0 && (l + 1) % step == 0 && std::find(dense.begin(), dense.end(), l) == dense.end();
+}
+
+void write_sparse_layers(const DecoderSpec& s, io::Json& config) {
+  config["decoder_sparse_step"] = 1;
+  config["mlp_only_layers"] = io::Json::array();
+  for (int64_t l = 0; l < s.num_layers; ++l)
+    if (!s.layers[l].sparse) config["mlp_only_layers"].push_back(l);
+}
+
+void read_sliding_window(const ConfigReader& c, DecoderSpec& s, const std::function<bool(int64_t)>& slides) {
+  const int64_t window = c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0;
+  std::vector<std::string> types;
+  if (c.has("layer_types")) {
+    types = c.raw("layer_types").get<std::vector<std::string>>();
+    MOEGRAFT_CHECK(int64_t(types.size()) == s.num_layers, "config.json: layer_types must name ", s.num_layers, " layers, got ", types.size());
+    for (const auto& type : types)
+      MOEGRAFT_CHECK(type == "full_attention" || type == "sliding_attention", "config.json: layer_types may hold full_attention and sliding_attention, got '", shortened(type), "'");
+  }
+  for (int64_t l = 0; l < s.num_layers; ++l)
+    if (types.empty() ? slides(l) : types[size_t(l)] == "sliding_attention") s.layers[l].sliding_window = window;
+}
+
+void write_sliding_window(const DecoderSpec& s, io::Json& config) {
+  int64_t window = 0;
+  io::Json types = io::Json::array();
+  for (const LayerSpec& layer : s.layers) {
+    window = std::max(window, layer.sliding_window);
+    types.push_back(layer.sliding_window > 0 ? "sliding_attention" : "full_attention");
+  }
+  config["use_sliding_window"] = window > 0;
+  config["sliding_window"] = window > 0 ? io::Json(window) : io::Json(nullptr);
+  config["layer_types"] = types;
 }
 
 int64_t ConfigReader::integer(const char* key) const {
@@ -161,6 +220,10 @@ void check_spec(const DecoderSpec& s) {
   positive("head_dim", s.head_dim);
   MOEGRAFT_CHECK(s.num_heads % s.num_kv_heads == 0, "config.json: num_attention_heads ", s.num_heads, " must be a multiple of num_key_value_heads ", s.num_kv_heads);
   MOEGRAFT_CHECK(s.head_dim % 2 == 0, "config.json: head_dim must be even for rotary embedding, got ", s.head_dim);
+  MOEGRAFT_CHECK(s.rope.partial_factor == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
+  const RouterSpec& r = s.router;
+  MOEGRAFT_CHECK(r.num_groups >= 1 && r.topk_groups >= 1 && r.topk_groups <= r.num_groups && s.num_experts % r.num_groups == 0, "config.json: ", s.num_experts,
+                 " experts cannot lie in ", r.num_groups, " groups of which ", r.topk_groups, " are chosen from");
   for (const auto& layer : s.layers) {
     MOEGRAFT_CHECK(layer.sliding_window >= 0, "config.json: sliding_window must be positive or null, got ", layer.sliding_window);
     if (!layer.sparse) {
@@ -173,9 +236,16 @@ void check_spec(const DecoderSpec& s) {
                    s.num_experts_per_tok);
   }
   // Far above any model, far below where counts in 64 bits overflow.
-  const double D = double(s.hidden_size), ffn = s.num_experts > 0 ? double(s.num_experts) * double(s.moe_intermediate_size) : double(s.intermediate_size);
+  const double D = double(s.hidden_size), ffn = double(s.num_experts) * double(s.moe_intermediate_size) + double(s.shared_expert.intermediate_size) + double(s.intermediate_size);
   const double parameters = 2.0 * double(s.vocab_size) * D + double(s.num_layers) * (4.0 * D * double(s.num_heads) * double(s.head_dim) + 3.0 * D * ffn);
   MOEGRAFT_CHECK(parameters < 1e15, "config.json: its sizes make ", parameters, " parameters, expected fewer than 1e15");
+}
+
+io::Json write_moe(const DecoderSpec& s) {
+  io::Json j = write_common(s);
+  j["num_experts_per_tok"] = s.num_experts_per_tok;
+  j["router_aux_loss_coef"] = s.router_aux_loss_coef;
+  return j;
 }
 
 io::Json write_common(const DecoderSpec& s) {
@@ -198,7 +268,6 @@ io::Json write_common(const DecoderSpec& s) {
           {"num_hidden_layers", s.num_layers},
           {"num_attention_heads", s.num_heads},
           {"num_key_value_heads", s.num_kv_heads},
-          {"num_experts_per_tok", s.num_experts_per_tok},
           {"hidden_act", "silu"},
           {"max_position_embeddings", s.max_positions},
           {"initializer_range", s.initializer_range},
@@ -206,32 +275,11 @@ io::Json write_common(const DecoderSpec& s) {
           {"rope_parameters", rope},
           {"rope_theta", s.rope.theta},
           {"tie_word_embeddings", s.tie_word_embeddings},
-          {"router_aux_loss_coef", s.router_aux_loss_coef},
           {"attention_dropout", 0.0},
           {"use_cache", true},
           {"bos_token_id", id(s.bos_id)},
           {"eos_token_id", id(s.eos_id)},
           {"pad_token_id", id(s.pad_id)}};
-}
-
-int64_t DecoderSpec::num_parameters() const {
-  const int64_t D = hidden_size, q = num_heads * head_dim, kv = num_kv_heads * head_dim;
-  int64_t total = vocab_size * D * (tie_word_embeddings ? 1 : 2) + D;
-  for (const auto& layer : layers) {
-    total += 2 * D + D * (q + 2 * kv) + q * D;
-    if (attention_bias) total += q + 2 * kv + D;
-    if (qk_norm == QkNorm::per_head) total += 2 * head_dim;
-    if (qk_norm == QkNorm::full) total += q + kv;
-    total += layer.sparse ? num_experts * D + num_experts * 3 * D * moe_intermediate_size : 3 * D * intermediate_size;
-  }
-  return total;
-}
-
-int64_t DecoderSpec::num_active_parameters() const {
-  int64_t idle = 0;
-  for (const auto& layer : layers)
-    if (layer.sparse) idle += (num_experts - num_experts_per_tok) * 3 * hidden_size * moe_intermediate_size;
-  return num_parameters() - idle;
 }
 
 }  // namespace moegraft::model

@@ -1,43 +1,45 @@
 #pragma once
 // A family: how its config.json becomes a DecoderSpec and what its tensors are called on disk. One file each in families/, one row each in families.cpp.
 
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "moegraft/io/json.h"
+#include "moegraft/model/families.h"
 #include "moegraft/model/spec.h"
+#include "moegraft/model/tensors.h"
 
 namespace moegraft::model {
-
-// Patterns: {l} layer, {e} expert.
-struct TensorNames {
-  std::string embedding = "model.embed_tokens.weight", head = "lm_head.weight", final_norm = "model.norm.weight";
-  std::string input_norm = "model.layers.{l}.input_layernorm.weight", post_norm = "model.layers.{l}.post_attention_layernorm.weight";
-  std::string attention = "model.layers.{l}.self_attn.";  // + q_proj.weight, q_norm.weight, …
-  std::string dense = "model.layers.{l}.mlp.";            // + gate_proj.weight, …
-  std::string router = "model.layers.{l}.mlp.gate.weight";
-  std::string expert_gate = "model.layers.{l}.mlp.experts.{e}.gate_proj.weight", expert_up = "model.layers.{l}.mlp.experts.{e}.up_proj.weight",
-              expert_down = "model.layers.{l}.mlp.experts.{e}.down_proj.weight";
-  // The in-memory fused form, accepted when the per-expert one is absent: [E, 2F, D] gate rows first, and [E, D, F].
-  std::string fused_gate_up = "model.layers.{l}.mlp.experts.gate_up_proj", fused_down = "model.layers.{l}.mlp.experts.down_proj";
-};
-std::string tensor_name(const std::string& pattern, int64_t layer, int64_t expert = 0);
 
 struct Family {
   const char* model_type;
   io::Json defaults;  // fields that config.json may leave out, with the values of transformers' config class
   DecoderSpec (*parse)(const io::Json& config);  // config with the defaults filled in
-  io::Json (*write)(const DecoderSpec& spec);  // the config.json that transformers reads
-  TensorNames names;
+  io::Json (*write)(const DecoderSpec& spec);    // the config.json that transformers reads
+  // Of a base from scratch: fills in what the architecture says, given its sizes. UserError: sizes that it cannot have.
+  void (*complete)(DecoderSpec& spec);
+  TensorTable tensors = decoder_tensors();
+  // A layer's experts as one tensor each, accepted where the tensors of single experts are absent: [E, 2F, D] gate rows first, and [E, D, F].
+  std::string fused_gate_up = "model.layers.{l}.mlp.experts.gate_up_proj", fused_down = "model.layers.{l}.mlp.experts.down_proj";
+  // A layer's modules in transformers as PEFT names them; q_proj and its like, and a dense FFN's, have the names of their tensors.
+  std::string peft_gate_up = "mlp.experts.gate_up_proj", peft_down = "mlp.experts.down_proj";
+
+  const TensorRow& row(TensorRole role) const { return row_of(tensors, role); }
+  std::string name(TensorRole role, int64_t layer = 0, int64_t expert = 0) const { return tensor_name(row(role).name, layer, expert); }
 };
 // The same tensor as transformers also accepts it: saved from the model class without head (no "model." before the name), and each family's renamings.
 std::vector<std::string> other_names(const std::string& name);
 
 const Family& find_family(const std::string& model_type);  // UserError names the known ones
 
-const Family& olmoe_family();
-const Family& qwen3_moe_family();
+const Family& llama_family();
+const Family& mistral_family();
 const Family& mixtral_family();
+const Family& olmoe_family();
+const Family& qwen2_moe_family();
+const Family& qwen3_family();
+const Family& qwen3_moe_family();
 
 // Reads typed values with the key named in errors. null counts as absent.
 class ConfigReader {
@@ -60,6 +62,15 @@ class ConfigReader {
 // Fields that every family spells alike: sizes, ids, rope in both spellings, tying.
 DecoderSpec parse_common(const io::Json& config);
 io::Json write_common(const DecoderSpec& spec);
-void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes
+io::Json write_moe(const DecoderSpec& spec);  // and a router's fields
+// A dense model: no layer has experts.
+void make_dense(DecoderSpec& spec);
+// decoder_sparse_step and mlp_only_layers: which layers are sparse.
+void read_sparse_layers(const ConfigReader& c, DecoderSpec& spec);
+void write_sparse_layers(const DecoderSpec& spec, io::Json& config);
+// sliding_window where use_sliding_window is on, in the layers that layer_types names, or else in those for which slides(layer) holds.
+void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, const std::function<bool(int64_t)>& slides);
+void write_sliding_window(const DecoderSpec& spec, io::Json& config);
+void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes, and on what the decoder does not compute
 
 }  // namespace moegraft::model

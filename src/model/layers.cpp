@@ -73,9 +73,20 @@ void append(at::Tensor& cache_BSGC, int64_t i, int64_t past, const at::Tensor& x
   std::memcpy(static_cast<char*>(cache_BSGC.mutable_data_ptr()) + (i * cache_BSGC.size(1) + past) * row, static_cast<const char*>(x_TGC.const_data_ptr()) + begin * row, size_t(count * row));
 }
 
+// A dense FFN's inputs as those of one expert.
+void observe_all_rows(const Call& call, int64_t l, Site site, const at::Tensor& x_TX) {
+  std::vector<at::Tensor> rows;
+  std::vector<int64_t> offsets{0};
+  for (int64_t m = 0; m < call.num_groups; ++m) {
+    rows.push_back(call.num_groups == 1 ? x_TX : x_TX.index_select(0, call.facts->modality_tokens[size_t(m)]));
+    offsets.push_back(offsets.back() + rows.back().size(0));
+  }
+  call.options.sites->observe_experts(l, site, at::cat(rows), offsets, call.num_groups);
+}
+
 // In float32, like the residual stream: see Decoder::forward.
 k::Route choose_experts(const Call& call, const at::Tensor& h_TD, const at::Tensor& router_ED) {
-  const auto choose = [&](const at::Tensor& h) { return k::route(at::linear(h, router_ED), call.spec.num_experts_per_tok, call.spec.norm_topk_prob); };
+  const auto choose = [&](const at::Tensor& h) { return k::route(at::linear(h, router_ED), call.spec.num_experts_per_tok, call.spec.router.renormalise); };
   if (!call.apart || call.batch.num_sequences() == 1) return choose(h_TD);
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
@@ -166,6 +177,22 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
     call.keep->values.push_back(v);
   }
   return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias, w.o_panels}})[0];
+}
+
+at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD) {
+  const auto gate_up = project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I, w.gate_panels}, {Site::up, w.up_ID, w.up_bias_I, w.up_panels}});
+  const at::Tensor hidden_TI = at::silu(gate_up[0]) * gate_up[1];
+  if (call.options.sites && !call.spec.has_experts()) {
+    observe_all_rows(call, l, Site::gate, x_TD);
+    observe_all_rows(call, l, Site::down, hidden_TI);
+  }
+  return project(call, l, hidden_TI, {{Site::down, w.down_DI, w.down_bias_D, w.down_panels}})[0];
+}
+
+at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD) {
+  const auto gate_up = k::frozen_linear(x_TD, {{w.gate_ID, {}, w.gate_panels}, {w.up_ID, {}, w.up_panels}});
+  const at::Tensor y_TD = k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{w.down_DI, {}, w.down_panels}})[0];
+  return scale_1D.defined() ? at::sigmoid(at::linear(x_TD, scale_1D)) * y_TD : y_TD;
 }
 
 MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {

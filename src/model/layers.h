@@ -48,6 +48,11 @@ void stand_apart(Call& call);
 // x_TD: normed, in the compute dtype.
 at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);
 
+// A dense layer's gated FFN, with the low-rank terms of sites gate, up and down. x_TD: normed, in the compute dtype.
+at::Tensor dense_ffn(const Call& call, int64_t layer, const DenseWeights& w, const at::Tensor& x_TD);
+// What the shared expert adds to the routed ones' output; scale_1D undefined: all of it.
+at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD);
+
 struct MoeResult {
   at::Tensor y_TD;
   at::Tensor counts_E, prob_sum_E;  // for the balance loss, when asked for

@@ -8,6 +8,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "resident_weights.h"
+#include "tensor_slots.h"
 
 namespace moegraft::model {
 namespace {
@@ -23,24 +24,13 @@ class Draw {
     return at::empty(shape, options_).normal_(0.0, std, generator_);
   }
   at::Tensor linear(at::IntArrayRef shape) { return normal(shape, 1 / std::sqrt(double(shape.back()))); }
-  at::Tensor ones(int64_t size) const { return at::ones({size}, options_); }
-  at::Tensor zeros(int64_t size) const { return at::zeros({size}, options_); }
+  at::Tensor constant(at::IntArrayRef shape, double value) const { return at::full(shape, value, options_); }
 
  private:
   at::TensorOptions options_;
   uint64_t seed_, stream_ = 0;
   at::Generator generator_;
 };
-
-AttentionWeights draw_attention(Draw& draw, const DecoderSpec& s) {
-  const int64_t D = s.hidden_size, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
-  AttentionWeights a;
-  a.q = draw.linear({q, D}), a.k = draw.linear({kv, D}), a.v = draw.linear({kv, D}), a.o = draw.linear({D, q});
-  if (s.attention_bias) a.q_bias = draw.zeros(q), a.k_bias = draw.zeros(kv), a.v_bias = draw.zeros(kv), a.o_bias = draw.zeros(D);
-  if (s.qk_norm == QkNorm::per_head) a.q_norm = draw.ones(s.head_dim), a.k_norm = draw.ones(s.head_dim);
-  if (s.qk_norm == QkNorm::full) a.q_norm = draw.ones(q), a.k_norm = draw.ones(kv);
-  return a;
-}
 
 // Gate and up in one storage, down in another, as kernels::join_experts lays them.
 ExpertWeights draw_experts(Draw& draw, const DecoderSpec& s) {
@@ -55,12 +45,6 @@ ExpertWeights draw_experts(Draw& draw, const DecoderSpec& s) {
   return x;
 }
 
-DenseWeights draw_dense(Draw& draw, const DecoderSpec& s) {
-  DenseWeights d;
-  d.gate_ID = draw.linear({s.intermediate_size, s.hidden_size}), d.up_ID = draw.linear({s.intermediate_size, s.hidden_size}), d.down_DI = draw.linear({s.hidden_size, s.intermediate_size});
-  return d;
-}
-
 }  // namespace
 
 DecoderSpec cut_layers(DecoderSpec spec, int64_t layers) {
@@ -73,21 +57,13 @@ DecoderSpec cut_layers(DecoderSpec spec, int64_t layers) {
 BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed) {
   const at::NoGradGuard no_grad;
   Draw draw(dtype, device, seed);
-  auto w = std::make_shared<ResidentWeights>();
+  const auto make = [&](const TensorRow& row) {
+    const Shape shape = row.shape(spec);
+    if (row.init == TensorInit::ones || row.init == TensorInit::zeros) return draw.constant(shape, row.init == TensorInit::ones ? 1.0 : 0.0);
+    return row.init == TensorInit::embedding && !spec.tie_word_embeddings ? draw.normal(shape, 1.0) : draw.linear(shape);
+  };
+  auto w = make_weights(spec, make, [&] { return draw_experts(draw, spec); });
   w->type = dtype, w->where = device;
-  const int64_t D = spec.hidden_size;
-  w->embedding = spec.tie_word_embeddings ? draw.linear({spec.vocab_size, D}) : draw.normal({spec.vocab_size, D}, 1.0);
-  w->head = spec.tie_word_embeddings ? w->embedding : draw.linear({spec.vocab_size, D});
-  w->final_norm = draw.ones(D);
-  for (const auto& kind : spec.layers) {
-    LayerWeights layer;
-    layer.input_norm_D = draw.ones(D), layer.post_norm_D = draw.ones(D);
-    layer.attention = draw_attention(draw, spec);
-    if (kind.sparse) layer.router_ED = draw.linear({spec.num_experts, D});
-    else layer.dense = draw_dense(draw, spec);
-    w->layers.push_back(std::move(layer));
-    w->layer_experts.push_back(kind.sparse ? draw_experts(draw, spec) : ExpertWeights{});
-  }
   finish_frozen(*w, packs_lean(spec));
   BaseModel base;
   base.spec = spec;

@@ -19,76 +19,67 @@
 #include "moegraft/model/thaw.h"
 #include "moegraft/kernels/cpu.h"
 #include "resident_weights.h"
+#include "tensor_slots.h"
 
 namespace moegraft::model {
 namespace {
 
 namespace fs = std::filesystem;
 
-AttentionWeights load_attention(Loader& load, const TensorSource& source, const DecoderSpec& s, const std::string& prefix) {
-  const int64_t D = s.hidden_size, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
-  AttentionWeights a;
-  a.q = load.take(prefix + "q_proj.weight", {q, D});
-  a.k = load.take(prefix + "k_proj.weight", {kv, D});
-  a.v = load.take(prefix + "v_proj.weight", {kv, D});
-  a.o = load.take(prefix + "o_proj.weight", {D, q});
-  if (s.attention_bias) {
-    a.q_bias = load.take(prefix + "q_proj.bias", {q});
-    a.k_bias = load.take(prefix + "k_proj.bias", {kv});
-    a.v_bias = load.take(prefix + "v_proj.bias", {kv});
-    a.o_bias = load.take(prefix + "o_proj.bias", {D});
-  } else if (source.contains(prefix + "q_proj.bias")) {
-    load.problem(prefix + "q_proj.bias is present, but attention_bias is false in config.json");
+// A layer's tensors but its experts'.
+LayerWeights load_layer(Loader& load, const TensorSource& source, const DecoderSpec& s, const Family& family, int64_t l) {
+  LayerWeights layer;
+  for (const TensorRow& row : family.tensors) {
+    if (row.scope != TensorScope::layer) continue;
+    const std::string name = tensor_name(row.name, l);
+    if (row.present(s, s.layers[size_t(l)])) slot(layer, row.role) = load.take(name, row.shape(s));
+    else if (name.ends_with(".bias") && source.contains(name)) load.problem(name + " is present, but config.json says that there are no such biases");
   }
-  if (s.qk_norm != QkNorm::none) {
-    const bool full = s.qk_norm == QkNorm::full;
-    a.q_norm = load.take(prefix + "q_norm.weight", {full ? q : s.head_dim});
-    a.k_norm = load.take(prefix + "k_norm.weight", {full ? kv : s.head_dim});
-  }
-  return a;
+  return layer;
 }
 
 // Embedding and head. Tied in the config: a head of the file's own that differs stays one, and a head alone serves as the embedding (transformers 5.17).
-void load_ends(Loader& load, const TensorSource& source, const TensorNames& names, DecoderSpec& s, ResidentWeights& w) {
+void load_ends(Loader& load, const TensorSource& source, const Family& family, DecoderSpec& s, ResidentWeights& w) {
+  const std::string embedding_name = family.name(TensorRole::embedding), head_name = family.name(TensorRole::head);
   const std::vector<int64_t> shape{s.vocab_size, s.hidden_size};
-  const bool embedding = source.contains(names.embedding), head = source.contains(names.head);
+  const bool embedding = source.contains(embedding_name), head = source.contains(head_name);
   if (!s.tie_word_embeddings || (embedding && head)) {
-    w.embedding = load.take(names.embedding, shape);
-    w.head = load.take(names.head, shape);
+    w.embedding = load.take(embedding_name, shape);
+    w.head = load.take(head_name, shape);
     if (!s.tie_word_embeddings || !load.clean()) return;
-    if (!load.same(names.embedding, names.head)) {
-      warn_once(source.dir().string() + ": tie_word_embeddings is true in config.json, but " + names.head + " differs from " + names.embedding + "; both are used, as transformers does");
+    if (!load.same(embedding_name, head_name)) {
+      warn_once(source.dir().string() + ": tie_word_embeddings is true in config.json, but " + head_name + " differs from " + embedding_name + "; both are used, as transformers does");
       s.tie_word_embeddings = false;
       return;
     }
   } else {
-    w.embedding = load.take(embedding || !head ? names.embedding : names.head, shape);
+    w.embedding = load.take(embedding || !head ? embedding_name : head_name, shape);
   }
   w.head = w.embedding;
 }
 
 // One tensor for all experts' gates and ups, another for their downs (transformers 5), or three for each expert.
-bool holds_fused(const TensorSource& source, const TensorNames& names, int64_t l) {
-  return !source.contains(tensor_name(names.expert_gate, l, 0)) && source.contains(tensor_name(names.fused_gate_up, l));
+bool holds_fused(const TensorSource& source, const Family& family, int64_t l) {
+  return !source.contains(family.name(TensorRole::expert_gate, l)) && source.contains(tensor_name(family.fused_gate_up, l));
 }
 
 // A layer's experts but [first, first + count) belong to the model, though they are not loaded here.
-void use_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first = 0, int64_t count = 0) {
-  if (holds_fused(source, names, l))
-    for (const auto* pattern : {&names.fused_gate_up, &names.fused_down}) load.use(tensor_name(*pattern, l));
-  else
-    for (int64_t e = 0; e < s.num_experts; ++e)
-      if (e < first || e >= first + count)
-        for (const auto* pattern : {&names.expert_gate, &names.expert_up, &names.expert_down}) load.use(tensor_name(*pattern, l, e));
+void use_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const Family& family, int64_t l, int64_t first = 0, int64_t count = 0) {
+  if (holds_fused(source, family, l)) {
+    for (const auto* pattern : {&family.fused_gate_up, &family.fused_down}) load.use(tensor_name(*pattern, l));
+    return;
+  }
+  for (int64_t e = 0; e < s.num_experts; ++e)
+    if (e < first || e >= first + count) for_each_row(s, TensorScope::expert, s.layers[size_t(l)], [&](const TensorRow& row) { load.use(tensor_name(row.name, l, e)); });
 }
 
 // Experts [first, first + count) of a layer.
-ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const TensorNames& names, int64_t l, int64_t first, int64_t count) {
+ExpertWeights load_experts(Loader& load, const TensorSource& source, const DecoderSpec& s, const Family& family, int64_t l, int64_t first, int64_t count) {
   const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts;
   ExpertWeights x;
   x.first = first;
-  if (holds_fused(source, names, l)) {
-    const at::Tensor gate_up = load.take(tensor_name(names.fused_gate_up, l), {E, 2 * F, D}, first, count), down = load.take(tensor_name(names.fused_down, l), {E, D, F}, first, count);
+  if (holds_fused(source, family, l)) {
+    const at::Tensor gate_up = load.take(tensor_name(family.fused_gate_up, l), {E, 2 * F, D}, first, count), down = load.take(tensor_name(family.fused_down, l), {E, D, F}, first, count);
     for (int64_t e = 0; e < count && load.clean(); ++e) {
       x.gate_FD.push_back(gate_up[e].narrow(0, 0, F));
       x.up_FD.push_back(gate_up[e].narrow(0, F, F));
@@ -96,15 +87,16 @@ ExpertWeights load_experts(Loader& load, const TensorSource& source, const Decod
     }
     return x;
   }
-  use_experts(load, source, s, names, l, first, count);
+  use_experts(load, source, s, family, l, first, count);
   // A device sees a layer as one tensor: the layout of kernels/expert_layout.h.
   const at::Tensor gate_up = load.room({count, 2 * F, D}), down = load.room({count, D, F});
-  const auto part = [](const at::Tensor& all, int64_t e, int64_t row, int64_t rows) { return all.defined() ? all[e].narrow(0, row, rows) : all; };
-  for (int64_t e = 0; e < count; ++e) {
-    x.gate_FD.push_back(load.take(tensor_name(names.expert_gate, l, first + e), {F, D}, 0, 0, part(gate_up, e, 0, F)));
-    x.up_FD.push_back(load.take(tensor_name(names.expert_up, l, first + e), {F, D}, 0, 0, part(gate_up, e, F, F)));
-    x.down_DF.push_back(load.take(tensor_name(names.expert_down, l, first + e), {D, F}, 0, 0, part(down, e, 0, D)));
-  }
+  const auto place = [&](TensorRole role, int64_t e) {
+    if (!down.defined()) return at::Tensor();
+    return role == TensorRole::expert_down ? down[e] : gate_up[e].narrow(0, role == TensorRole::expert_up ? F : 0, F);
+  };
+  for (int64_t e = 0; e < count; ++e)
+    for_each_row(s, TensorScope::expert, s.layers[size_t(l)],
+                 [&](const TensorRow& row) { matrices(x, row.role).push_back(load.take(tensor_name(row.name, l, first + e), row.shape(s), 0, 0, place(row.role, e))); });
   return x;
 }
 
@@ -192,35 +184,28 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   base.path = dir;
   base.spec = read_spec(dir);
   const DecoderSpec& s = base.spec;
-  const TensorNames& names = find_family(s.family).names;
+  const Family& family = find_family(s.family);
   const auto shared = std::make_shared<const TensorSource>(dir);
   const TensorSource& source = *shared;
   const int64_t count = options.num_experts > 0 ? options.num_experts : s.num_experts;
   MOEGRAFT_INVARIANT(options.first_expert >= 0 && options.first_expert + count <= s.num_experts, "load_base: experts ", options.first_expert, "+", count, " of ", s.num_experts);
+  MOEGRAFT_CHECK_USAGE(s.has_experts() || (!options.keep_experts && options.experts != Experts::offloaded && options.experts != Experts::mapped), dir.string(), " is a dense model (", s.family,
+                       "): it has no experts to keep elsewhere; use model.offload: none and parallel.shard_base: false");
   Loader load(source, options, dir.string());
   auto w = std::make_shared<ResidentWeights>();
   w->type = options.dtype;
   w->where = options.device;
   const std::shared_ptr<ExpertRing> ring = make_ring(options, w);
-  load_ends(load, source, names, base.spec, *w);
-  w->final_norm = load.take(names.final_norm, {s.hidden_size});
+  load_ends(load, source, family, base.spec, *w);
+  w->final_norm = load.take(family.name(TensorRole::final_norm), {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
-    LayerWeights layer;
-    layer.input_norm_D = load.take(tensor_name(names.input_norm, l), {s.hidden_size});
-    layer.post_norm_D = load.take(tensor_name(names.post_norm, l), {s.hidden_size});
-    layer.attention = load_attention(load, source, s, tensor_name(names.attention, l));
+    LayerWeights layer = load_layer(load, source, s, family, l);
     ExpertWeights experts;
     if (s.layers[l].sparse) {
-      layer.router_ED = load.take(tensor_name(names.router, l), {s.num_experts, s.hidden_size});
       load.keep_on_cpu(ring != nullptr);
-      if (options.experts == Experts::absent) use_experts(load, source, s, names, l);
-      else experts = load_experts(load, source, s, names, l, options.first_expert, count);
+      if (options.experts == Experts::absent) use_experts(load, source, s, family, l);
+      else experts = load_experts(load, source, s, family, l, options.first_expert, count);
       load.keep_on_cpu(false);
-    } else {
-      const std::string prefix = tensor_name(names.dense, l);
-      layer.dense.gate_ID = load.take(prefix + "gate_proj.weight", {s.intermediate_size, s.hidden_size});
-      layer.dense.up_ID = load.take(prefix + "up_proj.weight", {s.intermediate_size, s.hidden_size});
-      layer.dense.down_DI = load.take(prefix + "down_proj.weight", {s.hidden_size, s.intermediate_size});
     }
     w->layers.push_back(std::move(layer));
     if (ring && load.clean()) {
@@ -242,93 +227,48 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
 
 BaseModel init_base(const DecoderSpec& spec, const InitOptions& options) {
   check_spec(spec);
+  const double std = spec.initializer_range, residual_std = std / std::sqrt(2.0 * double(spec.num_layers));  // GPT-2's scaling of residual branches
+  uint64_t stream = 0;
+  const auto make = [&](TensorInit init, const Shape& shape) {
+    at::Tensor t = at::empty(shape, at::kFloat);
+    if (init == TensorInit::ones || init == TensorInit::zeros) return t.fill_(init == TensorInit::ones ? 1.0 : 0.0).set_requires_grad(true);
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(Rng(options.seed, "model.init", stream++).derive_seed());
+    return t.normal_(0.0, init == TensorInit::embedding ? options.embedding_std : init == TensorInit::residual ? residual_std : std, generator).set_requires_grad(true);
+  };
+  const auto make_experts = [&] {
+    ExpertWeights x;
+    for_each_row(spec, TensorScope::expert, LayerSpec{}, [&](const TensorRow& row) {
+      Shape shape = row.shape(spec);
+      shape.insert(shape.begin(), spec.num_experts);
+      at::Tensor& all = stacked(x, row.role) = make(row.init, shape);
+      for (int64_t e = 0; e < spec.num_experts; ++e) matrices(x, row.role).push_back(all.detach()[e]);
+    });
+    return x;
+  };
   BaseModel base;
   base.spec = spec;
-  auto w = std::make_shared<ResidentWeights>();
+  auto w = make_weights(spec, [&](const TensorRow& row) { return make(row.init, row.shape(spec)); }, make_experts);
   w->trains = true;
-  const int64_t D = spec.hidden_size, q = spec.num_heads * spec.head_dim, kv = spec.num_kv_heads * spec.head_dim, F = spec.moe_intermediate_size, E = spec.num_experts;
-  uint64_t stream = 0;
-  const auto normal = [&](at::IntArrayRef shape, double std) {
-    auto generator = at::make_generator<at::CPUGeneratorImpl>(Rng(options.seed, "model.init", stream++).derive_seed());
-    return at::empty(shape, at::kFloat).normal_(0.0, std, generator).set_requires_grad(true);
-  };
-  const auto ones = [](int64_t n) { return at::ones({n}, at::kFloat).set_requires_grad(true); };
-  const auto zeros = [](int64_t n) { return at::zeros({n}, at::kFloat).set_requires_grad(true); };
-  const double std = spec.initializer_range, residual_std = std / std::sqrt(2.0 * double(spec.num_layers));  // GPT-2's scaling of residual branches
-  w->embedding = normal({spec.vocab_size, D}, options.embedding_std);
-  w->head = spec.tie_word_embeddings ? w->embedding : normal({spec.vocab_size, D}, std);
-  w->final_norm = ones(D);
-  for (int64_t l = 0; l < spec.num_layers; ++l) {
-    LayerWeights layer;
-    layer.input_norm_D = ones(D);
-    layer.post_norm_D = ones(D);
-    auto& a = layer.attention;
-    a.q = normal({q, D}, std);
-    a.k = normal({kv, D}, std);
-    a.v = normal({kv, D}, std);
-    a.o = normal({D, q}, residual_std);
-    if (spec.attention_bias) a.q_bias = zeros(q), a.k_bias = zeros(kv), a.v_bias = zeros(kv), a.o_bias = zeros(D);
-    if (spec.qk_norm == QkNorm::per_head) a.q_norm = ones(spec.head_dim), a.k_norm = ones(spec.head_dim);
-    if (spec.qk_norm == QkNorm::full) a.q_norm = ones(q), a.k_norm = ones(kv);
-    ExpertWeights x;
-    if (spec.layers[l].sparse) {
-      layer.router_ED = normal({E, D}, std);
-      x.gate_EFD = normal({E, F, D}, std);
-      x.up_EFD = normal({E, F, D}, std);
-      x.down_EDF = normal({E, D, F}, residual_std);
-      for (int64_t e = 0; e < E; ++e) {
-        x.gate_FD.push_back(x.gate_EFD.detach()[e]);
-        x.up_FD.push_back(x.up_EFD.detach()[e]);
-        x.down_DF.push_back(x.down_EDF.detach()[e]);
-      }
-    } else {
-      layer.dense = {normal({spec.intermediate_size, D}, std), normal({spec.intermediate_size, D}, std), normal({D, spec.intermediate_size}, residual_std), {}, {}, {}};
-    }
-    w->layers.push_back(std::move(layer));
-    w->layer_experts.push_back(std::move(x));
-  }
   base.weights = std::move(w);
   return base;
 }
 
 namespace {
 
-// Calls visit(name, tensor) for every tensor; stacked experts under their fused names when `stacked`, else one by one.
+// Calls visit(name, tensor) for every tensor; stacked experts under names of their own when `stacked`, else one by one.
 template <class Visit>
 void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
   const DecoderSpec& s = base.spec;
-  const TensorNames& names = find_family(s.family).names;
   WeightProvider& w = *base.weights;
-  const auto optional = [&](const std::string& name, const at::Tensor& t) {
-    if (t.defined()) visit(name, t);
-  };
-  visit(names.embedding, w.embedding_VD());
-  if (!s.tie_word_embeddings) visit(names.head, w.head_VD());
-  visit(names.final_norm, w.final_norm_D());
+  ResidentWeights ends;
+  ends.embedding = w.embedding_VD(), ends.head = w.head_VD(), ends.final_norm = w.final_norm_D();
+  for_each_row(s, TensorScope::model, {}, [&](const TensorRow& row) { visit(row.name, slot(ends, row.role)); });
   for (int64_t l = 0; l < s.num_layers; ++l) {
-    const LayerWeights layer = w.layer(l);
-    visit(tensor_name(names.input_norm, l), layer.input_norm_D);
-    visit(tensor_name(names.post_norm, l), layer.post_norm_D);
-    const std::string a = tensor_name(names.attention, l), d = tensor_name(names.dense, l);
-    const AttentionWeights& at = layer.attention;
-    visit(a + "q_proj.weight", at.q);
-    visit(a + "k_proj.weight", at.k);
-    visit(a + "v_proj.weight", at.v);
-    visit(a + "o_proj.weight", at.o);
-    optional(a + "q_proj.bias", at.q_bias);
-    optional(a + "k_proj.bias", at.k_bias);
-    optional(a + "v_proj.bias", at.v_bias);
-    optional(a + "o_proj.bias", at.o_bias);
-    optional(a + "q_norm.weight", at.q_norm);
-    optional(a + "k_norm.weight", at.k_norm);
-    if (!s.layers[l].sparse) {
-      visit(d + "gate_proj.weight", layer.dense.gate_ID);
-      visit(d + "up_proj.weight", layer.dense.up_ID);
-      visit(d + "down_proj.weight", layer.dense.down_DI);
-      continue;
-    }
-    visit(tensor_name(names.router, l), layer.router_ED);
-    const ExpertWeights x = w.experts(l, 0, s.num_experts);
+    const LayerSpec& kind = s.layers[size_t(l)];
+    LayerWeights layer = w.layer(l);
+    for_each_row(s, TensorScope::layer, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l), slot(layer, row.role)); });
+    if (!kind.sparse) continue;
+    ExpertWeights x = w.experts(l, 0, s.num_experts);
     if (stacked) {
       const std::string prefix = "model.layers." + std::to_string(l) + ".mlp.experts.";
       visit(prefix + "gate_proj", x.gate_EFD);
@@ -336,11 +276,8 @@ void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
       visit(prefix + "down_proj", x.down_EDF);
       continue;
     }
-    for (int64_t e = 0; e < s.num_experts; ++e) {
-      visit(tensor_name(names.expert_gate, l, e), x.gate_FD[e]);
-      visit(tensor_name(names.expert_up, l, e), x.up_FD[e]);
-      visit(tensor_name(names.expert_down, l, e), x.down_DF[e]);
-    }
+    for (int64_t e = 0; e < s.num_experts; ++e)
+      for_each_row(s, TensorScope::expert, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l, e), matrices(x, row.role)[size_t(e)]); });
   }
 }
 

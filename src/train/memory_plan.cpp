@@ -15,6 +15,7 @@
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/expert_ring.h"
+#include "moegraft/model/tensors.h"
 #include "moegraft/model/weights.h"
 #include "moegraft/parallel/gradients.h"
 #include "moegraft/train/optimizer.h"
@@ -78,7 +79,8 @@ class Counter {
     // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once more.
     if (any_term(l, {Site::q, Site::k, Site::v})) bytes += T_ * D * width_;
     if (!r_.gate_open && any_term(l, {Site::o})) bytes += T_ * q_ * width_;
-    return bytes + (s_.layers[size_t(l)].sparse ? experts(l) : dense());
+    if (!s_.layers[size_t(l)].sparse) return bytes + dense(l);
+    return bytes + experts(l) + shared_expert();
   }
   int64_t layer_input() const { return T_ * s_.hidden_size * 4; }
 
@@ -116,7 +118,7 @@ class Counter {
         for (const Site site : a.sites) {
           if (!acts(a, site, l)) continue;
           const auto [in, out] = adapters::site_shape(s_, site);
-          t.lora += a.rank * (in + out) * (adapters::is_expert_site(site) ? E_ : 1);
+          t.lora += a.rank * (in + out) * (adapters::is_per_expert(s_, site) ? E_ : 1);
         }
     t.rows = r_.new_rows * s_.hidden_size * (s_.tie_word_embeddings ? 1 : 2);
     t.base = r_.base_trains ? s_.num_parameters() : 0;
@@ -131,7 +133,7 @@ class Counter {
         int64_t layers = 0;
         for (int64_t l = 0; l < s_.num_layers; ++l) layers += acts(a, site, l);
         const auto [in, out] = adapters::site_shape(s_, site);
-        const bool experts = adapters::is_expert_site(site);
+        const bool experts = adapters::is_per_expert(s_, site);
         rows.push_back({moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
                         moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * a.rank * (in + out) * (experts ? E_ : 1)});
       }
@@ -149,12 +151,9 @@ class Counter {
   // Matrices with panels besides the experts': [out, in].
   template <class F>
   void for_each_matrix(const F& f) const {
-    const int64_t D = s_.hidden_size, I = s_.intermediate_size;
-    f(s_.vocab_size, D);
-    for (const auto& layer : s_.layers) {
-      f(q_, D), f(kv_, D), f(kv_, D), f(D, q_);
-      if (!layer.sparse) f(I, D), f(I, D), f(D, I);
-    }
+    if (s_.tie_word_embeddings) f(s_.vocab_size, s_.hidden_size);  // the head
+    for (const auto& t : model::tensor_shapes(s_))
+      if (model::is_linear_layer(t.role)) f(t.shape[0], t.shape[1]);
   }
   // Where the library's flash attention serves (kernels/cuda/attention.cpp).
   int64_t flash_backward() const {
@@ -165,7 +164,7 @@ class Counter {
 
   bool acts(const MemoryRequest::Adapter& a, Site site, int64_t l) const {
     if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) return false;
-    return !adapters::is_expert_site(site) || s_.layers[size_t(l)].sparse;
+    return adapters::has_site(s_, l, site);
   }
   bool any_term(int64_t l, const std::vector<Site>& sites) const {
     for (const auto& a : r_.adapters)
@@ -184,7 +183,7 @@ class Counter {
   }
   int64_t experts(int64_t l) const {
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size, K = s_.num_experts_per_tok, E = s_.num_experts;
-    int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.norm_topk_prob ? T_ * 4 : 0) + (width_ == 2 ? E * D * 4 : 0);  // the router
+    int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.router.renormalise ? T_ * 4 : 0) + (width_ == 2 ? E * D * 4 : 0);  // the router
     bytes += 2 * R_ * 4 + travelled() * T_ * D * width_;                                                               // the sort, the input
     if (!panels_) return bytes + 2 * R_ * F * width_ + (r_.device.is_cuda() ? R_ * expert_columns(l) * width_ : 0);
     return bytes + R_ * (2 * round_up(F, 64) + expert_columns(l)) * width_;
@@ -200,15 +199,25 @@ class Counter {
     }
     return columns;
   }
-  int64_t dense() const {
+  int64_t gated_ffn(int64_t I) const { return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0); }
+  int64_t dense(int64_t l) const {
     const int64_t I = s_.intermediate_size;
-    return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0);
+    int64_t bytes = gated_ffn(I);
+    // What the terms multiply: the normed input, and (where rows are gathered) the activation once more.
+    if (any_term(l, {Site::gate, Site::up})) bytes += T_ * s_.hidden_size * width_;
+    if (any_term(l, {Site::down})) bytes += T_ * I * width_;
+    return bytes;
   }
-  // Low-rank terms of attention: thin products, factors in the compute dtype, and where rows are gathered, what is added to them.
+  // Its output and its scale are kept for each other's gradients.
+  int64_t shared_expert() const {
+    const auto& shared = s_.shared_expert;
+    return shared.intermediate_size > 0 ? gated_ffn(shared.intermediate_size) + (shared.gated ? T_ * (s_.hidden_size + 1) * width_ : 0) : 0;
+  }
+  // Low-rank terms of attention and of dense FFNs: thin products, factors in the compute dtype, and where rows are gathered, what is added to them.
   int64_t dense_terms(const MemoryRequest::Adapter& a, int64_t l) const {
     int64_t bytes = 0;
     for (const Site site : a.sites) {
-      if (adapters::is_expert_site(site) || !acts(a, site, l)) continue;
+      if (adapters::is_per_expert(s_, site) || !acts(a, site, l)) continue;
       const auto [in, out] = adapters::site_shape(s_, site);
       bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) + (r_.gate_open ? 0 : T_ * out * width_);
     }
@@ -258,7 +267,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.moments_8bit = config.train.optimizer == "adamw_8bit";
   r.narrow_gradients = config.train.gradients == "bf16";
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
-  r.auxiliary_loss = r.base_trains && spec.router_aux_loss_coef > 0;
+  r.auxiliary_loss = r.base_trains && spec.has_experts() && spec.router_aux_loss_coef > 0;
   r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation, 0, processes});
   r.sequences = (r.tokens + config.data.sequence_length - 1) / config.data.sequence_length;
   r.expert_size = config.parallel.expert;

@@ -152,6 +152,7 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   MOEGRAFT_CHECK_USAGE(world_size % p.expert == 0, "parallel.expert (", p.expert, ") must divide the number of processes, got ", world_size);
   if (config.model.path.empty()) return;
   const model::DecoderSpec spec = model::read_spec(config.model.path);
+  MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.has_experts(), "parallel.expert must be 1 for ", config.model.path, ", a dense model (", spec.family, "); got ", p.expert);
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.num_experts % p.expert == 0, "parallel.expert (", p.expert, ") must divide the ", spec.num_experts, " experts of ", config.model.path);
   graft::plan_calibration(spec, config);  // throws where its bound is too small
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.

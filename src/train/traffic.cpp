@@ -29,8 +29,8 @@ std::vector<TrainedTensor> trained_tensors(const MemoryRequest& r) {
     for (const auto& a : r.adapters) {
       if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) continue;
       for (const model::Site site : a.sites) {
-        const bool expert = adapters::is_expert_site(site);
-        if (expert && !r.spec.layers[size_t(l)].sparse) continue;
+        if (!adapters::has_site(r.spec, l, site)) continue;
+        const bool expert = adapters::is_per_expert(r.spec, site);
         const auto [in, out] = adapters::site_shape(r.spec, site);
         for (const int64_t width : {out, in}) all.push_back({a.rank * width * (expert ? E : 1), expert});
       }

@@ -63,7 +63,7 @@ class Trainer {
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();
     state_.fingerprints = start.fingerprints;
-    balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().router_aux_loss_coef > 0;
+    balances_ = model_.decoder->base().weights->trainable() && model_.decoder->spec().has_experts() && model_.decoder->spec().router_aux_loss_coef > 0;
     forward_.recompute_layers = start.plan.recompute_layers;
     forward_.lockstep = team_.lockstep();
     if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;

@@ -181,6 +181,10 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
   cases.push_back(make_case(qwen, "qwen-tied"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "olmoe", {"olmoe", false, 2, 4}), "olmoe"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "mixtral", {"mixtral", false, 2, 5}), "mixtral"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "qwen2", {"qwen2_moe", false, 2, 6}), "qwen2_moe"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "llama", {"llama", true, 2, 7}), "llama-tied"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "mistral", {"mistral", false, 2, 8}), "mistral"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "qwen3", {"qwen3", false, 2, 9}), "qwen3-up", [](auto& c) { set_adapter(c, {"up", "q", "gate"}, {1}); }));
   cases.push_back(make_case(qwen, "only-down", [](auto& c) { set_adapter(c, {"down"}); }));
   cases.push_back(make_case(qwen, "only-up", [](auto& c) { set_adapter(c, {"up"}); }));
   cases.push_back(make_case(qwen, "experts", [](auto& c) { set_adapter(c, {"gate", "up", "down"}); }));

@@ -2,7 +2,7 @@
 """Golden gradients of whole models: low-rank factors on every projection of the golden base models, new rows of the vocabulary, and what transformers' backward
 pass gives them.
 
-    make_gradients.py [MODELS]      (default: tests/golden/model, whose directories it completes; made with torch 2.11.0, transformers 5.17.0, seed 0)
+    make_gradients.py [MODELS [CASE...]]      (default: tests/golden/model and all cases, whose directories it completes; made with torch 2.11.0, transformers 5.17.0, seed 0)
 
 Writes gradients.safetensors per case (float32 but for the ids): input_ids [B,S], where ids from V on are new rows; "rows.embedding" and "rows.head" [N, D]; for
 each layer and site "{l}.{site}.A" [r, in] or [E, r, in] and "{l}.{site}.B" [out, r] or [E, out, r]; and, for gates "open" (the factors act on every token) and
@@ -14,10 +14,11 @@ import os, sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 MODELS = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(__file__), "model")
-CASES = ["mixtral", "mixtral_window", "olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed"]
+CASES = sys.argv[2:] or ["mixtral", "mixtral_window", "olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "llama", "llama_bias_tied", "llama_llama3", "mistral_window",
+                         "mistral_full_tied", "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied"]
 RANK, SCALE, NEW = 3, 5 / 3, 7
 
 
@@ -38,7 +39,8 @@ class Gated(torch.nn.Module):
 for name in CASES:
     torch.manual_seed(0)
     folder = os.path.join(MODELS, name)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager").eval().requires_grad_(False)
+    dense = AutoConfig.from_pretrained(folder).model_type in ("llama", "mistral", "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **({} if dense else dict(experts_implementation="eager"))).eval().requires_grad_(False)
     leaves, gates = {}, []
 
     def leaf(key, *shape):
@@ -58,6 +60,12 @@ for name in CASES:
             leaf(f"{l}.{site}.A", RANK, width), leaf(f"{l}.{site}.B", out, RANK)
             gate(layer.self_attn, site + "_proj", lambda inner=inner, key=f"{l}.{site}": {"weight": inner.weight + delta(key)})
         experts = getattr(layer.mlp, "experts", None)
+        if dense:
+            for site in ("gate", "up", "down"):
+                inner = getattr(layer.mlp, site + "_proj")
+                out, width = inner.weight.shape
+                leaf(f"{l}.{site}.A", RANK, width), leaf(f"{l}.{site}.B", out, RANK)
+                gate(layer.mlp, site + "_proj", lambda inner=inner, key=f"{l}.{site}": {"weight": inner.weight + delta(key)})
         if experts is None:
             continue  # a dense layer
         E, D, F = experts.down_proj.shape

@@ -22,7 +22,7 @@ class AlignedModel {
     s.hidden_size = 32, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 8;
     s.num_layers = 2, s.layers = {{true, 5}, {true, 5}};
     s.moe_intermediate_size = s.intermediate_size = 24;
-    s.num_experts = 6, s.num_experts_per_tok = 2, s.norm_topk_prob = true;
+    s.num_experts = 6, s.num_experts_per_tok = 2, s.router.renormalise = true;
     s.max_positions = 64, s.initializer_range = 0.3;
     save_base(init_base(s, {1.0, 5}), dir_, at::kFloat);
     ids_BS = at::randint(3, 96, {2, 11}, at::make_generator<at::CPUGeneratorImpl>(3), at::kLong);

@@ -137,7 +137,7 @@ class Checkpoint {
     s.family = "qwen3_moe", s.qk_norm = QkNorm::per_head;
     s.vocab_size = 160, s.hidden_size = 64, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 16;
     s.num_layers = 2, s.layers.assign(2, {});
-    s.moe_intermediate_size = s.intermediate_size = 48, s.num_experts = 8, s.num_experts_per_tok = 2, s.norm_topk_prob = true;
+    s.moe_intermediate_size = s.intermediate_size = 48, s.num_experts = 8, s.num_experts_per_tok = 2, s.router.renormalise = true;
     s.max_positions = 64;
     save_base(random_base(s, at::kBFloat16, at::kCPU, 3), dir_, at::kBFloat16);
   }

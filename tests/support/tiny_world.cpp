@@ -80,12 +80,11 @@ void write_base(const TinyWorld& world, const TinyOptions& options) {
   s.family = options.family;
   s.vocab_size = tokenizer->size() + 5;  // more than the tokenizer has: new ids start behind config.vocab_size
   s.hidden_size = 32, s.num_layers = options.layers, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 8;
-  s.moe_intermediate_size = s.intermediate_size = 24, s.num_experts = 4, s.num_experts_per_tok = 2, s.norm_topk_prob = true;
-  s.qk_norm = options.family == "olmoe" ? model::QkNorm::full : options.family == "qwen3_moe" ? model::QkNorm::per_head : model::QkNorm::none;
+  s.moe_intermediate_size = s.intermediate_size = 24, s.num_experts = 4, s.num_experts_per_tok = 2, s.router.renormalise = true;
   s.layers.assign(size_t(options.layers), {});
   s.max_positions = 256, s.tie_word_embeddings = options.tied, s.initializer_range = 0.2;
   s.bos_id = tokenizer->bos_id(), s.eos_id = tokenizer->eos_id();
-  model::save_base(model::init_base(s, {1.0, options.seed}), world.base, at::kFloat);
+  model::save_base(model::init_base(model::complete_spec(s), {1.0, options.seed}), world.base, at::kFloat);
   for (const char* name : {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"})
     if (fs::exists(world.tokenizer / name)) fs::copy_file(world.tokenizer / name, world.base / name);
 }

@@ -69,7 +69,7 @@ TEST(CheckpointVariants, MeanWhatTransformersMakesOfThem) {
     EXPECT_EQ(fields, c.at("fields")) << s.family;
     EXPECT_EQ(s.moe_intermediate_size, c.at("moe_width").get<int64_t>()) << s.family;
     EXPECT_EQ(s.rope.theta, c.at("rope_theta").get<double>()) << s.family;
-    EXPECT_EQ(s.norm_topk_prob, c.at("norm_topk_prob").get<bool>()) << s.family;
+    EXPECT_EQ(s.router.renormalise, c.at("norm_topk_prob").get<bool>()) << s.family;
     EXPECT_EQ(s.layers.at(0).sliding_window, c.at("sliding_window").get<int64_t>()) << s.family;
   }
   for (const io::Json& c : cases.at("tokens")) {

@@ -71,12 +71,11 @@ const std::vector<Case>& cases() {
          return train_with(w, "train.steps=1");
        }, "git lfs pull", 1},
       {"a manifest as data", [](const TinyWorld& w) { return train_with(w, "data.train[0].path=" + w.manifest.string()); }, "data prepare shards --manifest", 1},
-      {"a dense model", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "llama"})"); }, "moegraft upcycle", 1},
-      {"a dense model of another family", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "mistral"})"); }, "moegraft upcycle", 1},
-      {"a dense model to train", [](const TinyWorld& w) {
-         inspect_config(w, R"({"model_type": "qwen3"})");
-         return train_with(w, "train.steps=1");
-       }, "a dense model becomes a mixture of experts with moegraft upcycle", 1},
+      {"a family that is not known", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "gpt2"})"); }, "'gpt2' is not a supported family; supported: llama, mistral, ", 1},
+      {"experts to keep elsewhere of a dense model", [](const TinyWorld& w) {
+         testing::make_tiny_world(w.dir / "dense", {"llama"});
+         return std::vector<std::string>{"train", "-c", w.yaml.string(), "--set", "model.path=" + (w.dir / "dense/base").string(), "--set", "model.offload=experts"};
+       }, "is a dense model (llama): it has no experts to keep elsewhere; use model.offload: none", 2},
       {"a variable that is not set", [](const TinyWorld& w) { return train_with(w, "run.dir=$MOEGRAFT_NO_SUCH_VARIABLE/x"); }, "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
       {"a variable that is not set, on the command line", [](const TinyWorld&) { return std::vector<std::string>{"inspect", "${MOEGRAFT_NO_SUCH_VARIABLE}/x"}; },
        "path: the environment variable MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},

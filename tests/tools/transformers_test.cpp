@@ -25,7 +25,7 @@ void write_golden(const fs::path& dir, model::BaseModel base) {
 
 std::vector<std::string> bases_from_scratch(const fs::path& folder) {
   std::vector<std::string> dirs;
-  for (const std::string family : {"olmoe", "qwen3_moe", "mixtral"})
+  for (const std::string family : model::known_families())
     for (const bool tied : {false, true}) {
       model::DecoderSpec s;
       s.family = family;
@@ -38,14 +38,13 @@ std::vector<std::string> bases_from_scratch(const fs::path& folder) {
       s.num_experts = 5;
       s.num_experts_per_tok = 2;
       s.intermediate_size = s.moe_intermediate_size = 10;
-      s.norm_topk_prob = true;
+      s.router.renormalise = true;
       s.max_positions = 64;
       s.tie_word_embeddings = tied;
       s.layers.assign(2, {});
       if (family == "qwen3_moe") s.layers[1].sparse = false;
-      s.qk_norm = family == "olmoe" ? model::QkNorm::full : family == "qwen3_moe" ? model::QkNorm::per_head : model::QkNorm::none;
       s.initializer_range = 0.2;
-      model::BaseModel base = model::init_base(s, {1.0, 5});
+      model::BaseModel base = model::init_base(model::complete_spec(s), {1.0, 5});
       const auto dir = folder / (family + (tied ? "-tied" : ""));
       model::save_base(base, dir, at::kFloat, tied ? 6000 : int64_t{1} << 30);  // sharded as well
       write_golden(dir, std::move(base));
@@ -54,7 +53,7 @@ std::vector<std::string> bases_from_scratch(const fs::path& folder) {
   return dirs;
 }
 
-// The dense model itself must give what its mixture of one expert gives here: no decoder of ours has dense layers alone.
+// The dense model itself must give what its mixture of one expert gives here.
 std::vector<std::string> upcycled_models(const fs::path& folder) {
   using convert::UpcycleMethod;
   const at::Tensor x = at::randn({40, 32}, at::make_generator<at::CPUGeneratorImpl>(17), at::kFloat);

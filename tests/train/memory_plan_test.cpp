@@ -37,15 +37,17 @@ struct Case {
   model::QkNorm norm;
   double clip;
   bool renormalise, sparse, bf16, open;
+  bool shared = false;
 };
 
 model::DecoderSpec spec_of(const Case& c, int64_t layers) {
   model::DecoderSpec s;
-  s.family = c.norm == model::QkNorm::per_head ? "qwen3_moe" : c.norm == model::QkNorm::full ? "olmoe" : "mixtral";
+  s.family = c.shared ? "qwen2_moe" : c.norm == model::QkNorm::per_head ? "qwen3_moe" : c.norm == model::QkNorm::full ? "olmoe" : "mixtral";
   s.vocab_size = 50, s.hidden_size = 64, s.num_layers = layers, s.num_heads = 4, s.num_kv_heads = s.family == "olmoe" ? 4 : 2, s.head_dim = 16;
   s.intermediate_size = c.sparse ? 48 : 96, s.moe_intermediate_size = 48, s.num_experts = 6, s.num_experts_per_tok = 2;
   if (s.family == "mixtral") s.intermediate_size = s.moe_intermediate_size;
-  s.norm_topk_prob = c.renormalise, s.qk_norm = c.norm, s.clip_qkv = c.clip, s.max_positions = 512;
+  s.router.renormalise = c.renormalise, s.qk_norm = c.norm, s.clip_qkv = c.clip, s.max_positions = 512;
+  if (c.shared) s.shared_expert = {80, true};
   s.layers.assign(size_t(layers), {c.sparse, 0});
   return s;
 }
@@ -57,7 +59,6 @@ int64_t kept(const Case& c, const fs::path& dir, int64_t layers, int64_t recompu
   model::Decoder decoder(model::load_base(dir, {c.bf16 ? at::kBFloat16 : at::kFloat, at::kCPU}));
   adapters::AdapterConfig config;
   config.rank = 4;
-  if (!c.sparse) config.sites = {"q", "k", "v", "o"};
   auto stack = std::make_shared<adapters::AdapterStack>();
   model::ParameterRegistry registry;
   auto lora = std::make_shared<adapters::ModalityLora>(spec, config, 0, std::vector<int64_t>{1}, at::kCPU);
@@ -82,7 +83,8 @@ TEST(MemoryPlan, CountsWhatALayerKeeps) {
   const Case cases[] = {{"qwen3", model::QkNorm::per_head, 0, true, true, false, true},    {"qwen3_bf16", model::QkNorm::per_head, 0, true, true, true, true},
                         {"qwen3_gated", model::QkNorm::per_head, 0, true, true, false, false}, {"qwen3_dense", model::QkNorm::per_head, 0, true, false, false, true},
                         {"olmoe_clip", model::QkNorm::full, 2.0, false, true, false, true}, {"olmoe_bf16_gated", model::QkNorm::full, 0, false, true, true, false},
-                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}};
+                        {"qwen3_dense_gated", model::QkNorm::per_head, 0, true, false, false, false}, {"qwen3_dense_bf16", model::QkNorm::per_head, 0, true, false, true, false},
+                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}, {"qwen2", model::QkNorm::none, 0, true, true, false, false, true}};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
     MemoryRequest r;

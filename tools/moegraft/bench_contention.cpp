@@ -75,7 +75,7 @@ class MadeUpModel {
     s.family = "qwen3_moe";
     s.vocab_size = 2048, s.hidden_size = 192, s.num_layers = 4, s.num_heads = 6, s.num_kv_heads = 2, s.head_dim = 32;
     s.intermediate_size = s.moe_intermediate_size = 192, s.num_experts = 8, s.num_experts_per_tok = 2;
-    s.norm_topk_prob = true, s.qk_norm = model::QkNorm::per_head, s.max_positions = 512, s.router_aux_loss_coef = 0.01;
+    s.router.renormalise = true, s.qk_norm = model::QkNorm::per_head, s.max_positions = 512, s.router_aux_loss_coef = 0.01;
     s.layers.assign(size_t(s.num_layers), {});
     model::save_base(model::init_base(s, {}), dir_, at::kFloat);
   }

@@ -15,7 +15,8 @@ double active_layer_parameters(const model::DecoderSpec& s) {
   double total = 0;
   for (const auto& layer : s.layers) {
     total += D * (q + 2 * kv) + q * D;
-    total += layer.sparse ? double(s.num_experts) * D + double(s.num_experts_per_tok) * 3 * D * double(s.moe_intermediate_size) : 3 * D * double(s.intermediate_size);
+    total += layer.sparse ? double(s.num_experts) * D + (double(s.num_experts_per_tok) * double(s.moe_intermediate_size) + double(s.shared_expert.intermediate_size)) * 3 * D
+                          : 3 * D * double(s.intermediate_size);
   }
   return total;
 }
@@ -23,13 +24,12 @@ double active_layer_parameters(const model::DecoderSpec& s) {
 // Multiply-adds of the two thin products of every site that a row passes.
 double lora_parameters_per_token(const model::DecoderSpec& s, const ModelOptions& o) {
   double total = 0;
-  for (const auto& layer : s.layers)
+  for (int64_t l = 0; l < s.num_layers; ++l)
     for (const auto& name : o.sites) {
       const model::Site site = adapters::parse_site(name);
-      const bool expert = adapters::is_expert_site(site);
-      if (expert && !layer.sparse) continue;
+      if (!adapters::has_site(s, l, site)) continue;
       const auto shape = adapters::site_shape(s, site);
-      total += double(o.rank) * double(shape.in + shape.out) * (expert ? double(s.num_experts_per_tok) : 1.0);
+      total += double(o.rank) * double(shape.in + shape.out) * (adapters::is_per_expert(s, site) ? double(s.num_experts_per_tok) : 1.0);
     }
   return total;
 }

@@ -15,7 +15,11 @@ namespace moegraft::adapters {
 
 model::Site parse_site(const std::string& name);  // UsageError names the known ones
 const char* site_name(model::Site site);
-bool is_expert_site(model::Site site);
+bool is_ffn_site(model::Site site);  // gate, up, down
+// Whether the site's factors are one pair for each expert. FFN sites of a dense model have one for the layer.
+bool is_per_expert(const model::DecoderSpec& spec, model::Site site);
+// Whether a layer has the site: attention's always, the FFN's in sparse layers, or in every layer of a dense model.
+bool has_site(const model::DecoderSpec& spec, int64_t layer, model::Site site);
 
 struct SiteShape {
   int64_t in = 0, out = 0;
@@ -25,7 +29,7 @@ SiteShape site_shape(const model::DecoderSpec& spec, model::Site site);
 class ModalityLora : public model::AdapterSites {
  public:
   // index: position in the run's `adapters` list, part of the parameters' names. modalities: ids of config.modality.
-  // A is zero until initialised, B stays zero. Expert sites exist on sparse layers only. experts: {first, count} of those whose factors are here; count 0: all.
+  // A is zero until initialised, B stays zero. experts: {first, count} of those whose factors are here; count 0: all.
   ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device,
                std::pair<int64_t, int64_t> experts = {0, 0});
 

@@ -3,10 +3,14 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "moegraft/config/config.h"
 
 namespace moegraft::model {
+
+// transformers' model_type of each family, in alphabetical order (model/families.h).
+std::vector<std::string> known_families();
 
 // A base to train from scratch. Fields left at 0 take the family's usual ratio.
 struct InitConfig {
@@ -14,14 +18,14 @@ struct InitConfig {
   std::string tokenizer;  // a directory with tokenizer.json or tokenizer.model, copied into the model
   int64_t vocab_size = 0; // 0: the tokenizer's size
   int64_t hidden_size = 192, num_layers = 4, num_heads = 6, num_kv_heads = 2, head_dim = 32;
-  int64_t num_experts = 8, num_experts_per_tok = 2, moe_intermediate_size = 192, max_positions = 1024;
+  int64_t num_experts = 8, num_experts_per_tok = 2, moe_intermediate_size = 192, intermediate_size = 0, max_positions = 1024;
   bool tie_word_embeddings = false;
   double rope_theta = 10000.0;
   double embedding_std = 1.0;
   double router_aux_loss_coef = 0.01;
   template <class V>
   void visit_fields(V& v) {
-    v("family", family, config::one_of({"olmoe", "qwen3_moe", "mixtral"}), "Layout of the model to train.");
+    v("family", family, config::one_of(known_families()), "Layout of the model to train.");
     v("tokenizer", tokenizer, config::required(config::path()), "Folder of the text tokenizer.");
     v("vocab_size", vocab_size, config::range(0, 1 << 28), "0: the tokenizer's size.");
     v("hidden_size", hidden_size, config::range(1, 1 << 20), "Model width D.");
@@ -32,6 +36,7 @@ struct InitConfig {
     v("num_experts", num_experts, config::range(1, 4096), "Experts E.");
     v("num_experts_per_tok", num_experts_per_tok, config::range(1, 512), "Experts per token K.");
     v("moe_intermediate_size", moe_intermediate_size, config::range(1, 1 << 20), "Expert width F.");
+    v("intermediate_size", intermediate_size, config::range(0, 1 << 20), "Width I of a dense model's FFNs; 0: moe_intermediate_size.");
     v("max_positions", max_positions, config::range(1, 1 << 26), "Longest context.");
     v("tie_word_embeddings", tie_word_embeddings, config::any(), "One matrix for embedding and head.");
     v("rope_theta", rope_theta, config::range(1.0, 1e12), "Rotary base.");

@@ -31,7 +31,7 @@ class RoutingObserver {
 class SiteObserver {
  public:
   virtual ~SiteObserver() = default;
-  // rows_RD sorted by (expert, modality): offsets has E*M+1 entries for M modalities. site gate stands for gate and up (same input).
+  // rows_RD sorted by (expert, modality): offsets has E*M+1 entries for M modalities. site gate stands for gate and up (same input). A dense model's FFN is one expert.
   virtual void observe_experts(int64_t layer, Site site, const at::Tensor& rows_RX, const std::vector<int64_t>& offsets, int64_t num_modalities) = 0;
 };
 

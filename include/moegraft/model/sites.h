@@ -7,9 +7,10 @@
 
 namespace moegraft::model {
 
+// Of attention: q, k, v, o. Of the FFN: gate, up, down, which mean every routed expert's in a model that has experts, and every layer's in a dense model.
 enum class Site { q, k, v, o, gate, up, down };
 
-// y += scale * (x A^T) B^T on rows of `modality`. Dense sites: A [P,in], B [out,P]. Expert sites: A [E,P,in], B [E,out,P].
+// y += scale * (x A^T) B^T on rows of `modality`. A [P,in], B [out,P]; of experts A [E,P,in], B [E,out,P].
 struct LowRank {
   at::Tensor A, B;  // float32 masters (leaves) or their compute-dtype copies
   double scale = 1.0;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "moegraft/kernels/ops.h"
+#include "moegraft/model/families.h"
 #include "moegraft/model/registry.h"
 #include "moegraft/model/spec.h"
 
@@ -26,8 +27,10 @@ struct AttentionWeights {
   at::Tensor q_norm, k_norm;
   Panels q_panels{}, k_panels{}, v_panels{}, o_panels{};
 };
+// Of a dense layer's FFN, or of a sparse layer's shared expert.
 struct DenseWeights {
   at::Tensor gate_ID, up_ID, down_DI;
+  at::Tensor gate_bias_I, up_bias_I, down_bias_D;
   Panels gate_panels{}, up_panels{}, down_panels{};
 };
 // Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors.
@@ -41,8 +44,9 @@ struct ExpertWeights {
 struct LayerWeights {
   at::Tensor input_norm_D, post_norm_D;  // float32 on a CPU
   AttentionWeights attention;
-  at::Tensor router_ED;  // sparse layers; float32, as its product is
-  DenseWeights dense;    // dense layers
+  at::Tensor router_ED, router_correction_E;  // sparse layers; float32, as the router's product is
+  DenseWeights dense;                         // dense layers, and sparse ones with a shared expert
+  at::Tensor shared_scale_1D;                 // of a gated shared expert
 };
 
 // Whether a model's frozen experts are large enough that one packed layout must do (kernels::make_expert_panels).
@@ -116,6 +120,5 @@ void register_base(BaseModel& base, ParameterRegistry& registry);
 
 // Writes config.json + safetensors (sharded above `max_shard_bytes`) that transformers loads.
 void save_base(const BaseModel& base, const std::filesystem::path& dir, at::ScalarType dtype, int64_t max_shard_bytes = int64_t{5} << 30);
-std::vector<std::string> known_families();
 
 }  // namespace moegraft::model

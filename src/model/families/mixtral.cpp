@@ -16,13 +16,13 @@ DecoderSpec parse(const io::Json& config) {
   s.num_experts = c.integer_of({"num_experts", "num_local_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = s.intermediate_size;
-  s.norm_topk_prob = true;
+  s.router.renormalise = true;
   for (auto& layer : s.layers) layer.sliding_window = c.integer("sliding_window", 0);
   return s;
 }
 
 io::Json write(const DecoderSpec& s) {
-  io::Json j = write_common(s);
+  io::Json j = write_moe(s);
   j["architectures"] = {"MixtralForCausalLM"};
   j["num_local_experts"] = s.num_experts;
   j["head_dim"] = s.head_dim;
@@ -33,21 +33,22 @@ io::Json write(const DecoderSpec& s) {
   return j;
 }
 
-TensorNames names() {
-  TensorNames n;
-  n.router = "model.layers.{l}.block_sparse_moe.gate.weight";
-  n.expert_gate = "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight";
-  n.expert_up = "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight";
-  n.expert_down = "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight";
-  n.fused_gate_up = "model.layers.{l}.block_sparse_moe.experts.gate_up_proj";
-  n.fused_down = "model.layers.{l}.block_sparse_moe.experts.down_proj";
-  return n;
+void complete(DecoderSpec& s) { s.intermediate_size = s.moe_intermediate_size; }
+
+TensorTable tensors() {
+  TensorTable t = decoder_tensors();
+  const std::string block = "model.layers.{l}.block_sparse_moe.";
+  row_of(t, TensorRole::router).name = block + "gate.weight";
+  row_of(t, TensorRole::expert_gate).name = block + "experts.{e}.w1.weight";
+  row_of(t, TensorRole::expert_up).name = block + "experts.{e}.w3.weight";
+  row_of(t, TensorRole::expert_down).name = block + "experts.{e}.w2.weight";
+  return t;
 }
 
 }  // namespace
 
 const Family& mixtral_family() {
-  static const Family family{"mixtral", defaults(), parse, write, names()};
+  static const Family family{"mixtral", defaults(), parse, write, complete, tensors(), "model.layers.{l}.block_sparse_moe.experts.gate_up_proj", "model.layers.{l}.block_sparse_moe.experts.down_proj"};
   return family;
 }
 

@@ -1,5 +1,6 @@
 // OLMoE (transformers `olmoe`): q/k norm over the full width, optional clip_qkv, softmax then top-k, every layer sparse.
 #include "../family.h"
+#include "moegraft/base/check.h"
 
 namespace moegraft::model {
 namespace {
@@ -15,28 +16,34 @@ DecoderSpec parse(const io::Json& config) {
   s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
   s.num_experts_per_tok = c.integer("num_experts_per_tok");
   s.moe_intermediate_size = s.intermediate_size;
-  s.norm_topk_prob = c.boolean("norm_topk_prob", false);
+  s.router.renormalise = c.boolean("norm_topk_prob", false);
   s.qk_norm = QkNorm::full;
   s.clip_qkv = c.number("clip_qkv", 0.0);
-  s.attention_bias = c.boolean("attention_bias", false);
+  s.qkv_bias = s.o_bias = c.boolean("attention_bias", false);
   return s;
 }
 
 io::Json write(const DecoderSpec& s) {
-  io::Json j = write_common(s);
+  io::Json j = write_moe(s);
   j["architectures"] = {"OlmoeForCausalLM"};
   j["num_experts"] = s.num_experts;
   j["intermediate_size"] = s.moe_intermediate_size;
-  j["norm_topk_prob"] = s.norm_topk_prob;
+  j["norm_topk_prob"] = s.router.renormalise;
   j["clip_qkv"] = s.clip_qkv > 0 ? io::Json(s.clip_qkv) : io::Json(nullptr);
-  j["attention_bias"] = s.attention_bias;
+  j["attention_bias"] = s.o_bias;
   return j;
+}
+
+void complete(DecoderSpec& s) {
+  s.intermediate_size = s.moe_intermediate_size;
+  s.qk_norm = QkNorm::full;
+  MOEGRAFT_CHECK_USAGE(s.head_dim * s.num_heads == s.hidden_size, "model.init: olmoe needs num_heads * head_dim = hidden_size, got ", s.num_heads, " * ", s.head_dim, " and ", s.hidden_size);
 }
 
 }  // namespace
 
 const Family& olmoe_family() {
-  static const Family family{"olmoe", defaults(), parse, write, {}};
+  static const Family family{"olmoe", defaults(), parse, write, complete};
   return family;
 }
 
