@@ -54,6 +54,8 @@ TEST(GpuBringup, ReportsWhateverIsThere) {
   write("step/two-4k.json", step(0.55).dump() + "\n");
   write("step/no-adapters.json", step(0.5).dump());
   write("step/four-4k.json", "{\"tokens_per_s\": 1");           // cut off
+  write("step/one-4k.json", "{\"a\": 1}");                       // foreign
+  write("tests/probe.json", "5");
   write("micro/ops.json", "{\"ops\": [{\"op\": \"moe_ffn\"}]}");  // of another version
   write("tests/kernels.xml", R"(<?xml version="1.0"?><testsuites tests="3" time="1.5"><testsuite name="A"><testcase name="good" classname="A"/><testcase name="bad" classname="A"><failure message="x != y"/></testcase>
     <testcase name="left" classname="A" result="skipped"><skipped message="no GPU"/></testcase></testsuite></testsuites>)");
@@ -66,7 +68,7 @@ TEST(GpuBringup, ReportsWhateverIsThere) {
     EXPECT_NE(some.out.find(text), std::string::npos) << text << "\n" << some.out;
   EXPECT_EQ(some.out.find("first try"), std::string::npos);
   EXPECT_EQ(io::read_file(folder / "report.md") + "\n", some.out);
-  EXPECT_EQ(bringup({"report", "--out", (folder / "tests/kernels.xml" / "x").string()}).code, 1);
+  EXPECT_EQ(bringup({"report", "--out", (folder / "tests/kernels.xml" / "x").string()}).code, 2);
 }
 
 }  // namespace

@@ -7,10 +7,11 @@ pack() {
   [ "$device" = cpu ] || build_for_hopper "$dir"
   echo "== pack $dir into $packed"
   local tree=$work/pack
-  rm -rf "$packed" "$tree"
-  mkdir -p "$packed" "$tree/bin" "$tree/lib"
+  [ -e "$dir/moegraft" ] || die "no $dir/moegraft: build it first"
+  mkdir -p "$packed" 2>/dev/null && [ -w "$packed" ] || die "--packed $packed: cannot write there"
+  rm -rf "$tree"
+  mkdir -p "$tree/bin" "$tree/lib"
   for program in moegraft $programs; do
-    [ -e "$dir/moegraft" ] || die "no $dir/moegraft: build it first"
     program=$([ "$program" = moegraft ] && echo "$dir/moegraft" || echo "$dir/tests/$program")
     [ -e "$program" ] || { [ "$device" = cpu ] || die "no $program: build it first"; echo "   $program is not built: left out"; continue; }
     strip -o "$tree/bin/$(basename "$program")" "$program"
@@ -22,8 +23,9 @@ pack() {
   [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || sed -i 's/$/ with changes/' "$tree/commit"
   high=$(for lib in "$tree"/bin/* "$tree"/lib/*; do objdump -T "$lib" 2>/dev/null | grep -oE 'GLIBC_[0-9.]+' || true; done | sort -uV | tail -n 1)
   echo "${high#GLIBC_}" >"$tree/glibc"
-  tar c -C "$tree" . | gzip "$([ "$device" = cuda ] && echo -6 || echo -1)" >"$packed/packed.tar.gz"
-  rm -rf "$tree"
+  tar c -C "$tree" . | gzip "$([ "$device" = cuda ] && echo -6 || echo -1)" >"$packed/packed.tar.gz.new"
+  mv "$packed/packed.tar.gz.new" "$packed/packed.tar.gz"
+  rm -rf "$tree" "$work/packed"
   if [ "$device" = cuda ]; then
     stage=pack results=$out/pack
     mkdir -p "$results"

@@ -2,13 +2,14 @@
 
 # Where our programs find their libraries: the packed ones, then torch's. Python gets none of it.
 prepare() {
-  python=$(choose_python) || die "no Python here has torch: set MOEGRAFT_PYTHON to one that has torch 2.11 for CUDA 13"
+  python=$(choose_python) || die "$([ -n "${MOEGRAFT_PYTHON:-}" ] && echo "MOEGRAFT_PYTHON=$MOEGRAFT_PYTHON is no Python that has torch" || echo "no Python here has torch"): set MOEGRAFT_PYTHON to one that has torch 2.11 for CUDA 13"
   python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
   [ -e "$packed/packed.tar.gz" ] || die "no $packed/packed.tar.gz: run tools/gpu_bringup.sh pack where the project can be built, and bring $packed along"
   tree=$work/packed
   if [ ! -e "$tree" ]; then
     mkdir -p "$tree"
-    tar xzf "$packed/packed.tar.gz" -C "$tree"
+    tar xzf "$packed/packed.tar.gz" -C "$tree" 2>/dev/null && [ -s "$tree/glibc" ] && [ -s "$tree/commit" ] && [ -x "$tree/bin/moegraft" ] ||
+      die "$packed/packed.tar.gz is damaged or none of ours: run tools/gpu_bringup.sh pack again"
   fi
   local torch libraries missing needed have
   torch=$("$python" -c 'import importlib.util; print(importlib.util.find_spec("torch").submodule_search_locations[0])')
@@ -21,7 +22,7 @@ prepare() {
   wrapped=$work/programs
   mkdir -p "$wrapped"
   for file in "$tree"/bin/*; do
-    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$libraries" "$file" >"$wrapped/$(basename "$file")"
+    printf '#!/bin/sh\nLD_LIBRARY_PATH="%s" exec "%s" "$@"\n' "$libraries" "$file" >"$wrapped/$(basename "$file")"
     chmod +x "$wrapped/$(basename "$file")"
   done
   moegraft=$wrapped/moegraft
@@ -39,16 +40,34 @@ run_stage() {
   local limit
   case $1 in tests) limit=420 ;; micro) limit=400 ;; step) limit=560 ;; esac
   on_card || limit=$((2 * limit))
-  stage=$1
+  stage=$1 results=$out/$1
   prepare
-  results=$out/$stage
-  mkdir -p "$results"
-  [ -n "$only" ] || rm -f "$results/parts.jsonl"  # parts that run again replace themselves in the report
-  deadline=$((SECONDS + ${seconds:-$limit}))
+  if on_card && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    echo "gpu_bringup: $stage needs a GPU, and nvidia-smi shows none here; --device cpu tries the script in tiny sizes" >&2
+    code=1
+    return
+  fi
   scratch_of_stage=$(mktemp -d "${scratch:-$(choose_scratch)}/moegraft-$stage-XXXXXX")
+  # What an earlier call measured must not stand beside this one's figures. With --only parts that run again replace themselves.
+  if [ -z "$only" ] && [ -d "$results" ]; then rm -rf "$results.before"; mv "$results" "$results.before"; fi
+  mkdir -p "$results"
+  deadline=$((SECONDS + ${seconds:-$limit}))
   echo "== $stage on $device, at most ${seconds:-$limit} s, into $results"
   "stage_$stage"
   rm -rf "$scratch_of_stage"
+}
+
+# Ends the part that runs, with all that it started, writes it down and leaves.
+running='' part_name='' watcher='' matched=''
+interrupted() {
+  trap '' INT TERM HUP
+  if [ -n "$running" ]; then
+    kill -TERM "$running" 2>/dev/null || true
+    wait "$running" 2>/dev/null || true
+    [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
+    note "$part_name" interrupted 0 "$1" "the script was ended"
+  fi
+  exit "$1"
 }
 
 # note PART STATUS SECONDS CODE REASON
@@ -57,10 +76,13 @@ note() {
   printf '   %-28s %-8s %4s s  %s\n' "$1" "$2" "$3" "$5"
 }
 # after FILE PART NAME: whether NAME can run, for which PART had to leave FILE.
-after() { [ -e "$1" ] || { skip "$3" "needs $2, which left nothing"; return 1; }; }
+after() { [ -e "$1" ] || { skip "$3" "needs $2, which left nothing${only:+: name it in --only too}"; return 1; }; }
 on_card() { [ "$device" = cuda ]; }
 skip() { wanted "$1" && note "$1" skipped 0 0 "$2"; true; }
-wanted() { [ -z "$only" ] || case ",$only," in *",$1,"*) ;; *) return 1 ;; esac; }
+wanted() {
+  [ -z "$only" ] || case ",$only," in *",$1,"*) ;; *) return 1 ;; esac
+  matched=1
+}
 
 # part NAME LIMIT FILE COMMAND…: what it prints goes to FILE ("-": into the log, NAME.log, where everything else is).
 part() {
@@ -73,13 +95,17 @@ part() {
   log=$results/$name.log
   echo "\$ $*" >"$log"
   [ "$file" = - ] && file=$log || file=$results/$file
-  local watcher=''
+  watcher=''
   if [ "$device" = cuda ] && [ "$stage" != tests ] && command -v nvidia-smi >/dev/null; then
     nvidia-smi dmon -s puc -o T >"$results/$name.dmon" 2>&1 &
     watcher=$!
   fi
-  if [ "$file" = "$log" ]; then timeout -k 10 "$limit" "$@" >>"$log" 2>&1 || result=$?
-  else timeout -k 10 "$limit" "$@" >"$file" 2>>"$log" || result=$?; fi
+  # In the background, where a signal to this script need not wait for its end.
+  if [ "$file" = "$log" ]; then timeout -k 10 "$limit" "$@" >>"$log" 2>&1 &
+  else timeout -k 10 "$limit" "$@" >"$file" 2>>"$log" & fi
+  running=$! part_name=$name
+  wait "$running" || result=$?
+  running=''
   [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
   case $result in
     0) note "$name" ok $((SECONDS - begin)) 0 '' ;;

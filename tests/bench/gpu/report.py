@@ -22,21 +22,22 @@ class Results:
         """OUT/name, an empty dict where it is missing or broken."""
         try:
             lines = (self.out / name).read_text().strip().splitlines()
-            return json.loads(lines[-1]) if lines else {}
+            value = json.loads(lines[-1]) if lines else {}
         except (OSError, ValueError):
             return {}
+        return value if isinstance(value, dict) else {}
 
     def parts(self):
         """The last account of every part, in order."""
         found = {}
         for stage in ("tests", "micro", "step"):
             file = self.out / stage / "parts.jsonl"
-            for line in file.read_text().splitlines() if file.exists() else []:
+            for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
                 try:
                     p = json.loads(line)
-                except ValueError:
+                    found[p["stage"], p["part"]] = {key: p[key] for key in ("stage", "part", "status", "seconds", "reason", "device", "commit")}
+                except (ValueError, KeyError, TypeError):
                     continue
-                found[p["stage"], p["part"]] = p
         return list(found.values())
 
 
@@ -102,11 +103,14 @@ def steps(r):
     rows, found = [], {}
     for name, what in STEPS.items():
         j = found[name] = r.json(f"step/{name}.json")
-        if j:
+        try:
+            if not j:
+                raise KeyError
             rows.append([what, j["layers"], f"{j['sequences']} × {j['seq']}", j["optimizer"], j["recompute_layers"], number(j["tokens_per_s"], 0), number(1e3 * j["median_step_s"], 1), number(gib(j["peak_mib"]), 2),
                          number(gib(j.get("reserved_mib")), 2), number(gib(j.get("card_used_mib")), 2), share(j["share_of_limit"])])
-        else:
-            rows.append([what, *["not measured"] * 10])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            rows.append([what, *["not measured" if not j else f"not readable: step/{name}.json"] * 10])
+            found[name] = {}
     text = table(["step", "layers", "tokens", "optimizer", "recomputed layers", "tokens/s", "median ms", "peak GB (tensors)", "reserved GB", "card GB", "of the matmul limit"], rows)
     lines = []
     with_, without = found["two-4k"], found["no-adapters"]
@@ -188,17 +192,27 @@ def main():
     r = Results(Path(sys.argv[1]))
     parts = r.parts()
     sections = [("Steps of the whole model", steps), ("Kernels of a step", kernels), ("Trainings", trainings), ("Beside transformers + PEFT", peers), ("Decoding", decoding), ("Tests", tests), ("Operations", ops), ("Micro", micro)]
-    text = ["# What ran on a card", hardware(r, parts), f"Targets: {TARGETS}."]
+    try:
+        head = hardware(r, parts)
+    except Exception as e:
+        head = f"The machine's account is not readable: {type(e).__name__} {e}."
+    dry = bool(parts) and parts[0]["device"] == "cpu"
+    text = ["# A dry run on a CPU" if dry else "# What ran on a card", head, f"Targets: {TARGETS}."]
+    if not parts:
+        text.insert(1, "No stage has run here: tools/gpu_bringup.sh tests micro step --out DIR.")
     for title, write in sections:
         try:
             body = write(r)
-        except (KeyError, TypeError, IndexError, ZeroDivisionError) as e:  # a file of another version must not cost the others
+        except Exception as e:  # a file of another version must not cost the others
             body = f"Not readable: {type(e).__name__} {e}."
         text.append(f"## {title}\n\n{body}")
     text.append("## Parts\n\n" + table(["stage", "part", "status", "seconds", "remark"], [[p["stage"], p["part"], p["status"], p["seconds"], p["reason"]] for p in parts]))
     report = "\n\n".join(text) + "\n"
-    (r.out / "report.md").write_text(report)
     print(report)
+    try:
+        (r.out / "report.md").write_text(report)
+    except OSError as e:
+        sys.exit(f"report: cannot write {r.out / 'report.md'}: {e.strerror}")
 
 
 if __name__ == "__main__":
