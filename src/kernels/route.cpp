@@ -2,6 +2,9 @@
 
 #include "moegraft/kernels/route.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "cpu.h"
 #include "cuda/ops.h"
 #include "libtorch.h"
@@ -107,6 +110,31 @@ Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
   at::Tensor weights = probs.gather(1, ids);
   if (renormalise) weights = weights / weights.sum(-1, true);
   return {probs, ids, weights};
+}
+
+Route route(const at::Tensor& logits_TE, int64_t top_k, const RouteRule& rule) {
+  if (!rule.sigmoid && !rule.correction_E.defined() && rule.num_groups == 1 && rule.scale == 1.0) return route(logits_TE, top_k, rule.renormalise);
+  RECORD_FUNCTION("moegraft::route", {});
+  const int64_t E = logits_TE.size(1);
+  MOEGRAFT_INVARIANT(top_k >= 1 && rule.num_groups >= 1 && E % rule.num_groups == 0 && top_k <= E / rule.num_groups * rule.topk_groups, "route: top ", top_k, " of ", E, " experts in ",
+                     rule.num_groups, " groups, of which ", rule.topk_groups, " are chosen from");
+  const at::Tensor scores = rule.sigmoid ? at::sigmoid(logits_TE) : at::softmax(logits_TE, -1);
+  at::Tensor ids;
+  {
+    const at::NoGradGuard no_grad;
+    at::Tensor choice = rule.correction_E.defined() ? scores + rule.correction_E : scores;
+    if (rule.num_groups > 1) {
+      const at::Tensor groups_TGX = choice.view({-1, rule.num_groups, E / rule.num_groups});
+      const at::Tensor best_TG = std::get<0>(groups_TGX.topk(std::min<int64_t>(2, groups_TGX.size(2)))).sum(-1);
+      const at::Tensor open_TG = at::zeros_like(best_TG, at::kBool).scatter_(1, std::get<1>(best_TG.topk(rule.topk_groups)), true);
+      choice = groups_TGX.masked_fill(open_TG.logical_not().unsqueeze(-1), -std::numeric_limits<double>::infinity()).view_as(choice);
+    }
+    ids = std::get<1>(choice.topk(top_k));
+    ids = ids.gather(1, std::get<1>(scores.gather(1, ids).sort(/*stable=*/true, -1, /*descending=*/true)));
+  }
+  at::Tensor weights = scores.gather(1, ids);
+  if (rule.renormalise) weights = weights / (weights.sum(-1, true) + 1e-20);
+  return {rule.sigmoid ? scores / scores.sum(-1, true) : scores, ids, rule.scale == 1.0 ? weights : weights * rule.scale};
 }
 
 }  // namespace moegraft::kernels

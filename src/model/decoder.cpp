@@ -60,7 +60,7 @@ void Decoder::attach(std::shared_ptr<const AdapterSites> adapters) {
   text_is_frozen_ = true;
   if (!adapters_) return;
   for (int64_t l = 0; l < spec().num_layers; ++l)
-    for (const Site site : {Site::q, Site::k, Site::v, Site::o, Site::gate, Site::up, Site::down})
+    for (const Site site : kAllSites)
       for (const LowRank& term : adapters_->at(l, site)) text_is_frozen_ &= std::find(term.modalities.begin(), term.modalities.end(), 0) == term.modalities.end();
 }
 
@@ -121,7 +121,7 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
   n = k::residual_norm(n.x_XD, attended, w.post_norm_D, s.rms_norm_eps, dtype, s.layers[l].sparse);
   if (!s.layers[l].sparse) return {n.x_XD, dense_ffn(call, l, w.dense, n.y_XD)};
   const auto [first, count] = call.dispatcher->local_experts(s.num_experts);
-  const MoeResult m = moe(call, l, w.router_ED, weights.experts(l, first, count), n.y_XD, n.y_float_XD);
+  const MoeResult m = moe(call, l, w, weights.experts(l, first, count), n.y_XD, n.y_float_XD);
   if (balance) {
     ++balance->layers;
     balance->counts_E = balance->counts_E.defined() ? balance->counts_E + m.counts_E : m.counts_E;

@@ -1,5 +1,6 @@
 // The table of families, and what their configs have in common.
 #include <algorithm>
+#include <cmath>
 
 #include "family.h"
 #include "moegraft/base/check.h"
@@ -10,8 +11,8 @@ namespace moegraft::model {
 namespace {
 
 const std::vector<const Family*>& families() {
-  static const std::vector<const Family*> table{&llama_family(),     &mistral_family(), &mixtral_family(),  &olmoe_family(),
-                                                &qwen2_moe_family(), &qwen3_family(),   &qwen3_moe_family()};
+  static const std::vector<const Family*> table{&dots1_family(), &llama_family(),     &mistral_family(), &mixtral_family(),
+                                                &olmoe_family(), &qwen2_moe_family(), &qwen3_family(),   &qwen3_moe_family()};
   return table;
 }
 
@@ -102,9 +103,10 @@ PeftModule peft_module(const DecoderSpec& spec, Site site) {
     case Site::o: return {module(TensorRole::o)};
     case Site::gate: return spec.has_experts() ? PeftModule{family.peft_gate_up} : PeftModule{module(TensorRole::dense_gate)};
     case Site::up: return spec.has_experts() ? PeftModule{family.peft_gate_up, true} : PeftModule{module(TensorRole::dense_up)};
+    case Site::router: break;
     case Site::down: return {spec.has_experts() ? family.peft_down : module(TensorRole::dense_down)};
   }
-  return {};
+  fail<UserError>("PEFT's LoRA has no place for an adapter on the router; leave site router out to export");
 }
 
 void make_dense(DecoderSpec& s) {
@@ -127,8 +129,9 @@ void write_sparse_layers(const DecoderSpec& s, io::Json& config) {
     if (!s.layers[l].sparse) config["mlp_only_layers"].push_back(l);
 }
 
-void read_sliding_window(const ConfigReader& c, DecoderSpec& s, const std::function<bool(int64_t)>& slides) {
-  const int64_t window = c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0;
+int64_t used_window(const ConfigReader& c) { return c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0; }
+
+void read_sliding_window(const ConfigReader& c, DecoderSpec& s, int64_t window, const std::function<bool(int64_t)>& slides) {
   std::vector<std::string> types;
   if (c.has("layer_types")) {
     types = c.raw("layer_types").get<std::vector<std::string>>();
@@ -212,7 +215,7 @@ DecoderSpec parse_common(const io::Json& config) {
 }
 
 void check_spec(const DecoderSpec& s) {
-  const auto positive = [](const char* key, int64_t value) { MOEGRAFT_CHECK(value > 0 && value < (int64_t{1} << 31), "config.json: ", key, " must be positive, got ", value); };
+  const auto positive = [](const char* key, int64_t value) { MOEGRAFT_CHECK(value > 0 && value < (int64_t{1} << 31), "config.json: ", key, " must be in [1, 2^31), got ", value); };
   positive("vocab_size", s.vocab_size);
   positive("hidden_size", s.hidden_size);
   positive("num_attention_heads", s.num_heads);
@@ -220,6 +223,8 @@ void check_spec(const DecoderSpec& s) {
   positive("head_dim", s.head_dim);
   MOEGRAFT_CHECK(s.num_heads % s.num_kv_heads == 0, "config.json: num_attention_heads ", s.num_heads, " must be a multiple of num_key_value_heads ", s.num_kv_heads);
   MOEGRAFT_CHECK(s.head_dim % 2 == 0, "config.json: head_dim must be even for rotary embedding, got ", s.head_dim);
+  MOEGRAFT_CHECK(std::isfinite(s.rms_norm_eps) && s.rms_norm_eps >= 0, "config.json: rms_norm_eps must be 0 or more, got ", s.rms_norm_eps);
+  MOEGRAFT_CHECK(std::isfinite(s.rope.theta) && s.rope.theta > 0, "config.json: rope_theta must be above 0, got ", s.rope.theta);
   MOEGRAFT_CHECK(s.rope.partial_factor == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
   const RouterSpec& r = s.router;
   MOEGRAFT_CHECK(r.num_groups >= 1 && r.topk_groups >= 1 && r.topk_groups <= r.num_groups && s.num_experts % r.num_groups == 0, "config.json: ", s.num_experts,

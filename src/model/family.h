@@ -33,6 +33,7 @@ std::vector<std::string> other_names(const std::string& name);
 
 const Family& find_family(const std::string& model_type);  // UserError names the known ones
 
+const Family& dots1_family();
 const Family& llama_family();
 const Family& mistral_family();
 const Family& mixtral_family();
@@ -65,11 +66,12 @@ io::Json write_common(const DecoderSpec& spec);
 io::Json write_moe(const DecoderSpec& spec);  // and a router's fields
 // A dense model: no layer has experts.
 void make_dense(DecoderSpec& spec);
-// decoder_sparse_step and mlp_only_layers: which layers are sparse.
+// Qwen's decoder_sparse_step and mlp_only_layers: which layers are sparse.
 void read_sparse_layers(const ConfigReader& c, DecoderSpec& spec);
 void write_sparse_layers(const DecoderSpec& spec, io::Json& config);
-// sliding_window where use_sliding_window is on, in the layers that layer_types names, or else in those for which slides(layer) holds.
-void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, const std::function<bool(int64_t)>& slides);
+// A window (0: none) in the layers that layer_types names, or else in those for which slides(layer) holds.
+void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, int64_t window, const std::function<bool(int64_t)>& slides);
+int64_t used_window(const ConfigReader& c);  // sliding_window where use_sliding_window is on
 void write_sliding_window(const DecoderSpec& spec, io::Json& config);
 void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes, and on what the decoder does not compute
 

@@ -73,6 +73,11 @@ void append(at::Tensor& cache_BSGC, int64_t i, int64_t past, const at::Tensor& x
   std::memcpy(static_cast<char*>(cache_BSGC.mutable_data_ptr()) + (i * cache_BSGC.size(1) + past) * row, static_cast<const char*>(x_TGC.const_data_ptr()) + begin * row, size_t(count * row));
 }
 
+at::Tensor frozen_ffn(const DenseWeights& w, const at::Tensor& x_TD) {
+  const auto gate_up = k::frozen_linear(x_TD, {{w.gate_ID, w.gate_bias_I, w.gate_panels}, {w.up_ID, w.up_bias_I, w.up_panels}});
+  return k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{w.down_DI, w.down_bias_D, w.down_panels}})[0];
+}
+
 // A dense FFN's inputs as those of one expert.
 void observe_all_rows(const Call& call, int64_t l, Site site, const at::Tensor& x_TX) {
   std::vector<at::Tensor> rows;
@@ -85,8 +90,13 @@ void observe_all_rows(const Call& call, int64_t l, Site site, const at::Tensor& 
 }
 
 // In float32, like the residual stream: see Decoder::forward.
-k::Route choose_experts(const Call& call, const at::Tensor& h_TD, const at::Tensor& router_ED) {
-  const auto choose = [&](const at::Tensor& h) { return k::route(at::linear(h, router_ED), call.spec.num_experts_per_tok, call.spec.router.renormalise); };
+k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, const at::Tensor& router_ED, const at::Tensor& correction_E) {
+  const RouterSpec& r = call.spec.router;
+  const k::RouteRule rule{r.score == RouterSpec::Score::sigmoid, correction_E, r.num_groups, r.topk_groups, r.renormalise, r.scale};
+  const auto route = [&](const at::Tensor& logits_TE) { return k::route(logits_TE, call.spec.num_experts_per_tok, rule); };
+  const auto choose = [&](const at::Tensor& h) { return route(at::linear(h, router_ED)); };
+  // Where sequences stand apart all is text that nothing trains on, and no term acts.
+  if (!call.apart && call.adapters && !call.adapters->at(l, Site::router).empty()) return route(project(call, l, h_TD, {{Site::router, router_ED, {}, nullptr}})[0]);
   if (!call.apart || call.batch.num_sequences() == 1) return choose(h_TD);
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
@@ -180,9 +190,10 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
 }
 
 at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD) {
+  if (call.spec.has_experts()) return frozen_ffn(w, x_TD);  // where the sites are the experts'
   const auto gate_up = project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I, w.gate_panels}, {Site::up, w.up_ID, w.up_bias_I, w.up_panels}});
   const at::Tensor hidden_TI = at::silu(gate_up[0]) * gate_up[1];
-  if (call.options.sites && !call.spec.has_experts()) {
+  if (call.options.sites) {
     observe_all_rows(call, l, Site::gate, x_TD);
     observe_all_rows(call, l, Site::down, hidden_TI);
   }
@@ -190,14 +201,13 @@ at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const a
 }
 
 at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD) {
-  const auto gate_up = k::frozen_linear(x_TD, {{w.gate_ID, {}, w.gate_panels}, {w.up_ID, {}, w.up_panels}});
-  const at::Tensor y_TD = k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{w.down_DI, {}, w.down_panels}})[0];
+  const at::Tensor y_TD = frozen_ffn(w, x_TD);
   return scale_1D.defined() ? at::sigmoid(at::linear(x_TD, scale_1D)) * y_TD : y_TD;
 }
 
-MoeResult moe(const Call& call, int64_t l, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
+MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
   const DecoderSpec& spec = call.spec;
-  const k::Route r = choose_experts(call, h_TD, router_ED.to(at::kFloat));
+  const k::Route r = choose_experts(call, l, h_TD, layer.router_ED.to(at::kFloat), layer.router_correction_E);
   if (call.options.routing) {
     at::NoGradGuard no_grad;
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);

@@ -48,7 +48,7 @@ void stand_apart(Call& call);
 // x_TD: normed, in the compute dtype.
 at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);
 
-// A dense layer's gated FFN, with the low-rank terms of sites gate, up and down. x_TD: normed, in the compute dtype.
+// A dense layer's gated FFN, in a model without experts with the low-rank terms of sites gate, up and down. x_TD: normed, in the compute dtype.
 at::Tensor dense_ffn(const Call& call, int64_t layer, const DenseWeights& w, const at::Tensor& x_TD);
 // What the shared expert adds to the routed ones' output; scale_1D undefined: all of it.
 at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD);
@@ -58,6 +58,6 @@ struct MoeResult {
   at::Tensor counts_E, prob_sum_E;  // for the balance loss, when asked for
 };
 // x_TD: normed, in the experts' dtype; h_TD: the same in float32, for the router.
-MoeResult moe(const Call& call, int64_t layer, const at::Tensor& router_ED, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD);
+MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD);
 
 }  // namespace moegraft::model

@@ -121,7 +121,7 @@ at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& sha
     }
     return into;
   }
-  const at::Tensor out = t.to(on_cpu_ ? at::Device(at::kCPU) : options_.device, options_.dtype);
+  const at::Tensor out = t.to(on_cpu_ ? at::Device(at::kCPU) : options_.device, dtype_);
   if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
   return out;
 }

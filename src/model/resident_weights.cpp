@@ -9,7 +9,7 @@ namespace {
 void widen(ResidentWeights& w) {
   if (w.type != at::kBFloat16) return;
   const auto to_float = [](at::Tensor& t) { t = t.defined() ? t.to(at::kFloat) : t; };
-  for (LayerWeights& layer : w.layers) to_float(layer.router_ED), to_float(layer.router_correction_E);
+  for (LayerWeights& layer : w.layers) to_float(layer.router_ED);
   if (!w.where.is_cpu()) return;
   to_float(w.final_norm);
   for (LayerWeights& layer : w.layers) to_float(layer.input_norm_D), to_float(layer.post_norm_D);

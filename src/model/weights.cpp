@@ -32,9 +32,11 @@ LayerWeights load_layer(Loader& load, const TensorSource& source, const DecoderS
   for (const TensorRow& row : family.tensors) {
     if (row.scope != TensorScope::layer) continue;
     const std::string name = tensor_name(row.name, l);
+    load.keep_float32(row.role == TensorRole::router_correction);
     if (row.present(s, s.layers[size_t(l)])) slot(layer, row.role) = load.take(name, row.shape(s));
     else if (name.ends_with(".bias") && source.contains(name)) load.problem(name + " is present, but config.json says that there are no such biases");
   }
+  load.keep_float32(false);
   return layer;
 }
 
@@ -136,7 +138,8 @@ DecoderSpec read_spec(const fs::path& dir) {
 
 DecoderSpec read_spec_file(const fs::path& file) {
   const io::Json config = io::read_json(file);
-  MOEGRAFT_CHECK(config.is_object() && config.contains("model_type") && config.at("model_type").is_string(), file.string(), ": model_type is missing");
+  MOEGRAFT_CHECK(config.is_object(), file.string(), ": expected a JSON object, got ", config.type_name());
+  MOEGRAFT_CHECK(config.contains("model_type") && config.at("model_type").is_string(), file.string(), ": model_type is missing");
   try {
     const Family& family = find_family(config.at("model_type").get<std::string>());
     io::Json filled = family.defaults;
@@ -145,7 +148,8 @@ DecoderSpec read_spec_file(const fs::path& file) {
     check_spec(spec);
     return spec;
   } catch (const UserError& e) {
-    fail<UserError>((file.has_parent_path() ? file.parent_path() : fs::path(".")).string(), "/", e.what());
+    const std::string text = e.what(), generic = "config.json";  // what families call the file
+    fail<UserError>(file.string(), text.starts_with(generic) ? text.substr(generic.size()) : ": " + text);
   } catch (const io::Json::exception& e) {
     fail<UserError>(file.string(), ": ", e.what());
   }
@@ -247,7 +251,11 @@ BaseModel init_base(const DecoderSpec& spec, const InitOptions& options) {
   };
   BaseModel base;
   base.spec = spec;
-  auto w = make_weights(spec, [&](const TensorRow& row) { return make(row.init, row.shape(spec)); }, make_experts);
+  const auto make_tensor = [&](const TensorRow& row) {
+    at::Tensor t = make(row.init, row.shape(spec));
+    return row.role == TensorRole::router_correction ? t.set_requires_grad(false) : t;  // it decides a choice, which has no gradient
+  };
+  auto w = make_weights(spec, make_tensor, make_experts);
   w->trains = true;
   base.weights = std::move(w);
   return base;
@@ -295,7 +303,7 @@ BaseModel thaw_base(const BaseModel& frozen) {
 
 void register_base(BaseModel& base, ParameterRegistry& registry) {
   MOEGRAFT_INVARIANT(base.weights->trainable(), "register_base: the base is frozen");
-  for_each_tensor(base, true, [&](const std::string& name, const at::Tensor& t) { registry.add({name, t, "base", "", "replicated", "normal"}); });
+  for_each_tensor(base, true, [&](const std::string& name, const at::Tensor& t) { if (t.requires_grad()) registry.add({name, t, "base", "", "replicated", "normal"}); });
 }
 
 void save_base(const BaseModel& base, const fs::path& dir, at::ScalarType dtype, int64_t max_shard_bytes) {

@@ -72,7 +72,7 @@ TEST_P(GoldenGradients, AreThoseOfTransformers) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const char* base : {"mixtral", "mixtral_window", "olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "llama", "llama_bias_tied", "llama_llama3", "mistral_window", "mistral_full_tied",
-                           "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied"})
+                           "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied", "dots1", "dots1_groups", "dots1_tied"})
     for (const model::Gate gate : {model::Gate::all, model::Gate::modality})
       for (const int64_t recompute : {0, 99}) all.push_back({base, gate, recompute});
   return all;

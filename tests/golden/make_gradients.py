@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 MODELS = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(__file__), "model")
 CASES = sys.argv[2:] or ["mixtral", "mixtral_window", "olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "llama", "llama_bias_tied", "llama_llama3", "mistral_window",
-                         "mistral_full_tied", "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied"]
+                         "mistral_full_tied", "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied",
+                         "dots1", "dots1_groups", "dots1_tied"]
 RANK, SCALE, NEW = 3, 5 / 3, 7
 
 

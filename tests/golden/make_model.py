@@ -20,6 +20,7 @@ SMALL = dict(vocab_size=67, hidden_size=16, intermediate_size=12, num_hidden_lay
 DENSE = ("llama", "mistral", "qwen3")
 QWEN = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, head_dim=6, norm_topk_prob=True)
 QWEN2 = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, shared_expert_intermediate_size=10)
+DOTS = dict(n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, n_shared_experts=1, head_dim=6, sliding_window=None)
 CASES = {
     "olmoe": ("olmoe", dict(num_experts=6, num_experts_per_tok=3)),
     "olmoe_clip_norm_tied": ("olmoe", dict(num_experts=4, num_experts_per_tok=2, clip_qkv=0.4, norm_topk_prob=True, tie_word_embeddings=True, attention_bias=True)),
@@ -43,6 +44,10 @@ CASES = {
     "qwen2_moe": ("qwen2_moe", QWEN2),
     "qwen2_moe_mixed": ("qwen2_moe", dict(QWEN2, num_hidden_layers=4, mlp_only_layers=[2], use_sliding_window=True, sliding_window=3, max_window_layers=3, norm_topk_prob=True)),
     "qwen2_moe_tied": ("qwen2_moe", dict(QWEN2, num_experts_per_tok=1, shared_expert_intermediate_size=5, qkv_bias=False, tie_word_embeddings=True, num_key_value_heads=4)),
+    "dots1": ("dots1", DOTS),
+    "dots1_groups": ("dots1", dict(DOTS, num_hidden_layers=3, n_routed_experts=6, num_experts_per_tok=3, n_group=3, topk_group=2, first_k_dense_replace=1, n_shared_experts=2,
+                                   routed_scaling_factor=2.5, norm_topk_prob=True, sliding_window=3, max_window_layers=1)),
+    "dots1_tied": ("dots1", dict(DOTS, num_experts_per_tok=1, tie_word_embeddings=True, attention_bias=True, norm_topk_prob=True, num_key_value_heads=1)),
     "mixtral_linear": ("mixtral", dict(num_local_experts=2, num_experts_per_tok=2, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
 }
 
@@ -51,19 +56,22 @@ for name, (family, fields) in CASES.items():
         continue
     torch.manual_seed(0)
     experts = family not in DENSE
+    balanced = experts and family != "dots1"  # has a balance loss
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SMALL, **fields}), attn_implementation="eager",
                                              **(dict(experts_implementation="eager") if experts else {})).eval()
     with torch.no_grad():  # norms and biases away from 1 and 0, weights large enough that every part shows in the logits
         for w in model.parameters():
             w.add_(0.2 * torch.randn_like(w)) if w.ndim == 1 else w.mul_(12.0)
+        for key, w in model.named_buffers():
+            if key.endswith("e_score_correction_bias"): w.add_(0.3 * torch.randn_like(w))
     out = os.path.join(OUT, name)
     model.save_pretrained(out, max_shard_size="20KB" if name == "qwen3_mixed" else "1GB")
     ids = torch.randint(3, 67, (2, 11))
     with torch.no_grad():
-        result = model(input_ids=ids, use_cache=False, **(dict(output_router_logits=True) if experts else {}))
+        result = model(input_ids=ids, use_cache=False, **(dict(output_router_logits=True) if balanced else {}))
         half = model.to(torch.bfloat16)(input_ids=ids, use_cache=False).logits.float()
     golden = {"input_ids": ids, "logits": result.logits.contiguous(), "logits_bf16": half.contiguous()}
-    if experts:
+    if balanced:
         golden["aux_loss"] = result.aux_loss.reshape(1)
     save_file(golden, os.path.join(out, "golden.safetensors"))
     for extra in ("generation_config.json", "README.md"):

@@ -13,7 +13,7 @@ namespace moegraft::model {
 // layers are sparse). UserError: unknown family, sizes that it cannot have.
 DecoderSpec complete_spec(DecoderSpec sizes);
 
-// Where PEFT finds a site's weight: a module among a layer's children ("self_attn.q_proj") or, of experts, a parameter ("mlp.experts.gate_up_proj").
+// Where PEFT finds a site's weight (UserError for the router, which it cannot adapt): a module among a layer's children ("self_attn.q_proj") or, of experts, a parameter ("mlp.experts.gate_up_proj").
 struct PeftModule {
   std::string name;
   bool second_half = false;  // of gate and up, which experts hold as one tensor, the lower rows

@@ -8,7 +8,9 @@
 namespace moegraft::model {
 
 // Of attention: q, k, v, o. Of the FFN: gate, up, down, which mean every routed expert's in a model that has experts, and every layer's in a dense model.
-enum class Site { q, k, v, o, gate, up, down };
+// router: the product that scores the experts.
+enum class Site { q, k, v, o, gate, up, down, router };
+inline constexpr Site kAllSites[] = {Site::q, Site::k, Site::v, Site::o, Site::gate, Site::up, Site::down, Site::router};
 
 // y += scale * (x A^T) B^T on rows of `modality`. A [P,in], B [out,P]; of experts A [E,P,in], B [E,out,P].
 struct LowRank {

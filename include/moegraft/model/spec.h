@@ -19,6 +19,8 @@ struct RouterSpec {
   int64_t num_groups = 1, topk_groups = 1;  // experts lie in equal groups; only those of the best topk_groups (by the sum of a group's two best) may be chosen
   bool renormalise = false;                 // a token's weights are divided by their sum
   double scale = 1.0;                       // times this, at last
+  // Softmax and top k, for which there are kernels.
+  bool is_plain() const { return score == Score::softmax && !correction_bias && num_groups == 1 && scale == 1.0; }
 };
 
 enum class Activation { silu };  // of gated FFNs: down(act(gate(x)) * up(x))

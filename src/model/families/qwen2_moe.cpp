@@ -21,7 +21,7 @@ DecoderSpec parse(const io::Json& config) {
   s.router.renormalise = c.boolean("norm_topk_prob", false);
   s.qkv_bias = c.boolean("qkv_bias", true);
   read_sparse_layers(c, s);
-  read_sliding_window(c, s, [first = c.integer("max_window_layers")](int64_t l) { return l < first && l % 2 == 0; });
+  read_sliding_window(c, s, used_window(c), [first = c.integer("max_window_layers")](int64_t l) { return l < first && l % 2 == 0; });
   return s;
 }
 

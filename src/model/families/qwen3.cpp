@@ -19,7 +19,7 @@ DecoderSpec parse(const io::Json& config) {
   DecoderSpec s = parse_common(config);
   complete(s);
   s.qkv_bias = s.o_bias = c.boolean("attention_bias", false);
-  read_sliding_window(c, s, [first = c.integer("max_window_layers")](int64_t l) { return l >= first; });
+  read_sliding_window(c, s, used_window(c), [first = c.integer("max_window_layers")](int64_t l) { return l >= first; });
   return s;
 }
 

@@ -20,8 +20,7 @@ DecoderSpec parse(const io::Json& config) {
   s.qk_norm = QkNorm::per_head;
   s.qkv_bias = s.o_bias = c.boolean("attention_bias", false);
   read_sparse_layers(c, s);
-  const int64_t window = c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0;
-  for (LayerSpec& layer : s.layers) layer.sliding_window = window;
+  for (LayerSpec& layer : s.layers) layer.sliding_window = used_window(c);
   return s;
 }
 
