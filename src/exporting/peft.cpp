@@ -36,7 +36,7 @@ fs::path check_output(const PeftOptions& options) {
 void check_model(const graft::GraftedModel& m) {
   MOEGRAFT_CHECK_USAGE(m.adapters && !m.adapters->adapters().empty(), m.path.string(), " has no adapter to export",
                        m.is_graft() ? ": PEFT's LoRA format needs at least one beside the new rows" : "; a plain model is already a Hugging Face directory");
-  MOEGRAFT_CHECK_USAGE(!m.config || m.config->train.base_weights != "full", m.path.string(), " trained the base itself (train.base_weights: full), which a PEFT adapter cannot carry");
+  MOEGRAFT_CHECK_USAGE(!m.config || m.config->train.base_weights != train::BaseWeights::full, m.path.string(), " trained the base itself (train.base_weights: full), which a PEFT adapter cannot carry");
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ Json gating_marker(const graft::GraftedModel& m, const std::vector<Target>& targ
     modalities.push_back(std::move(entry));
   }
   for (const auto& a : m.adapters->adapters())
-    adapters.push_back({{"modality", a->config().modality}, {"rank", a->config().rank}, {"scale", a->scale()}, {"sites", a->config().sites}});
+    adapters.push_back({{"kind", config::name_of(a->config().kind)}, {"modality", a->config().modality}, {"rank", a->config().rank}, {"scale", a->scale()}, {"sites", a->config().sites}});
   for (const Target& t : targets)
     for (const Term& term : t.terms)
       terms.push_back({{"target", t.path()}, {"adapter", term.adapter}, {"site", adapters::site_name(term.site)}, {"rank_begin", term.rank_begin}, {"rank_end", term.rank_begin + term.rank()},

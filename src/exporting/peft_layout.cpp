@@ -19,22 +19,24 @@ int order_of(const Target& t) {
 
 }  // namespace
 
-std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::ModalityLora>>& adapters) {
+std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::Adapter>>& adapters) {
+  const at::NoGradGuard no_grad;
   std::vector<Target> targets;
   for (size_t i = 0; i < adapters.size(); ++i)
-    for (const auto& f : adapters[i]->factors()) {
-      const model::PeftModule module = model::peft_module(spec, f.site);
-      auto target = std::find_if(targets.begin(), targets.end(), [&](const Target& t) { return t.layer == f.layer && t.module == module.name; });
+    for (const auto& [layer, site] : adapters[i]->positions()) {
+      const model::LowRank f = adapters[i]->at(layer, site).front();
+      const model::PeftModule module = model::peft_module(spec, site);
+      auto target = std::find_if(targets.begin(), targets.end(), [&](const Target& t) { return t.layer == layer && t.module == module.name; });
       if (target == targets.end()) {
         Target t;
-        t.layer = f.layer, t.module = module.name, t.experts = adapters::is_per_expert(spec, f.site);
-        const auto [in, out] = adapters::site_shape(spec, f.site);
+        t.layer = layer, t.module = module.name, t.experts = adapters::is_per_expert(spec, site);
+        const auto [in, out] = adapters::site_shape(spec, site);
         t.num_experts = t.experts ? spec.num_experts : 1;
-        t.in = in, t.out = t.experts && adapters::is_ffn_site(f.site) && f.site != Site::down ? 2 * out : out;
+        t.in = in, t.out = t.experts && adapters::is_ffn_site(site) && site != Site::down ? 2 * out : out;
         targets.push_back(std::move(t));
         target = std::prev(targets.end());
       }
-      Term term{i, f.site, f.A.detach().to(at::kCPU, at::kFloat), f.B.detach().to(at::kCPU, at::kFloat), adapters[i]->scale(), target->rank, module.second_half ? target->out / 2 : 0};
+      Term term{i, site, f.A.detach().to(at::kCPU, at::kFloat), f.B.detach().to(at::kCPU, at::kFloat), adapters[i]->scale(), target->rank, module.second_half ? target->out / 2 : 0};
       target->rank += term.rank();
       target->terms.push_back(std::move(term));
     }

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/model/spec.h"
 
 namespace moegraft::exporting {
@@ -32,7 +32,7 @@ struct Target {
 };
 
 // The targets of all adapters, by layer, experts' gate_up before down.
-std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::ModalityLora>>& adapters);
+std::vector<Target> collect_targets(const model::DecoderSpec& spec, const std::vector<std::shared_ptr<adapters::Adapter>>& adapters);
 
 // Key of lora_A / lora_B. PEFT nests its wrappers when both expert weights of a layer are targeted: gate_up is then the inner one, whatever the order in
 // its config; a single target takes the outer place.

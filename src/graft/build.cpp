@@ -65,7 +65,7 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
 }
 
 // The factors of an earlier run's adapter at the same place: every tensor must be there with its shape.
-void initialise_from(adapters::ModalityLora& lora, size_t index, const std::string& path, const run::RunConfig& config) {
+void initialise_from(const adapters::Adapter& adapter, size_t index, const std::string& path, const run::RunConfig& config) {
   fs::path dir = path;
   if (fs::is_directory(dir / "checkpoints")) {
     const auto latest = checkpoint::find_latest(dir / "checkpoints");
@@ -78,13 +78,12 @@ void initialise_from(adapters::ModalityLora& lora, size_t index, const std::stri
   const std::string place = detail::concat("adapters[", index, "].init_from: ", path);
   if (was.empty()) log::warning(place, " does not say which base it was trained on: whether it is this one is not checked");
   else run::check_fingerprints(was, run::take_fingerprints(config, run::Parts::model), config, place + " was trained on");
-  for (auto& f : lora.factors())
-    for (const auto& [suffix, target] : {std::pair(".A", f.A), std::pair(".B", f.B)}) {
-      const auto it = saved.parameters.find(f.name + suffix);
-      MOEGRAFT_CHECK(it != saved.parameters.end(), "adapters[", index, "].init_from: ", path, " has no ", f.name, suffix, "; it must come from a run with the same layers and sites");
-      MOEGRAFT_CHECK(it->second.sizes() == target.sizes(), "adapters[", index, "].init_from: ", f.name, suffix, " must have shape ", target.sizes().vec(), ", got ", it->second.sizes().vec());
-      target.detach().copy_(it->second);
-    }
+  for (const auto& [name, leaf, per_expert, start] : adapter.parameters()) {
+    const auto it = saved.parameters.find(name);
+    MOEGRAFT_CHECK(it != saved.parameters.end(), "adapters[", index, "].init_from: ", path, " has no ", name, "; it must come from a run with the same kind, layers and sites");
+    MOEGRAFT_CHECK(it->second.sizes() == leaf.sizes(), "adapters[", index, "].init_from: ", name, " must have shape ", leaf.sizes().vec(), ", got ", it->second.sizes().vec());
+    leaf.detach().copy_(it->second);
+  }
 }
 
 }  // namespace
@@ -100,15 +99,15 @@ GraftedModel build_model(const run::RunConfig& config, const OpenOptions& option
   std::optional<Calibration> calibration;
   for (size_t i = 0; i < config.adapters.size(); ++i) {
     const auto& a = config.adapters[i];
-    auto& lora = *m.adapters->adapters()[i];
+    auto& adapter = *m.adapters->adapters()[i];
     if (!a.init_from.empty()) {
-      initialise_from(lora, i, a.init_from, config);
+      initialise_from(adapter, i, a.init_from, config);
       report["adapters"].push_back({{"init_from", a.init_from}});
       continue;
     }
     if (needs_calibration(a) && !calibration) calibration = calibrate(m, config);
     const int64_t modality = a.modality.front() == "text" ? 0 : m.vocabulary.by_name(a.modality.front()).modality;
-    report["adapters"].push_back(io::Json::parse(initialise_lora(lora, a.init, calibration ? &*calibration : nullptr, modality, config.ot, uint64_t(config.run.seed) + i)));
+    report["adapters"].push_back(io::Json::parse(initialise_lora(adapter, a.init, calibration ? &*calibration : nullptr, modality, config.ot, uint64_t(config.run.seed) + i)));
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   report["seconds"] = seconds;

@@ -3,9 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/sites.h"
 #include "moegraft/base/check.h"
 #include "moegraft/graft/grafted_model.h"
 
@@ -16,9 +17,15 @@ model::Site stored(model::Site site) { return site == model::Site::up ? model::S
 
 constexpr int64_t kRows = 256;  // beyond them subspaces of the ranks in use hardly change, and a solver's time grows with their square
 
+// Three digits that are enough when they are typed.
+double round_up(double x) {
+  const double digit = std::pow(10.0, std::floor(std::log10(x)) - 2);
+  return std::ceil(x / digit) * digit;
+}
+
 }  // namespace
 
-bool needs_calibration(const adapters::AdapterConfig& a) { return a.init_from.empty() && config::row_of(a.init).needs_calibration; }
+bool needs_calibration(const adapters::AdapterConfig& a) { return a.kind == adapters::AdapterKind::modality_lora && a.init_from.empty() && config::row_of(a.init).needs_calibration; }
 
 int64_t CalibrationPlan::num_solves() const {
   int64_t sum = 0;
@@ -30,7 +37,9 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   CalibrationPlan plan;
   const int64_t experts = spec.has_experts() ? spec.num_experts : 1;
   int64_t rank = 0;
-  for (const auto& a : config.adapters) {
+  size_t largest = 0;  // the adapter of that rank
+  for (size_t i = 0; i < config.adapters.size(); ++i) {
+    const auto& a = config.adapters[i];
     if (!needs_calibration(a)) continue;
     const auto is_in = [&](int64_t layer) { return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end(); };
     int64_t layers = 0;
@@ -41,7 +50,7 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
       if (!adapters::is_ffn_site(site) || std::find(seen.begin(), seen.end(), site) != seen.end()) continue;
       seen.push_back(site);
       if (layers == 0) continue;
-      rank = std::max(rank, a.rank);
+      if (a.rank > rank) rank = a.rank, largest = i;
       if (config::row_of(a.init).needs_ot) plan.solves.push_back({layers * experts, adapters::site_shape(spec, site).in, a.rank});
     }
   }
@@ -54,8 +63,8 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   const double bound = config.ot.calibration_gib * double(int64_t{1} << 30);
   plan.wanted = std::max(kRows, rank);
   plan.rows = int64_t(std::min(double(plan.wanted), bound / double(row_of_all)));
-  MOEGRAFT_CHECK(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
-                 double(rank * row_of_all) / double(int64_t{1} << 30), " at least, or use adapters.init: ", config::name_of(adapters::FactorInit::kaiming_zero));
+  MOEGRAFT_CHECK_USAGE(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
+                       round_up(double(rank * row_of_all) / double(int64_t{1} << 30)), " at least, or use adapters[", largest, "].init: ", config::name_of(adapters::FactorInit::kaiming_zero));
   plan.bytes = plan.rows * row_of_all;
   return plan;
 }

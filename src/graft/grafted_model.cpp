@@ -75,8 +75,8 @@ void add_adapters(GraftedModel& m, const std::vector<adapters::AdapterConfig>& c
   if (configs.empty()) return;
   m.adapters = std::make_shared<adapters::AdapterStack>();
   for (size_t i = 0; i < configs.size(); ++i) {
-    auto adapter = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), configs[i], int64_t(i), modality_ids(m.vocabulary, configs[i].modality), m.device(), experts);
-    adapter->register_parameters(*m.registry, config::name_of(configs[i].init));
+    auto adapter = adapters::make_adapter({m.decoder->spec(), configs[i], int64_t(i), modality_ids(m.vocabulary, configs[i].modality), m.device(), experts});
+    adapter->register_parameters(*m.registry);
     m.adapters->add(std::move(adapter));
   }
   m.decoder->attach(m.adapters);
@@ -161,7 +161,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   const at::Device device = parse_device(options.device.value_or(config.model.device));
   const at::ScalarType dtype = options.dtype.value_or(parse_dtype(config.model.dtype));
   std::pair<int64_t, int64_t> experts{0, 0};  // here; all
-  const bool base_trains = config.train.base_weights == "full";
+  const bool base_trains = config.train.base_weights == train::BaseWeights::full;
   MOEGRAFT_CHECK_USAGE(!base_trains || (dtype == at::kFloat && device == at::kCPU), "a base that trains runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
   if (config.model.init) {
     m.tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
@@ -176,7 +176,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   } else {
     m.base_path = config.model.path;
-    const model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == "experts" ? model::Experts::offloaded : model::Experts::resident)};
+    const model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == model::Offload::experts ? model::Experts::offloaded : model::Experts::resident)};
     if (options.mesh) {
       parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
       experts = part.experts;

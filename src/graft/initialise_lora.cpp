@@ -207,8 +207,10 @@ double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& o
   return seconds;
 }
 
-std::string initialise_lora(adapters::ModalityLora& lora, FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
+std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
+  adapter.initialise();
+  if (adapter.factors().empty()) return io::Json{{"kind", config::name_of(adapter.config().kind)}}.dump();
   const bool calibrated = config::row_of(method).needs_calibration;
   MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", config::name_of(method), " needs a calibration");
   const auto start = std::chrono::steady_clock::now();
@@ -223,12 +225,11 @@ std::string initialise_lora(adapters::ModalityLora& lora, FactorInit method, con
     return shape;
   };
   const auto key_of = [](const auto& factor) { return std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site}; };
-  for (const auto& factor : lora.factors())
+  for (const auto& factor : adapter.factors())
     if (calibrated && adapters::is_ffn_site(factor.site) && sites.insert(key_of(factor)).second) experts += expert_shape(factor).front();
   std::optional<Solved> solved;
   if (experts > 0) solved.emplace("initialise adapters (" + config::name_of(method) + "), experts", experts);
-  for (auto& factor : lora.factors()) {
-    factor.B.zero_();
+  for (const auto& factor : adapter.factors()) {
     if (!calibrated || !adapters::is_ffn_site(factor.site)) {
       factor.A.copy_(kaiming_A(factor.A.sizes(), seed, factor.name));
       continue;

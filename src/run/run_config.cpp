@@ -1,3 +1,4 @@
+#include "moegraft/adapters/sites.h"
 #include "moegraft/run/run_config.h"
 
 #include <algorithm>
@@ -8,6 +9,9 @@
 
 namespace moegraft::run {
 namespace {
+
+using model::Offload;
+using train::BaseWeights;
 
 std::vector<std::string> names_of(const std::map<std::string, graft::ModalityConfig>& modalities) {
   std::vector<std::string> names;
@@ -24,11 +28,11 @@ bool lies_in(const std::string& inner, const std::string& outer) {
 
 void check_model(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(c.model.path.empty() || c.run.dir.empty() || !lies_in(c.run.dir, c.model.path), "run.dir (", c.run.dir, ") is the base's own folder or lies in it: name another folder for the run");
-  MOEGRAFT_CHECK_USAGE(c.model.offload == "none" || c.train.base_weights == "frozen", "model.offload: experts needs a frozen base; train.base_weights is full");
+  MOEGRAFT_CHECK_USAGE(c.model.offload == Offload::none || c.train.base_weights == BaseWeights::frozen, "model.offload: experts needs a frozen base; train.base_weights is full");
   if (!c.model.init) return;
   MOEGRAFT_CHECK_USAGE(c.data.sequence_length <= c.model.init->max_positions, "data.sequence_length must not exceed model.init.max_positions (", c.model.init->max_positions, "), got ",
                        c.data.sequence_length);
-  MOEGRAFT_CHECK_USAGE(c.train.base_weights == "full", "model.init makes random weights that only train.base_weights: full trains, got ", c.train.base_weights);
+  MOEGRAFT_CHECK_USAGE(c.train.base_weights == BaseWeights::full, "model.init makes random weights that only train.base_weights: full trains, got ", config::name_of(c.train.base_weights));
 }
 
 void check_modalities(const RunConfig& c) {
@@ -46,7 +50,7 @@ void check_modalities(const RunConfig& c) {
 }
 
 void check_adapters(const RunConfig& c) {
-  static const std::vector<std::string> sites = {"gate", "up", "down", "q", "k", "v", "o"};
+  static const std::vector<std::string> sites = adapters::known_sites();
   for (size_t i = 0; i < c.adapters.size(); ++i) {
     const auto& adapter = c.adapters[i];
     const std::string key = "adapters[" + std::to_string(i) + "]";
@@ -71,7 +75,7 @@ void check_adapters(const RunConfig& c) {
     }
     std::set<int64_t> layers;
     for (const int64_t layer : adapter.layers) MOEGRAFT_CHECK_USAGE(layer >= 0 && layers.insert(layer).second, key, ".layers must be distinct indices from 0, got ", adapter.layers);
-    MOEGRAFT_CHECK_USAGE(adapter.alpha > 0, key, ".alpha must be above 0 (an adapter of scale 0 learns nothing), got ", adapter.alpha);
+    MOEGRAFT_CHECK_USAGE(adapter.alpha > 0 || adapter.kind != adapters::AdapterKind::modality_lora, key, ".alpha must be above 0 (an adapter of scale 0 learns nothing), got ", adapter.alpha);
   }
 }
 
@@ -91,17 +95,17 @@ void check_data(const RunConfig& c) {
 
 void check_parallel(const RunConfig& c) {
   const auto& p = c.parallel;
-  const bool frozen = c.train.base_weights == "frozen";
+  const bool frozen = c.train.base_weights == BaseWeights::frozen;
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || frozen, "parallel.expert: ", p.expert, " needs a frozen base; train.base_weights is full (data parallelism trains it)");
   MOEGRAFT_CHECK_USAGE(!p.shard_base || frozen, "parallel.shard_base needs a frozen base; train.base_weights is full");
-  MOEGRAFT_CHECK_USAGE(!p.shard_base || c.model.offload == "none", "parallel.shard_base and model.offload: ", c.model.offload, " are two places for the same experts: choose one");
+  MOEGRAFT_CHECK_USAGE(!p.shard_base || c.model.offload == Offload::none, "parallel.shard_base and model.offload: ", config::name_of(c.model.offload), " are two places for the same experts: choose one");
 }
 
 void check_train(const RunConfig& c) {
   const auto& train = c.train;
-  MOEGRAFT_CHECK_USAGE(train.base_weights == "frozen" || c.model.init || train.allow_text_drift,
+  MOEGRAFT_CHECK_USAGE(train.base_weights == BaseWeights::frozen || c.model.init || train.allow_text_drift,
                        "train.base_weights: full changes text logits; it needs model.init (training from scratch) or train.allow_text_drift: true");
-  MOEGRAFT_CHECK_USAGE(train.base_weights == "full" || !c.modalities.empty() || !c.adapters.empty(),
+  MOEGRAFT_CHECK_USAGE(train.base_weights == BaseWeights::full || !c.modalities.empty() || !c.adapters.empty(),
                        "nothing trains: give `modalities` and `adapters`, or train.base_weights: full with model.init");
   MOEGRAFT_CHECK_USAGE(train.eval_every == 0 || !c.data.eval.empty(), "train.eval_every is ", train.eval_every, " but data.eval names no source");
 }

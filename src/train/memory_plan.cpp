@@ -7,9 +7,10 @@
 #include <cstdio>
 
 #include "gpu_memory.h"
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/progress.h"
+#include "moegraft/base/text.h"
 #include "moegraft/data/deal.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/json.h"
@@ -75,7 +76,7 @@ class Counter {
     const int64_t D = s_.hidden_size;
     int64_t bytes = 2 * T_ * (D + 1) * 4;  // the norms' sums and statistics
     bytes += attention();
-    for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l);
+    for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l) + made_factors(adapter, l);
     // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once more.
     if (any_term(l, {Site::q, Site::k, Site::v})) bytes += T_ * D * width_;
     if (!r_.gate_open && any_term(l, {Site::o})) bytes += T_ * q_ * width_;
@@ -117,8 +118,7 @@ class Counter {
       for (int64_t l = 0; l < s_.num_layers; ++l)
         for (const Site site : a.sites) {
           if (!acts(a, site, l)) continue;
-          const auto [in, out] = adapters::site_shape(s_, site);
-          t.lora += a.rank * (in + out) * (adapters::is_per_expert(s_, site) ? E_ : 1);
+          t.lora += trained_at(a, site);
         }
     t.rows = r_.new_rows * s_.hidden_size * (s_.tie_word_embeddings ? 1 : 2);
     t.base = r_.base_trains ? s_.num_parameters() : 0;
@@ -132,10 +132,9 @@ class Counter {
         const auto& a = r_.adapters[i];
         int64_t layers = 0;
         for (int64_t l = 0; l < s_.num_layers; ++l) layers += acts(a, site, l);
-        const auto [in, out] = adapters::site_shape(s_, site);
         const bool experts = adapters::is_per_expert(s_, site);
         rows.push_back({moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
-                        moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * a.rank * (in + out) * (experts ? E_ : 1)});
+                        moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * trained_at(a, site)});
       }
     const TrainedParameters all = trained();
     if (all.rows) rows.push_back({s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head", moegraft::detail::concat(r_.new_rows, " tokens"), all.rows});
@@ -165,6 +164,22 @@ class Counter {
   bool acts(const MemoryRequest::Adapter& a, Site site, int64_t l) const {
     if (!a.layers.empty() && std::find(a.layers.begin(), a.layers.end(), l) == a.layers.end()) return false;
     return adapters::has_site(s_, l, site);
+  }
+  // Numbers trained at a site of one layer.
+  int64_t trained_at(const MemoryRequest::Adapter& a, Site site) const {
+    int64_t sum = 0;
+    for (const int64_t size : adapters::trained_sizes(a.kind, a.rank, adapters::site_shape(s_, site))) sum += size;
+    return sum * (adapters::is_per_expert(s_, site) ? E_ : 1);
+  }
+  // Factors that a layer's pass makes and keeps.
+  int64_t made_factors(const MemoryRequest::Adapter& a, int64_t l) const {
+    int64_t elements = 0;
+    for (const Site site : a.sites) {
+      if (!adapters::makes_factors(a.kind) || !acts(a, site, l)) continue;
+      const auto [in, out] = adapters::site_shape(s_, site);
+      elements += a.rank * (in + out) * (adapters::is_per_expert(s_, site) ? E_ : 1);
+    }
+    return elements * 4;
   }
   bool any_term(int64_t l, const std::vector<Site>& sites) const {
     for (const auto& a : r_.adapters)
@@ -262,9 +277,9 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.spec = spec;
   r.dtype = graft::parse_dtype(config.model.dtype);
   r.device = device;
-  r.base_trains = config.train.base_weights == "full";
-  r.offload_experts = config.model.offload == "experts";
-  r.moments_8bit = config.train.optimizer == "adamw_8bit";
+  r.base_trains = config.train.base_weights == BaseWeights::full;
+  r.offload_experts = config.model.offload == model::Offload::experts;
+  r.moments_8bit = config.train.optimizer == OptimizerKind::adamw_8bit;
   r.narrow_gradients = config.train.gradients == "bf16";
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.has_experts() && spec.router_aux_loss_coef > 0;
@@ -280,7 +295,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   if (!r.base_trains && !text_trains && !r.offload_experts && r.expert_size == 1 && !(r.shard_base && r.data_size > 1)) r.prefix_cache = config.train.prefix_cache_mib * kMiB;
   for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
   for (const auto& a : config.adapters) {
-    MemoryRequest::Adapter adapter{a.rank, {}, a.layers};
+    MemoryRequest::Adapter adapter{a.rank, {}, a.layers, a.kind};
     for (const auto& name : a.sites) adapter.sites.push_back(adapters::parse_site(name));
     r.adapters.push_back(std::move(adapter));
   }
@@ -388,12 +403,20 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   return plan;
 }
 
-void check_fits(const MemoryPlan& plan) {
+std::string fit_problem(const MemoryPlan& plan, const MemoryRequest& r) {
   const std::string budget = plan.budget_source.empty() ? "train.memory_budget_gib: " + gib(plan.budget) : gib(plan.budget) + " (" + plan.budget_source + ")";
-  MOEGRAFT_CHECK(plan.fits(), budget, " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(), " layers recomputed; ",
-                 plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more",
-                 ", raise train.accumulation (fewer tokens at a time), lower data.tokens_per_step, or use train.optimizer: adamw_8bit");
+  // What this run does not do yet.
+  std::vector<std::string> remedies{plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more", "raise train.accumulation (fewer tokens at a time)", "lower data.tokens_per_step"};
+  if (!r.moments_8bit) remedies.push_back("use train.optimizer: adamw_8bit");
+  if (!r.narrow_gradients) remedies.push_back("use train.gradients: bf16");
+  if (!r.offload_experts && !r.base_trains && !r.shard_base && r.spec.has_experts()) remedies.push_back("keep experts in host memory with model.offload: experts");
+  const std::string last = remedies.back();
+  remedies.pop_back();
+  return moegraft::detail::concat(budget, " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(), " layers recomputed; ",
+                                  join(remedies, ", "), ", or ", last);
 }
+
+void check_fits(const MemoryPlan& plan, const MemoryRequest& request) { MOEGRAFT_CHECK(plan.fits(), fit_problem(plan, request)); }
 
 std::string summary(const MemoryPlan& plan) {
   std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) + (plan.panels ? ", packed copies " + gib(plan.panels) : "") + ", trained with gradients and optimizer " +

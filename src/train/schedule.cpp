@@ -4,17 +4,14 @@
 #include <cmath>
 #include <numbers>
 
-#include "moegraft/base/check.h"
-
 namespace moegraft::train {
 
 double Schedule::factor(int64_t step) const {
   if (step < warmup) return double(step + 1) / double(warmup);
-  if (kind == "constant") return 1.0;
+  if (kind == ScheduleKind::constant) return 1.0;
   const int64_t span = std::max<int64_t>(1, steps - 1 - warmup);
   const double progress = std::min(1.0, double(step - warmup) / double(span));
-  if (kind == "linear") return 1.0 + (min_ratio - 1.0) * progress;
-  MOEGRAFT_CHECK_USAGE(kind == "cosine", "train.schedule must be cosine, linear or constant, got ", kind);
+  if (kind == ScheduleKind::linear) return 1.0 + (min_ratio - 1.0) * progress;
   return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + std::cos(std::numbers::pi * progress));
 }
 

@@ -137,12 +137,12 @@ int64_t free_everywhere(const model::ModelConfig& config, const distributed::Mes
 AdamW make_optimizer(model::ParameterRegistry& registry, const TrainConfig& t, std::vector<bool> owned) {
   const auto options = [](const OptimizerGroup& g) { return GroupOptions{g.lr, g.weight_decay}; };
   return AdamW(registry, {{"lora", options(t.lora)}, {"embeddings", options(t.embeddings)}, {"base", options(t.base)}},
-               {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == "adamw_8bit"}, std::move(owned));
+               {t.betas[0], t.betas[1], t.adam_epsilon, t.optimizer == OptimizerKind::adamw_8bit}, std::move(owned));
 }
 
 std::optional<model::Experts> experts_of_new_run(const run::RunConfig& config, bool on_gpu) {
   if (!graft::initialises_by_running(config.adapters)) return model::Experts::absent;
-  const bool visit = config.parallel.expert > 1 || config.parallel.shard_base || config.model.offload == "experts";  // one GPU may not hold the whole base
+  const bool visit = config.parallel.expert > 1 || config.parallel.shard_base || config.model.offload == model::Offload::experts;  // one GPU may not hold the whole base
   if (visit && on_gpu) return model::Experts::mapped;
   return {};
 }
@@ -158,7 +158,7 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
   MemoryRequest request = memory_request(spec, config, {}, graft::parse_device(config.model.device), world_size);
   request.free_bytes = model::free_memory(request.device).value_or(0);
-  check_fits(plan_memory(request));
+  check_fits(plan_memory(request), request);
 }
 
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume) {
@@ -224,7 +224,7 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
   start.plan = plan_memory(request);
   start.trained = trained_table(request);
   for (const auto& line : format_trained(start.trained, start.model.decoder->spec().num_parameters())) log::info("trains ", line);
-  check_fits(start.plan);
+  check_fits(start.plan, request);
   log::info(summary(start.plan));
   return start;
 }

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <utility>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/model/expert_ring.h"
 #include "moegraft/parallel/gradients.h"
 #include "moegraft/parallel/updates.h"
@@ -31,8 +31,8 @@ std::vector<TrainedTensor> trained_tensors(const MemoryRequest& r) {
       for (const model::Site site : a.sites) {
         if (!adapters::has_site(r.spec, l, site)) continue;
         const bool expert = adapters::is_per_expert(r.spec, site);
-        const auto [in, out] = adapters::site_shape(r.spec, site);
-        for (const int64_t width : {out, in}) all.push_back({a.rank * width * (expert ? E : 1), expert});
+        const std::vector<int64_t> sizes = adapters::trained_sizes(a.kind, a.rank, adapters::site_shape(r.spec, site));
+        for (auto size = sizes.rbegin(); size != sizes.rend(); ++size) all.push_back({*size * (expert ? E : 1), expert});
       }
     }
   if (r.new_rows > 0)

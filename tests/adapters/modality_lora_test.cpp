@@ -140,7 +140,7 @@ TEST(ModalityLora, ShapesNamesAndRegistry) {
   const auto spec = model::read_spec(kGolden / "qwen3_mixed");  // layers 0 to 2 are dense but 3 sparse by decoder_sparse_step 2 and mlp_only_layers [1]
   ModalityLora lora(spec, config_of(), 7, {1}, at::kCPU);
   model::ParameterRegistry registry;
-  lora.register_parameters(registry, "kaiming_zero");
+  lora.register_parameters(registry);
   EXPECT_EQ(registry.all().size(), 2 * lora.factors().size());
   int64_t experts = 0;
   for (const auto& f : lora.factors()) experts += f.A.dim() == 3;

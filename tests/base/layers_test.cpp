@@ -25,7 +25,7 @@ const std::map<std::string, int> kLayerOf = {
 
 // Within a layer: from -> what it may include. No cycles (checked below).
 const std::map<std::string, std::set<std::string>> kSameLayer = {
-    {"ot", {"kernels"}},
+    {"ot", {"config", "kernels"}},
     {"distributed", {"kernels"}},
     {"graft", {"run"}},
     {"generate", {"graft", "run"}},

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "libtorch.h"
+#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/evaluate/drift.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"

@@ -1,3 +1,4 @@
+#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/exporting/peft.h"
 
 #include <gtest/gtest.h>
@@ -182,13 +183,15 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
   cases.push_back(make_case(testing::make_tiny_world(folder / "olmoe", {"olmoe", false, 2, 4}), "olmoe"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "mixtral", {"mixtral", false, 2, 5}), "mixtral"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "qwen2", {"qwen2_moe", false, 2, 6}), "qwen2_moe"));
-  cases.push_back(make_case(testing::make_tiny_world(folder / "llama", {"llama", true, 2, 7}), "llama-tied"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "dots1", {"dots1", false, 2, 10}), "dots1"));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "llama", {"llama", false, 2, 7}), "llama"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "mistral", {"mistral", false, 2, 8}), "mistral"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "qwen3", {"qwen3", false, 2, 9}), "qwen3-up", [](auto& c) { set_adapter(c, {"up", "q", "gate"}, {1}); }));
   cases.push_back(make_case(qwen, "only-down", [](auto& c) { set_adapter(c, {"down"}); }));
   cases.push_back(make_case(qwen, "only-up", [](auto& c) { set_adapter(c, {"up"}); }));
   cases.push_back(make_case(qwen, "experts", [](auto& c) { set_adapter(c, {"gate", "up", "down"}); }));
   cases.push_back(make_case(qwen, "attention-rslora", [](auto& c) { set_adapter(c, {"q", "v"}), c.adapters[0].use_rslora = true; }));
+  cases.push_back(make_case(qwen, "vera", [](auto& c) { c.adapters[0].kind = adapters::AdapterKind::vera, c.adapters[0].rank = 12; }));
   cases.push_back(make_case(qwen, "one-layer", [](auto& c) { set_adapter(c, {"gate", "down", "o"}, {1}); }));
   cases.push_back(make_case(qwen, "two-adapters", [](auto& c) {
     c.adapters.push_back(c.adapters[0]);

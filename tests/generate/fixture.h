@@ -2,6 +2,7 @@
 // A tiny random graft without files: 2 layers, byte tokenizer, 16 codes of 3x3 pictures, random factors on every site.
 #include "libtorch.h"
 
+#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/generate/text.h"

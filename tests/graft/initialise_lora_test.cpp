@@ -1,3 +1,4 @@
+#include "moegraft/adapters/modality_lora.h"
 #include "moegraft/graft/initialise_lora.h"
 
 #include <ATen/ATen.h>

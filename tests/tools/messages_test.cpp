@@ -71,7 +71,7 @@ const std::vector<Case>& cases() {
          return train_with(w, "train.steps=1");
        }, "git lfs pull", 1},
       {"a manifest as data", [](const TinyWorld& w) { return train_with(w, "data.train[0].path=" + w.manifest.string()); }, "data prepare shards --manifest", 1},
-      {"a family that is not known", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "gpt2"})"); }, "'gpt2' is not a supported family; supported: llama, mistral, ", 1},
+      {"a family that is not known", [](const TinyWorld& w) { return inspect_config(w, R"({"model_type": "gpt2"})"); }, "'gpt2' is not a supported family; supported: dots1, llama, ", 1},
       {"experts to keep elsewhere of a dense model", [](const TinyWorld& w) {
          testing::make_tiny_world(w.dir / "dense", {"llama"});
          return std::vector<std::string>{"train", "-c", w.yaml.string(), "--set", "model.path=" + (w.dir / "dense/base").string(), "--set", "model.offload=experts"};
@@ -83,7 +83,7 @@ const std::vector<Case>& cases() {
        "MOEGRAFT_NO_SUCH_VARIABLE is not set", 2},
       {"a command that is not known", [](const TinyWorld&) { return std::vector<std::string>{"trian", "-c", "x"}; }, "unknown command trian of moegraft; did you mean train?", 2},
       {"a command of a command", [](const TinyWorld&) { return std::vector<std::string>{"data", "prepair"}; }, "unknown command prepair of moegraft data; did you mean prepare?", 2},
-      {"no command at all like it", [](const TinyWorld&) { return std::vector<std::string>{"transmogrify"}; }, "expected one of train, generate, ", 2},
+      {"no command at all like it", [](const TinyWorld&) { return std::vector<std::string>{"transmogrify"}; }, "expected one of train, config, generate, ", 2},
       {"an option that is not known", [](const TinyWorld& w) { return std::vector<std::string>{"train", "--confg=" + w.yaml.string()}; }, "unknown option --confg of moegraft train; did you mean --config?", 2},
       {"an option of no command", [](const TinyWorld& w) { return std::vector<std::string>{"train", "-c", w.yaml.string(), "-q"}; }, "unknown option -q of moegraft train; see moegraft train --help", 2},
       {"an argument too many", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "b", "--ids", "x", "-o", "y"}; }, "unknown argument b of moegraft logits", 2},

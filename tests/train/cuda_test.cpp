@@ -29,7 +29,7 @@ class Training {
  public:
   Training() : world_(testing::make_tiny_world(folder_.path())) {}
 
-  run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype, const std::string& optimizer, int64_t steps) const {
+  run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype, OptimizerKind optimizer, int64_t steps) const {
     run::RunConfig c = world_.config;
     c.run.dir = (world_.dir / name).string();
     c.model.device = device, c.model.dtype = dtype;
@@ -62,7 +62,7 @@ fs::path last(const run::RunConfig& c) { return *checkpoint::find_latest(fs::pat
 // In float32, where the two differ by the order of sums alone. Each step's loss stands on the updates before it.
 void expect_the_cpus_numbers(const std::string& device) {
   const Training training;
-  const auto there = training.config("there", device, "float32", "adamw", 6), here = training.config("here", "cpu", "float32", "adamw", 6);
+  const auto there = training.config("there", device, "float32", OptimizerKind::adamw, 6), here = training.config("here", "cpu", "float32", OptimizerKind::adamw, 6);
   training.train(there);
   training.train(here);
   for (const char* key : {"loss", "grad_norm"}) {
@@ -76,7 +76,7 @@ void expect_the_cpus_numbers(const std::string& device) {
 }
 
 // Killed once its second checkpoint is there, while others are being written; then resumed to the end.
-void expect_the_same_bytes_after_a_kill(const std::string& device, const std::string& optimizer) {
+void expect_the_same_bytes_after_a_kill(const std::string& device, OptimizerKind optimizer) {
   const Training training;
   const auto calm = training.config("calm", device, "bfloat16", optimizer, 40), killed = training.config("killed", device, "bfloat16", optimizer, 40);
   training.train(calm);
@@ -95,7 +95,7 @@ void expect_the_same_bytes_after_a_kill(const std::string& device, const std::st
   EXPECT_EQ(testing::training_column(calm.run.dir, "grad_norm"), testing::training_column(killed.run.dir, "grad_norm"));
   int64_t in_8bit = 0;
   for (const auto& [name, tensor] : checkpoint::load(last(calm)).optimizer) in_8bit += name.ends_with(".exp_avg.codes");
-  EXPECT_EQ(in_8bit > 0, optimizer == "adamw_8bit");
+  EXPECT_EQ(in_8bit > 0, optimizer == OptimizerKind::adamw_8bit);
   const auto losses = testing::training_column(calm.run.dir, "loss");
   EXPECT_LT(losses.rbegin()->second, losses.begin()->second);
 
@@ -121,17 +121,17 @@ TEST_F(CudaTraining, Float32HasTheCpusLossesAndGradientNorms) {
 }
 TEST_F(CudaTraining, KilledAndResumedItEndsInTheSameBytes) {
   MOEGRAFT_NEEDS_GPU();
-  expect_the_same_bytes_after_a_kill("cuda", "adamw");
+  expect_the_same_bytes_after_a_kill("cuda", OptimizerKind::adamw);
 }
 TEST_F(CudaTraining, WithMomentsIn8BitsToo) {
   MOEGRAFT_NEEDS_GPU();
-  expect_the_same_bytes_after_a_kill("cuda", "adamw_8bit");
+  expect_the_same_bytes_after_a_kill("cuda", OptimizerKind::adamw_8bit);
 }
 
 using CudaTrainingOnTheHost = CudaTraining;
 TEST_F(CudaTrainingOnTheHost, Bodies) {
   expect_the_cpus_numbers("cpu");
-  expect_the_same_bytes_after_a_kill("cpu", "adamw_8bit");
+  expect_the_same_bytes_after_a_kill("cpu", OptimizerKind::adamw_8bit);
 }
 
 }  // namespace

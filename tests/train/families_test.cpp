@@ -28,7 +28,7 @@ TEST_P(Families, GraftTrainResumeAndGenerate) {
     c.run.dir = (folder / name).string();
     c.train.steps = steps, c.train.sample_prompts.clear();
     c.train.lora.lr = 3e-2, c.train.embeddings.lr = 3e-2;
-    c.adapters[0].init = "gw_subspace";
+    c.adapters[0].init = adapters::FactorInit::gw_subspace;
     c.ot.calibration_tokens = 512, c.ot.max_iterations = 5;
     c.checkpoint = {6, 10, true};
     return c;
@@ -54,6 +54,32 @@ TEST_P(Families, GraftTrainResumeAndGenerate) {
   const auto images = generate::generate_images(model, std::vector<std::string>{"a red disc"}, {});
   ASSERT_FALSE(images.empty());
   EXPECT_TRUE(at::isfinite(images[0].pixels_3HW).all().item<bool>());
+}
+
+// A second kind of adapter, the router's site and a base without experts go the same way.
+TEST(Kinds, VeraTrainsResumesAndKeepsText) {
+  const TemporaryFolder folder;
+  for (const std::string family : {"qwen3_moe", "llama"}) {
+    const TinyWorld world = moegraft::testing::make_tiny_world(folder / family, {family});
+    run::RunConfig c = world.config;
+    c.adapters[0].kind = adapters::AdapterKind::vera, c.adapters[0].rank = 8;
+    if (family == "qwen3_moe") c.adapters[0].sites.emplace_back("router");
+    c.train.steps = 40, c.train.sample_prompts.clear();
+    c.train.lora.lr = 3e-2, c.train.embeddings.lr = 3e-2;
+    c.checkpoint = {20, 10, true};
+    const auto factors = [&] { return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors"); };
+    train(c);
+    const std::string whole = factors();
+    const auto losses = moegraft::testing::training_column(c.run.dir, "loss");
+    EXPECT_LT(losses.rbegin()->second, 0.8 * losses.begin()->second);
+    fs::remove_all(fs::path(c.run.dir) / "checkpoints" / checkpoint::step_name(40));
+    train(c, "auto");
+    EXPECT_EQ(factors(), whole);
+    auto model = graft::open_model(c.run.dir, {});
+    const evaluate::Drift drift = evaluate::measure_drift(model, 1);
+    EXPECT_TRUE(drift.exact());
+    EXPECT_GT(drift.gate_open, 1e-5);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Known, Families, ::testing::ValuesIn(model::known_families()), [](const auto& info) { return info.param; });

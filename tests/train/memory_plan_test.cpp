@@ -38,6 +38,7 @@ struct Case {
   double clip;
   bool renormalise, sparse, bf16, open;
   bool shared = false;
+  adapters::AdapterKind kind = adapters::AdapterKind::modality_lora;
 };
 
 model::DecoderSpec spec_of(const Case& c, int64_t layers) {
@@ -61,9 +62,10 @@ int64_t kept(const Case& c, const fs::path& dir, int64_t layers, int64_t recompu
   config.rank = 4;
   auto stack = std::make_shared<adapters::AdapterStack>();
   model::ParameterRegistry registry;
-  auto lora = std::make_shared<adapters::ModalityLora>(spec, config, 0, std::vector<int64_t>{1}, at::kCPU);
-  lora->register_parameters(registry, "zero");
-  stack->add(std::move(lora));
+  config.kind = c.kind;
+  auto adapter = adapters::make_adapter({spec, config, 0, {1}});
+  adapter->register_parameters(registry);
+  stack->add(std::move(adapter));
   decoder.attach(stack);
   model::PackedBatch batch = model::pack_rows(at::arange(tokens).remainder(50).view({1, tokens}));
   batch.modality_T = at::ones({tokens}, at::kLong);
@@ -84,14 +86,16 @@ TEST(MemoryPlan, CountsWhatALayerKeeps) {
                         {"qwen3_gated", model::QkNorm::per_head, 0, true, true, false, false}, {"qwen3_dense", model::QkNorm::per_head, 0, true, false, false, true},
                         {"olmoe_clip", model::QkNorm::full, 2.0, false, true, false, true}, {"olmoe_bf16_gated", model::QkNorm::full, 0, false, true, true, false},
                         {"qwen3_dense_gated", model::QkNorm::per_head, 0, true, false, false, false}, {"qwen3_dense_bf16", model::QkNorm::per_head, 0, true, false, true, false},
-                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}, {"qwen2", model::QkNorm::none, 0, true, true, false, false, true}};
+                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}, {"qwen2", model::QkNorm::none, 0, true, true, false, false, true},
+                        {"qwen3_vera", model::QkNorm::per_head, 0, true, true, false, false, false, adapters::AdapterKind::vera},
+                        {"dense_vera", model::QkNorm::per_head, 0, true, false, true, true, false, adapters::AdapterKind::vera}};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
     MemoryRequest r;
     r.spec = spec_of(c, 4);
     r.dtype = c.bf16 ? at::kBFloat16 : at::kFloat;
     r.tokens = kTokens, r.gate_open = c.open;
-    r.adapters = {{4, {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up, model::Site::down}, {}}};
+    r.adapters = {{4, {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up, model::Site::down}, {}, c.kind}};
     const MemoryPlan plan = plan_memory(r);
     // Two layers more, so that what belongs to no layer drops out.
     const auto of_layer = [&](bool recomputed) {
@@ -127,7 +131,7 @@ TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
     const MemoryPlan plan = plan_memory(r);
     EXPECT_EQ(plan.recompute_layers, n);
     EXPECT_TRUE(plan.fits());
-    EXPECT_NO_THROW(check_fits(plan));
+    EXPECT_NO_THROW(check_fits(plan, r));
     before = plan.total();
   }
   EXPECT_EQ(before, free.smallest);
@@ -135,7 +139,7 @@ TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
   const MemoryPlan plan = plan_memory(r);
   EXPECT_FALSE(plan.fits());
   try {
-    check_fits(plan);
+    check_fits(plan, r);
     FAIL();
   } catch (const UserError& e) {
     EXPECT_NE(std::string(e.what()).find("smallest possible total"), std::string::npos) << e.what();
@@ -200,7 +204,7 @@ TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
   EXPECT_EQ(summary(plan_memory(r)).find("free"), std::string::npos);
   r.budget_bytes = 0, r.free_bytes = 1 << 20;
   try {
-    check_fits(plan_memory(r));
+    check_fits(plan_memory(r), r);
     FAIL();
   } catch (const UserError& e) {
     EXPECT_NE(std::string(e.what()).find("0.94 of what cuda:0 has free) is too little"), std::string::npos) << e.what();
@@ -294,14 +298,14 @@ TEST(MemoryBudget, ARunWithOffloadedExpertsLearnsTheSame) {
   const auto world = moegraft::testing::make_tiny_world(folder.path(), options);
   run::RunConfig plain = world.config, away = world.config;
   away.run.dir = (world.dir / "away").string();
-  away.model.offload = "experts";
+  away.model.offload = model::Offload::experts;
   train(plain);
   train(away);
   const auto a = moegraft::testing::training_losses(plain.run.dir), b = moegraft::testing::training_losses(away.run.dir);
   ASSERT_EQ(a.size(), b.size());
   for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-4 * a[i]) << "step " << i;  // without panels, products sum in another order
   run::RunConfig full = away;
-  full.train.base_weights = "full", full.train.allow_text_drift = true;
+  full.train.base_weights = BaseWeights::full, full.train.allow_text_drift = true;
   EXPECT_THROW(full.validate(""), UsageError);
 }
 

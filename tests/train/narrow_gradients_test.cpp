@@ -68,10 +68,10 @@ TEST(NarrowGradients, AreWidenedByNormAndUpdate) {
 TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
   const TemporaryFolder folder;
   const auto world = moegraft::testing::make_tiny_world(folder.path());
-  for (const char* optimizer : {"adamw", "adamw_8bit"}) {
+  for (const OptimizerKind optimizer : {OptimizerKind::adamw, OptimizerKind::adamw_8bit}) {
     const auto config_of = [&](const std::string& dir, const std::string& gradients) {
       run::RunConfig c = world.config;
-      c.run.dir = (world.dir / (dir + optimizer)).string();
+      c.run.dir = (world.dir / (dir + config::name_of(optimizer))).string();
       c.adapters[0].rank = 64;  // large enough for 8-bit moments
       c.train.steps = 8;
       c.train.accumulation = 4;
@@ -89,7 +89,7 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
     ASSERT_EQ(a.size(), 8u);
     ASSERT_EQ(b.size(), 8u);
     EXPECT_NE(a.back(), b.back()) << "bf16 was used";
-    for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(b[i], a[i], 0.01 * a[i]) << optimizer << " step " << i + 1;
+    for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(b[i], a[i], 0.01 * a[i]) << config::name_of(optimizer) << " step " << i + 1;
     for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
     train(part, "auto");
     EXPECT_EQ(moegraft::testing::training_losses(part.run.dir), b);
@@ -101,11 +101,12 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
   }
   run::RunConfig many = world.config;
   many.train.gradients = "bf16", many.train.accumulation = 129;
-  EXPECT_THROW(many.validate(""), UsageError);
+  EXPECT_THROW(many.train.validate("train"), UsageError);
 }
 
 TEST(NarrowGradients, ThePlanCountsTwoBytesEach) {
   MemoryRequest r;
+  r.spec.family = "qwen3_moe";
   r.spec.hidden_size = 64, r.spec.num_layers = 2, r.spec.num_heads = 4, r.spec.num_kv_heads = 4, r.spec.head_dim = 16, r.spec.num_experts = 6, r.spec.num_experts_per_tok = 2;
   r.spec.moe_intermediate_size = r.spec.intermediate_size = 48, r.spec.vocab_size = 50;
   r.spec.layers.assign(2, {});

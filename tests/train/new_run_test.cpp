@@ -42,7 +42,7 @@ TEST(NewRun, LoadsOfTheExpertsWhatItsInitialisationsNeed) {
     run::RunConfig large = config;
     if (who == 0) large.parallel.expert = 2;
     if (who == 1) large.parallel.shard_base = true;
-    if (who == 2) large.model.offload = "experts";
+    if (who == 2) large.model.offload = model::Offload::experts;
     EXPECT_EQ(experts_of_new_run(large, true), Experts::mapped);
     EXPECT_EQ(experts_of_new_run(large, false), std::nullopt) << "mapped already";
   }

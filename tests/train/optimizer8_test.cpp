@@ -177,7 +177,7 @@ TEST(AdamW8, RefusesMomentsOfTheOtherForm) {
 TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
   moegraft::testing::TemporaryFolder folder;
   const auto world = moegraft::testing::make_tiny_world(folder.path());
-  const auto config_of = [&](const std::string& dir, const std::string& optimizer) {
+  const auto config_of = [&](const std::string& dir, OptimizerKind optimizer) {
     run::RunConfig c = world.config;
     c.run.dir = (world.dir / dir).string();
     c.adapters[0].rank = 64;
@@ -187,7 +187,7 @@ TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
     c.checkpoint.keep = 100;
     return c;
   };
-  const auto exact = config_of("exact", "adamw"), whole = config_of("whole", "adamw_8bit"), part = config_of("part", "adamw_8bit");
+  const auto exact = config_of("exact", OptimizerKind::adamw), whole = config_of("whole", OptimizerKind::adamw_8bit), part = config_of("part", OptimizerKind::adamw_8bit);
   train(exact);
   train(whole);
   train(part);
@@ -207,7 +207,7 @@ TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
   EXPECT_GT(in_8bit, 0);
 
   auto changed = whole;
-  changed.train.optimizer = "adamw";
+  changed.train.optimizer = OptimizerKind::adamw;
   try {
     train(changed, "auto");
     FAIL();

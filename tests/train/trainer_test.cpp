@@ -53,7 +53,7 @@ TEST(Trainer, ABaseOfADirectoryTrainsFromItsWeights) {
   for (const double lr : {0.0, 1e-2}) {
     run::RunConfig c = config_of(world, "thawed" + std::to_string(lr > 0), 12);
     c.modalities.clear(), c.adapters.clear();
-    c.train.base_weights = "full", c.train.allow_text_drift = true;
+    c.train.base_weights = BaseWeights::full, c.train.allow_text_drift = true;
     c.train.base = {lr, 0.0};
     c.train.sample_every = 0, c.train.sample_prompts.clear();
     c.data.train = {{world.text_shards.string(), 1.0}}, c.data.eval.clear();
@@ -249,11 +249,11 @@ TEST(Trainer, ANumberThatIsNotFiniteStopsWithTheBatchSaved) {
   c.train.clip = 0;
   c.train.warmup = 0;
   // Rows beyond float32's range after the first step: the squares in the norms overflow.
-  train([&] { auto d = c; d.train.steps = 1; d.train.schedule = "constant"; return d; }());
+  train([&] { auto d = c; d.train.steps = 1; d.train.schedule = ScheduleKind::constant; return d; }());
   auto parameters = moegraft::testing::read_parameters(c.run.dir);
   for (auto& [name, tensor] : parameters) tensor = at::full_like(tensor, 1e30);
   moegraft::testing::replace_parameters(c.run.dir, parameters);
-  c.train.schedule = "constant";
+  c.train.schedule = ScheduleKind::constant;
   try {
     train(c, "auto");
     FAIL();

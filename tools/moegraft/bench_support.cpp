@@ -14,7 +14,7 @@
 
 #include "bench.h"
 #include "cpu.h"
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
@@ -192,11 +192,11 @@ graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* m
     config.rank = o.rank;
     config.alpha = 2.0 * double(o.rank);
     config.sites = o.sites;
-    auto lora = std::make_shared<adapters::ModalityLora>(m.decoder->spec(), config, 0, std::vector<int64_t>{1}, m.device(), experts);
-    graft::initialise_lora(*lora, config.init, nullptr, 1, ot::OtConfig{}, 0);
-    lora->register_parameters(*m.registry, config::name_of(config.init));
+    auto adapter = adapters::make_adapter({m.decoder->spec(), config, 0, {1}, m.device(), experts});
+    graft::initialise_lora(*adapter, config.init, nullptr, 1, ot::OtConfig{}, 0);
+    adapter->register_parameters(*m.registry);
     m.adapters = std::make_shared<adapters::AdapterStack>();
-    m.adapters->add(std::move(lora));
+    m.adapters->add(std::move(adapter));
     m.decoder->attach(m.adapters);
   }
   return m;

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <map>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/sites.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/text.h"
 #include "moegraft/graft/grafted_model.h"

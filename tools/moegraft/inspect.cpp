@@ -12,6 +12,7 @@
 #include "cpu.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
 #include "moegraft/config/config.h"
@@ -119,11 +120,13 @@ void run(const Options& o) {
   }
   MOEGRAFT_CHECK_USAGE(config || (o.device.empty() && o.budget == 0), "inspect: --device and --budget plan a run: give -c CONFIG or a run directory");
   if (!o.device.empty()) config->model.device = o.device;
+  MOEGRAFT_CHECK_USAGE(o.budget <= 1e6, "--budget must be at most 1e6 GiB, got ", o.budget);
   if (o.budget > 0) config->train.memory_budget_gib = o.budget;
   if (config && config->model.init) {
     MOEGRAFT_CHECK(!run_dir.empty() && fs::exists(run_dir / "model"), "this config trains a base from scratch; inspect its `model` folder once it is trained");
     out["model"] = describe_spec(model::read_spec(run_dir / "model"));
   } else {
+    MOEGRAFT_CHECK_USAGE(o.config.empty() || o.path.empty(), "inspect: -c ", o.config, " names its own base; leave ", o.path, " out, or give it as --set model.path=", o.path);
     const fs::path base = config ? config->model.path : o.path;
     const model::DecoderSpec s = model::read_spec(base);
     out["model"] = describe_spec(s);
@@ -143,7 +146,9 @@ void run(const Options& o) {
       if (!table.empty()) out["trained"]["table"] = train::to_json(table);
       if (!o.json)
         for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
-      out["memory"] = describe_plan(train::plan_memory(request), planned_on);
+      const train::MemoryPlan memory = train::plan_memory(request);
+      out["memory"] = describe_plan(memory, planned_on);
+      if (!memory.fits()) log::warning(train::fit_problem(memory, request));
       if (const auto plan = graft::plan_calibration(s, *config); plan.rows > 0 && run_dir.empty()) out["calibration"] = describe_calibration(plan, config->ot);
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)
@@ -166,7 +171,7 @@ void add_inspect_command(CLI::App& app) {
   cmd->add_option("--set", o->set, "Override a key of the config")->take_all()->allow_extra_args(false);
   cmd->add_option("--codebook", o->codebook, "Codebook size to assume when the codec is not there yet")->check(CLI::Range(1, 1 << 30));
   cmd->add_option("--device", o->device, "Plan for this device instead of the config's; a plan for cuda needs none here")->check(CLI::IsMember({"cpu", "cuda"}));
-  cmd->add_option("--budget", o->budget, "Plan for so many GiB of its memory (train.memory_budget_gib); default: what the device has free, where it is here")->check(CLI::PositiveNumber);
+  cmd->add_option("--budget", o->budget, "Plan for so many GiB of its memory (train.memory_budget_gib); default: what the device has free, where it is here")->check(positive());
   cmd->add_option("--plan", o->plan, "Predict the step time of nodes=N,gpus=M[,expert=E][,shard_base=true][,shard_optimizer=true] (gpus: processes of a node)");
   cmd->add_option("--measured", o->measured, "What --plan reckons with: outputs of bench collectives --json and of bench step --json by one process (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_flag("--json", o->json, "One JSON object on stdout");

@@ -1,5 +1,8 @@
 #include "vocabulary.h"
 
+#include <filesystem>
+
+#include "moegraft/base/check.h"
 #include "moegraft/codec/codec.h"
 
 namespace moegraft::tools {
@@ -8,6 +11,7 @@ model::Vocabulary vocabulary_of(model::Vocabulary v, const std::map<std::string,
   for (const auto& [name, section] : modalities) {
     int64_t codes = codebook, length = 0;
     if (codes == 0) {
+      MOEGRAFT_CHECK(std::filesystem::is_directory(section.codec), "modalities.", name, ".codec: ", section.codec, " does not exist: make one with `moegraft codec train`, or plan without it: --codebook N, the number of its codes");
       const auto codec = codec::load_codec(section.codec);
       codes = codec->codebook_size();
       length = codec->grid() * codec->grid();

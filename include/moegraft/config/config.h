@@ -12,6 +12,7 @@
 //   };
 //
 // Field types: bool, int64_t, double, std::string, enums with a table of names (choices.h), std::vector<T>, std::map<std::string, T>, std::optional<T>, and structs with visit_fields.
+// A struct of several kinds gives tag(), a reference to the enum field that its other fields depend on: visit_fields visits that field, what all kinds have, and what this one has.
 // A field without default: wrap in config::required(...). Rules of the format: src/config/README.md. All errors are UsageError, one line with the key's path.
 //
 //   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));

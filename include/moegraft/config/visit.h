@@ -1,10 +1,12 @@
 #pragma once
 // The visitors behind parse, dump and describe. Include config.h, not this file.
 
+#include <algorithm>
 #include <concepts>
 #include <type_traits>
 #include <utility>
 
+#include "moegraft/base/text.h"
 #include "moegraft/config/config.h"
 
 namespace moegraft::config {
@@ -63,6 +65,9 @@ struct FieldNames {
 
 template <class T>
 concept Section = requires(T& value, FieldNames& names) { value.visit_fields(names); };
+// A section whose tag(), an enum among its fields, decides which others it has: visit_fields visits those of the tag's present value.
+template <class T>
+concept Tagged = Section<T> && requires(T& value) { requires Choosable<std::remove_cvref_t<decltype(value.tag())>>; };
 template <class T>
 concept Validated = requires(const T& value) { value.validate(std::string()); };
 template <class T>
@@ -158,8 +163,22 @@ struct FieldReader {
   }
 };
 
+// Reads the one field that lies at `tag`.
+struct TagReader {
+  const Cursor& at;
+  const void* tag;
+  template <class F>
+  void operator()(const char* name, F& field, const Constraint& constraint, const char*) {
+    if (const Cursor child = at.child(name); &field == tag && child.tree != nullptr) read(child, constraint, field);
+  }
+};
+
 template <class T>
 void read_section(const Cursor& at, T& value) {
+  if constexpr (Tagged<T>) {
+    TagReader tag{at, &value.tag()};
+    value.visit_fields(tag);
+  }
   // Unknown keys first: a misspelt required key is better reported as a typo than as missing.
   FieldNames known;
   value.visit_fields(known);
@@ -231,16 +250,43 @@ struct FieldDescriber {
 
   template <class F>
   void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
-    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .choices = choices_in<F>(), .meaning = doc, .required = constraint.required, .in_entry = in_entry};
+    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .choices = choices_in<F>(), .default_text = "", .meaning = doc, .required = constraint.required, .in_entry = in_entry};
     for (const std::string& choice : constraint.choices) key.choices.push_back({choice, ""});
     if constexpr (!Section<F>) key.default_text = to_flow(to_tree(field));
     out.push_back(key);
     below(key.path, field, in_entry);
   }
+  // Keys that every value of the tag has, then the others, which name the values that have them.
+  template <class F>
+  void describe_tagged(const std::string& path, F& field, bool entry) {
+    std::vector<Key> all;
+    std::vector<std::vector<std::string>> tags;  // that have each of them
+    const auto rows = choices_of(field.tag());
+    for (const auto& row : rows) {
+      std::vector<Key> keys;
+      field.tag() = row.value;
+      FieldDescriber inner{path, entry, keys};
+      field.visit_fields(inner);
+      for (Key& key : keys) {
+        const auto known = std::find_if(all.begin(), all.end(), [&](const Key& other) { return other.path == key.path; });
+        const auto i = size_t(known - all.begin());
+        if (known == all.end()) all.push_back(std::move(key)), tags.emplace_back();
+        tags[i].push_back(row.name);
+      }
+    }
+    for (const bool common : {true, false})
+      for (size_t i = 0; i < all.size(); ++i) {
+        if ((tags[i].size() == rows.size()) != common) continue;
+        out.push_back(all[i]);
+        if (!common) out.back().meaning = "(" + join(tags[i], ", ") + ") " + all[i].meaning;
+      }
+  }
   // The keys inside a section, or inside what a list, mapping or optional holds.
   template <class F>
   void below(const std::string& path, F& field, bool entry) {
-    if constexpr (Section<F>) {
+    if constexpr (Tagged<F>) {
+      describe_tagged(path, field, entry);
+    } else if constexpr (Section<F>) {
       FieldDescriber inner{path, entry, out};
       field.visit_fields(inner);
     } else if constexpr (is_vector<F>::value) {

@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/codec/codec.h"
 #include "moegraft/distributed/world.h"
 #include "moegraft/model/decoder.h"

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "moegraft/adapters/modality_lora.h"
+#include "moegraft/adapters/adapter.h"
 #include "moegraft/graft/calibration.h"
 #include "moegraft/ot/config.h"
 
@@ -28,10 +28,10 @@ at::Tensor gw_subspace_A(const at::Tensor& x_v, const at::Tensor& x_t, int64_t r
 // The control without GW: top-P right singular vectors of x_v, same norm.
 at::Tensor activation_svd_A(const at::Tensor& x_v, int64_t rank, uint64_t seed);
 
-// Fills every A of `lora` in place (B is set to zero) and returns a JSON report. A method that looks at activations needs `calibration` and acts on expert
+// Puts an adapter's parameters where they begin, and fills every A of its factors(), if its kind has any; returns a JSON report. A method that looks at activations needs `calibration` and acts on expert
 // sites (gate and up share one A at the start); attention sites get Kaiming's. `modality` names the new rows in the calibration. An expert with fewer than
 // P rows of what the method reads (the new modality's, and text's where it couples them) uses its layer's pool, and Kaiming's A when that is short too
 // (counted in the report).
-std::string initialise_lora(adapters::ModalityLora& lora, adapters::FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed);
+std::string initialise_lora(adapters::Adapter& adapter, adapters::FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed);
 
 }  // namespace moegraft::graft

@@ -2,6 +2,7 @@
 // The `model` section of a run.
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -50,19 +51,26 @@ struct InitConfig {
   }
 };
 
+enum class Offload { none, experts };
+inline constexpr config::Named<Offload> kOffloads[] = {
+    {Offload::none, "none"},
+    {Offload::experts, "experts", "the frozen experts stay in host memory and visit the device a layer at a time; every layer is then computed again in the backward pass."},
+};
+constexpr std::span<const config::Named<Offload>> choices_of(Offload) { return kOffloads; }
+
 struct ModelConfig {
   std::string path;                // a Hugging Face directory; or
   std::optional<InitConfig> init;  // train a base from scratch
   std::string dtype = "float32";
   std::string device = "auto";
-  std::string offload = "none";
+  Offload offload = Offload::none;
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::path(), "Hugging Face directory of the base.");
     v("init", init, config::any(), "Train a base from scratch instead.");
     v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "What the model computes in, and a frozen base is kept in; what trains has float32 masters.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
-    v("offload", offload, config::one_of({"none", "experts"}), "experts: the frozen experts stay in host memory and visit the device a layer at a time; every layer is then computed again in the backward pass.");
+    v("offload", offload, config::any(), "What stays off the device.");
   }
   void validate(const std::string& at) const {
     MOEGRAFT_CHECK_USAGE(!path.empty() || init, at, ": give ", at, ".path (a Hugging Face directory) or ", at, ".init (train a base from scratch), got neither");

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/adapters/config.h"
 #include "moegraft/io/json.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
@@ -36,6 +37,7 @@ struct MemoryRequest {
     int64_t rank = 0;
     std::vector<model::Site> sites;
     std::vector<int64_t> layers;  // empty: all
+    adapters::AdapterKind kind = adapters::AdapterKind::modality_lora;
   };
   std::vector<Adapter> adapters;
   int64_t budget_bytes = 0;  // 0: what the device has free, no limit where that is not known
@@ -86,8 +88,9 @@ struct MemoryPlan {
 
 // The smallest number of recomputed layers that fits the budget; the number that takes least where none does.
 MemoryPlan plan_memory(const MemoryRequest& request);
-// UserError with the smallest possible total when the plan does not fit.
-void check_fits(const MemoryPlan& plan);
+// UserError when the plan of `request` does not fit: with the smallest possible total, and what would make it smaller.
+void check_fits(const MemoryPlan& plan, const MemoryRequest& request);
+std::string fit_problem(const MemoryPlan& plan, const MemoryRequest& request);  // that line
 std::string summary(const MemoryPlan& plan);  // one line
 
 }  // namespace moegraft::train
