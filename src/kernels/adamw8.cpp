@@ -99,6 +99,7 @@ void adamw8_step(const at::Tensor& parameter, const at::Tensor& grad, const Adam
     adamw8::step_cuda(factors, arrays, parameter.get_device());
   else
     step_cpu(factors, arrays);
+  parameter.unsafeGetTensorImpl()->bump_version();  // as ATen's in-place operations do, for whoever keeps something made of it
 }
 
 }  // namespace moegraft::kernels

@@ -158,6 +158,7 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
         if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
         at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,
                           /*maximize=*/false, divisor);
+        for (const auto& t : tensors) t.unsafeGetTensorImpl()->bump_version();  // the fused operation does not count its writes
         for (auto* list : {&tensors, &grads, &exp_avgs, &exp_avg_sqs, &steps}) list->clear();
       };
       int64_t widened = 0;

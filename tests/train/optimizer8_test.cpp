@@ -125,6 +125,27 @@ TEST(AdamW8, OddSizesEmptyTensorsAndMissingGradients) {
   EXPECT_EQ(state.at("odd.exp_avg.scales").numel(), 17);
 }
 
+// adapters/vera.cpp keeps factors made of its parameters until their versions change.
+TEST(AdamW, AStepCountsAsAWriteOfEveryParameter) {
+  for (const bool moments_8bit : {false, true}) {
+    model::ParameterRegistry registry;
+    const auto large = leaf(at::ones({5000})), matrix = leaf(at::ones({3, 4})), still = leaf(at::ones({6}));
+    registry.add({"large", large, "lora"});
+    registry.add({"matrix", matrix, "lora"});
+    registry.add({"still", still, "lora"});
+    AdamWOptions options;
+    options.moments_8bit = moments_8bit;
+    AdamW optimizer(registry, {{"lora", {0.1, 0.1}}}, options);
+    set_grad(large, at::ones({5000}));
+    set_grad(matrix, at::ones({3, 4}));
+    const auto before = std::tuple(large._version(), matrix._version(), still._version());
+    optimizer.step(1.0);
+    EXPECT_GT(large._version(), std::get<0>(before));
+    EXPECT_GT(matrix._version(), std::get<1>(before));
+    EXPECT_EQ(still._version(), std::get<2>(before));
+  }
+}
+
 TEST(AdamW8, StateRestoresBitForBit) {
   const auto run = [](int save_at) {
     at::manual_seed(5);

@@ -29,7 +29,8 @@ stage_tests() {
     part graft-model 60 graft-model.json "$python" "$here/make_model.py" "$here/tiny.json" "$scratch_of_stage/base" --device cpu
     after "$scratch_of_stage/base/config.json" graft-model graft-world && part graft-world 90 - "$python" "$here/make_world.py" "$moegraft" "$scratch_of_stage/base" "$scratch_of_stage/world" --pictures "$(on_card && echo 96 || echo 12)" --size 24 --codec-steps 10 \
       --sequence-length 128 --tokens-per-step "$(on_card && echo 1024 || echo 256)"
-    after "$scratch_of_stage/world/graft.yaml" graft-world graft && part graft 120 graft.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 100 || echo 12)" --beside cpu
+    after "$scratch_of_stage/world/graft.yaml" graft-world graft && part graft 120 graft.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 100 || echo 12)" --beside cpu \
+      --set 'adapters[0].init=gw_subspace' --set ot.calibration_tokens=1024
   else
     skip graft "this Python has no safetensors"
   fi
@@ -119,7 +120,8 @@ stage_step() {
   part train-world 60 - "$python" "$here/make_world.py" "$moegraft" "$scratch_of_stage/base" "$scratch_of_stage/world" --pictures "$(on_card && echo 96 || echo 12)" --size "$(on_card && echo 48 || echo 24)" \
     --codec-steps 10 --sequence-length "$(on_card && echo 4096 || echo 128)" --tokens-per-step "$(on_card && echo 16384 || echo 256)" --accumulation 2
   after "$scratch_of_stage/world/graft.yaml" train-world train || return 0
-  part train 150 train.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 20 || echo 12)" --set train.optimizer=adamw_8bit
+  part train 150 train.json "$python" "$here/train.py" "$moegraft" "$scratch_of_stage/world/graft.yaml" "$scratch_of_stage/runs" --device "$device" --steps "$(on_card && echo 20 || echo 12)" \
+    --set train.optimizer=adamw_8bit --set train.gradients=bf16  # what the 30B recipe needs on 80 GB
 }
 
 decode() {
