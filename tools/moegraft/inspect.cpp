@@ -44,10 +44,15 @@ struct Options {
 Json describe_spec(const model::DecoderSpec& s) {
   int64_t sparse = 0, window = 0;
   for (const auto& layer : s.layers) sparse += layer.sparse, window = std::max(window, layer.sliding_window);
-  return {{"family", s.family}, {"layers", s.num_layers}, {"sparse_layers", sparse}, {"hidden_size", s.hidden_size}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},
+  Json out{{"family", s.family}, {"layers", s.num_layers}, {"sparse_layers", sparse}, {"hidden_size", s.hidden_size}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},
           {"head_dim", s.head_dim}, {"experts", s.num_experts}, {"experts_per_token", s.num_experts_per_tok}, {"expert_width", s.moe_intermediate_size}, {"vocab_size", s.vocab_size},
           {"tied", s.tie_word_embeddings}, {"sliding_window", window}, {"rope", s.rope.type}, {"bos_id", s.bos_id}, {"eos_id", s.eos_id},
           {"parameters", s.num_parameters()}, {"active_parameters", s.num_active_parameters()}};
+  if (sparse < s.num_layers) out["dense_width"] = s.intermediate_size;
+  if (s.shared_expert.intermediate_size > 0) out["shared_expert_width"] = s.shared_expert.intermediate_size;
+  if (s.has_experts()) out["router"] = std::string(s.router.score == model::RouterSpec::Score::sigmoid ? "sigmoid" : "softmax") + (s.router.correction_bias ? ", corrected" : "") +
+                                       (s.router.num_groups > 1 ? moegraft::detail::concat(", ", s.router.topk_groups, " of ", s.router.num_groups, " groups") : "");
+  return out;
 }
 
 Json describe_plan(const train::MemoryPlan& p, at::Device device) {
