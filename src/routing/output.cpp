@@ -1,6 +1,10 @@
 #include <array>
 #include <cmath>
+#include <limits>
+#include <set>
 
+#include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/io/json.h"
 #include "moegraft/routing/stats.h"
 
@@ -14,6 +18,39 @@ io::Json numbers(const std::vector<double>& values) {
   io::Json list = io::Json::array();
   for (const double value : values) list.push_back(number(value));
   return list;
+}
+
+constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+
+double number_of(const io::Json& value) { return value.is_null() ? kNone : value.get<double>(); }
+
+ModalityLoad load_of(const io::Json& j) {
+  ModalityLoad load;
+  j.at("tokens").get_to(load.tokens);
+  const auto measure = [&](const char* key) { return load.tokens > 0 ? number_of(j.at(key)) : kNone; };
+  load.entropy = measure("entropy"), load.imbalance = measure("imbalance");
+  load.router_entropy = measure("router_entropy"), load.confidence = measure("confidence");
+  if (load.tokens == 0) return load;
+  j.at("load").get_to(load.load_E);
+  j.at("probability").get_to(load.probability_E);
+  j.at("dead").get_to(load.dead);
+  return load;
+}
+
+LayerRouting layer_of(const io::Json& j, const RoutingReport& report, const std::string& where) {
+  const auto expect_experts = [&](size_t size) { MOEGRAFT_CHECK(int64_t(size) == report.num_experts, where, ": a layer lists ", size, " experts, expected ", report.num_experts); };
+  LayerRouting layer;
+  layer.layer = j.at("layer");
+  for (const auto& name : report.modality_names) {
+    const auto& load = layer.modalities.emplace_back(load_of(j.at("modalities").at(name)));
+    if (load.tokens > 0) expect_experts(load.load_E.size()), expect_experts(load.probability_E.size());
+    const bool is_text = layer.modalities.size() == 1;
+    layer.divergence_M.push_back(!is_text ? number_of(j.at("divergence_bits").at(name)) : load.tokens > 0 ? 0.0 : kNone);
+  }
+  layer.mutual_information = number_of(j.at("mutual_information_bits"));
+  j.at("selectivity").get_to(layer.selectivity_E);
+  expect_experts(layer.selectivity_E.size());
+  return layer;
 }
 
 template <class F>
@@ -72,6 +109,26 @@ std::string to_json_line(const RoutingReport& report, int64_t step) {
                       {"selectivity", layer.selectivity_E}});
   }
   return io::Json{{"step", step}, {"num_experts", report.num_experts}, {"mean", mean}, {"layers", layers}}.dump();
+}
+
+RoutingLine parse_json_line(const std::string& line, const std::string& where) {
+  MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, where, ": brackets nest ", json_depth(line), " deep, expected ", kMostJsonDepth, " at most");
+  try {
+    const auto j = io::Json::parse(line);
+    RoutingLine out;
+    j.at("step").get_to(out.step);
+    j.at("num_experts").get_to(out.report.num_experts);
+    std::set<std::string> others;
+    for (const auto& layer : j.at("layers"))
+      for (const auto& [name, load] : layer.at("modalities").items())
+        if (name != "text") others.insert(name);
+    out.report.modality_names = {"text"};
+    out.report.modality_names.insert(out.report.modality_names.end(), others.begin(), others.end());
+    for (const auto& layer : j.at("layers")) out.report.layers.push_back(layer_of(layer, out.report, where));
+    return out;
+  } catch (const io::Json::exception& e) {
+    fail<UserError>(where, ": does not read as a line of routing statistics: ", shortened(e.what(), 160));
+  }
 }
 
 std::array<uint8_t, 3> colour(double value) {

@@ -142,6 +142,52 @@ TEST(Output, JsonLineAndScalars) {
   EXPECT_TRUE(found);
 }
 
+TEST(Output, ALineReadsBack) {
+  RoutingStats stats(2, 3, {"text", "audio", "image"});
+  observe(stats, 0, choose({0, 0, 2, 1}, {0, 0, 1, 2}, 3));
+  observe(stats, 1, choose({0, 1, 2}, {0, 0, 0}, 3));
+  const auto written = stats.read();
+  const auto read = parse_json_line(to_json_line(written, 40), "here");
+  EXPECT_EQ(read.step, 40);
+  EXPECT_EQ(read.report.modality_names, written.modality_names);
+  EXPECT_EQ(read.report.num_experts, 3);
+  ASSERT_EQ(read.report.layers.size(), 2u);
+  // To six digits; NaN for NaN.
+  const auto same = [](double a, double b) { return std::isnan(a) ? std::isnan(b) : std::abs(a - b) <= 5e-7; };
+  for (size_t l = 0; l < 2; ++l) {
+    const auto &a = written.layers[l], &b = read.report.layers[l];
+    EXPECT_EQ(a.layer, b.layer);
+    EXPECT_EQ(a.selectivity_E, b.selectivity_E);
+    EXPECT_TRUE(same(a.mutual_information, b.mutual_information)) << l;
+    for (size_t m = 0; m < 3; ++m) {
+      const auto &x = a.modalities[m], &y = b.modalities[m];
+      EXPECT_TRUE(x.tokens == y.tokens && x.dead == y.dead && x.load_E.size() == y.load_E.size() && x.probability_E.size() == y.probability_E.size()) << l << " " << m;
+      EXPECT_TRUE(same(a.divergence_M[m], b.divergence_M[m]) && same(x.entropy, y.entropy) && same(x.imbalance, y.imbalance) && same(x.router_entropy, y.router_entropy) && same(x.confidence, y.confidence)) << l << " " << m;
+      for (size_t e = 0; e < x.load_E.size(); ++e) EXPECT_TRUE(same(x.load_E[e], y.load_E[e]) && same(x.probability_E[e], y.probability_E[e])) << l << " " << m << " " << e;
+    }
+  }
+  EXPECT_TRUE(heat_map(read.report, 4).equal(heat_map(written, 4)));
+  const auto dense = parse_json_line(to_json_line({{"text", "image"}, 4, {}}, 1), "here");
+  EXPECT_TRUE(dense.report.layers.empty());
+}
+
+TEST(Output, ALineThatDoesNotReadNamesItsPlace) {
+  const std::string layer = R"({"layer":0,"modalities":{"text":{"tokens":2,"load":[1.0],"probability":[1.0],"entropy":0.0,"imbalance":2.0,"dead":1,"router_entropy":0.0,"confidence":1.0}},)"
+                            R"("divergence_bits":{},"mutual_information_bits":null,"selectivity":["text","dead"]})";
+  struct Case {
+    std::string line, message;
+  };
+  for (const auto& c : {Case{"{\"step\":1", "here: does not read"}, Case{R"({"step":1,"layers":[]})", "num_experts"}, Case{R"({"step":1,"num_experts":2,"layers":[{"layer":0}]})", "here: "},
+                        Case{R"({"step":1,"num_experts":2,"layers":[)" + layer + "]}", "here: a layer lists 1 experts, expected 2"}}) {
+    try {
+      parse_json_line(c.line, "here");
+      ADD_FAILURE() << c.line;
+    } catch (const UserError& e) {
+      EXPECT_NE(std::string(e.what()).find(c.message), std::string::npos) << e.what();
+    }
+  }
+}
+
 TEST(Output, HeatMap) {
   RoutingStats stats(2, 3, {"text", "image"});
   observe(stats, 0, choose({0, 0, 2}, {0, 0, 1}, 3));

@@ -71,6 +71,14 @@ class RoutingStats : public model::RoutingObserver {
 // One line of routing.jsonl, without a line break.
 std::string to_json_line(const RoutingReport& report, int64_t step);
 
+struct RoutingLine {
+  int64_t step = 0;
+  RoutingReport report;
+};
+// What to_json_line wrote, with measures to its six digits; modalities after text in the order of their names, which is that of a run's ids.
+// where: the line's place in messages, "routing.jsonl:3". UserError when it does not read as one.
+RoutingLine parse_json_line(const std::string& line, const std::string& where);
+
 // Tags and values for TensorBoard: means over layers, and each layer's divergence.
 std::vector<std::pair<std::string, double>> scalars(const RoutingReport& report);
 
