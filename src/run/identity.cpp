@@ -7,7 +7,7 @@
 #include "moegraft/base/text.h"
 #include "moegraft/data/fingerprints.h"
 #include "moegraft/data/shard.h"
-#include "moegraft/io/json.h"
+#include "moegraft/run/records.h"
 #include "moegraft/tokenizer/tokenizer.h"
 
 namespace moegraft::run {
@@ -89,16 +89,7 @@ std::string content_of(const std::string& key) {
 }
 
 Fingerprints recorded_fingerprints(const std::filesystem::path& dir) {
-  const auto j = io::read_json(dir / "run.json");
-  if (!j.is_object() || !j.contains("fingerprints")) return {};
-  const auto& recorded = j["fingerprints"];
-  MOEGRAFT_CHECK(recorded.is_object(), (dir / "run.json").string(), ": \"fingerprints\" must be an object");
-  Fingerprints out;
-  for (const auto& [name, value] : recorded.items()) {
-    MOEGRAFT_CHECK(value.is_string(), (dir / "run.json").string(), ": fingerprints.", name, " must be a string");
-    out[name] = value.get<std::string>();
-  }
-  return out;
+  return read_run_record(dir).fingerprints.value_or(Fingerprints{});
 }
 
 }  // namespace moegraft::run

@@ -11,6 +11,7 @@
 #include <thread>
 #include <utility>
 
+#include "fields.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
@@ -69,14 +70,26 @@ bool is_free(const std::string& key) {
   });
 }
 
-io::Json session(int64_t from_step, const std::string& device, const std::vector<ConfigChange>& changes, const Fingerprints& was, const Fingerprints& now) {
-  io::Json changed = io::Json::array();
-  for (const auto& change : changes) changed.push_back(change.key + ": " + change.before + " -> " + change.after);
-  io::Json j{{"started", now_utc()}, {"pid", getpid()}, {"host", host_name()}, {"from_step", from_step}, {"cores", std::thread::hardware_concurrency()},
-             {"environment", describe_environment(device)}, {"changed", changed}};
+Session session(int64_t from_step, const std::string& device, const std::vector<ConfigChange>& changes, const Fingerprints& was, const Fingerprints& now) {
+  Session out;
+  out.started = now_utc(), out.host = host_name(), out.pid = getpid(), out.cores = std::thread::hardware_concurrency();
+  out.from_step = from_step;
+  out.environment = describe_environment(device);
+  const auto change = [](const std::string& name, const std::string& before, const std::string& after) { return name + ": " + before + " -> " + after; };
+  for (const auto& c : changes) out.changed.push_back(change(c.key, c.before, c.after));
+  std::vector<std::string> accepted;
   for (const auto& [name, before] : was)
-    if (const auto after = now.find(name); after != now.end() && after->second != before) j["accepted"].push_back(name + ": " + before + " -> " + after->second);
-  return j;
+    if (const auto after = now.find(name); after != now.end() && after->second != before) accepted.push_back(change(name, before, after->second));
+  if (!accepted.empty()) out.accepted = accepted;
+  return out;
+}
+
+// Of what is there no byte changes but those of the edit: an earlier or later version's keys stay.
+template <class F>
+void edit_run_json(const fs::path& dir, F&& edit) {
+  auto j = io::read_json(dir / kRun);
+  edit(j);
+  io::write_json(dir / kRun, j);
 }
 
 }  // namespace
@@ -170,26 +183,28 @@ RunDir RunDir::open_new(const RunConfig& config, bool over_untrained) {
   return run;
 }
 
-void RunDir::note(const std::string& key, const std::string& json) {
-  auto j = io::read_json(dir_ / kRun);
-  const auto value = io::Json::parse(json);
-  if (key == "warnings") j[key].push_back(value);
-  else j[key] = value;
-  io::write_json(dir_ / kRun, j);
+void RunDir::note_trainable(const std::vector<TrainedRow>& rows) {
+  edit_run_json(dir_, [&](io::Json& j) { j["trainable"] = fields::to_value(rows); });
 }
 
-void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from) {
-  io::Json j{{"format", "moegraft run"}, {"version", 1}, {"moegraft", MOEGRAFT_VERSION}, {"git_commit", git_commit()}, {"seed", config.run.seed}, {"fingerprints", fingerprints},
-             {"sessions", io::Json::array({io::Json::parse(session)})}};
-  if (!branched_from.empty()) j["branched_from"] = branched_from;
-  io::write_json(dir_ / kRun, j);
+void RunDir::note_warning(const Warning& warning) {
+  edit_run_json(dir_, [&](io::Json& j) { j["warnings"].push_back(fields::to_value(warning)); });
+}
+
+void RunDir::begin(const RunConfig& config, const Fingerprints& fingerprints, const Session& session, std::optional<std::string> branched_from) {
+  RunRecord record;
+  record.moegraft = MOEGRAFT_VERSION, record.git_commit = git_commit(), record.seed = config.run.seed;
+  record.fingerprints = fingerprints;
+  record.sessions = {session};
+  record.branched_from = std::move(branched_from);
+  io::write_json(dir_ / kRun, fields::to_value(record));
   io::write_file_atomic(dir_ / kConfig, config::dump(config));  // last: it makes the directory a run
 }
 
 RunDir RunDir::create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device, bool over_untrained) {
   RunDir run = open_new(config, over_untrained);
   run.metrics.cut_back(-1), run.routing.cut_back(-1);  // of a start that saved nothing
-  run.begin(config, fingerprints, session(0, device, {}, {}, {}).dump());
+  run.begin(config, fingerprints, session(0, device, {}, {}, {}));
   return run;
 }
 
@@ -226,11 +241,10 @@ RunDir RunDir::resume(const RunConfig& config, const Fingerprints& fingerprints,
   const Fingerprints was = recorded_fingerprints(dir);
   const auto changes = allowed_changes(load_run_config(dir), config, was, fingerprints, "Start a new run.dir instead (adapters[].init_from takes over what was learned)");
   check_identity(dir, fingerprints, config, accept_data);
-  auto j = io::read_json(dir / kRun);
-  MOEGRAFT_CHECK(j.is_object() && j.contains("sessions") && j["sessions"].is_array(), (dir / kRun).string(), " has no list \"sessions\"");
-  j["sessions"].push_back(session(step, device, changes, was, fingerprints));
-  j["fingerprints"] = fingerprints;
-  io::write_json(dir / kRun, j);
+  edit_run_json(dir, [&](io::Json& j) {
+    j["sessions"].push_back(fields::to_value(session(step, device, changes, was, fingerprints)));
+    j["fingerprints"] = fingerprints;
+  });
   if (!changes.empty()) io::write_file_atomic(dir / kConfig, config::dump(config));
   const int64_t keep = step > 0 ? step : -1;  // what was evaluated before the first step is evaluated again
   run.metrics.cut_back(keep);
@@ -255,7 +269,7 @@ RunDir RunDir::branch(const RunConfig& config, const Fingerprints& fingerprints,
     io::sync_file(copy.path() / file.path().filename());
   }
   copy.publish();
-  run.begin(config, fingerprints, session(step, device, changes, was, fingerprints).dump(), fs::absolute(checkpoint).lexically_normal().string());
+  run.begin(config, fingerprints, session(step, device, changes, was, fingerprints), fs::absolute(checkpoint).lexically_normal().string());
   return run;
 }
 

@@ -4,8 +4,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
-#include "moegraft/io/json.h"
 #include "moegraft/routing/stats.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/tensorboard.h"
@@ -20,8 +20,9 @@ class Journal {
   }
   bool writes() const { return dir_.has_value(); }
 
-  void metrics(const io::Json& line) {
-    if (dir_) dir_->metrics.append(line.dump());
+  // A line of JSON, from records.h.
+  void metrics(const std::string& line) {
+    if (dir_) dir_->metrics.append(line);
   }
   void scalar(const std::string& tag, int64_t step, double value) {
     if (board_) board_->scalar(tag, step, value);
@@ -29,8 +30,11 @@ class Journal {
   void image_file(const std::string& tag, int64_t step, const std::filesystem::path& png) {
     if (board_) board_->image_file(tag, step, png);
   }
-  void note(const std::string& key, const io::Json& value) {
-    if (dir_) dir_->note(key, value.dump());
+  void note_trainable(const std::vector<run::TrainedRow>& rows) {
+    if (dir_) dir_->note_trainable(rows);
+  }
+  void note_warning(const run::Warning& warning) {
+    if (dir_) dir_->note_warning(warning);
   }
   void routing(const routing::RoutingReport& report, int64_t step);
   // Before a checkpoint: a resume keeps the lines up to its step.

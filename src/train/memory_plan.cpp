@@ -125,20 +125,21 @@ class Counter {
     return t;
   }
 
-  std::vector<TrainedRow> table() const {
-    std::vector<TrainedRow> rows;
+  std::vector<run::TrainedRow> table() const {
+    std::vector<run::TrainedRow> rows;
+    const auto add = [&](const std::string& what, const std::string& where, int64_t parameters) { rows.push_back({what, where, parameters, 4 * parameters}); };
     for (size_t i = 0; i < r_.adapters.size(); ++i)
       for (const Site site : r_.adapters[i].sites) {
         const auto& a = r_.adapters[i];
         int64_t layers = 0;
         for (int64_t l = 0; l < s_.num_layers; ++l) layers += acts(a, site, l);
         const bool experts = adapters::is_per_expert(s_, site);
-        rows.push_back({moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
-                        moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * trained_at(a, site)});
+        add(moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
+            moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * trained_at(a, site));
       }
     const TrainedParameters all = trained();
-    if (all.rows) rows.push_back({s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head", moegraft::detail::concat(r_.new_rows, " tokens"), all.rows});
-    if (all.base) rows.push_back({"the base", moegraft::detail::concat(s_.num_layers, " layers"), all.base});
+    if (all.rows) add(s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head", moegraft::detail::concat(r_.new_rows, " tokens"), all.rows);
+    if (all.base) add("the base", moegraft::detail::concat(s_.num_layers, " layers"), all.base);
     return rows;
   }
 
@@ -309,19 +310,13 @@ TrainedParameters count_trained(const MemoryRequest& request) {
   return Counter(whole).trained();
 }
 
-std::vector<TrainedRow> trained_table(const MemoryRequest& request) {
+std::vector<run::TrainedRow> trained_table(const MemoryRequest& request) {
   MemoryRequest whole = request;
   whole.expert_size = 1;
   return Counter(whole).table();
 }
 
-io::Json to_json(const std::vector<TrainedRow>& rows) {
-  io::Json out = io::Json::array();
-  for (const auto& row : rows) out.push_back({{"what", row.what}, {"where", row.where}, {"parameters", row.parameters}, {"bytes", 4 * row.parameters}});
-  return out;
-}
-
-std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters) {
+std::vector<std::string> format_trained(const std::vector<run::TrainedRow>& rows, int64_t base_parameters) {
   int64_t total = 0;
   size_t what = 5, where = 0;
   for (const auto& row : rows) total += row.parameters, what = std::max(what, row.what.size()), where = std::max(where, row.where.size());

@@ -33,7 +33,7 @@ struct Start {
   std::optional<checkpoint::Checkpoint> from;
   graft::GraftedModel model;
   MemoryPlan plan;
-  std::vector<TrainedRow> trained;
+  std::vector<run::TrainedRow> trained;
 };
 // config with absolute paths; resume: as in train(). Without train.memory_budget_gib a GPU's plan is for what it has free here, before anything is loaded: with several processes
 // for the least that one of them has, since layers that run again hold collectives. A resumed run may find another value: which layers run again changes no bit. With several processes rank 0 makes a new run by itself (initialisations see the whole base) and saves it

@@ -6,7 +6,6 @@
 #include <array>
 #include <chrono>
 #include <cmath>
-#include <map>
 #include <set>
 #include <utility>
 
@@ -21,6 +20,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
+#include "moegraft/run/records.h"
 #include "moegraft/train/schedule.h"
 #include "moegraft/train/signals.h"
 #include "moegraft/train/team.h"
@@ -69,7 +69,7 @@ class Trainer {
     if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;
     if (!config.data.eval.empty()) eval_.emplace(config.data.eval, config.data, model_.vocabulary, config.train.eval_tokens, data::Share{1, team_.rank(), team_.size()});
     if (start.from) restore(*start.from);
-    journal_.note("trainable", to_json(start.trained));
+    journal_.note_trainable(start.trained);
   }
 
   TrainOutcome run() {
@@ -305,25 +305,21 @@ class Trainer {
   }
 
   void log_metrics() {
-    const double now = seconds(), factor = schedule_.factor(state_.step - 1);
-    io::Json line{{"step", state_.step}, {"loss", loss_}, {"grad_norm", grad_norm_}, {"tokens", state_.tokens_seen}, {"epochs", stream_.epochs()}, {"lr_factor", factor}};
-    const auto counts = stream_.counts();  // so far: text cut at data.sequence_length, documents too long for it
-    line["truncated_documents"] = counts.truncated, line["skipped_documents"] = counts.skipped;
-    std::map<std::string, double> scalars{{"loss", loss_}, {"grad_norm", grad_norm_}, {"lr_factor", factor}};
+    const double now = seconds();
+    run::TrainingLine line;
+    line.step = state_.step, line.tokens = state_.tokens_seen, line.epochs = stream_.epochs(), line.seconds = now;
+    const auto counts = stream_.counts();
+    line.truncated_documents = counts.truncated, line.skipped_documents = counts.skipped;
+    line.loss = loss_, line.grad_norm = grad_norm_, line.lr_factor = schedule_.factor(state_.step - 1);
     for (size_t m = 0; m < window_nll_.size(); ++m)
-      if (window_labels_[m] > 0) scalars["nll_" + names_[m]] = window_nll_[m] / double(window_labels_[m]);
-    scalars["tokens_per_s"] = double(window_tokens_) / std::max(now - window_start_, 1e-9);
-    // Of the time in steps: what passed until their batches were there.
-    scalars["data_wait_share"] = window_step_ > 0 ? window_wait_ / window_step_ : 0;
-    if (stall_share_) scalars["checkpoint_stall_share"] = *std::exchange(stall_share_, {});
-    if (const auto use = prefix_cache_.take_use(); use.tokens > 0) scalars["prefix_cache_hit_share"] = double(use.found) / double(use.tokens);
-    if (!team_.alone()) log_team(line, scalars);
-    for (const auto& [name, value] : scalars) {
-      line[name] = value;
-      journal_.scalar("train/" + name, state_.step, value);
-    }
-    line["seconds"] = now;
-    journal_.metrics(line);
+      if (window_labels_[m] > 0) line.nll[names_[m]] = window_nll_[m] / double(window_labels_[m]);
+    line.tokens_per_s = double(window_tokens_) / std::max(now - window_start_, 1e-9);
+    line.data_wait_share = window_step_ > 0 ? window_wait_ / window_step_ : 0;
+    line.checkpoint_stall_share = std::exchange(stall_share_, {});
+    if (const auto use = prefix_cache_.take_use(); use.tokens > 0) line.prefix_cache_hit_share = double(use.found) / double(use.tokens);
+    if (!team_.alone()) log_team(line);
+    for (const auto& [name, value] : run::measures(line)) journal_.scalar("train/" + name, state_.step, value);
+    journal_.metrics(run::to_json_line(line));
     window_nll_.clear();
     window_labels_.clear();
     window_tokens_ = window_steps_ = window_bytes_ = 0;
@@ -332,15 +328,15 @@ class Trainer {
   }
 
   // What the exchange with the other processes takes, and whether one of them is slower: each one's step time without its waiting for the others.
-  void log_team(io::Json& line, std::map<std::string, double>& scalars) {
+  void log_team(run::TrainingLine& line) {
     const double steps = double(std::max<int64_t>(window_steps_, 1));
     const auto ranks = team_.gather({(window_step_ - window_exchange_) / steps, window_exchange_ / steps, double(window_bytes_) / steps}, "step times");
     std::vector<double> busy;
     double wait = 0, bytes = 0;
     for (const auto& rank : ranks) busy.push_back(rank[0]), wait += rank[1], bytes += rank[2];
-    line["busy_seconds_by_rank"] = busy;
-    scalars["comm_wait_share"] = window_step_ > 0 ? wait / double(ranks.size()) / (window_step_ / steps) : 0;
-    scalars["comm_mib_per_step"] = bytes / double(1 << 20);
+    line.busy_seconds_by_rank = busy;
+    line.comm_wait_share = window_step_ > 0 ? wait / double(ranks.size()) / (window_step_ / steps) : 0;
+    line.comm_mib_per_step = bytes / double(1 << 20);
     std::vector<double> sorted = busy;
     std::sort(sorted.begin(), sorted.end());
     const double median = sorted[(sorted.size() - 1) / 2], slowest = sorted.back();
@@ -363,7 +359,7 @@ class Trainer {
   void act_on(const std::vector<Finding>& findings) {
     for (const auto& f : findings) {
       log::warning("step ", f.step, ": ", f.text);
-      journal_.note("warnings", {{"step", f.step}, {"check", f.check}, {"text", f.text}});
+      journal_.note_warning({f.step, f.check, f.text});
     }
     if (findings.empty() || !config_.train.strict) return;
     const bool stepped = state_.step > first_step_;
@@ -396,17 +392,19 @@ class Trainer {
     model::ForwardOptions options;
     options.lockstep = team_.lockstep();
     const auto result = evaluate::measure_likelihood(model_, *eval_, options, [this](const std::vector<double>& mine) { return team_.sum(mine, "evaluation"); });
-    io::Json line{{"step", state_.step}, {"eval", true}};
+    run::EvaluationLine line;
+    line.step = state_.step;
     for (size_t m = 0; m < result.nll_M.size(); ++m)
       if (result.labels_M[m] > 0) {
-        line["eval_nll_" + names_[m]] = result.nll_M[m];
+        line.nll[names_[m]] = result.nll_M[m];
         journal_.scalar("eval/nll_" + names_[m], state_.step, result.nll_M[m]);
       }
-    journal_.metrics(line);
+    const std::string text = run::to_json_line(line);
+    journal_.metrics(text);
     // The measure that `best` means: likelihood of what is being learnt.
     measure_ = result.total();
     if (!state_.best_measure || *measure_ < *state_.best_measure) state_.best_measure = measure_, state_.best_step = state_.step;
-    log::info("step ", state_.step, ": held-out ", line.dump());
+    log::info("step ", state_.step, ": held-out ", text);
   }
 
   // Every process draws, for drawing is forward passes; one keeps the pictures.

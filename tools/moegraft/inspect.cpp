@@ -19,10 +19,12 @@
 #include "moegraft/graft/calibration.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/graft/vocabulary_file.h"
+#include "moegraft/io/json.h"
 #include "moegraft/kernels/device_numerics.h"
 #include "moegraft/model/device.h"
 #include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
+#include "moegraft/run/records.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/memory_plan.h"
 #include "vocabulary.h"
@@ -148,7 +150,7 @@ void run(const Options& o) {
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
       const auto table = train::trained_table(request);
-      if (!table.empty()) out["trained"]["table"] = train::to_json(table);
+      if (!table.empty()) out["trained"]["table"] = io::Json::parse(run::to_json(table));
       if (!o.json)
         for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
       const train::MemoryPlan memory = train::plan_memory(request);

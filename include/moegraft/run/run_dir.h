@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "moegraft/run/identity.h"
+#include "moegraft/run/records.h"
 #include "moegraft/run/run_config.h"
 
 namespace moegraft::run {
@@ -90,8 +92,9 @@ class RunDir {
   std::filesystem::path samples() const { return dir_ / "samples"; }
   std::filesystem::path tensorboard() const { return dir_ / "tb"; }
 
-  // Into run.json: "warnings" grows, any other key is set. json: a value.
-  void note(const std::string& key, const std::string& json);
+  // Into run.json: of this session, and one more of them.
+  void note_trainable(const std::vector<TrainedRow>& rows);
+  void note_warning(const Warning& warning);
 
   // Write the lines of a step before its checkpoint: a resume keeps lines up to the checkpoint's step.
   LineLog metrics, routing;
@@ -99,7 +102,7 @@ class RunDir {
  private:
   explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
   static RunDir open_new(const RunConfig& config, bool over_untrained = false);
-  void begin(const RunConfig& config, const Fingerprints& fingerprints, const std::string& session, const std::string& branched_from = {});
+  void begin(const RunConfig& config, const Fingerprints& fingerprints, const Session& session, std::optional<std::string> branched_from = {});
   std::filesystem::path dir_;
   int lock_ = -1;
 };

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "moegraft/adapters/config.h"
-#include "moegraft/io/json.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
 #include "moegraft/model/vocabulary.h"
+#include "moegraft/run/records.h"
 #include "moegraft/run/run_config.h"
 
 namespace moegraft::train {
@@ -53,15 +53,10 @@ struct TrainedParameters {
 };
 TrainedParameters count_trained(const MemoryRequest& request);
 
-// The same, place by place: "adapters[0] gate, rank 16" in "48 layers x 128 experts". The sum of parameters is count_trained's total.
-struct TrainedRow {
-  std::string what, where;
-  int64_t parameters = 0;
-};
-std::vector<TrainedRow> trained_table(const MemoryRequest& request);
-io::Json to_json(const std::vector<TrainedRow>& rows);  // [{"what", "where", "parameters", "bytes"}], bytes as float32
+// The same, place by place. The sum of parameters is count_trained's total.
+std::vector<run::TrainedRow> trained_table(const MemoryRequest& request);
 // As lines of a table, with float32 bytes and the share of base and trained parameters together.
-std::vector<std::string> format_trained(const std::vector<TrainedRow>& rows, int64_t base_parameters);
+std::vector<std::string> format_trained(const std::vector<run::TrainedRow>& rows, int64_t base_parameters);
 
 // Bytes at the peak, while the first `recompute_layers` layers keep only their input. Activations are those of a batch whose every token is a new modality's:
 // an upper bound for the frozen prefix and for text. Loss and workspace never live at the same time; the larger counts.
