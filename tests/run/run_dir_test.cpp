@@ -8,8 +8,8 @@
 
 #include <fstream>
 
+#include "moegraft/base/text.h"
 #include "moegraft/io/files.h"
-#include "moegraft/io/json.h"
 
 namespace fs = std::filesystem;
 
@@ -49,10 +49,10 @@ TEST_F(RunDirTest, CreateWritesTheTruth) {
   const auto run = RunDir::create(config(), {});
   EXPECT_TRUE(is_run(dir_));
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(config()));
-  const auto j = io::read_json(dir_ / "run.json");
-  EXPECT_EQ(j.at("seed"), 17);
-  EXPECT_EQ(j.at("sessions").size(), 1u);
-  for (const char* key : {"binary", "processor", "threads", "libtorch", "device"}) EXPECT_TRUE(j.at("sessions")[0].at("environment").contains(key)) << key;
+  const auto record = read_run_record(dir_);
+  EXPECT_EQ(record.seed, 17);
+  ASSERT_EQ(record.sessions.size(), 1u);
+  for (const char* key : {"binary", "processor", "threads", "libtorch", "device"}) EXPECT_TRUE(record.sessions[0].environment.contains(key)) << key;
   for (const auto& folder : {run.checkpoints(), run.samples(), run.tensorboard()}) EXPECT_TRUE(fs::is_directory(folder));
 }
 
@@ -154,7 +154,8 @@ TEST_F(RunDirTest, FingerprintsAreRecordedAndCompared) {
     if (*c.message) EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), c.now, 1, "cpu", c.accept_data); }).find(c.message), std::string::npos) << c.message;
     else EXPECT_NO_THROW(RunDir::resume(config(), c.now, 1, "cpu", c.accept_data));
   }
-  EXPECT_NE(io::read_file(dir_ / "run.json").find("data.train[0]: 3 -> 9"), std::string::npos);
+  EXPECT_FALSE(read_run_record(dir_).sessions.back().accepted);
+  EXPECT_EQ(read_run_record(dir_).sessions.at(2).accepted, std::vector<std::string>{"data.train[0]: 3 -> 9"});
 }
 
 TEST_F(RunDirTest, TwoProcessesCannotShareIt) {
@@ -193,10 +194,10 @@ TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
   const auto longer = config({"train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"});
   { const auto run = RunDir::resume(longer, {}, 10); }
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer));
-  const auto j = io::read_json(dir_ / "run.json");
-  ASSERT_EQ(j.at("sessions").size(), 2u);
-  EXPECT_EQ(j["sessions"][1].at("from_step"), 10);
-  EXPECT_NE(j["sessions"][1].at("changed").dump().find("train.steps: 1000 -> 2000"), std::string::npos);
+  const auto sessions = read_run_record(dir_).sessions;
+  ASSERT_EQ(sessions.size(), 2u);
+  EXPECT_EQ(sessions[1].from_step, 10);
+  EXPECT_NE(join(sessions[1].changed, "; ").find("train.steps: 1000 -> 2000"), std::string::npos);
 
   const std::vector<std::pair<std::string, std::string>> refused = {
       {"adapters[0].rank=8", "adapters[0].rank (was 4, is 8)"},      {"run.seed=18", "run.seed"},
@@ -211,7 +212,7 @@ TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
     EXPECT_EQ(message.find("train.steps (was"), std::string::npos) << message;
   }
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer)) << "a refusal changes nothing";
-  EXPECT_EQ(io::read_json(dir_ / "run.json").at("sessions").size(), 2u);
+  EXPECT_EQ(read_run_record(dir_).sessions.size(), 2u);
 }
 
 TEST_F(RunDirTest, ResumeWithoutARunSaysSo) {

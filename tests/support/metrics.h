@@ -3,21 +3,20 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "moegraft/io/json.h"
+#include "moegraft/run/records.h"
 
 namespace moegraft::testing {
 
-// A column of a run's training lines, by step.
+inline run::Metrics metrics_of(const std::filesystem::path& run) { return run::read_metrics(run / "metrics.jsonl"); }
+
+// A measure of a run's training lines, by step.
 inline std::map<int64_t, double> training_column(const std::filesystem::path& run, const char* key) {
   std::map<int64_t, double> out;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);)
-    if (const io::Json j = io::Json::parse(line); j.contains("loss")) out[j.at("step")] = j.at(key);
+  for (const auto& line : metrics_of(run).training) out[line.step] = run::measures(line).at(key);
   return out;
 }
 

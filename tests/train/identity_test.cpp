@@ -1,6 +1,7 @@
 // A run goes on only with what it was made from, and never over what could still be gone on from.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "libtorch.h"
@@ -11,6 +12,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/run/records.h"
 #include "moegraft/train/trainer.h"
 #include "support/tiny_world.h"
 
@@ -110,7 +112,7 @@ TEST(Identity, ChangedDataCanBeAccepted) {
   w.make_other_data();
   w.config.train.steps = 4;
   EXPECT_EQ(train(w.config, "auto", nullptr, /*accept_data=*/true).step, 4);
-  EXPECT_NE(io::read_file(w.world.run / "run.json").find("\"accepted\""), std::string::npos);
+  EXPECT_TRUE(run::read_run_record(w.world.run).sessions.back().accepted);
 }
 
 TEST(Identity, AcceptedDataMayHaveMoreDocuments) {
@@ -181,9 +183,10 @@ TEST(Branch, AnOlderCheckpointContinuesInARunOfItsOwn) {
   const auto last = [](const fs::path& run) { return io::read_file(run / "checkpoints/step-00000006/adapter.safetensors"); };
   EXPECT_EQ(last(branch.run.dir), last(w.world.run)) << "the same steps give the same bytes";
   EXPECT_TRUE(fs::exists(fs::path(branch.run.dir) / "checkpoints/step-00000002")) << "a kill before the next checkpoint loses nothing";
-  EXPECT_NE(io::read_file(fs::path(branch.run.dir) / "run.json").find("\"branched_from\""), std::string::npos);
-  const std::string metrics = io::read_file(fs::path(branch.run.dir) / "metrics.jsonl");
-  EXPECT_EQ(metrics.substr(0, metrics.find("\"step\":3")).find("\"step\":2") != std::string::npos, true) << metrics;
+  EXPECT_EQ(run::read_run_record(branch.run.dir).branched_from, fs::absolute(old).lexically_normal().string());
+  std::vector<int64_t> steps;
+  for (const auto& line : run::read_metrics(fs::path(branch.run.dir) / "metrics.jsonl").training) steps.push_back(line.step);
+  EXPECT_EQ(steps, (std::vector<int64_t>{1, 2, 3, 4, 5, 6}));
   EXPECT_EQ(checkpoint::list_checkpoints(w.world.run / "checkpoints"), before);
 
   branch.run.dir = (w.world.dir / "other").string(), branch.run.seed = 99;
@@ -223,8 +226,10 @@ TEST(Start, StrictEndsWhatLearnsNothing) {
   w.config.train.strict = true;
   const std::string error = error_of([&] { train(w.config); });
   EXPECT_NE(error.find("train.strict: ended after step"), std::string::npos) << error;
-  EXPECT_NE(io::read_file(w.world.run / "run.json").find("zero_gradient"), std::string::npos);
-  EXPECT_NE(io::read_file(w.world.run / "run.json").find("\"trainable\""), std::string::npos);
+  const auto record = run::read_run_record(w.world.run);
+  const auto& warnings = record.warnings.value();
+  EXPECT_TRUE(std::any_of(warnings.begin(), warnings.end(), [](const auto& w) { return w.check == "zero_gradient"; }));
+  EXPECT_FALSE(record.trainable.value().empty());
   w.config.train.strict = false;
   EXPECT_EQ(train(w.config, "auto").step, 20) << "what was done is saved";
 

@@ -11,8 +11,9 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/distributed/launch.h"
 #include "moegraft/io/files.h"
-#include "moegraft/io/json.h"
+#include "moegraft/routing/stats.h"
 #include "moegraft/train/signals.h"
+#include "support/metrics.h"
 #include "support/paths.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
@@ -29,16 +30,9 @@ using moegraft::testing::TemporaryFolder;
 using moegraft::testing::TinyWorld;
 using Keys = std::vector<std::string>;
 
-struct Line {
-  double loss = 0, grad_norm = 0;
-};
-std::map<int64_t, Line> training_lines(const fs::path& run) {
-  std::map<int64_t, Line> out;
-  std::ifstream in(run / "metrics.jsonl");
-  for (std::string text; std::getline(in, text);) {
-    const io::Json j = io::Json::parse(text);
-    if (j.contains("loss")) out[j.at("step")] = {j.at("loss"), j.at("grad_norm")};
-  }
+std::map<int64_t, run::TrainingLine> training_lines(const fs::path& run) {
+  std::map<int64_t, run::TrainingLine> out;
+  for (const auto& line : moegraft::testing::metrics_of(run).training) out[line.step] = line;
   return out;
 }
 
@@ -144,22 +138,11 @@ TEST_F(Together, EveryLayoutTrainsTheSame) {
     expect_same_training(run_path("one-small"), run_path(c.name), c.name);
   }
   // What was measured over all processes.
-  const auto held_out = [&](const std::string& name) {
-    std::ifstream in(run_path(name) / "metrics.jsonl");
-    double last = 0;
-    for (std::string text; std::getline(in, text);)
-      if (const io::Json j = io::Json::parse(text); j.contains("eval")) last = j.at("eval_nll_image");
-    return last;
-  };
+  const auto held_out = [&](const std::string& name) { return moegraft::testing::metrics_of(run_path(name)).evaluations.back().nll.at("image"); };
   EXPECT_NEAR(held_out("one"), held_out("data2-expert2"), 1e-4);
-  const auto routing = [&](const std::string& name) {
-    std::ifstream in(run_path(name) / "routing.jsonl");
-    std::string text;
-    std::getline(in, text);
-    return io::Json::parse(text);
-  };
-  EXPECT_EQ(routing("one").at("layers").size(), routing("data2-expert2").at("layers").size());
-  EXPECT_EQ(routing("one").at("layers")[0].at("modalities").at("image").at("tokens"), routing("data2-expert2").at("layers")[0].at("modalities").at("image").at("tokens"));
+  const auto layers = [&](const std::string& name) { return run::read_routing(run_path(name) / "routing.jsonl").at(0).report.layers; };
+  EXPECT_EQ(layers("one").size(), layers("data2-expert2").size());
+  EXPECT_EQ(layers("one").at(0).modalities.at(1).tokens, layers("data2-expert2").at(0).modalities.at(1).tokens) << "of images";
 }
 
 // Each layout rounds other partial sums to bf16, by up to 2^-8 of them a micro-batch: losses agree to a share of that. Resumed in another layout, it goes on alike.

@@ -12,7 +12,6 @@
 #include "moegraft/data/shard.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/files.h"
-#include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/train/signals.h"
 #include "moegraft/train/trainer.h"
@@ -117,8 +116,7 @@ TEST(Trainer, ACacheOfCaptionsChangesNoBitOfAResumedRun) {
   const auto with = losses(whole.run.dir), without = losses(off.run.dir);
   for (const auto& [step, loss] : with) EXPECT_NEAR(loss, without.at(step), 1e-4) << step;
   double found = 0;
-  std::ifstream in(fs::path(whole.run.dir) / "metrics.jsonl");
-  for (std::string line; std::getline(in, line);) found = std::max(found, io::Json::parse(line).value("prefix_cache_hit_share", 0.0));
+  for (const auto& line : moegraft::testing::metrics_of(whole.run.dir).training) found = std::max(found, line.prefix_cache_hit_share.value_or(0));
   EXPECT_GT(found, 0.5);  // captions came back
 }
 
@@ -137,13 +135,10 @@ TEST(Trainer, PrefetchingChangesNothingButTheWait) {
     train(c, "auto");
     if (depth == 0) expected = adapter_bytes(c.run.dir);
     EXPECT_EQ(adapter_bytes(c.run.dir), expected) << "depth " << depth;
-    std::ifstream in(fs::path(c.run.dir) / "metrics.jsonl");
-    for (std::string line; std::getline(in, line);) {
-      const io::Json j = io::Json::parse(line);
-      if (!j.contains("loss")) continue;
-      const double share = j.at("data_wait_share");
-      EXPECT_TRUE(share > 0 && share < 1) << line;  // no batch takes no time, no step is all waiting
-      EXPECT_TRUE(j.contains("truncated_documents") && j.contains("skipped_documents")) << line;
+    for (const auto& line : moegraft::testing::metrics_of(c.run.dir).training) {
+      const double share = line.data_wait_share.value();
+      EXPECT_TRUE(share > 0 && share < 1) << share << " at step " << line.step;  // no batch takes no time, no step is all waiting
+      EXPECT_TRUE(line.truncated_documents && line.skipped_documents) << "step " << line.step;
     }
   }
 }
