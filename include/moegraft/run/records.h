@@ -21,7 +21,7 @@ struct TrainingLine {
   int64_t tokens = 0;  // seen so far
   double epochs = 0;   // documents drawn so far / documents there are
   double seconds = 0;  // of training so far, over all sessions
-  std::optional<int64_t> truncated_documents, skipped_documents;  // so far
+  std::optional<int64_t> truncated_documents, skipped_documents;  // so far: text cut at data.sequence_length, other documents longer than that
   std::optional<std::vector<double>> busy_seconds_by_rank;        // of a step, without waiting for other processes
 
   double loss = 0, grad_norm = 0;  // of this step
