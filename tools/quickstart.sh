@@ -84,17 +84,13 @@ draw() {
   "$moegraft" generate "$graft" --prompts "$configs/prompts.txt" --n 1 --temperature 0 --cfg 1.5 --image "$runs/pictures/sheet.png" --seed 17
   cp "$runs/pictures/sheet.png" "$runs/sheet.png"
 }
-# The same short run from each initialisation of the new rows: NLL of what it trains on and of compositions that it never sees (one seed; a study needs more).
+# The same short run from each initialisation of the new rows; `moegraft summary` compares the NLL of what it trains on and of compositions that it never sees (one seed; a study needs more).
 compare_initialisations() {
-  local init nll list=
+  local init
   for init in random moment_match gw_barycentric; do
     "$moegraft" train -c "$configs/graft.yaml" --set "run.dir=$runs/inits/$init" --set "model.path=$runs/base/model" --set "embeddings.init=$init" --set train.steps=150 \
       --set train.sample_every=0 --set 'train.sample_prompts=[]' --set train.eval_every=150 --set train.log_every=50 --set checkpoint.every=150 --resume auto
-    for nll in nll_image eval_nll_image; do
-      list+="${list:+, }\"${init}_$nll\": $(grep -E '"step":150\b' "$runs/inits/$init/metrics.jsonl" | sed -nE "s/.*\"$nll\":([0-9.e+-]+).*/\1/p" | tail -n 1)"
-    done
   done
-  echo "{$list}" >"$runs/initialisations.json"
 }
 evaluate() {
   "$moegraft" inspect "$graft" --json >"$runs/inspect.json"

@@ -335,6 +335,11 @@ TEST_F(Command, TheSummaryPutsBaselinesBesideRetrieval) {
   eval["ranking"]["templates"]["image_to_caption"] = top(0.25, 0.75);
   io::write_json(folder / "eval.json", eval);
   io::write_file_atomic(folder / "stages.tsv", "graft\t660\n");
+  fs::create_directories(folder / "inits/random");
+  io::write_file_atomic(folder / "inits/random/metrics.jsonl",
+                        R"({"epochs":0.5,"grad_norm":1.0,"loss":5.0,"lr_factor":1.0,"nll_image":5.0,"nll_text":4.0,"seconds":1.0,"step":100,"tokens":64,"tokens_per_s":64.0})" "\n"
+                        R"({"epochs":1.0,"grad_norm":1.0,"loss":4.0,"lr_factor":1.0,"nll_image":4.266543961109941,"seconds":2.0,"step":150,"tokens":96,"tokens_per_s":64.0})" "\n"
+                        R"({"eval":true,"eval_nll_image":3.6360480555236108,"eval_nll_text":2.0,"step":150})" "\n");
   const auto r = run_moegraft({"summary", folder.path().string()});
   ASSERT_EQ(r.code, 0) << r.err;
   const auto cells = [&](const std::string& name) {  // of the row that begins with it
@@ -346,7 +351,10 @@ TEST_F(Command, TheSummaryPutsBaselinesBesideRetrieval) {
   EXPECT_EQ(cells("templates"), "templates - - - - 25.0 / 75.0 - - -");
   EXPECT_EQ(cells("eval.text.perplexity"), "eval.text.perplexity 50.25");
   EXPECT_EQ(r.out.find("0123456789abcdef"), std::string::npos);
-  EXPECT_EQ(io::read_json(folder / "summary.json")["eval"], eval);
+  EXPECT_EQ(cells("initialisations.random_eval_nll_image"), "initialisations.random_eval_nll_image 3.636");
+  const auto summary = io::read_json(folder / "summary.json");
+  EXPECT_EQ(summary["eval"], eval);
+  EXPECT_EQ(summary["initialisations"], (io::Json{{"random_nll_image", 4.266543961109941}, {"random_eval_nll_image", 3.6360480555236108}}));
 }
 
 // An interrupted disk: a file-size limit stands for a full one.

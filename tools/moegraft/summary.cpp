@@ -10,6 +10,7 @@
 #include "command.h"
 #include "moegraft/base/check.h"
 #include "moegraft/io/json.h"
+#include "moegraft/run/records.h"
 
 namespace moegraft::tools {
 namespace {
@@ -29,6 +30,22 @@ std::vector<std::pair<std::string, int64_t>> read_stages(const fs::path& file) {
     stages.emplace_back(name, seconds);
   }
   return stages;
+}
+
+// Runs that differ in how they began, a folder each: the last losses of the new modalities, in training and held out, as "random_nll_image" and "random_eval_nll_image".
+Json compare_runs(const fs::path& folder) {
+  Json losses = Json::object();
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const auto metrics = run::read_metrics(entry.path() / "metrics.jsonl");
+    const auto add = [&](const auto& lines, const std::string& prefix) {
+      if (lines.empty()) return;
+      for (const auto& [modality, nll] : lines.back().nll)
+        if (modality != "text") losses[entry.path().filename().string() + prefix + modality] = nll;
+    };
+    add(metrics.training, "_nll_");
+    add(metrics.evaluations, "_eval_nll_");
+  }
+  return losses;
 }
 
 // Leaves of a JSON object as "a.b  value" rows.
@@ -92,8 +109,9 @@ void run(const fs::path& dir) {
   }
   std::printf("%-16s %8lld\n\n", "total", static_cast<long long>(total));
   summary["seconds"] = total;
-  for (const char* part : {"codec", "inspect", "initialisations", "eval", "export", "real_base"})
+  for (const char* part : {"codec", "inspect", "eval", "export", "real_base"})
     if (fs::exists(dir / (std::string(part) + ".json"))) summary[part] = io::read_json(dir / (std::string(part) + ".json"));
+  if (fs::exists(dir / "inits")) summary["initialisations"] = compare_runs(dir / "inits");
   if (fs::exists(dir / "graft" / "init.json")) summary["init"] = io::read_json(dir / "graft" / "init.json");
   io::write_json(dir / "summary.json", summary);
   for (const char* part : {"codec", "inspect", "initialisations", "eval", "real_base"}) {
