@@ -85,6 +85,7 @@ const std::vector<Case>& cases() {
       {"a command of a command", [](const TinyWorld&) { return std::vector<std::string>{"data", "prepair"}; }, "unknown command prepair of moegraft data; did you mean prepare?", 2},
       {"no command at all like it", [](const TinyWorld&) { return std::vector<std::string>{"transmogrify"}; }, "expected one of train, config, generate, ", 2},
       {"an option that is not known", [](const TinyWorld& w) { return std::vector<std::string>{"train", "--confg=" + w.yaml.string()}; }, "unknown option --confg of moegraft train; did you mean --config?", 2},
+      {"an option that has moved", [](const TinyWorld&) { return std::vector<std::string>{"train", "--keys"}; }, "--keys is now a command: moegraft config train", 2},
       {"an option of no command", [](const TinyWorld& w) { return std::vector<std::string>{"train", "-c", w.yaml.string(), "-q"}; }, "unknown option -q of moegraft train; see moegraft train --help", 2},
       {"an argument too many", [](const TinyWorld& w) { return std::vector<std::string>{"logits", w.base.string(), "b", "--ids", "x", "-o", "y"}; }, "unknown argument b of moegraft logits", 2},
       {"an argument that a list took", [](const TinyWorld& w) { return std::vector<std::string>{"eval", "--text", w.text_shards.string(), w.base.string(), "--drift"}; },

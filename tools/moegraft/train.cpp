@@ -22,6 +22,7 @@ struct Options {
 void add_train_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* cmd = app.add_subcommand("train", "Train: a base from scratch, or a new modality grafted onto a base");
+  cmd->add_flag_callback("--keys", [] { fail<UsageError>("--keys is now a command: moegraft config train prints every key"); })->group("");
   cmd->add_option("-c,--config", o->config, "YAML file of the run; moegraft config train lists its keys")->required();
   cmd->add_option("--set", o->set, "Override a key: train.steps=200 (repeatable)")->take_all()->allow_extra_args(false);
   cmd->add_option("--resume", o->resume, "none: a new run; auto: continue when there is one; or a checkpoint directory: of another run, a new run.dir branches from it")->capture_default_str();
