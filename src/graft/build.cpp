@@ -105,7 +105,7 @@ GraftedModel build_model(const run::RunConfig& config, const OpenOptions& option
       report["adapters"].push_back({{"init_from", a.init_from}});
       continue;
     }
-    if (needs_calibration(a) && !calibration) calibration = calibrate(m, config);
+    if (needs_calibration(a) && !calibration && plan_calibration(m.decoder->spec(), config).rows > 0) calibration = calibrate(m, config);
     const int64_t modality = a.modality.front() == "text" ? 0 : m.vocabulary.by_name(a.modality.front()).modality;
     report["adapters"].push_back(io::Json::parse(initialise_lora(adapter, a.init, calibration ? &*calibration : nullptr, modality, config.ot, uint64_t(config.run.seed) + i)));
   }

@@ -25,7 +25,10 @@ double round_up(double x) {
 
 }  // namespace
 
-bool needs_calibration(const adapters::AdapterConfig& a) { return a.kind == adapters::AdapterKind::modality_lora && a.init_from.empty() && config::row_of(a.init).needs_calibration; }
+bool needs_calibration(const adapters::AdapterConfig& a) {
+  const bool on_ffn = std::any_of(a.sites.begin(), a.sites.end(), [](const std::string& name) { return adapters::is_ffn_site(adapters::parse_site(name)); });  // attention's A is Kaiming's
+  return on_ffn && a.kind == adapters::AdapterKind::modality_lora && a.init_from.empty() && config::row_of(a.init).needs_calibration;
+}
 
 int64_t CalibrationPlan::num_solves() const {
   int64_t sum = 0;

@@ -211,7 +211,7 @@ std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const
   at::NoGradGuard no_grad;
   adapter.initialise();
   if (adapter.factors().empty()) return io::Json{{"kind", config::name_of(adapter.config().kind)}}.dump();
-  const bool calibrated = config::row_of(method).needs_calibration;
+  const bool calibrated = config::row_of(method).needs_calibration && std::any_of(adapter.factors().begin(), adapter.factors().end(), [](const auto& f) { return adapters::is_ffn_site(f.site); });
   MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", config::name_of(method), " needs a calibration");
   const auto start = std::chrono::steady_clock::now();
   io::Json report = {{"method", config::name_of(method)}, {"sites", io::Json::object()}};

@@ -61,6 +61,10 @@ TEST(NewRun, ItsOverlaysAreTheSameWhereverTheExpertsAre) {
   const io::TensorMap visiting = overlays(config, Experts::offloaded);
   expect_same(overlays(config, Experts::mapped), visiting);
   EXPECT_THROW(overlays(config, Experts::absent), InvariantError) << "calibration runs the model";
+  config.adapters[0].sites = {"q", "v"};  // attention starts from Kaiming's, which asks for no calibration
+  const io::TensorMap attention = overlays(config, Experts::absent);
+  config.adapters[0].init = FactorInit::kaiming_zero;
+  expect_same(attention, overlays(config, Experts::absent));
 }
 
 // As a user writes it: calibrated on the run's documents, without a Gromov-Wasserstein solve.
