@@ -85,7 +85,7 @@ class Evaluator {
     std::vector<std::string> names{"text"};
     for (const auto& m : model_.vocabulary.modalities) names.push_back(m.name);
     const auto& spec = model_.decoder->spec();
-    routing::RoutingStats stats(spec.num_layers, std::max<int64_t>(spec.num_experts, 1), names, model_.device());
+    routing::RoutingStats stats(spec.num_layers, spec.num_experts, names, model_.device());
     data::EvalStream stream(sources(routed_shards()), rules_, model_.vocabulary, config_.routing->max_tokens);
     model::ForwardOptions options;
     options.routing = &stats;

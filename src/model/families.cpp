@@ -115,14 +115,21 @@ void make_dense(DecoderSpec& s) {
   s.router_aux_loss_coef = 0;
 }
 
-void read_sparse_layers(const ConfigReader& c, DecoderSpec& s) {
+void read_qwen_experts(const ConfigReader& c, DecoderSpec& s) {
+  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
+  s.num_experts_per_tok = c.integer("num_experts_per_tok");
+  s.moe_intermediate_size = c.integer("moe_intermediate_size");
+  s.router.renormalise = c.boolean("norm_topk_prob", false);
   const int64_t step = c.integer("decoder_sparse_step", 1);
   std::vector<int64_t> dense;
   if (c.has("mlp_only_layers")) dense = c.raw("mlp_only_layers").get<std::vector<int64_t>>();
   for (int64_t l = 0; l < s.num_layers; ++l) s.layers[l].sparse = s.num_experts > 0 && step > 0 && (l + 1) % step == 0 && std::find(dense.begin(), dense.end(), l) == dense.end();
 }
 
-void write_sparse_layers(const DecoderSpec& s, io::Json& config) {
+void write_qwen_experts(const DecoderSpec& s, io::Json& config) {
+  config["num_experts"] = s.num_experts;
+  config["moe_intermediate_size"] = s.moe_intermediate_size;
+  config["norm_topk_prob"] = s.router.renormalise;
   config["decoder_sparse_step"] = 1;
   config["mlp_only_layers"] = io::Json::array();
   for (int64_t l = 0; l < s.num_layers; ++l)

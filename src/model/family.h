@@ -66,9 +66,9 @@ io::Json write_common(const DecoderSpec& spec);
 io::Json write_moe(const DecoderSpec& spec);  // and a router's fields
 // A dense model: no layer has experts.
 void make_dense(DecoderSpec& spec);
-// Qwen's decoder_sparse_step and mlp_only_layers: which layers are sparse.
-void read_sparse_layers(const ConfigReader& c, DecoderSpec& spec);
-void write_sparse_layers(const DecoderSpec& spec, io::Json& config);
+// Qwen's experts: their sizes, norm_topk_prob, and which layers have them (decoder_sparse_step, mlp_only_layers).
+void read_qwen_experts(const ConfigReader& c, DecoderSpec& spec);
+void write_qwen_experts(const DecoderSpec& spec, io::Json& config);
 // A window (0: none) in the layers that layer_types names, or else in those for which slides(layer) holds.
 void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, int64_t window, const std::function<bool(int64_t)>& slides);
 int64_t used_window(const ConfigReader& c);  // sliding_window where use_sliding_window is on

@@ -94,14 +94,12 @@ k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, con
   const RouterSpec& r = call.spec.router;
   const k::RouteRule rule{r.score == RouterSpec::Score::sigmoid, correction_E, r.num_groups, r.topk_groups, r.renormalise, r.scale};
   const auto route = [&](const at::Tensor& logits_TE) { return k::route(logits_TE, call.spec.num_experts_per_tok, rule); };
-  const auto choose = [&](const at::Tensor& h) { return route(at::linear(h, router_ED)); };
+  if (!call.apart || call.batch.num_sequences() == 1) return route(project(call, l, h_TD, {{Site::router, router_ED, {}, nullptr}})[0]);
   // Where sequences stand apart all is text that nothing trains on, and no term acts.
-  if (!call.apart && call.adapters && !call.adapters->at(l, Site::router).empty()) return route(project(call, l, h_TD, {{Site::router, router_ED, {}, nullptr}})[0]);
-  if (!call.apart || call.batch.num_sequences() == 1) return choose(h_TD);
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
     const int64_t begin = call.batch.cu_seqlens[i];
-    k::Route r = choose(h_TD.narrow(0, begin, call.batch.cu_seqlens[i + 1] - begin).clone());  // memory aligned as it is alone
+    k::Route r = route(at::linear(h_TD.narrow(0, begin, call.batch.cu_seqlens[i + 1] - begin).clone(), router_ED));  // memory aligned as it is alone
     probs.push_back(std::move(r.probs_TE)), ids.push_back(std::move(r.topk_ids_TK)), weights.push_back(std::move(r.topk_weights_TK));
   }
   return {at::cat(probs), at::cat(ids), at::cat(weights)};

@@ -87,9 +87,9 @@ double RoutingReport::mean_entropy(size_t modality) const {
 }
 
 RoutingStats::RoutingStats(int64_t num_layers, int64_t num_experts, std::vector<std::string> modality_names, at::Device device)
-    : num_experts_(num_experts), names_(std::move(modality_names)) {
+    : num_experts_(std::max<int64_t>(num_experts, 1)), names_(std::move(modality_names)) {
   MOEGRAFT_INVARIANT(!names_.empty() && names_[0] == "text", "the first modality is text");
-  sums_LMX_ = at::zeros({num_layers, int64_t(names_.size()), 2 * num_experts + 3}, at::TensorOptions().dtype(at::kDouble).device(device));
+  sums_LMX_ = at::zeros({num_layers, int64_t(names_.size()), 2 * num_experts_ + 3}, at::TensorOptions().dtype(at::kDouble).device(device));
 }
 
 void RoutingStats::observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor&, const at::Tensor& modality_T) {

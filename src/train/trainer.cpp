@@ -58,7 +58,7 @@ class Trainer {
         journal_(std::move(start.dir), start.from ? start.from->step : -1),
         writer_(run_path_ / "checkpoints", config.checkpoint, true,
                 mesh.distributed() ? checkpoint::peers_of(mesh.world, std::chrono::milliseconds(int64_t(1000 * config.parallel.timeout_seconds))) : checkpoint::Peers()),
-        routing_(model_.decoder->spec().num_layers, std::max<int64_t>(model_.decoder->spec().num_experts, 1), names_, model_.device()) {
+        routing_(model_.decoder->spec().num_layers, model_.decoder->spec().num_experts, names_, model_.device()) {
     state_.seed = config.run.seed;
     state_.environment = run::describe_environment(model_.device().str());
     state_.environment["layout"] = team_.layout();

@@ -49,7 +49,7 @@ struct RoutingReport {
 
 class RoutingStats : public model::RoutingObserver {
  public:
-  // modality_names: text first, then the run's modalities in the order of their ids.
+  // modality_names: text first, then the run's modalities in the order of their ids. num_experts 0: a dense model, whose layers are all left out.
   RoutingStats(int64_t num_layers, int64_t num_experts, std::vector<std::string> modality_names, at::Device device = at::kCPU);
 
   // Adds one router call. No host synchronisation, no gradient. InvariantError on a shape that does not fit.

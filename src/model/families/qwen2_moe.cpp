@@ -14,13 +14,9 @@ io::Json defaults() {
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s = parse_common(config);
-  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
-  s.num_experts_per_tok = c.integer("num_experts_per_tok");
-  s.moe_intermediate_size = c.integer("moe_intermediate_size");
+  read_qwen_experts(c, s);
   s.shared_expert = {c.integer("shared_expert_intermediate_size"), true};
-  s.router.renormalise = c.boolean("norm_topk_prob", false);
   s.qkv_bias = c.boolean("qkv_bias", true);
-  read_sparse_layers(c, s);
   read_sliding_window(c, s, used_window(c), [first = c.integer("max_window_layers")](int64_t l) { return l < first && l % 2 == 0; });
   return s;
 }
@@ -28,13 +24,10 @@ DecoderSpec parse(const io::Json& config) {
 io::Json write(const DecoderSpec& s) {
   io::Json j = write_moe(s);
   j["architectures"] = {"Qwen2MoeForCausalLM"};
-  j["num_experts"] = s.num_experts;
   j["head_dim"] = s.head_dim;
-  j["moe_intermediate_size"] = s.moe_intermediate_size;
   j["shared_expert_intermediate_size"] = s.shared_expert.intermediate_size;
-  j["norm_topk_prob"] = s.router.renormalise;
   j["qkv_bias"] = s.qkv_bias;
-  write_sparse_layers(s, j);
+  write_qwen_experts(s, j);
   write_sliding_window(s, j);
   return j;
 }

@@ -13,13 +13,9 @@ io::Json defaults() {
 DecoderSpec parse(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s = parse_common(config);
-  s.num_experts = c.integer_of({"num_local_experts", "num_experts"});
-  s.num_experts_per_tok = c.integer("num_experts_per_tok");
-  s.moe_intermediate_size = c.integer("moe_intermediate_size");
-  s.router.renormalise = c.boolean("norm_topk_prob", false);
+  read_qwen_experts(c, s);
   s.qk_norm = QkNorm::per_head;
   s.qkv_bias = s.o_bias = c.boolean("attention_bias", false);
-  read_sparse_layers(c, s);
   for (LayerSpec& layer : s.layers) layer.sliding_window = used_window(c);
   return s;
 }
@@ -27,12 +23,9 @@ DecoderSpec parse(const io::Json& config) {
 io::Json write(const DecoderSpec& s) {
   io::Json j = write_moe(s);
   j["architectures"] = {"Qwen3MoeForCausalLM"};
-  j["num_experts"] = s.num_experts;
   j["head_dim"] = s.head_dim;
-  j["moe_intermediate_size"] = s.moe_intermediate_size;
-  j["norm_topk_prob"] = s.router.renormalise;
   j["attention_bias"] = s.o_bias;
-  write_sparse_layers(s, j);
+  write_qwen_experts(s, j);
   const int64_t window = s.layers.empty() ? 0 : s.layers.front().sliding_window;
   j["use_sliding_window"] = window > 0;
   j["sliding_window"] = window > 0 ? io::Json(window) : io::Json(nullptr);
