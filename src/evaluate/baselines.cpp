@@ -71,7 +71,7 @@ class BaseStates : public Probe {
   explicit BaseStates(const graft::GraftedModel& model) : model_(model) {}
   int64_t features() const override { return 2 * model_.decoder->spec().hidden_size; }
   at::Tensor encode(const Captions& captions) const override {
-    const at::Tensor embedding_VD = model_.decoder->base().weights->embedding_VD();
+    const kernels::Matrix embedding_VD = model_.decoder->base().weights->embedding_VD();
     const int64_t most = model_.decoder->spec().max_positions;
     std::vector<at::Tensor> encoded;
     std::vector<data::Sequence> batch;
@@ -79,7 +79,7 @@ class BaseStates : public Probe {
     const auto flush = [&] {
       const model::PackedBatch packed = model::to_device(data::pack(batch), model_.device());
       const auto on_host = [](const at::Tensor& x_TD) { return x_TD.to(at::kCPU, at::kFloat); };
-      const at::Tensor hidden_TD = on_host(model_.decoder->forward(packed).hidden_TD), embedded_TD = on_host(embedding_VD.index_select(0, packed.ids_T));
+      const at::Tensor hidden_TD = on_host(model_.decoder->forward(packed).hidden_TD), embedded_TD = on_host(kernels::embedding(embedding_VD, packed.ids_T, at::kFloat));
       int64_t first = 0;
       for (const auto& s : batch) {
         // BOS is no part of the caption, and its state says nothing of it.

@@ -106,9 +106,20 @@ class Evaluator {
   std::optional<Unigram> unigram_;
 };
 
+}  // namespace
+
+std::vector<std::string> quantize_choices() {
+  std::vector<std::string> names{"auto"};
+  for (const auto& row : model::kQuantizations) names.emplace_back(row.name);
+  return names;
+}
+
+namespace {
+
 graft::OpenOptions open_options(const EvalConfig& config) {
   graft::OpenOptions open;
   if (config.dtype != "auto") open.dtype = graft::parse_dtype(config.dtype);
+  if (config.quantize != "auto") open.quantize = model::parse_quantize(config.quantize);
   open.device = config.device;
   open.checkpoint = config.checkpoint;
   return open;

@@ -27,7 +27,7 @@ namespace fs = std::filesystem;
 io::Json initialise_embeddings(GraftedModel& m, const run::RunConfig& config) {
   io::Json report = io::Json::object();
   auto& weights = *m.decoder->base().weights;
-  const at::Tensor embedding = weights.embedding_VD().to(at::kCPU, at::kFloat), head = weights.head_VD().to(at::kCPU, at::kFloat);
+  const at::Tensor embedding = weights.embedding_VD().dense(at::kFloat).to(at::kCPU), head = weights.head_VD().dense(at::kFloat).to(at::kCPU);
   const bool tied = m.decoder->spec().tie_word_embeddings;
   for (size_t i = 0; i < m.vocabulary.modalities.size(); ++i) {
     const auto& tokens = m.vocabulary.modalities[i];

@@ -176,7 +176,8 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   } else {
     m.base_path = config.model.path;
-    const model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == model::Offload::experts ? model::Experts::offloaded : model::Experts::resident)};
+    model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == model::Offload::experts ? model::Experts::offloaded : model::Experts::resident)};
+    load.quantise = model::weight_format(options.quantize.value_or(config.model.quantize));
     if (options.mesh) {
       parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
       experts = part.experts;
@@ -212,7 +213,9 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
   GraftedModel m;
   m.path = m.base_path = path;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  m.decoder = std::make_unique<model::Decoder>(model::load_base(path, {options.dtype.value_or(at::kFloat), parse_device(options.device.value_or("auto"))}));
+  model::LoadOptions load{options.dtype.value_or(at::kFloat), parse_device(options.device.value_or("auto"))};
+  load.quantise = model::weight_format(options.quantize.value_or(model::Quantize::none));
+  m.decoder = std::make_unique<model::Decoder>(model::load_base(path, load));
   const auto& s = m.decoder->spec();
   m.vocabulary = {s.vocab_size, s.bos_id, s.eos_id, {}};
   if (fs::exists(path / "tokenizer.json") || fs::exists(path / "tokenizer.model")) m.tokenizer = tokenizer::load_tokenizer(path);

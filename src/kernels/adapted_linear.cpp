@@ -94,7 +94,7 @@ struct Forward {
 };
 Forward forward_device(const at::Tensor& x, const Node& node) {
   Forward f;
-  for (const auto& w : node.weights) f.out.push_back(at::linear(x, w.weight_NK, w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  for (const auto& w : node.weights) f.out.push_back(at::linear(x, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
   std::vector<at::Tensor> B, stacked_A, to, from;
   for (const auto& term : node.terms) {
     B.push_back(at::empty(term.B_NP.sizes(), x.options()));
@@ -120,8 +120,8 @@ variable_list backward_device(const Node& node, const variable_list& saved, cons
   at::Tensor dx;
   for (size_t i = 0; need_x && i < dy.size(); ++i) {
     if (!dy[i].defined()) continue;
-    if (dx.defined()) dx.addmm_(dy[i], node.weights[i].weight_NK);
-    else dx = at::mm(dy[i], node.weights[i].weight_NK);
+    if (dx.defined()) dx.addmm_(dy[i], node.weights[i].weight_NK.tensor());
+    else dx = at::mm(dy[i], node.weights[i].weight_NK.tensor());
   }
   std::vector<at::Tensor> dA(node.terms.size()), dB(node.terms.size());
   const auto keep = [](at::Tensor& sum, const at::Tensor& part) { sum = sum.defined() ? sum + part : part; };
@@ -183,7 +183,7 @@ class AdaptedLinearFunction : public torch::autograd::Function<AdaptedLinearFunc
 
 std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
   const bool adapted = std::any_of(layers.begin(), layers.end(), [](const AdaptedLinear& l) { return !l.terms.empty(); });
-  const bool frozen = std::none_of(layers.begin(), layers.end(), [](const AdaptedLinear& l) { return recorded(l.base.weight_NK, l.base.bias_N); });
+  const bool frozen = std::none_of(layers.begin(), layers.end(), [](const AdaptedLinear& l) { return !l.base.weight_NK.quantised() && recorded(l.base.weight_NK.tensor(), l.base.bias_N); });
   if (!adapted) return frozen_linear(x_XK, base_of(layers));
   if (!frozen || !cuda::serves(x_XK) || x_XK.dim() != 2) return compose(x_XK, layers, rows_of_group);
   RECORD_FUNCTION("moegraft::adapted_linear", {});

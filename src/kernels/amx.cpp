@@ -339,7 +339,7 @@ void release() {
   configured = false;
 }
 
-const MicroKernel<bf16> kBf16Kernel{"AMX bf16 tiles", 4, kDepth, false, 128, product, product_rounded, outer};
+const MicroKernel<bf16> kBf16Kernel{"AMX bf16 tiles", 4, kDepth, false, 0, 128, product, product_rounded, outer};
 
 }  // namespace moegraft::kernels::amx
 

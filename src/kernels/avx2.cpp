@@ -33,6 +33,9 @@ MOEGRAFT_INLINE void store(Vector v, float* p, Mask m) {
   if (m.lanes == kVector) _mm256_storeu_ps(p, v);
   else _mm256_maskstore_ps(p, bits(m), v);
 }
+MOEGRAFT_INLINE Vector load_halves(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+MOEGRAFT_INLINE Vector load_bytes(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+MOEGRAFT_INLINE Vector product_of(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 MOEGRAFT_INLINE Vector broadcast(const char* p) {
   float x;
   __builtin_memcpy(&x, p, 4);
@@ -82,8 +85,8 @@ MOEGRAFT_INLINE void order_stores() { _mm_sfence(); }
 
 }  // namespace
 
-const MicroKernel<float> kFloatKernel{"AVX2 FMA", 1, 16, true, 64, product<FloatOp>, product_rounded<FloatOp>, outer<FloatOuter>};
-const MicroKernel<bf16> kBf16Kernel{"AVX2 FMA on bf16 widened in registers", 0.9, 16, true, 64, product<WidenOp>, product_rounded<WidenOp>, outer<WidenOuter>};
+const MicroKernel<float> kFloatKernel{"AVX2 FMA", 1, 16, true, 2 * kFewRows, 64, product<FloatOp>, product_rounded<FloatOp>, outer<FloatOuter>};
+const MicroKernel<bf16> kBf16Kernel{"AVX2 FMA on bf16 widened in registers", 0.9, 16, true, 4 * kFewRows, 64, product<WidenOp>, product_rounded<WidenOp>, outer<WidenOuter>};
 
 }  // namespace moegraft::kernels::avx2
 

@@ -16,8 +16,8 @@ namespace {
 
 }  // namespace
 
-const MicroKernel<float> kFloatKernel{"AVX-512 FMA", 1, 16, true, 64, product<FloatOp>, product_rounded<FloatOp>, outer<FloatOuter>};
-const MicroKernel<bf16> kBf16Kernel{"AVX-512 FMA on bf16 widened in registers", 0.9, 16, true, 64, product<WidenOp>, product_rounded<WidenOp>, outer<WidenOuter>};
+const MicroKernel<float> kFloatKernel{"AVX-512 FMA", 1, 16, true, 2 * kFewRows, 64, product<FloatOp>, product_rounded<FloatOp>, outer<FloatOuter>};
+const MicroKernel<bf16> kBf16Kernel{"AVX-512 FMA on bf16 widened in registers", 0.9, 16, true, 4 * kFewRows, 64, product<WidenOp>, product_rounded<WidenOp>, outer<WidenOuter>};
 
 }  // namespace moegraft::kernels::avx512
 

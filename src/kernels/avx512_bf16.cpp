@@ -22,6 +22,12 @@ struct PairOp {
   static constexpr bool kWidensLeft = false;
   template <int P>
   static MOEGRAFT_INLINE Vector part(const float* b) { return load(b); }
+  template <int P>
+  static MOEGRAFT_INLINE Vector part(const int8_t* q, int64_t ld, Vector scale) {
+    alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh both = _mm512_cvtne2ps_pbh(product_of(load_bytes(q + ld), scale), product_of(load_bytes(q), scale));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kPairs), (__m512i)both));
+  }
   static MOEGRAFT_INLINE Vector multiply(Vector acc, Vector a, Vector b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 };
 
@@ -52,7 +58,7 @@ struct PairOuter {
 
 }  // namespace
 
-const MicroKernel<bf16> kBf16Kernel{"AVX-512 BF16 (vdpbf16ps)", 1.8, 16, true, 64, product<PairOp>, product_rounded<PairOp>, outer<PairOuter>};
+const MicroKernel<bf16> kBf16Kernel{"AVX-512 BF16 (vdpbf16ps)", 1.8, 16, true, 4 * kFewRows, 64, product<PairOp>, product_rounded<PairOp>, outer<PairOuter>};
 
 }  // namespace moegraft::kernels::avx512_bf16
 

@@ -3,13 +3,21 @@
 #include <array>
 #include <vector>
 
+#include "formats/formats.h"
+#include "made_panels.h"
+
 namespace moegraft::kernels {
 namespace {
 
 template <class T>
-std::array<PanelTerm<T>, kMostTerms> as_list(const Term<T>* terms, int64_t count) {
+PanelTerm<T> as_term(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j) {
+  if (const StoredOperand& s = b.stored; s.data && s.format == &kQ8_0 && !s.turned && b.first == 0 && m <= micro_kernel<T>()->few_rows) return {a, lda, nullptr, b.depth(), static_cast<const uint8_t*>(stored_panel<T>(s, j))};
+  return {a, lda, b.panel(j), b.depth()};
+}
+template <class T>
+std::array<PanelTerm<T>, kMostTerms> as_list(int64_t m, const Term<T>* terms, int64_t count) {
   std::array<PanelTerm<T>, kMostTerms> list;
-  for (int64_t i = 0; i < count; ++i) list[i] = {terms[i].a, terms[i].lda, terms[i].b->panel(terms[i].j), terms[i].b->depth()};
+  for (int64_t i = 0; i < count; ++i) list[i] = as_term(m, terms[i].a, terms[i].lda, *terms[i].b, terms[i].j);
   return list;
 }
 
@@ -35,7 +43,7 @@ Panels<T> pack_plain(const T* w, int64_t ld, int64_t k, int64_t n, T* out) {
 
 template <class T>
 void product(int64_t m, const T* a, int64_t lda, const Panels<T>& b, int64_t j, float* c, int64_t ldc, bool accumulate, const Ahead& next) {
-  const PanelTerm<T> term{a, lda, b.panel(j), b.depth()};
+  const PanelTerm<T> term = as_term(m, a, lda, b, j);
   micro_kernel<T>()->product(m, &term, 1, b.width(j), c, ldc, accumulate, next);
 }
 template <class T>
@@ -47,13 +55,13 @@ template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, float* c, int64_t ldc, const Ahead& next) {
   for (int64_t first = 0; first < count; first += kMostTerms) {
     const int64_t some = std::min(kMostTerms, count - first);
-    micro_kernel<T>()->product(m, as_list(terms + first, some).data(), some, terms->b->width(terms->j), c, ldc, first > 0, next);
+    micro_kernel<T>()->product(m, as_list(m, terms + first, some).data(), some, terms->b->width(terms->j), c, ldc, first > 0, next);
   }
 }
 template <class T>
 void sum_of_products(int64_t m, const Term<T>* terms, int64_t count, T* out, int64_t ld_out, int64_t columns, float* room, const Ahead& next, bool past_cache) {
   const int64_t width = terms->b->width(terms->j);
-  if (count <= kMostTerms) return micro_kernel<T>()->product_rounded(m, as_list(terms, count).data(), count, width, out, ld_out, columns, past_cache, next);
+  if (count <= kMostTerms) return micro_kernel<T>()->product_rounded(m, as_list(m, terms, count).data(), count, width, out, ld_out, columns, past_cache, next);
   for (int64_t r = 0; r < m; r += kBlock) {
     const int64_t rows = std::min(kBlock, m - r);
     std::vector<Term<T>> below(terms, terms + count);
@@ -92,6 +100,7 @@ Scratch::Scratch() {
   TORCH_INTERNAL_ASSERT(a.depth == 0, "one Scratch per thread at a time");
   ++a.depth;
   a.slab = a.offset = 0;
+  forget_made_panels();
 }
 Scratch::~Scratch() { --arena().depth; }
 

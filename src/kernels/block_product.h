@@ -39,6 +39,27 @@ constexpr int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 // Whether this process has a micro-kernel for a dtype.
 bool has_block_products(at::ScalarType dtype);
 
+struct BlockFormat;
+template <class T>
+struct Panels;
+
+// Panel j of a stored operand, in this thread's memory: made anew unless it is one of the last kMadePanels of the running task (Scratch). Two rows of panels that
+// a product reads at a time (gate and up, a sum's terms) so stay for all its blocks of rows.
+constexpr int kMadePanels = 4;
+template <class T>
+const T* make_panel(const Panels<T>& b, int64_t j);
+// The bytes that panel j is made of, where they lie together.
+template <class T>
+Range stored_range(const Panels<T>& b, int64_t j, int64_t part, int64_t parts);
+
+// A stored operand whose panels are made when they are read: dequantised, turned (B is its transpose), or both.
+struct StoredOperand {
+  const void* data = nullptr;           // its panels; null: none, Panels::data is what products read
+  const BlockFormat* format = nullptr;  // of its panels (formats/formats.h); null: elements of T
+  int64_t k = 0, n = 0;                 // its own depth and width
+  bool turned = false;
+};
+
 // A B operand as panels, lying in memory that somebody else owns.
 template <class T>
 struct Panels {
@@ -46,14 +67,15 @@ struct Panels {
   int64_t k = 0, n = 0;
   int64_t stride = 0;  // elements from panel to panel; 0: they follow each other
   int64_t first = 0;   // row of B that is row 0 here
+  StoredOperand stored = {};
 
   int64_t depth() const { return padded_depth<T>(k); }
   int64_t count() const { return (n + kPanel - 1) / kPanel; }
   int64_t columns(int64_t j) const { return std::min(kPanel, n - j * kPanel); }       // real ones
   int64_t width(int64_t j) const { return padded_width(columns(j)); }                 // laid out
-  const T* panel(int64_t j) const { return data + j * (stride ? stride : kPanel * depth()) + first * width(j); }
-  // Rows [begin, begin + count) of B, begin a multiple of the pair.
-  Panels depth_range(int64_t begin, int64_t count) const { return {data, count, n, stride ? stride : kPanel * depth(), first + begin}; }
+  const T* panel(int64_t j) const { return stored.data ? make_panel(*this, j) : data + j * (stride ? stride : kPanel * depth()) + first * width(j); }
+  // Rows [begin, begin + count) of B, begin a multiple of the pair; of a stored operand, of kPanel.
+  Panels depth_range(int64_t begin, int64_t count) const { return {data, count, n, stride ? stride : kPanel * depth(), first + begin, stored}; }
   static int64_t elements(int64_t k, int64_t n) { return padded_depth<T>(k) * padded_width(n); }
 };
 
@@ -67,6 +89,7 @@ void fetch(const T* p, int64_t count) {
 template <class T>
 Range panel_range(const Panels<T>& b, int64_t j, int64_t part = 0, int64_t parts = 1) {
   if (j >= b.count()) return {};
+  if (b.stored.data) return stored_range(b, j, part, parts);
   const int64_t size = b.depth() * b.width(j), share = round_up((size + parts - 1) / parts, 64 / int64_t(sizeof(T))), begin = part * share;
   return {b.panel(j) + begin, std::min(share, size - begin) * int64_t(sizeof(T))};
 }

@@ -75,7 +75,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& targets, double scale, bool need_h, bool need_w, WeightPanels* panels) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (panels && h.is_cpu() && h.scalar_type() == weight.scalar_type() && !need_w && has_block_products(h.scalar_type())) {
+    if (panels) {
       const at::Tensor dh = need_h ? at::empty_like(h) : at::Tensor(), on_cpu = targets.contiguous();
       const double sum = h.scalar_type() == at::kFloat ? blocks<float>(h, *panels, on_cpu, scale, dh) : blocks<bf16>(h, *panels, on_cpu, scale, dh);
       ctx->saved_data["dh"] = dh;
@@ -138,11 +138,13 @@ int64_t cross_entropy_chunk(int64_t rows, int64_t classes, bool on_cuda) {
   return round_up(std::max<int64_t>(1, (rows + chunks - 1) / chunks), kTileRows);
 }
 
-at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels) {
+at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const Matrix& weight_VD, const at::Tensor& targets_X, double scale) {
   RECORD_FUNCTION("moegraft::linear_cross_entropy", {});
-  MOEGRAFT_INVARIANT(h_XD.dim() == 2 && weight_VD.size(1) == h_XD.size(1) && targets_X.size(0) == h_XD.size(0), "linear_cross_entropy: h ", h_XD.sizes(), ", weight ", weight_VD.sizes());
+  MOEGRAFT_INVARIANT(h_XD.dim() == 2 && weight_VD.columns() == h_XD.size(1) && targets_X.size(0) == h_XD.size(0), "linear_cross_entropy: h ", h_XD.sizes(), ", weight ", weight_VD.rows(), " x ", weight_VD.columns());
   const bool grad = at::GradMode::is_enabled();
-  return LinearCrossEntropy::apply(h_XD.contiguous(), weight_VD, targets_X, scale, grad && h_XD.requires_grad(), grad && weight_VD.requires_grad(), panels.get());
+  const bool frozen = weight_VD.quantised() || !weight_VD.tensor().requires_grad();
+  WeightPanels* panels = frozen && h_XD.is_cpu() && weight_VD.packed() && weight_VD.packed()->serve(h_XD.scalar_type()) ? weight_VD.packed().get() : nullptr;
+  return LinearCrossEntropy::apply(h_XD.contiguous(), panels ? at::empty({0}, h_XD.options()) : weight_VD.tensor(), targets_X, scale, grad && h_XD.requires_grad(), grad && !frozen, panels);
 }
 
 }  // namespace moegraft::kernels

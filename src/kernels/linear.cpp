@@ -131,11 +131,11 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights) {
   RECORD_FUNCTION("moegraft::frozen_linear", {});
   bool blocks = x_XK.dim() == 2 && x_XK.size(0) > 0;
-  for (const auto& w : weights) blocks &= w.panels && x_XK.is_cpu() && x_XK.scalar_type() == w.weight_NK.scalar_type();
+  for (const auto& w : weights) blocks &= x_XK.is_cpu() && w.weight_NK.packed() && w.weight_NK.packed()->serve(x_XK.scalar_type());
   std::vector<at::Tensor> out;
   if (blocks) {
     auto node = c10::make_intrusive<Node>();
-    for (const auto& w : weights) node->panels.push_back(w.panels);
+    for (const auto& w : weights) node->panels.push_back(w.weight_NK.packed());
     const at::Tensor x = x_XK.contiguous();
     if (recorded(x)) out = FrozenLinear::apply(x, node);
     else out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
@@ -143,7 +143,7 @@ std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<
       if (weights[i].bias_N.defined()) out[i] = out[i] + weights[i].bias_N;
     return out;
   }
-  for (const auto& w : weights) out.push_back(at::linear(x_XK, w.weight_NK, w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  for (const auto& w : weights) out.push_back(at::linear(x_XK, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
   return out;
 }
 

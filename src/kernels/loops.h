@@ -27,6 +27,8 @@ struct Loops {
   void (*pack_nk)(const T* in, int64_t ld, int64_t k, int64_t n, T* panel, int64_t panel_k, int64_t panel_n);
   // [k/pair][in_width][pair] -> [n/pair][out_width][pair]: a part of W's panel as one of its transpose.
   void (*turn_panel)(const T* in, int64_t in_width, int64_t k, int64_t n, T* out, int64_t out_width);
+  // Q8_0 (formats/q8_0.cpp): q [rows, width] times each column's float16 scale, as a panel [rows/pair][width][pair]; width a multiple of 16, rows whole pairs.
+  void (*dequantise_q8_0)(const void* scales, const int8_t* q, int64_t width, int64_t rows, T* out);
   // From float32, times factor. strip_nk lays out 16 columns, of which n <= 16 are the source's, in rows [first, first + k).
   void (*pack_kn_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, T* panel, int64_t panel_k, int64_t panel_n);
   void (*strip_nk_float)(const float* in, int64_t ld, int64_t k, int64_t n, float factor, int64_t first, T* strip, int64_t panel_k, int64_t panel_n);

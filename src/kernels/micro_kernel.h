@@ -17,6 +17,7 @@ struct PanelTerm {
   int64_t lda;
   const T* panel;
   int64_t depth;
+  const uint8_t* q8_0 = nullptr;  // instead of `panel`: its blocks (formats/q8_0.cpp), dequantised in registers. For at most few_rows rows
 };
 
 // Cache lines that a micro-kernel asks for beside its products, a few at a time: what is worked on next comes from memory at the pace of the products.
@@ -43,6 +44,7 @@ struct MicroKernel {
   double times_float;  // products a second beside the float32 kernel's on such a machine, roughly
   int64_t depth_step;  // a depth costs as much as the next multiple of this
   bool turns;          // large weights may lie in one layout for both passes: turning a panel costs little beside its products
+  int64_t few_rows;    // up to which a product reads a quantised panel's blocks itself, with the bits of the dequantised panel; 0: never
   int64_t block_rows;  // rows to take at a time where a product's float32 block is worked on in the caches
 
   // C [m, width] (+)= the sum of at most kMostTerms products; width, the panels', is a multiple of 16 and at most 64. A and C have round_up(m, 16) rows, of

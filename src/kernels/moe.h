@@ -19,7 +19,7 @@ struct MoeProblem {
   std::shared_ptr<FactorCache> cache = nullptr;  // for the forward pass alone
 
   int64_t model_width() const { return x_XD.size(1); }
-  int64_t expert_width() const { return weights.gate_FD.front().size(0); }
+  int64_t expert_width() const { return weights.expert_width(); }
 };
 struct MoeForward {
   at::Tensor out_XD, hidden_RF;    // hidden only when asked for

@@ -23,7 +23,10 @@ constexpr int64_t kMostRows = sizeof(T) == 2 ? 384 : 256;  // worked on at a tim
 template <class T>
 int64_t block_rows() { return micro_kernel<T>()->block_rows; }
 
-constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in the forward layout alone
+constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in the forward layout alone (product_across)
+
+template <class T>
+bool across_may_serve(const MoeProblem& p) { return sizeof(T) == 4 && !p.weights.panels->stores_backward(); }
 
 // Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
 int64_t chunk_rows(const MoeProblem& p) {
@@ -238,7 +241,7 @@ class Backward {
   Backward(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs)
       : p_(p), needs_(needs), dout_(dout_XD), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
-    if (p.weights.panels->stores_backward()) p.weights.panels->template prepare_backward<T>();
+    p.weights.panels->template prepare_backward<T>();
     sets_ = rank_sets<T>(p);
     view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
     const int64_t R = p.dispatch.num_rows();
@@ -287,35 +290,18 @@ class Backward {
       dt_gu = s.take<T>(kMostRows<T> * columns);
       dt_d = s.take<T>(kMostRows<T> * columns);
       out = s.take<float>(kBlock * kPanel);
-      if (!p.weights.panels->stores_backward())
-        for (T*& t : turned) t = s.take<T>(round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel);
+      if (across_may_serve<T>(p)) {
+        const int64_t most = round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel;
+        in_across = s.take<T>(most);
+        out_across = s.take<float>(most);
+      }
     }
-    std::array<T*, 2> turned{};  // panels of weights, or rows across (below)
+    T* in_across = nullptr;  // of product_across
+    float* out_across = nullptr;
     int64_t ld_d, ld_f;
     T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d;
     float* out;
   };
-
-  // One panel of dx = dy W.
-  struct WeightPanel {
-    Panels<T> panels;
-    int64_t index;
-  };
-  WeightPanel weight_panel(int64_t expert, ExpertPanels::Matrix matrix, int64_t j, T* room) const {
-    const ExpertPanels& w = *p_.weights.panels;
-    if (w.stores_backward()) return {w.template backward<T>(expert, matrix), j};
-    // Elements of the two layouts are the same, in another order.
-    const Panels<T> forward = w.template forward<T>(expert, matrix);  // [in, out]
-    const int64_t columns = std::min(kPanel, forward.k - j * kPanel), next = std::min(kPanel, forward.k - j * kPanel - columns);
-    const Panels<T> turned{room, forward.n, columns};
-    for (int64_t i = 0; i < forward.count(); ++i) {
-      const int64_t width = forward.width(i);
-      const T* from = forward.panel(i) + j * kPanel * width;
-      loops<T>().turn_panel(from, width, columns, forward.columns(i), room + i * kPanel * turned.width(0), turned.width(0));
-      fetch(from + kPanel * width, next * width);  // of the next panel, while this one's products run
-    }
-    return {turned, 0};
-  }
 
   // out [w.k, width] (+)= W in^T for the forward panels w of W and `rows` <= 64 rows of `in`, width = padded_width(rows): dx = dy W, transposed, from the layout
   // that the forward pass reads. Turning few rows takes less than turning weights, which are read once, in the order they lie. `in` has zeros up to `width` rows.
@@ -334,8 +320,7 @@ class Backward {
   // b.out [rows, 64] = columns [64 j, 64 (j + 1)) of what product_across left.
   static void from_across(Buffers& b, int64_t j, int64_t columns, int64_t rows) {
     const int64_t width = padded_width(rows);
-    const float* across = reinterpret_cast<const float*>(b.turned[1]);
-    loops<float>().transpose(across + j * kPanel * width, width, std::min(kPanel, columns - j * kPanel), width, b.out, kPanel);
+    loops<float>().transpose(b.out_across + j * kPanel * width, width, std::min(kPanel, columns - j * kPanel), width, b.out, kPanel);
   }
 
   void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
@@ -357,25 +342,24 @@ class Backward {
         for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
     };
     const ExpertPanels& w = *p_.weights.panels;
-    const bool across = sizeof(T) == 4 && !w.stores_backward() && rows <= kRowsAcross;
+    const bool across = across_may_serve<T>(p_) && rows <= kRowsAcross;
     if (across) {
       const Panels<T> down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix), gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix);
       clear_padding(b.dy, b.ld_d, rows);
-      product_across(down, b.dy, b.ld_d, rows, false, b.turned[0], reinterpret_cast<float*>(b.turned[1]), panel_range(gate, 0));
+      product_across(down, b.dy, b.ld_d, rows, false, b.in_across, b.out_across, panel_range(gate, 0));
       for (int64_t j = 0; j * kPanel < F; ++j) {
         from_across(b, j, F, rows);
         if (d) product(rows, b.dt_d, d, f.A_out[1], j, b.out, kPanel, true);
         finish_hidden(j, 0, rows, kPanel);
       }
     }
+    const Panels<T> to_h = w.template backward<T>(s.expert, ExpertPanels::kDownMatrix);
     for (int64_t column = 0; !across && column < F; column += kPanel) {
-      const int64_t j = column / kPanel;
-      const auto [down, at] = weight_panel(s.expert, ExpertPanels::kDownMatrix, j, b.turned[0]);
-      const int64_t width = down.width(at);
+      const int64_t j = column / kPanel, width = to_h.width(j);
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), tile = Saved<T>::tile(begin, rows, F, j, r);
-        const Term<T> terms[]{{b.dy + r * b.ld_d, b.ld_d, &down, at}, {b.dt_d + r * d, d, &f.A_out[1], j}};
-        sum_of_products(m, terms, d ? 2 : 1, b.out, width, ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel), panel_range(down, at + 1, r / step, blocks)));
+        const Term<T> terms[]{{b.dy + r * b.ld_d, b.ld_d, &to_h, j}, {b.dt_d + r * d, d, &f.A_out[1], j}};
+        sum_of_products(m, terms, d ? 2 : 1, b.out, width, ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel), panel_range(to_h, j + 1, r / step, blocks)));
         finish_hidden(j, r, m, width);
       }
     }
@@ -399,9 +383,8 @@ class Backward {
       const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix);
       clear_padding(b.dg, b.ld_f, rows);
       clear_padding(b.du, b.ld_f, rows);
-      float* out = reinterpret_cast<float*>(b.turned[1]);
-      product_across(gate, b.dg, b.ld_f, rows, false, b.turned[0], out, panel_range(up, 0));
-      product_across(up, b.du, b.ld_f, rows, true, b.turned[0], out, {});
+      product_across(gate, b.dg, b.ld_f, rows, false, b.in_across, b.out_across, panel_range(up, 0));
+      product_across(up, b.du, b.ld_f, rows, true, b.in_across, b.out_across, {});
       for (int64_t j = 0; j * kPanel < D; ++j) {
         from_across(b, j, D, rows);
         if (gu) product(rows, b.dt_gu, gu, f.A_out[0], j, b.out, kPanel, true);
@@ -409,12 +392,11 @@ class Backward {
       }
       return;
     }
+    const Panels<T> gate = w.template backward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template backward<T>(s.expert, ExpertPanels::kUpMatrix);
     for (int64_t column = 0; column < D; column += kPanel) {
       const int64_t j = column / kPanel;
-      const auto [gate, at] = weight_panel(s.expert, ExpertPanels::kGateMatrix, j, b.turned[0]);
-      const auto [up, up_at] = weight_panel(s.expert, ExpertPanels::kUpMatrix, j, b.turned[1]);
-      const Term<T> terms[]{{b.dg, b.ld_f, &gate, at}, {b.du, b.ld_f, &up, up_at}, {b.dt_gu, gu, &f.A_out[0], j}};
-      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(at), b.out, ahead(panel_range(gate, at + 1), panel_range(up, up_at + 1)), large_);
+      const Term<T> terms[]{{b.dg, b.ld_f, &gate, j}, {b.du, b.ld_f, &up, j}, {b.dt_gu, gu, &f.A_out[0], j}};
+      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(j), b.out, ahead(panel_range(gate, j + 1), panel_range(up, j + 1)), large_);
     }
   }
 
@@ -433,7 +415,7 @@ class Backward {
 }  // namespace
 
 bool moe_blocks_serve(const MoeProblem& p) {
-  if (!p.weights.panels || !p.x_XD.is_cpu() || p.x_XD.scalar_type() != p.weights.gate_FD.front().scalar_type() || !has_block_products(p.x_XD.scalar_type())) return false;
+  if (!p.weights.panels || !p.x_XD.is_cpu() || !p.weights.panels->serve(p.x_XD.scalar_type())) return false;
   for (const auto& site : p.terms)
     for (const auto& term : site)
       if (term.A_EPX.scalar_type() != at::kFloat || term.B_EXP.scalar_type() != at::kFloat) return false;

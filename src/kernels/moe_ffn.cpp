@@ -19,6 +19,7 @@ struct Backend {
 Backend choose(const MoeProblem& p) {
   if (moe_cuda_serves(p)) return {moe_forward_cuda, moe_backward_cuda};
   if (moe_blocks_serve(p)) return {moe_forward_blocks, moe_backward_blocks};
+  MOEGRAFT_INVARIANT(!p.weights.gate_FD.empty(), "moe_ffn: no path for quantised experts with x ", p.x_XD.toString(), " and factors that are no float32 masters");
   return {moe_forward_aten, moe_backward_aten};
 }
 
@@ -67,8 +68,8 @@ std::shared_ptr<FactorCache> make_factor_cache() { return std::make_shared<Facto
 
 at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
   RECORD_FUNCTION("moegraft::moe_ffn", {});
-  MOEGRAFT_INVARIANT(int64_t(weights.gate_FD.size()) == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) && weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
-                     "moe_ffn: ", weights.gate_FD.size(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", slots ", dispatch.row_of_slot_TK.sizes());
+  MOEGRAFT_INVARIANT(weights.num_experts() == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) && weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
+                     "moe_ffn: ", weights.num_experts(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", slots ", dispatch.row_of_slot_TK.sizes());
   const auto wide = x_XD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor routing = weights_XK.to(wide);
   auto node = c10::make_intrusive<Node>();

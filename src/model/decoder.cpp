@@ -91,8 +91,8 @@ namespace {
 
 at::Tensor embed(const Decoder& decoder, WeightProvider& weights, const PackedBatch& batch) {
   const auto& tokens = batch.facts->id_tokens;
-  if (tokens[0].size(0) == batch.num_tokens()) return at::embedding(weights.embedding_VD(), batch.ids_T);
-  at::Tensor x = at::embedding(weights.embedding_VD(), batch.ids_T.masked_fill(batch.ids_T >= decoder.spec().vocab_size, 0));
+  if (tokens[0].size(0) == batch.num_tokens()) return k::embedding(weights.embedding_VD(), batch.ids_T, weights.dtype());
+  at::Tensor x = k::embedding(weights.embedding_VD(), batch.ids_T.masked_fill(batch.ids_T >= decoder.spec().vocab_size, 0), weights.dtype());
   for (size_t i = 0; i < decoder.rows().size(); ++i) {
     if (tokens[i + 1].size(0) == 0) continue;
     const auto& rows = decoder.rows()[i];
@@ -222,7 +222,7 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   return result;
 }
 
-at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const { return k::frozen_linear(hidden_XD, {{base_.weights->head_VD(), {}, base_.weights->head_panels()}})[0]; }
+at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const { return k::frozen_linear(hidden_XD, {{base_.weights->head_VD(), {}}})[0]; }
 
 at::Tensor Decoder::modality_logits(const at::Tensor& hidden_XD, int64_t row_set) const {
   return at::linear(hidden_XD, rows_.at(row_set).head_ND.to(hidden_XD.scalar_type()));
@@ -243,8 +243,8 @@ void add_loss(const Decoder& decoder, const at::Tensor& hidden_TD, const PackedB
     if (tokens.size(0) == 0) continue;
     const int64_t first = batch.facts->id_bounds[m];
     WeightProvider& weights = *decoder.base().weights;
-    const at::Tensor head = m == 0 ? weights.head_VD() : decoder.rows()[m - 1].head_ND;
-    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, tokens), head, batch.labels_T.index_select(0, tokens) - first, scale, m == 0 ? weights.head_panels() : nullptr);
+    const k::Matrix head = m == 0 ? weights.head_VD() : k::Matrix(decoder.rows()[m - 1].head_ND);
+    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, tokens), head, batch.labels_T.index_select(0, tokens) - first, scale);
     result.nll_sum_M[int64_t(m)].add_(part.detach() / scale);
     result.count_M[m] += tokens.size(0);
     result.loss = result.loss.defined() ? result.loss + part : part;

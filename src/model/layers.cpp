@@ -23,8 +23,8 @@ bool acts(const Call& call, const LowRank& term, int64_t group) {
 
 struct Projection {
   Site site;
-  const at::Tensor &weight, &bias;
-  const Panels& panels;
+  const k::Matrix& weight;
+  const at::Tensor& bias;
 };
 
 // Linear layers that share their input, each with the low-rank terms of its site.
@@ -32,7 +32,7 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
   const auto& tokens_of = call.facts->modality_tokens;
   std::vector<k::AdaptedLinear> layers;
   for (const auto& p : projections) {
-    layers.push_back({{p.weight, p.bias, p.panels}, {}});
+    layers.push_back({{p.weight, p.bias}, {}});
     if (!call.adapters) continue;
     for (const LowRank& term : call.adapters->at(layer, p.site)) {
       k::LinearLowRank t{term.A, term.B, term.scale, {}};
@@ -74,8 +74,8 @@ void append(at::Tensor& cache_BSGC, int64_t i, int64_t past, const at::Tensor& x
 }
 
 at::Tensor frozen_ffn(const DenseWeights& w, const at::Tensor& x_TD) {
-  const auto gate_up = k::frozen_linear(x_TD, {{w.gate_ID, w.gate_bias_I, w.gate_panels}, {w.up_ID, w.up_bias_I, w.up_panels}});
-  return k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{w.down_DI, w.down_bias_D, w.down_panels}})[0];
+  const auto gate_up = k::frozen_linear(x_TD, {{w.gate_ID, w.gate_bias_I}, {w.up_ID, w.up_bias_I}});
+  return k::frozen_linear(at::silu(gate_up[0]) * gate_up[1], {{w.down_DI, w.down_bias_D}})[0];
 }
 
 // A dense FFN's inputs as those of one expert.
@@ -94,7 +94,7 @@ k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, con
   const RouterSpec& r = call.spec.router;
   const k::RouteRule rule{r.score == RouterSpec::Score::sigmoid, correction_E, r.num_groups, r.topk_groups, r.renormalise, r.scale};
   const auto route = [&](const at::Tensor& logits_TE) { return k::route(logits_TE, call.spec.num_experts_per_tok, rule); };
-  if (!call.apart || call.batch.num_sequences() == 1) return route(project(call, l, h_TD, {{Site::router, router_ED, {}, nullptr}})[0]);
+  if (!call.apart || call.batch.num_sequences() == 1) return route(project(call, l, h_TD, {{Site::router, k::Matrix(router_ED), {}}})[0]);
   // Where sequences stand apart all is text that nothing trains on, and no term acts.
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
@@ -155,7 +155,7 @@ void stand_apart(Call& call) {
 at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
   const DecoderSpec& spec = call.spec;
   const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
-  const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias, w.q_panels}, {Site::k, w.k, w.k_bias, w.k_panels}, {Site::v, w.v, w.v_bias, w.v_panels}});
+  const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias}, {Site::k, w.k, w.k_bias}, {Site::v, w.v, w.v_bias}});
   const auto heads = k::norm_rotary({{qkv[0], H, w.q_norm}, {qkv[1], G, w.k_norm}}, call.rope.cos_TC, call.rope.sin_TC, spec.rms_norm_eps, spec.clip_qkv);
   const at::Tensor &q = heads[0], &key = heads[1], v = (spec.clip_qkv > 0 ? qkv[2].clamp(-spec.clip_qkv, spec.clip_qkv) : qkv[2]).view({T, G, C});
   const double scale = 1.0 / std::sqrt(double(C));
@@ -184,18 +184,18 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
     call.keep->keys.push_back(key);
     call.keep->values.push_back(v);
   }
-  return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias, w.o_panels}})[0];
+  return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias}})[0];
 }
 
 at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD) {
   if (call.spec.has_experts()) return frozen_ffn(w, x_TD);  // where the sites are the experts'
-  const auto gate_up = project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I, w.gate_panels}, {Site::up, w.up_ID, w.up_bias_I, w.up_panels}});
+  const auto gate_up = project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I}, {Site::up, w.up_ID, w.up_bias_I}});
   const at::Tensor hidden_TI = at::silu(gate_up[0]) * gate_up[1];
   if (call.options.sites) {
     observe_all_rows(call, l, Site::gate, x_TD);
     observe_all_rows(call, l, Site::down, hidden_TI);
   }
-  return project(call, l, hidden_TI, {{Site::down, w.down_DI, w.down_bias_D, w.down_panels}})[0];
+  return project(call, l, hidden_TI, {{Site::down, w.down_DI, w.down_bias_D}})[0];
 }
 
 at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD) {
@@ -211,7 +211,7 @@ MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const Expe
     call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
   }
   const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK, spec.num_experts, call.modality_T, call.num_groups);
-  const k::ExpertFfnWeights weights{w.gate_FD, w.up_FD, w.down_DF, w.gate_EFD, w.up_EFD, w.down_EDF, w.panels};
+  const k::ExpertFfnWeights weights = w.as_ffn();
   const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down),
                                       call.options.factors ? call.options.factors->at(size_t(l)) : nullptr};
   at::Tensor hidden_RF;

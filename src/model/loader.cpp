@@ -112,7 +112,7 @@ at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& sha
   }
   if (count > 0) t = t.narrow(0, first, count);
   if (staged_ && !on_cpu_) {
-    if (!into.defined()) into = room(t.sizes());
+    if (!into.defined()) into = dtype_ ? room(t.sizes()) : at::empty(t.sizes(), t.options().device(options_.device));
     if (auto range = source_.range(name)) {
       if (count > 0) range->offset += int64_t(first * t.stride(0) * t.element_size()), range->bytes = int64_t(t.nbytes());
       staged_->add(std::move(*range), t.scalar_type(), into);
@@ -121,7 +121,7 @@ at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& sha
     }
     return into;
   }
-  const at::Tensor out = t.to(on_cpu_ ? at::Device(at::kCPU) : options_.device, dtype_);
+  const at::Tensor out = t.to(on_cpu_ ? at::Device(at::kCPU) : options_.device, dtype_.value_or(t.scalar_type()));
   if (!out.is_alias_of(t)) source_.release(t);  // read once, to be converted or copied
   return out;
 }

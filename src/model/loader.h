@@ -52,15 +52,15 @@ class Loader {
   // count > 0: only these rows. into: where to, contiguous; undefined: the loader's choice, the mapped file where dtype and device agree.
   at::Tensor take(const std::string& name, const std::vector<int64_t>& shape, int64_t first = 0, int64_t count = 0, at::Tensor into = {});
   // Room of the model's dtype on its device for take(); undefined where tensors stay in the files.
-  at::Tensor room(at::IntArrayRef shape) const { return staged_ && !on_cpu_ ? at::empty(shape, at::TensorOptions(dtype_).device(options_.device)) : at::Tensor(); }
+  at::Tensor room(at::IntArrayRef shape) const { return staged_ && !on_cpu_ && dtype_ ? at::empty(shape, at::TensorOptions(*dtype_).device(options_.device)) : at::Tensor(); }
   // Belongs to the model, though it is not taken here.
   void use(const std::string& name) { used_.insert(source_.stored_name(name)); }
   // Whether two tensors are the same numbers in the model's dtype.
   bool same(const std::string& a, const std::string& b) const;
   // Takes to this device, straight from the files, or to the one that the options name again.
   void keep_on_cpu(bool on) { on_cpu_ = on; }
-  // Takes what bfloat16 would spoil in float32, or in the model's dtype again.
-  void keep_float32(bool on) { dtype_ = on ? at::kFloat : options_.dtype; }
+  // What is taken from now on becomes this; none: it stays what the file holds.
+  void keep_dtype(std::optional<at::ScalarType> dtype) { dtype_ = dtype; }
   void problem(const std::string& text);
   bool clean() const { return count_ == 0; }
   // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers, which lists it as UNEXPECTED.
@@ -71,7 +71,7 @@ class Loader {
  private:
   const TensorSource& source_;
   LoadOptions options_;
-  at::ScalarType dtype_ = options_.dtype;
+  std::optional<at::ScalarType> dtype_ = options_.dtype;
   std::string where_;
   std::optional<StagedLoad> staged_;
   bool on_cpu_ = false;

@@ -47,7 +47,7 @@ bool PrefixCache::may_share_a_pass(const DecoderSpec& spec, WeightProvider& weig
   for (int64_t l = 0; l < spec.num_layers && may_share_; ++l) {
     const AttentionWeights a = weights.layer(l).attention;
     // A dense layer's or a shared expert's activation, and routers' other than a softmax's top k, are the library's, whose bits depend on where a row lies.
-    may_share_ = spec.layers[size_t(l)].sparse && spec.router.is_plain() && spec.shared_expert.intermediate_size == 0 && a.q_panels && a.k_panels && a.v_panels && a.o_panels && weights.experts(l, 0, spec.num_experts).panels;
+    may_share_ = spec.layers[size_t(l)].sparse && spec.router.is_plain() && spec.shared_expert.intermediate_size == 0 && a.q.packed() && a.k.packed() && a.v.packed() && a.o.packed() && weights.experts(l, 0, spec.num_experts).panels;
   }
   if (may_share_) {
     std::vector<int64_t> depths{spec.hidden_size, spec.num_heads * spec.head_dim, spec.moe_intermediate_size, spec.head_dim};

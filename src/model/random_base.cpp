@@ -54,7 +54,8 @@ DecoderSpec cut_layers(DecoderSpec spec, int64_t layers) {
   return spec;
 }
 
-BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed) {
+BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed, std::optional<kernels::WeightFormat> quantise) {
+  if (quantise) check_format(*quantise, device);
   const at::NoGradGuard no_grad;
   Draw draw(dtype, device, seed);
   const auto make = [&](const TensorRow& row) {
@@ -64,7 +65,7 @@ BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device 
   };
   auto w = make_weights(spec, make, [&] { return draw_experts(draw, spec); });
   w->type = dtype, w->where = device;
-  finish_frozen(*w, packs_lean(spec));
+  finish_frozen(*w, packs_lean(spec), nullptr, quantise);
   BaseModel base;
   base.spec = spec;
   base.weights = std::move(w);

@@ -13,17 +13,16 @@ namespace moegraft::model {
 // Mapped pages count as memory.
 class ResidentWeights : public WeightProvider {
  public:
-  at::Tensor embedding, head, final_norm;
+  kernels::Matrix embedding, head;
+  at::Tensor final_norm;
   std::vector<LayerWeights> layers;
   std::vector<ExpertWeights> layer_experts;
   at::ScalarType type = at::kFloat;
   at::Device where = at::kCPU;
   bool trains = false;
-  Panels panels_of_head;
 
-  at::Tensor embedding_VD() override { return embedding; }
-  at::Tensor head_VD() override { return head; }
-  Panels head_panels() override { return panels_of_head; }
+  kernels::Matrix embedding_VD() override { return embedding; }
+  kernels::Matrix head_VD() override { return head; }
   at::Tensor final_norm_D() override { return final_norm; }
   LayerWeights layer(int64_t index) override { return layers.at(index); }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
@@ -32,6 +31,7 @@ class ResidentWeights : public WeightProvider {
     MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer, " has no experts here: a dense layer, or a base loaded without them");
     MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
     if (at == 0 && count == all.count()) return all;
+    MOEGRAFT_INVARIANT(!all.gate_FD.empty(), "quantised experts are given as a whole");
     const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
     ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
     if (all.gate_EFD.defined()) {
@@ -46,8 +46,11 @@ class ResidentWeights : public WeightProvider {
   bool trainable() const override { return trains; }
 };
 
-// What a frozen base wants once its tensors are all there: what is computed in float32 anyway is widened, matrices get their panels (lean: kernels::make_expert_panels).
-// source: whose mapped pages may go once panels have been filled; null: none.
-void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source = nullptr);
+// UsageError: the device has no path for the format. A warning where a CPU can but gains nothing.
+void check_format(kernels::WeightFormat format, at::Device device);
+
+// What a frozen base wants once its tensors are all there: what is computed in float32 anyway is widened, matrices get their panels (lean: kernels::make_expert_panels),
+// or become quantised. source: whose mapped pages may go once panels have been filled; null: none. UserError: a weight that the format cannot hold.
+void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source = nullptr, std::optional<kernels::WeightFormat> quantise = {});
 
 }  // namespace moegraft::model

@@ -13,41 +13,41 @@ using Role = TensorRole;
 
 }  // namespace
 
-at::Tensor& slot(LayerWeights& w, Role role) {
+Slot slot(LayerWeights& w, Role role) {
   switch (role) {
-    case Role::input_norm: return w.input_norm_D;
-    case Role::post_norm: return w.post_norm_D;
-    case Role::q: return w.attention.q;
-    case Role::k: return w.attention.k;
-    case Role::v: return w.attention.v;
-    case Role::o: return w.attention.o;
-    case Role::q_bias: return w.attention.q_bias;
-    case Role::k_bias: return w.attention.k_bias;
-    case Role::v_bias: return w.attention.v_bias;
-    case Role::o_bias: return w.attention.o_bias;
-    case Role::q_norm: return w.attention.q_norm;
-    case Role::k_norm: return w.attention.k_norm;
+    case Role::input_norm: return {nullptr, &w.input_norm_D};
+    case Role::post_norm: return {nullptr, &w.post_norm_D};
+    case Role::q: return {&w.attention.q};
+    case Role::k: return {&w.attention.k};
+    case Role::v: return {&w.attention.v};
+    case Role::o: return {&w.attention.o};
+    case Role::q_bias: return {nullptr, &w.attention.q_bias};
+    case Role::k_bias: return {nullptr, &w.attention.k_bias};
+    case Role::v_bias: return {nullptr, &w.attention.v_bias};
+    case Role::o_bias: return {nullptr, &w.attention.o_bias};
+    case Role::q_norm: return {nullptr, &w.attention.q_norm};
+    case Role::k_norm: return {nullptr, &w.attention.k_norm};
     case Role::dense_gate:
-    case Role::shared_gate: return w.dense.gate_ID;
+    case Role::shared_gate: return {&w.dense.gate_ID};
     case Role::dense_up:
-    case Role::shared_up: return w.dense.up_ID;
+    case Role::shared_up: return {&w.dense.up_ID};
     case Role::dense_down:
-    case Role::shared_down: return w.dense.down_DI;
-    case Role::dense_gate_bias: return w.dense.gate_bias_I;
-    case Role::dense_up_bias: return w.dense.up_bias_I;
-    case Role::dense_down_bias: return w.dense.down_bias_D;
-    case Role::router: return w.router_ED;
-    case Role::router_correction: return w.router_correction_E;
-    case Role::shared_scale: return w.shared_scale_1D;
+    case Role::shared_down: return {&w.dense.down_DI};
+    case Role::dense_gate_bias: return {nullptr, &w.dense.gate_bias_I};
+    case Role::dense_up_bias: return {nullptr, &w.dense.up_bias_I};
+    case Role::dense_down_bias: return {nullptr, &w.dense.down_bias_D};
+    case Role::router: return {nullptr, &w.router_ED};
+    case Role::router_correction: return {nullptr, &w.router_correction_E};
+    case Role::shared_scale: return {nullptr, &w.shared_scale_1D};
     default: misplaced(role, "a layer");
   }
 }
 
-at::Tensor& slot(ResidentWeights& w, Role role) {
+Slot slot(ResidentWeights& w, Role role) {
   switch (role) {
-    case Role::embedding: return w.embedding;
-    case Role::head: return w.head;
-    case Role::final_norm: return w.final_norm;
+    case Role::embedding: return {&w.embedding};
+    case Role::head: return {&w.head};
+    case Role::final_norm: return {nullptr, &w.final_norm};
     default: misplaced(role, "the whole model");
   }
 }

@@ -14,6 +14,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/model/config.h"
 #include "moegraft/model/offload.h"
 #include "moegraft/model/random_base.h"
 #include "moegraft/model/thaw.h"
@@ -22,21 +23,40 @@
 #include "tensor_slots.h"
 
 namespace moegraft::model {
+
+std::optional<kernels::WeightFormat> weight_format(Quantize quantize) {
+  if (quantize == Quantize::none) return std::nullopt;
+  for (const auto& row : kernels::kWeightFormats)
+    if (row.quantised() && row.name == config::name_of(quantize)) return row.value;
+  fail<InvariantError>("model.quantize: ", config::name_of(quantize), " has no row in kernels/weight_format.h");
+}
+
+Quantize parse_quantize(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& row : kQuantizations) {
+    if (row.name == name) return row.value;
+    known.emplace_back(row.name);
+  }
+  fail<UsageError>("quantize must be one of ", join(known, ", "), ", got '", shortened(name), "'");
+}
+
 namespace {
 
 namespace fs = std::filesystem;
 
+bool is_quantisable(const LoadOptions& options, TensorRole role) { return options.quantise && is_linear_layer(role); }
+
 // A layer's tensors but its experts'.
-LayerWeights load_layer(Loader& load, const TensorSource& source, const DecoderSpec& s, const Family& family, int64_t l) {
+LayerWeights load_layer(Loader& load, const TensorSource& source, const DecoderSpec& s, const Family& family, const LoadOptions& options, int64_t l) {
   LayerWeights layer;
   for (const TensorRow& row : family.tensors) {
     if (row.scope != TensorScope::layer) continue;
     const std::string name = tensor_name(row.name, l);
-    load.keep_float32(row.role == TensorRole::router_correction);
-    if (row.present(s, s.layers[size_t(l)])) slot(layer, row.role) = load.take(name, row.shape(s));
+    load.keep_dtype(row.role == TensorRole::router_correction ? std::optional(at::kFloat) : is_quantisable(options, row.role) ? std::nullopt : std::optional(options.dtype));
+    if (row.present(s, s.layers[size_t(l)])) slot(layer, row.role).set(load.take(name, row.shape(s)));
     else if (name.ends_with(".bias") && source.contains(name)) load.problem(name + " is present, but config.json says that there are no such biases");
   }
-  load.keep_float32(false);
+  load.keep_dtype(options.dtype);
   return layer;
 }
 
@@ -180,10 +200,18 @@ std::shared_ptr<ExpertRing> make_ring(const LoadOptions& options, std::shared_pt
   return std::make_shared<OffloadedWeights>(std::move(rest), lock ? std::optional<HostArena>(std::in_place) : std::nullopt);
 }
 
+void check_quantise(const LoadOptions& options) {
+  if (!options.quantise) return;
+  check_format(*options.quantise, options.device);
+  MOEGRAFT_CHECK_USAGE(options.experts != Experts::offloaded && options.experts != Experts::mapped && !options.keep_experts, "model.quantize: ", kernels::format_row(*options.quantise).name,
+                       " keeps the experts where they compute; use model.offload: none and parallel.shard_base: false, or model.quantize: none");
+}
+
 }  // namespace
 
 BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   say_if_slow(options.dtype, options.device);
+  check_quantise(options);
   BaseModel base;
   base.path = dir;
   base.spec = read_spec(dir);
@@ -200,16 +228,20 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   w->type = options.dtype;
   w->where = options.device;
   const std::shared_ptr<ExpertRing> ring = make_ring(options, w);
+  if (options.quantise) load.keep_dtype(std::nullopt);
   load_ends(load, source, family, base.spec, *w);
+  load.keep_dtype(options.dtype);
   w->final_norm = load.take(family.name(TensorRole::final_norm), {s.hidden_size});
   for (int64_t l = 0; l < s.num_layers; ++l) {
-    LayerWeights layer = load_layer(load, source, s, family, l);
+    LayerWeights layer = load_layer(load, source, s, family, options, l);
     ExpertWeights experts;
     if (s.layers[l].sparse) {
       load.keep_on_cpu(ring != nullptr);
+      if (options.quantise) load.keep_dtype(std::nullopt);
       if (options.experts == Experts::absent) use_experts(load, source, s, family, l);
       else experts = load_experts(load, source, s, family, l, options.first_expert, count);
       load.keep_on_cpu(false);
+      load.keep_dtype(options.dtype);
     }
     w->layers.push_back(std::move(layer));
     if (ring && load.clean()) {
@@ -223,7 +255,7 @@ BaseModel load_base(const fs::path& dir, const LoadOptions& options) {
   }
   load.check_rest(s.num_layers);
   load.finish();
-  finish_frozen(*w, packs_lean(base.spec), shared);
+  finish_frozen(*w, packs_lean(base.spec), shared, options.quantise);
   if (ring) base.weights = ring;
   else base.weights = std::move(w);
   return base;
@@ -270,11 +302,11 @@ void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
   WeightProvider& w = *base.weights;
   ResidentWeights ends;
   ends.embedding = w.embedding_VD(), ends.head = w.head_VD(), ends.final_norm = w.final_norm_D();
-  for_each_row(s, TensorScope::model, {}, [&](const TensorRow& row) { visit(row.name, slot(ends, row.role)); });
+  for_each_row(s, TensorScope::model, {}, [&](const TensorRow& row) { visit(row.name, slot(ends, row.role).get()); });
   for (int64_t l = 0; l < s.num_layers; ++l) {
     const LayerSpec& kind = s.layers[size_t(l)];
     LayerWeights layer = w.layer(l);
-    for_each_row(s, TensorScope::layer, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l), slot(layer, row.role)); });
+    for_each_row(s, TensorScope::layer, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l), slot(layer, row.role).get()); });
     if (!kind.sparse) continue;
     ExpertWeights x = w.experts(l, 0, s.num_experts);
     if (stacked) {

@@ -29,6 +29,8 @@ bool lies_in(const std::string& inner, const std::string& outer) {
 void check_model(const RunConfig& c) {
   MOEGRAFT_CHECK_USAGE(c.model.path.empty() || c.run.dir.empty() || !lies_in(c.run.dir, c.model.path), "run.dir (", c.run.dir, ") is the base's own folder or lies in it: name another folder for the run");
   MOEGRAFT_CHECK_USAGE(c.model.offload == Offload::none || c.train.base_weights == BaseWeights::frozen, "model.offload: experts needs a frozen base; train.base_weights is full");
+  MOEGRAFT_CHECK_USAGE(c.model.quantize == model::Quantize::none || c.train.base_weights == BaseWeights::frozen, "model.quantize: ", config::name_of(c.model.quantize), " needs a frozen base; train.base_weights is full");
+  MOEGRAFT_CHECK_USAGE(c.model.quantize == model::Quantize::none || !c.parallel.shard_base, "model.quantize: ", config::name_of(c.model.quantize), " and parallel.shard_base do not go together: quantised experts stay where they compute");
   if (!c.model.init) return;
   MOEGRAFT_CHECK_USAGE(c.data.sequence_length <= c.model.init->max_positions, "data.sequence_length must not exceed model.init.max_positions (", c.model.init->max_positions, "), got ",
                        c.data.sequence_length);

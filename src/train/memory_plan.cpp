@@ -39,7 +39,7 @@ class Counter {
   explicit Counter(const MemoryRequest& request)
       : r_(request), s_(request.spec), width_(int64_t(c10::elementSize(request.dtype))), T_(request.tokens), R_(request.tokens * s_.num_experts_per_tok), E_(request.spec.num_experts / request.expert_size),
         q_(s_.num_heads * s_.head_dim), kv_(s_.num_kv_heads * s_.head_dim),
-        panels_(request.device.is_cpu() && !request.base_trains && kernels::make_weight_panels(at::empty({16, 16}, at::TensorOptions(request.dtype))) != nullptr) {}
+        panels_(request.device.is_cpu() && !request.base_trains && kernels::pack_weight(at::empty({16, 16}, at::TensorOptions(request.dtype))).packed() != nullptr) {}
 
   bool has_panels() const { return panels_; }
   int64_t experts_of_layer() const { return kExpertSites * E_ * s_.hidden_size * s_.moe_intermediate_size; }
@@ -50,6 +50,7 @@ class Counter {
   // Resident: everything, except what is mapped and has been packed into panels.
   int64_t base() const {
     if (r_.base_trains) return 0;  // masters
+    if (quantised()) return quantised_base();
     int64_t elements = s_.num_parameters() - sparse_layers() * kExpertSites * (s_.num_experts - E_) * s_.hidden_size * s_.moe_intermediate_size;
     if (experts_visit() || (panels_ && !r_.converted)) elements -= sparse_layers() * experts_of_layer();
     if (panels_ && !r_.converted) {
@@ -59,7 +60,7 @@ class Counter {
     return elements * width_;
   }
   int64_t panels() const {
-    if (!panels_) return 0;
+    if (!panels_ || quantised()) return 0;
     const int64_t pair = width_ == 2 ? 2 : 1;
     int64_t elements = 0;
     const auto both = [&](int64_t n, int64_t k) { return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16); };
@@ -69,6 +70,19 @@ class Counter {
     const int64_t expert = !model::packs_lean(s_) || !kernels::one_layout_serves(r_.dtype) ? 2 * both(F, D) + both(D, F) : 2 * round_up(D, pair) * round_up(F, 16) + round_up(F, pair) * round_up(D, 16);
     if (!experts_visit()) elements += sparse_layers() * E_ * expert;
     return elements * width_;
+  }
+
+  // Panels of the format's blocks, and what stays floats.
+  int64_t quantised_base() const {
+    const auto& row = kernels::format_row(*r_.quantise);
+    int64_t bytes = 0, elements = s_.num_parameters() - sparse_layers() * kExpertSites * s_.num_experts * s_.hidden_size * s_.moe_intermediate_size;
+    const auto store = [&](int64_t n, int64_t k) { bytes += row.bytes(round_up(n, 16), k); };
+    const auto one = [&](int64_t n, int64_t k) { store(n, k), elements -= n * k; };
+    one(s_.vocab_size, s_.hidden_size);  // the embedding; the head, tied or not, is among the linear layers
+    for_each_matrix(one);
+    if (s_.tie_word_embeddings) bytes -= row.bytes(round_up(s_.vocab_size, 16), s_.hidden_size), elements += s_.vocab_size * s_.hidden_size;  // counted twice
+    for (int64_t i = 0; i < sparse_layers() * E_; ++i) store(s_.moe_intermediate_size, s_.hidden_size), store(s_.moe_intermediate_size, s_.hidden_size), store(s_.hidden_size, s_.moe_intermediate_size);
+    return bytes + elements * width_;
   }
 
   // Kept for the backward pass of one layer.
@@ -146,6 +160,7 @@ class Counter {
   bool experts_visit() const { return r_.offload_experts || (r_.shard_base && r_.data_size > 1); }
 
  private:
+  bool quantised() const { return r_.quantise && panels_; }  // without panels its values are floats
   // How many processes a token visits at most; as many tokens come as go when experts are used evenly.
   int64_t travelled() const { return std::min(r_.expert_size, s_.num_experts_per_tok); }
   // Matrices with panels besides the experts': [out, in].
@@ -278,6 +293,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.spec = spec;
   r.dtype = graft::parse_dtype(config.model.dtype);
   r.device = device;
+  r.quantise = model::weight_format(config.model.quantize);
   r.base_trains = config.train.base_weights == BaseWeights::full;
   r.offload_experts = config.model.offload == model::Offload::experts;
   r.moments_8bit = config.train.optimizer == OptimizerKind::adamw_8bit;
@@ -404,7 +420,8 @@ std::string fit_problem(const MemoryPlan& plan, const MemoryRequest& r) {
   std::vector<std::string> remedies{plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more", "raise train.accumulation (fewer tokens at a time)", "lower data.tokens_per_step"};
   if (!r.moments_8bit) remedies.push_back("use train.optimizer: adamw_8bit");
   if (!r.narrow_gradients) remedies.push_back("use train.gradients: bf16");
-  if (!r.offload_experts && !r.base_trains && !r.shard_base && r.spec.has_experts()) remedies.push_back("keep experts in host memory with model.offload: experts");
+  if (!r.quantise && !r.base_trains && !r.shard_base && !r.offload_experts && r.device.is_cpu()) remedies.push_back("use model.quantize: q8_0");
+  if (!r.quantise && !r.offload_experts && !r.base_trains && !r.shard_base && r.spec.has_experts()) remedies.push_back("keep experts in host memory with model.offload: experts");
   const std::string last = remedies.back();
   remedies.pop_back();
   return moegraft::detail::concat(budget, " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(), " layers recomputed; ",

@@ -43,14 +43,13 @@ std::shared_ptr<ModalityLora> random_lora(const model::DecoderSpec& spec, const 
 class Merged : public model::WeightProvider {
  public:
   Merged(std::shared_ptr<model::WeightProvider> base, std::shared_ptr<ModalityLora> lora) : base_(std::move(base)), lora_(std::move(lora)) {}
-  at::Tensor embedding_VD() override { return base_->embedding_VD(); }
-  at::Tensor head_VD() override { return base_->head_VD(); }
+  kernels::Matrix embedding_VD() override { return base_->embedding_VD(); }
+  kernels::Matrix head_VD() override { return base_->head_VD(); }
   at::Tensor final_norm_D() override { return base_->final_norm_D(); }
   model::LayerWeights layer(int64_t l) override {
     auto w = base_->layer(l);
     for (auto [site, weight] : {std::pair(Site::q, &w.attention.q), std::pair(Site::k, &w.attention.k), std::pair(Site::v, &w.attention.v), std::pair(Site::o, &w.attention.o)})
-      for (const auto& t : lora_->at(l, site)) *weight = *weight + t.scale * at::mm(t.B.detach(), t.A.detach());
-    w.attention.q_panels = w.attention.k_panels = w.attention.v_panels = w.attention.o_panels = nullptr;  // they hold the base
+      for (const auto& t : lora_->at(l, site)) *weight = weight->tensor() + t.scale * at::mm(t.B.detach(), t.A.detach());
     return w;
   }
   model::ExpertWeights experts(int64_t l, int64_t first, int64_t count) override {

@@ -32,11 +32,12 @@ def llama(comparison, file, *options):
 def check(comparison, shape, model):
     """{what computed: how far its logits are from ours in float32}; None when they are not the same model."""
     ids, wanted, rounded, errors = comparison.ids(model, *CHECKED), f"{model}-logits.safetensors", f"{model}-logits-bf16.safetensors", {}
-    ours = lambda dtype, out: subprocess.run([comparison.args.binary, "logits", model, "--ids", ids, "--dtype", dtype, "-o", out], check=True, cwd=ROOT, capture_output=True, text=True)
+    ours = lambda dtype, out, quantize="none": subprocess.run([comparison.args.binary, "logits", model, "--ids", ids, "--dtype", dtype, "--quantize", quantize, "-o", out], check=True, cwd=ROOT, capture_output=True, text=True)
     ours("float32", wanted)
-    ours("bfloat16", rounded)
     code = "import json; from safetensors.torch import load_file\na, b = (load_file(f)['logits'].double() for f in (%r, %r))\nprint(json.dumps({'relative_error': ((a - b).norm(dim=-1) / a.norm(dim=-1)).median().item(), 'same_likeliest': (a.argmax(-1) == b.argmax(-1)).double().mean().item()}))"
-    errors["ours_bf16"] = json.loads(ask_python(comparison.python, code % (wanted, rounded)))
+    for name, quantize in (("ours_bf16", "none"), ("ours_q8_0", "q8_0")):
+        ours("bfloat16", rounded, quantize)
+        errors[name] = json.loads(ask_python(comparison.python, code % (wanted, rounded)))
     for kind in ["f32", *TYPES]:
         file = gguf(comparison, model, kind)
         errors[kind] = run(llama(comparison, file, "--ids", ids, "--check", wanted, *(["--exact"] if kind == "f32" else [])))
@@ -55,6 +56,7 @@ def case(comparison, shape, model, errors, batch, prompt, tokens):
     ids = comparison.ids(model, batch, prompt)
     common = ["--ids", ids, "--tokens", str(tokens), "--rounds", "2"]
     commands = {dtype: comparison.ours("generate", model, *common, "--pictures", str(batch), "--rank", str(comparison.args.rank), "--dtype", dtype) for dtype in ("float32", "bfloat16")}
+    commands["quantised"] = comparison.ours("generate", model, *common, "--pictures", str(batch), "--rank", str(comparison.args.rank), "--dtype", "bfloat16", "--quantize", "q8_0")
     commands |= {kind: llama(comparison, gguf(comparison, model, kind), *common) for kind in TYPES}
     log("llama", shape, f"{batch}×{prompt}+{tokens}")
     runs = comparison.alternate(commands)
@@ -67,8 +69,8 @@ def case(comparison, shape, model, errors, batch, prompt, tokens):
     label = f"{shape} {batch}×{prompt}+{tokens}" + (f", {comparison.args.isa}" if comparison.args.isa else "")
     comparison.check_path(label, runs["bfloat16"][0][0])
     comparison.result["llama"].append({"label": label, "shape": shape, "batch": batch, "prompt": prompt, "tokens": tokens, "figures": figures, "logits": errors, "same_tokens": same, "commands": comparison.spell(commands)})
-    ours, theirs = figures["bfloat16"], figures["bf16"]
-    log("  bf16 beside bf16: " + ", ".join(f"{key} {ours[key + '_tokens_per_s'] / theirs[key + '_tokens_per_s']:.2f}" for key in ("prefill", "decode")))
+    for what, ours, theirs in (("bf16 beside bf16", "bfloat16", "bf16"), ("Q8_0 beside Q8_0", "quantised", "q8_0")):
+        log(f"  {what}: " + ", ".join(f"{key} {figures[ours][key + '_tokens_per_s'] / figures[theirs][key + '_tokens_per_s']:.2f}" for key in ("prefill", "decode")))
     comparison.save()
 
 
@@ -100,10 +102,10 @@ def section(r):
     for c in r["llama"]:
         f = c["figures"]
         for what, key, theirs in (("prefill", "prefill", "prefill"), ("decode", "decode", "decode"), ("image codes", "image", "decode")):
-            ours, peers = [f[d][key + "_tokens_per_s"] for d in ("float32", "bfloat16")], [f[t][theirs + "_tokens_per_s"] for t in TYPES]
-            rows.append([f"{c['label']}, {what}", *(f"{x:.0f}" for x in ours + peers), f"**{ours[1] / peers[0]:.2f}**", f"{ours[1] / peers[1]:.2f}"])
-        errors.append([c["label"], *(f"{c['logits'][t]['relative_error']:.1e}" for t in ("f32", "ours_bf16", *TYPES)), *(f"{100 * c['same_tokens'][n]:.0f} %" for n in ("bfloat16", *TYPES)), *(f"{f[n]['peak_mib']:.0f}" for n in f)])
-    text.append(table(["tokens/s", "moegraft float32", "moegraft bf16", "llama.cpp bf16", "llama.cpp Q8_0", "our bf16 / its bf16", "our bf16 / its Q8_0"], rows))
+            ours, peers = [f[d][key + "_tokens_per_s"] for d in ("float32", "bfloat16", "quantised")], [f[t][theirs + "_tokens_per_s"] for t in TYPES]
+            rows.append([f"{c['label']}, {what}", *(f"{x:.0f}" for x in ours + peers), f"**{ours[1] / peers[0]:.2f}**", f"**{ours[2] / peers[1]:.2f}**"])
+        errors.append([c["label"], *(f"{c['logits'][t]['relative_error']:.1e}" for t in ("f32", "ours_bf16", "ours_q8_0", *TYPES)), *(f"{100 * c['same_tokens'][n]:.0f} %" for n in ("bfloat16", "quantised", *TYPES)), *(f"{f[n]['peak_mib']:.0f}" for n in f)])
+    text.append(table(["tokens/s", "moegraft float32", "moegraft bf16", "moegraft q8_0", "llama.cpp bf16", "llama.cpp Q8_0", "bf16 / bf16", "q8_0 / Q8_0"], rows))
     text.append("Logits beside ours in float32 (median over positions of |difference| / |logits|), tokens that greedy text has in common with ours in float32, and peak resident MiB:\n")
-    text.append(table(["case", "logits: llama.cpp f32", "moegraft bf16", "llama.cpp bf16", "Q8_0", "tokens: moegraft bf16", "llama.cpp bf16", "Q8_0", "MiB: moegraft float32", "bf16", "llama.cpp bf16", "Q8_0"], errors))
+    text.append(table(["case", "logits: llama.cpp f32", "moegraft bf16", "q8_0", "llama.cpp bf16", "Q8_0", "tokens: moegraft bf16", "q8_0", "llama.cpp bf16", "Q8_0", "MiB: moegraft float32", "bf16", "q8_0", "llama.cpp bf16", "Q8_0"], errors))
     return "\n".join(text)

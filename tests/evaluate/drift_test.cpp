@@ -92,6 +92,18 @@ TEST_F(DriftContract, EveryBitOfTextLogitsIsTheBasesInBothTypes) {
   }
 }
 
+// Base and graft from the same quantised weights: other logits than the floats', and still the same bits.
+TEST_F(DriftContract, HoldsForAQuantisedBase) {
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    const auto [base, run] = both(world_->run, 3, 37, {"--dtype", dtype, "--quantize", "q8_0"});
+    const auto [floats, run_of_floats] = both(world_->run, 3, 37, {"--dtype", dtype});
+    ASSERT_TRUE(base.defined() && run.defined() && floats.defined());
+    EXPECT_TRUE(equal_bits(base, run)) << dtype;
+    EXPECT_FALSE(equal_bits(base, floats)) << dtype;
+    EXPECT_LT((base - floats).abs().mean().item<float>(), 0.05 * floats.abs().mean().item<float>());
+  }
+}
+
 // Ragged texts packed end to end, as `eval` packs them: the summed likelihood in double must agree to the last digit.
 TEST_F(DriftContract, PackedRaggedTextHasTheSameLikelihood) {
   io::Json results[2];

@@ -56,7 +56,7 @@ class Measures : public ::testing::Test {
     m.tokenizer = tokenizer::load_tokenizer(world_->tokenizer);
     m.codecs["image"] = codec::load_codec(world_->codec);
     model::BaseModel base = model::init_base(model::read_spec(world_->base), {1.0, 1});
-    base.weights->head_VD().zero_();
+    base.weights->head_VD().tensor().zero_();
     const int64_t V = base.spec.vocab_size, D = base.spec.hidden_size;
     m.vocabulary = {V, base.spec.bos_id, base.spec.eos_id, {{"image", 1, V, 16, 4}}};
     m.decoder = std::make_unique<model::Decoder>(std::move(base));

@@ -33,7 +33,7 @@ at::Tensor full_text_logits(const graft::GraftedModel& m, const PromptTokens& to
 // EOS gets the logit 0, which is never the largest of hundreds of random ones.
 void silence_eos(graft::GraftedModel& m) {
   const at::NoGradGuard no_grad;
-  m.decoder->base().weights->head_VD()[kEos].zero_();
+  m.decoder->base().weights->head_VD().tensor()[kEos].zero_();
 }
 
 TEST(GenerateText, GreedyEqualsTheFullForwardAfterTextAndAfterPictures) {
@@ -60,7 +60,7 @@ TEST(GenerateText, NeverDrawsNewRowsOrPadding) {
   const at::NoGradGuard no_grad;
   silence_eos(m);
   const_cast<at::Tensor&>(m.decoder->rows()[0].head_ND).mul_(1000);          // pictures would win
-  m.decoder->base().weights->head_VD().narrow(0, 259, kText - 259).mul_(1000);  // so would ids that the tokenizer lacks
+  m.decoder->base().weights->head_VD().tensor().narrow(0, 259, kText - 259).mul_(1000);  // so would ids that the tokenizer lacks
   TextOptions o;
   o.max_tokens = 40;
   o.n = 3;
@@ -84,7 +84,7 @@ TEST(GenerateText, StopsAtEos) {
   const at::NoGradGuard no_grad;
   // EOS takes over the head row of the fourth token drawn; EOS has the lower id and wins the tie.
   ASSERT_EQ(std::count(open.ids.begin(), open.ids.begin() + 3, open.ids[3]), 0);
-  m.decoder->base().weights->head_VD()[kEos].copy_(m.decoder->base().weights->head_VD()[open.ids[3]]);
+  m.decoder->base().weights->head_VD().tensor()[kEos].copy_(m.decoder->base().weights->head_VD().tensor()[open.ids[3]]);
   const auto closed = generate_text(m, std::vector<std::string>{"x"}, greedy(6)).at(0);
   EXPECT_TRUE(closed.ended);
   EXPECT_EQ(closed.ids, std::vector<int64_t>(open.ids.begin(), open.ids.begin() + 3));

@@ -181,7 +181,7 @@ inline Named public_ops(const at::Device& device, at::ScalarType dtype) {
   keep("route", {r.probs_TE, r.topk_weights_TK}, {logits});
   const at::Tensor w0 = randn({24, D}, 30, dtype), w1 = randn({16, D}, 31, dtype), A = leaf({4, D}, 32, at::kFloat), B = leaf({24, 4}, 33, at::kFloat), A1 = leaf({3, D}, 34, at::kFloat),
                    B1 = leaf({16, 3}, 35, at::kFloat), rows = on(at::arange(T) * 2 % T).narrow(0, 0, (T + 1) / 2);
-  const std::vector<at::Tensor> adapted = adapted_linear(low, {{{on(w0), {}, nullptr}, {{A, B, 2.0, {0}}}}, {{on(w1), {}, nullptr}, {{A1, B1, 0.5, {0}}}}}, {rows});
+  const std::vector<at::Tensor> adapted = adapted_linear(low, {{{on(w0), {}}, {{A, B, 2.0, {0}}}}, {{on(w1), {}}, {{A1, B1, 0.5, {0}}}}}, {rows});
   keep("adapted_linear", {adapted[0], adapted[1]}, {low, A, B, A1, B1});
   const at::Tensor head = leaf({300, D}, 8, dtype);
   keep("loss", {linear_cross_entropy(low, head, on(at::arange(T) * 7 % 300), 0.1)}, {low, head});

@@ -74,7 +74,7 @@ std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::S
   uint64_t seed = 2;
   for (const auto& terms : c.groups) {
     const int64_t out = 8 + 16 * int64_t(layers.size());
-    layers.push_back({{randn({out, 16}, seed++, dtype) * 0.3, c.bias ? randn({out}, seed++, dtype) : at::Tensor(), nullptr}, {}});
+    layers.push_back({{randn({out, 16}, seed++, dtype) * 0.3, c.bias ? randn({out}, seed++, dtype) : at::Tensor()}, {}});
     for (const auto& groups : terms) {
       const int64_t rank = 3 + int64_t(seed % 3);
       leaves.push_back((randn({rank, 16}, seed++) * 0.3).to(masters).set_requires_grad(true));
@@ -117,7 +117,7 @@ TEST(EmulatedDevice, AdaptedLinearsGradientsAreThoseOfFiniteDifferences) {
   for (int64_t m = 0; m < 3; ++m) rows.push_back(at::nonzero(at::arange(40) * 3 % 7 % 3 == m).view({-1}));
   std::vector<at::Tensor> leaves{x, randn({3, 16}, 4), randn({8, 3}, 5), randn({4, 16}, 6), randn({8, 4}, 7)};
   const auto objective = [&] {
-    return (adapted_linear(leaves[0], {{{w, {}, nullptr}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}}, rows)[0] * seeds).sum();
+    return (adapted_linear(leaves[0], {{{w, {}}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}}, rows)[0] * seeds).sum();
   };
   for (auto& leaf : leaves) leaf.set_requires_grad(true);
   objective().backward();
@@ -139,14 +139,14 @@ TEST(EmulatedDevice, AdaptedLinearKeepsTheBitsOfRowsOnWhichNothingActs) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     const at::Tensor x = randn({20, 16}, 1, dtype), w = randn({24, 16}, 2, dtype), rows = at::tensor({3, 4, 19}, at::kLong);
     const std::vector<at::Tensor> groups{at::Tensor(), rows};
-    const at::Tensor y = adapted_linear(x, {{{w, {}, nullptr}, {{randn({2, 16}, 3), randn({24, 2}, 4), 1.5, {1}}}}}, groups)[0], base = frozen_linear(x, {{w, {}, nullptr}})[0];
+    const at::Tensor y = adapted_linear(x, {{{w, {}}, {{randn({2, 16}, 3), randn({24, 2}, 4), 1.5, {1}}}}}, groups)[0], base = frozen_linear(x, {{w, {}}})[0];
     for (int64_t t = 0; t < 20; ++t) EXPECT_EQ(at::equal(y[t], base[t]), t != 3 && t != 4 && t != 19) << "row " << t;
   }
 }
 
 TEST(EmulatedDevice, AdaptedLinearLaunchesLessThanItsComposition) {
   const at::Tensor x = randn({40, 16}, 1, at::kBFloat16), w = randn({24, 16}, 2, at::kBFloat16), A = randn({4, 16}, 3), B = randn({24, 4}, 4), rows = at::arange(3, 30);
-  const AdaptedLinear layer{{w, {}, nullptr}, {{A, B, 1.5, {0}}}};
+  const AdaptedLinear layer{{w, {}}, {{A, B, 1.5, {0}}}};
   const auto count = [&] { return launches([&] { adapted_linear(x, {layer, layer, layer}, {rows}); }); };
   const int64_t host = count();
   const Emulation on;

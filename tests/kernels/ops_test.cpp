@@ -73,7 +73,7 @@ at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   return at::cat(out, 0);
 }
 
-bool has_blocks() { return make_weight_panels(at::zeros({16, 16})) != nullptr; }
+bool has_blocks() { return pack_weight(at::zeros({16, 16})).packed() != nullptr; }
 
 // One pass over queries and keys has the bits, forward and backward, of the operations one after the other.
 TEST(NormRotary, IsNormThenRotaryToTheBit) {
@@ -559,7 +559,7 @@ TEST(CrossEntropy, FrozenHeadMatches) {
       at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true);
       const at::Tensor w = randn({V, D}, 2, dtype), target = (at::arange(X) * 7) % V;
       at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true);
-      const at::Tensor loss = linear_cross_entropy(h, w, target, 1.0 / double(X), make_weight_panels(w)), exact = at::cross_entropy_loss(at::matmul(hd, w.to(at::kDouble).t()), target);
+      const at::Tensor loss = linear_cross_entropy(h, pack_weight(w), target, 1.0 / double(X)), exact = at::cross_entropy_loss(at::matmul(hd, w.to(at::kDouble).t()), target);
       EXPECT_NEAR(loss.item<double>(), exact.item<double>(), 2e-5 * (1 + exact.item<double>()));
       loss.backward();
       exact.backward();
@@ -576,7 +576,7 @@ TEST(FrozenLinear, SeveralWeightsMatchAutograd) {
       std::vector<at::Tensor> expected;
       for (const int64_t N : {int64_t{5}, int64_t{130}}) {
         const at::Tensor w = randn({N, K}, uint64_t(N), dtype), b = N == 5 ? randn({N}, 9, dtype) : at::Tensor();
-        weights.push_back({w, b, make_weight_panels(w)});
+        weights.push_back({pack_weight(w), b});
         expected.push_back(at::matmul(xd, w.to(at::kDouble).t()));
         if (b.defined()) expected.back() = expected.back() + b.to(at::kDouble);
       }

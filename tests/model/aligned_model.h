@@ -39,12 +39,12 @@ class AlignedModel {
 class AsOnADevice : public WeightProvider {
  public:
   explicit AsOnADevice(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}
-  at::Tensor embedding_VD() override { return inner_->embedding_VD(); }
-  at::Tensor head_VD() override { return inner_->head_VD(); }
+  kernels::Matrix embedding_VD() override { return inner_->embedding_VD(); }
+  kernels::Matrix head_VD() override { return inner_->head_VD().tensor(); }
   at::Tensor final_norm_D() override { return inner_->final_norm_D(); }
   LayerWeights layer(int64_t index) override {
     LayerWeights w = inner_->layer(index);
-    w.attention.q_panels = w.attention.k_panels = w.attention.v_panels = w.attention.o_panels = nullptr;
+    for (kernels::Matrix* m : {&w.attention.q, &w.attention.k, &w.attention.v, &w.attention.o}) *m = m->tensor();
     return w;
   }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {

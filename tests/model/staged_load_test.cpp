@@ -25,11 +25,11 @@ const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/model";
 // Every tensor that a provider gives, in one order; experts last.
 std::vector<at::Tensor> tensors(const BaseModel& base, int64_t first, int64_t count) {
   WeightProvider& w = *base.weights;
-  std::vector<at::Tensor> out{w.embedding_VD(), w.head_VD(), w.final_norm_D()};
+  std::vector<at::Tensor> out{w.embedding_VD().tensor(), w.head_VD().tensor(), w.final_norm_D()};
   for (int64_t l = 0; l < base.spec.num_layers; ++l) {
     const LayerWeights x = w.layer(l);
     const AttentionWeights& a = x.attention;
-    for (const at::Tensor& t : {x.input_norm_D, x.post_norm_D, a.q, a.k, a.v, a.o, a.q_bias, a.k_bias, a.v_bias, a.o_bias, a.q_norm, a.k_norm, x.router_ED, x.dense.gate_ID, x.dense.up_ID, x.dense.down_DI})
+    for (const at::Tensor& t : {x.input_norm_D, x.post_norm_D, a.q.tensor(), a.k.tensor(), a.v.tensor(), a.o.tensor(), a.q_bias, a.k_bias, a.v_bias, a.o_bias, a.q_norm, a.k_norm, x.router_ED, x.dense.gate_ID.tensor(), x.dense.up_ID.tensor(), x.dense.down_DI.tensor()})
       if (t.defined()) out.push_back(t);
     if (!base.spec.layers[size_t(l)].sparse) continue;
     const ExpertWeights e = w.experts(l, first, count);

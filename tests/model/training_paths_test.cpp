@@ -266,7 +266,7 @@ void expect_bits_as_alone(BaseModel base) {
   const DecoderSpec& spec = w.decoder.spec();
   const bool sparse = std::all_of(spec.layers.begin(), spec.layers.end(), [](const auto& l) { return l.sparse; });
   // One by one where a layer is dense; else as the machine can.
-  EXPECT_EQ(together.may_share_a_pass(spec, *w.decoder.base().weights), sparse && w.decoder.base().weights->head_panels() != nullptr);
+  EXPECT_EQ(together.may_share_a_pass(spec, *w.decoder.base().weights), sparse && w.decoder.base().weights->head_VD().packed() != nullptr);
   for (const int64_t length : lengths) {
     PrefixCache alone(1 << 28);
     fill(alone, {length});
@@ -316,9 +316,8 @@ TEST(PrefixCache, IsLeftAloneWhereThePrefixIsNotFrozenOrOthersWait) {
 class WithoutExpertPanels : public WeightProvider {
  public:
   explicit WithoutExpertPanels(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}
-  at::Tensor embedding_VD() override { return inner_->embedding_VD(); }
-  at::Tensor head_VD() override { return inner_->head_VD(); }
-  Panels head_panels() override { return inner_->head_panels(); }
+  kernels::Matrix embedding_VD() override { return inner_->embedding_VD(); }
+  kernels::Matrix head_VD() override { return inner_->head_VD(); }
   at::Tensor final_norm_D() override { return inner_->final_norm_D(); }
   LayerWeights layer(int64_t index) override { return inner_->layer(index); }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {

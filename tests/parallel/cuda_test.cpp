@@ -76,8 +76,8 @@ TEST(ParallelCuda, GradientsLieInTheBuckets) {
 
 class Nothing : public model::WeightProvider {
  public:
-  at::Tensor embedding_VD() override { return {}; }
-  at::Tensor head_VD() override { return {}; }
+  kernels::Matrix embedding_VD() override { return {}; }
+  kernels::Matrix head_VD() override { return {}; }
   at::Tensor final_norm_D() override { return {}; }
   model::LayerWeights layer(int64_t) override { return {}; }
   model::ExpertWeights experts(int64_t, int64_t, int64_t) override { return {}; }

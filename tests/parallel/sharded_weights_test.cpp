@@ -24,8 +24,8 @@ using model::ExpertWeights;
 class Nothing : public model::WeightProvider {
  public:
   explicit Nothing(at::ScalarType dtype) : dtype_(dtype) {}
-  at::Tensor embedding_VD() override { return {}; }
-  at::Tensor head_VD() override { return {}; }
+  kernels::Matrix embedding_VD() override { return {}; }
+  kernels::Matrix head_VD() override { return {}; }
   at::Tensor final_norm_D() override { return {}; }
   model::LayerWeights layer(int64_t) override { return {}; }
   ExpertWeights experts(int64_t, int64_t, int64_t) override { return {}; }

@@ -6,6 +6,7 @@
 #include "moegraft/evaluate/drift.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/files.h"
+#include "moegraft/kernels/matrix.h"
 #include "moegraft/model/families.h"
 #include "moegraft/train/trainer.h"
 #include "support/metrics.h"
@@ -54,6 +55,34 @@ TEST_P(Families, GraftTrainResumeAndGenerate) {
   const auto images = generate::generate_images(model, std::vector<std::string>{"a red disc"}, {});
   ASSERT_FALSE(images.empty());
   EXPECT_TRUE(at::isfinite(images[0].pixels_3HW).all().item<bool>());
+}
+
+// The recipe of a small machine: base in 8 bits, trained, resumed, and opened in what the run says.
+TEST(QuantisedBase, GraftTrainsResumesAndKeepsText) {
+  const TemporaryFolder folder;
+  for (const std::string family : {"qwen3_moe", "qwen2_moe"}) {
+    const TinyWorld world = moegraft::testing::make_tiny_world(folder / family, {family});
+    run::RunConfig c = world.config;
+    c.model.quantize = model::Quantize::q8_0;
+    c.adapters[0].init = adapters::FactorInit::gw_subspace;
+    c.ot.calibration_tokens = 512, c.ot.max_iterations = 5;
+    c.train.steps = 12, c.train.sample_prompts.clear();
+    c.train.lora.lr = 3e-2, c.train.embeddings.lr = 3e-2;
+    c.checkpoint = {6, 10, true};
+    const auto factors = [&] { return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors"); };
+    train(c);
+    const std::string whole = factors();
+    const auto losses = moegraft::testing::training_column(c.run.dir, "loss");
+    EXPECT_LT(losses.rbegin()->second, losses.begin()->second);
+    fs::remove_all(fs::path(c.run.dir) / "checkpoints" / checkpoint::step_name(12));
+    train(c, "auto");
+    EXPECT_EQ(factors(), whole);
+    auto model = graft::open_model(c.run.dir, {});
+    EXPECT_EQ(model.decoder->base().weights->head_VD().quantised(), kernels::quantised_products());
+    const evaluate::Drift drift = evaluate::measure_drift(model, 1);
+    EXPECT_TRUE(drift.exact());
+    EXPECT_GT(drift.gate_open, 1e-4);
+  }
 }
 
 // A second kind of adapter, the router's site and a base without experts go the same way.

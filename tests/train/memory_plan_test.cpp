@@ -13,6 +13,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/model/random_base.h"
 #include "moegraft/train/trainer.h"
 #include "support/metrics.h"
 #include "support/tiny_world.h"
@@ -105,6 +106,30 @@ TEST(MemoryPlan, CountsWhatALayerKeeps) {
     EXPECT_NEAR(double(plan.layer_stored[2]) / of_layer(false), 1.0, 0.05);
     EXPECT_NEAR(double(plan.layer_recomputed[2]) / of_layer(true), 1.0, 0.05);
   }
+}
+
+// What a plan says of a quantised base is what it takes.
+TEST(MemoryPlan, CountsAQuantisedBase) {
+  if (!kernels::quantised_products()) GTEST_SKIP() << "its values are floats on this CPU path";
+  for (const bool tied : {false, true})
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      MemoryRequest r;
+      r.spec = spec_of({"qwen2", model::QkNorm::none, 0, true, true, false, false, true}, 3);
+      r.spec.hidden_size = 80, r.spec.tie_word_embeddings = tied;
+      r.spec.layers[1].sparse = false, r.spec.intermediate_size = 96;
+      r.dtype = dtype, r.tokens = 64, r.quantise = kernels::WeightFormat::q8_0;
+      const auto weights = model::random_base(r.spec, dtype, at::kCPU, 1, r.quantise).weights;
+      int64_t bytes = weights->embedding_VD().bytes() + (tied ? 0 : weights->head_VD().bytes()), floats = weights->final_norm_D().numel();
+      for (int64_t l = 0; l < r.spec.num_layers; ++l) {
+        const model::LayerWeights w = weights->layer(l);
+        for (const auto* m : {&w.attention.q, &w.attention.k, &w.attention.v, &w.attention.o, &w.dense.gate_ID, &w.dense.up_ID, &w.dense.down_DI}) bytes += m->bytes();
+        for (const auto* t : {&w.input_norm_D, &w.post_norm_D, &w.attention.q_bias, &w.attention.k_bias, &w.attention.v_bias, &w.attention.o_bias, &w.router_ED, &w.shared_scale_1D}) floats += t->defined() ? t->numel() : 0;
+        if (r.spec.layers[size_t(l)].sparse) bytes += kernels::stored_bytes(*weights->experts(l, 0, r.spec.num_experts).panels);
+      }
+      const MemoryPlan plan = plan_memory(r);
+      EXPECT_EQ(plan.base, bytes + floats * int64_t(c10::elementSize(dtype)));
+      EXPECT_EQ(plan.panels, 0);
+    }
 }
 
 MemoryRequest large() {

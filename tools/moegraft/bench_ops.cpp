@@ -126,12 +126,12 @@ OpCase qkv_case(const Shapes& s) {
   double parameters = 0;
   for (const int64_t heads : {o.heads, o.kv_heads, o.kv_heads}) {
     const at::Tensor weight = s.normal({heads * o.head_dim, o.hidden}, 1 / std::sqrt(double(o.hidden)));
-    w.push_back({weight, {}, k::make_weight_panels(weight)});
+    w.push_back({k::pack_weight(weight), {}});
     parameters += double(weight.numel());
   }
   const auto plain = [=] {
     Tensors out;
-    for (const auto& part : w) out.push_back(at::linear(x, part.weight_NK));
+    for (const auto& part : w) out.push_back(at::linear(x, part.weight_NK.tensor()));
     return at::cat(out, 1);
   };
   const double flops = 2 * double(o.tokens) * parameters;

@@ -113,7 +113,7 @@ void add_model_options(CLI::App& cmd, ModelOptions& o) {
   cmd.add_option("--device", o.device, "cpu or cuda")->capture_default_str();
   cmd.add_option("--rank", o.rank, "LoRA rank")->check(CLI::Range(1, 1024))->capture_default_str();
   cmd.add_option("--sites", o.sites, "Where LoRA acts: gate up down q k v o")->delimiter(',')->capture_default_str();
-  cmd.add_option("--quantize", o.quantize, "How the base is stored; none is all there is so far")->capture_default_str();
+  cmd.add_option("--quantize", o.quantize, "How the base's matrices are stored: none or q8_0")->capture_default_str();
 }
 
 void add_random_options(CLI::App& cmd, ModelOptions& o) {
@@ -143,6 +143,7 @@ void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
 graft::GraftedModel open_whole(const ModelOptions& o) {
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
+  open.quantize = model::parse_quantize(o.quantize);
   open.device = o.device;
   graft::GraftedModel m = graft::open_model(o.model, open);
   MOEGRAFT_CHECK(!m.is_graft(), o.model, ": bench takes a Hugging Face directory, not a run");
@@ -156,7 +157,7 @@ graft::GraftedModel draw_model(const ModelOptions& o) {
   graft::GraftedModel m;
   m.registry = std::make_unique<model::ParameterRegistry>();
   m.vocabulary = {spec.vocab_size, spec.bos_id, spec.eos_id, {}};
-  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), graft::parse_device(o.device)));
+  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), graft::parse_device(o.device), 0, model::weight_format(model::parse_quantize(o.quantize))));
   return m;
 }
 
@@ -165,7 +166,9 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
   graft::GraftedModel m;
   m.path = m.base_path = o.model;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  parallel::Part part = parallel::load_part(o.model, {graft::parse_dtype(o.dtype), graft::parse_device(o.device)}, mesh, shard_base);
+  model::LoadOptions load{graft::parse_dtype(o.dtype), graft::parse_device(o.device)};
+  load.quantise = model::weight_format(model::parse_quantize(o.quantize));
+  parallel::Part part = parallel::load_part(o.model, load, mesh, shard_base);
   experts = part.experts;
   m.decoder = std::make_unique<model::Decoder>(std::move(part.base));
   m.decoder->set_dispatcher(std::move(part.dispatcher));
@@ -180,7 +183,6 @@ graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* m
   MOEGRAFT_CHECK_USAGE(!o.model.empty() || !o.random.empty(), "bench: give a model: a Hugging Face directory, or --random CONFIG.json");
   MOEGRAFT_CHECK_USAGE(o.model.empty() || o.random.empty(), "bench: ", o.model, " and --random ", o.random, ": one of them");
   MOEGRAFT_CHECK_USAGE(o.layers == 0 || !o.random.empty(), "--layers cuts random weights; a checkpoint is taken whole: give --random CONFIG.json");
-  MOEGRAFT_CHECK_USAGE(o.quantize == "none", "--quantize ", o.quantize, ": a quantised base cannot be trained on yet; only none");
   for (const auto& site : o.sites) adapters::parse_site(site);
   std::pair<int64_t, int64_t> experts{0, 0};
   const bool distributed = mesh && mesh->distributed();

@@ -69,7 +69,8 @@ StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batc
       work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) * double(s.num_layers);
     }
   }
-  work.memory_bytes = 2 * double(m.decoder->base().weights->head_VD().element_size()) * weights_met(s, T);
+  const kernels::Matrix head = m.decoder->base().weights->head_VD();  // all matrices have its format
+  work.memory_bytes = 2 * double(head.bytes()) / double(head.rows() * head.columns()) * weights_met(s, T);
   for (double* part : {&work.forward, &work.activation_gradient, &work.lora, &work.attention_scores, &work.memory_bytes}) *part *= double(passes);
   for (const auto& p : m.registry->all()) work.memory_bytes += 10.0 * double(p.tensor.nbytes());
   return work;

@@ -15,7 +15,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, config, checkpoint, dtype, device, sheet, candidates, baselines, output;
+  std::string model, config, checkpoint, dtype, quantize, device, sheet, candidates, baselines, output;
   std::vector<std::string> set, text, images, codec, retrieval, ranking;
   int64_t n = 0, max_items = 0;
   double temperature = -1;
@@ -38,6 +38,7 @@ evaluate::EvalConfig read_config(const Options& o) {
                             : config::parse<evaluate::EvalConfig>(config::Document::from_file(o.config, o.set));
   if (!o.checkpoint.empty()) c.checkpoint = o.checkpoint;
   if (!o.dtype.empty()) c.dtype = o.dtype == "bf16" ? "bfloat16" : o.dtype;
+  if (!o.quantize.empty()) c.quantize = config::name_of(model::parse_quantize(o.quantize));
   if (!o.device.empty()) c.device = o.device;
   if (!o.text.empty()) {
     if (!c.text) c.text.emplace();
@@ -104,6 +105,7 @@ void add_eval_command(CLI::App& app) {
   cmd->add_flag("--routing", o->routing, "Routing of text against pictures, now and at the start (needs --text and --images)");
   cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)");
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16 (default: the run's)")->check(CLI::IsMember({"float32", "bfloat16", "bf16"}));
+  cmd->add_option("--quantize", o->quantize, "How the base's matrices are stored: none or q8_0 (default: the run's)");
   cmd->add_option("--device", o->device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}));
   cmd->add_option("-o,--output", o->output, "File that the JSON is written to after every section; what it holds already of the same parameters, settings and data is kept");
   cmd->add_flag("--json", o->json, "One JSON object on stdout at the end, instead of the table");

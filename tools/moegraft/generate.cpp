@@ -24,7 +24,7 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string model, prompt_file, image = "out.png", dtype, device, checkpoint = "latest";
+  std::string model, prompt_file, image = "out.png", dtype, quantize, device, checkpoint = "latest";
   std::vector<std::string> prompts, pictures;
   bool text = false, json = false, cuda_graphs = false;
   generate::ImageOptions images;
@@ -173,6 +173,7 @@ void run(const Options& o) {
   o.images.sampling.validate();
   graft::OpenOptions open;
   if (!o.dtype.empty()) open.dtype = graft::parse_dtype(o.dtype);
+  if (!o.quantize.empty()) open.quantize = model::parse_quantize(o.quantize);
   if (!o.device.empty()) open.device = o.device;
   open.checkpoint = o.checkpoint;
   const graft::GraftedModel model = graft::open_model(o.model, open);
@@ -208,6 +209,7 @@ void add_generate_command(CLI::App& app) {
   command->add_option("--max-tokens", o->max_tokens, "Longest text")->capture_default_str();
   command->add_option("--checkpoint", o->checkpoint, "latest, best, or a step")->capture_default_str();
   command->add_option("--dtype", o->dtype, "float32 or bfloat16 (default: the run's)");
+  command->add_option("--quantize", o->quantize, "How the base's matrices are stored: none or q8_0 (default: the run's)");
   command->add_option("--device", o->device, "auto, cpu or cuda (default: the run's)");
   command->add_flag("--cuda-graphs", o->cuda_graphs, "Record a step after the prompt once and replay it: fewer launches (bf16 on a Hopper GPU; not tried on a card yet)");
   command->add_flag("--json", o->json, "One JSON object: per picture prompt, index, file and ids; seconds, tokens_per_s");

@@ -20,7 +20,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string model, ids, output, against, dtype = "float32", device = "cpu", gate = "modality", checkpoint = "latest";
+  std::string model, ids, output, against, dtype = "float32", quantize, device = "cpu", gate = "modality", checkpoint = "latest";
   bool decode = false, json = false;
 };
 
@@ -120,6 +120,7 @@ void run(const Options& o) {
   const model::Gate gate = parse_gate(o.gate);
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
+  if (!o.quantize.empty()) open.quantize = model::parse_quantize(o.quantize);
   open.device = o.device;
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
@@ -151,6 +152,7 @@ void add_logits_command(CLI::App& app) {
   cmd->add_option("-o,--output", o->output, "safetensors to write: logits float32 [B,S,V], V with a run's new rows, and their input_ids");
   cmd->add_option("--against", o->against, "Such a file of another model, on the same ids: say how far they are apart");
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
+  cmd->add_option("--quantize", o->quantize, "How the base's matrices are stored: none or q8_0 (default: the run's)");
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
   cmd->add_option("--gate", o->gate, "modality: adapters act on their modality's tokens; all: on every token; none: on no token")->capture_default_str();
   cmd->add_option("--checkpoint", o->checkpoint, "latest, best, a step or a directory (runs)")->capture_default_str();

@@ -9,6 +9,8 @@
 
 namespace moegraft::evaluate {
 
+std::vector<std::string> quantize_choices();  // auto, and model.quantize's
+
 struct TextSection {
   std::vector<std::string> shards;
   int64_t max_tokens = 32768;
@@ -111,7 +113,7 @@ struct RoutingSection {
 };
 
 struct EvalConfig {
-  std::string checkpoint = "latest", dtype = "auto", device = "auto", modality;
+  std::string checkpoint = "latest", dtype = "auto", quantize = "auto", device = "auto", modality;
   int64_t sequence_length = 0;
   std::optional<TextSection> text;
   std::vector<ImageSection> images;
@@ -126,6 +128,7 @@ struct EvalConfig {
   void visit_fields(V& v) {
     v("checkpoint", checkpoint, config::any(), "latest, best, a step, or a checkpoint directory (runs).");
     v("dtype", dtype, config::one_of({"auto", "float32", "bfloat16"}), "Compute type; auto: the run's, float32 for a plain model.");
+    v("quantize", quantize, config::one_of(quantize_choices()), "How the base's matrices are stored (model.quantize); auto: as the run says, none for a plain model.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run.");
     v("modality", modality, config::any(), "The image modality; empty: the only one.");
     v("sequence_length", sequence_length, config::range(0, 1 << 24), "Longest sequence; 0: the run's, or 512.");

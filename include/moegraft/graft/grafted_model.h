@@ -21,6 +21,7 @@ namespace moegraft::graft {
 
 struct OpenOptions {
   std::optional<at::ScalarType> dtype;   // default: the run's, or float32 for a plain model
+  std::optional<model::Quantize> quantize;  // default: the run's, or none
   std::optional<std::string> device;     // "auto" | "cpu" | "cuda"; default: the run's, or auto
   std::string checkpoint = "latest";     // "latest", "best", a step number, or a checkpoint directory (runs only)
   bool with_codecs = true;               // false: do not load image codecs (ids only)

@@ -9,12 +9,11 @@
 #include <vector>
 
 #include "moegraft/kernels/expert_layout.h"
+#include "moegraft/kernels/matrix.h"
 
 namespace moegraft::kernels {
 
-// Frozen weights laid out for the CPU's block products (src/kernels/panels.h).
-class WeightPanels;
-class ExpertPanels;
+class ExpertPanels;  // a layer's frozen experts laid out for the CPU's products (src/kernels/panels.h)
 
 // y = w * x / sqrt(mean(x^2) + eps) over the last dimension; statistics in float32, result in x's dtype. w may require grad.
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps);
@@ -31,10 +30,10 @@ struct HeadRows {
 // rms_norm, where there is one, values cut to [-clip, clip] when clip > 0, and then rotary: [T, H, C] of each. On the CPU one pass makes all of them (not with clip).
 std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip = 0);
 
-// y_i = x W_i^T + b_i for weights that share their input. W [N, K] frozen or a leaf; with panels (frozen, CPU) all products run in one pass over x.
+// y_i = x W_i^T + b_i for weights that share their input. W [N, K] frozen or a leaf; packed ones run in one pass over x.
 struct FrozenLinearWeight {
-  at::Tensor weight_NK, bias_N;          // bias undefined: none
-  std::shared_ptr<WeightPanels> panels;  // null: ATen
+  Matrix weight_NK;
+  at::Tensor bias_N;  // undefined: none
 };
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights);
 
@@ -108,21 +107,23 @@ struct ExpertLowRank {
   double scale = 1.0;
   std::vector<bool> acts;   // [num_groups]
 };
-// Frozen experts: one [F,D] / [D,F] matrix each. Trained ones: stacked leaves, whose gradients are then filled.
+// Frozen experts: one [F,D] / [D,F] matrix each; quantised ones: panels alone. Trained ones: stacked leaves, whose gradients are then filled.
 struct ExpertFfnWeights {
   ExpertMatrices gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;
   std::shared_ptr<ExpertPanels> panels;  // null: the weights change, or nobody made them
+  int64_t num_experts() const;
+  int64_t expert_width() const;
 };
 // Null where they would not serve: trained weights, other devices, a CPU without the micro-kernel. Panels are filled at first use (forward ones, and
 // backward ones when something is differentiated) and take the weights' size each.
-// `packed` is called whenever the weights have been read to the end, for whoever can give their memory back until the next time.
-using Packed = std::function<void()>;
 // lean: experts keep the forward layout alone where one_layout_serves: the other is then turned from it panel by panel when it is needed, 8-12 % of a step in
 // float32 for half the memory. On AMX it does not serve bf16, whose products take little longer than the turning.
 bool one_layout_serves(at::ScalarType dtype);
-std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, Packed packed = nullptr, bool lean = false);
-std::shared_ptr<WeightPanels> make_weight_panels(const at::Tensor& weight_NK, Packed packed = nullptr);
+std::shared_ptr<ExpertPanels> make_expert_panels(const ExpertFfnWeights& weights, OnPacked on_packed = nullptr, bool lean = false);
+// As quantise() of each matrix: the lists become panels, or lists of the format's values.
+void quantise_experts(ExpertFfnWeights& weights, WeightFormat format);
+int64_t stored_bytes(const ExpertPanels& quantised);
 
 // Factors as products want them, kept from call to call by whoever knows that their values do not change meanwhile (decoding lays them out hundreds of times
 // otherwise). Of one layer, for one call at a time; without effect where gradients are recorded.
@@ -146,7 +147,7 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
 
 // Sum over rows of scale * (logsumexp(h W^T) - (h W^T)[target]); gradients for h, and for W when it requires grad. Chunked: the [X, V] logits are never
 // held whole. W may be a float32 master under a lower compute dtype. Returns a float32 scalar.
-at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const at::Tensor& weight_VD, const at::Tensor& targets_X, double scale, const std::shared_ptr<WeightPanels>& panels = nullptr);
+at::Tensor linear_cross_entropy(const at::Tensor& h_XD, const Matrix& weight_VD, const at::Tensor& targets_X, double scale);
 // Rows of its logits that it holds at a time, of `rows` in all.
 int64_t cross_entropy_chunk(int64_t rows, int64_t classes, bool on_cuda);
 

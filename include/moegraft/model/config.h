@@ -58,23 +58,37 @@ inline constexpr config::Named<Offload> kOffloads[] = {
 };
 constexpr std::span<const config::Named<Offload>> choices_of(Offload) { return kOffloads; }
 
+// How a frozen base is stored: as model.dtype says, or in a quantised format of kernels/weight_format.h, by the same name (weights.cpp checks it).
+enum class Quantize { none, q8_0 };
+inline constexpr config::Named<Quantize> kQuantizations[] = {
+    {Quantize::none, "none", "in model.dtype."},
+    {Quantize::q8_0, "q8_0", "8-bit integers in blocks of 32 with a float16 scale, GGUF's Q8_0: 1.06 bytes a weight. On a CPU."},
+};
+constexpr std::span<const config::Named<Quantize>> choices_of(Quantize) { return kQuantizations; }
+Quantize parse_quantize(const std::string& name);  // of an option; UsageError: unknown (known ones named)
+
 struct ModelConfig {
   std::string path;                // a Hugging Face directory; or
   std::optional<InitConfig> init;  // train a base from scratch
   std::string dtype = "float32";
   std::string device = "auto";
+  Quantize quantize = Quantize::none;
   Offload offload = Offload::none;
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::path(), "Hugging Face directory of the base.");
     v("init", init, config::any(), "Train a base from scratch instead.");
     v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "What the model computes in, and a frozen base is kept in; what trains has float32 masters.");
+    v("quantize", quantize, config::any(), "How the frozen base's matrices are stored (embedding, head, attention, FFNs; routers and norms stay floats). Quantised once, when the model is loaded; sums are model.dtype's.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
     v("offload", offload, config::any(), "What stays off the device.");
   }
   void validate(const std::string& at) const {
     MOEGRAFT_CHECK_USAGE(!path.empty() || init, at, ": give ", at, ".path (a Hugging Face directory) or ", at, ".init (train a base from scratch), got neither");
     MOEGRAFT_CHECK_USAGE(path.empty() || !init, at, ": give ", at, ".path or ", at, ".init, got both (", at, ".path is ", path, ")");
+    MOEGRAFT_CHECK_USAGE(quantize == Quantize::none || !init, at, ".quantize: ", config::name_of(quantize), " is for a frozen base; ", at, ".init makes one that trains");
+    MOEGRAFT_CHECK_USAGE(quantize == Quantize::none || offload == Offload::none, at, ".quantize: ", config::name_of(quantize), " and ", at, ".offload: ", config::name_of(offload),
+                         " do not go together: quantised experts stay where they compute");
   }
 };
 

@@ -45,9 +45,8 @@ class ExpertRing : public WeightProvider {
   // True when add_layer() copies, so that its tensors may be given up.
   virtual bool copies() const = 0;
 
-  at::Tensor embedding_VD() override { return rest_->embedding_VD(); }
-  at::Tensor head_VD() override { return rest_->head_VD(); }
-  Panels head_panels() override { return rest_->head_panels(); }
+  kernels::Matrix embedding_VD() override { return rest_->embedding_VD(); }
+  kernels::Matrix head_VD() override { return rest_->head_VD(); }
   at::Tensor final_norm_D() override { return rest_->final_norm_D(); }
   LayerWeights layer(int64_t index) override { return rest_->layer(index); }
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override;

@@ -1,6 +1,6 @@
 #pragma once
 // The base's weights behind one seam. The decoder asks a WeightProvider and never learns how a weight is stored
-// (memory-mapped, converted, offloaded, trained from scratch; later: quantised, sharded).
+// (memory-mapped, converted, quantised, offloaded, sharded, trained from scratch).
 
 #include <torch/types.h>
 
@@ -18,28 +18,25 @@
 
 namespace moegraft::model {
 
-// Linear weights are [out, in] as on disk; undefined tensors where a family has none (biases, norms).
-// Panels (kernels::make_weight_panels) go with frozen weights on a CPU that can use them; null otherwise.
-using Panels = std::shared_ptr<kernels::WeightPanels>;
+// Linear weights are [out, in] as on disk, packed where they are frozen on a CPU that can use that; undefined where a family has none (biases, norms).
 struct AttentionWeights {
-  at::Tensor q, k, v, o;
+  kernels::Matrix q, k, v, o;
   at::Tensor q_bias, k_bias, v_bias, o_bias;
   at::Tensor q_norm, k_norm;
-  Panels q_panels{}, k_panels{}, v_panels{}, o_panels{};
 };
 // Of a dense layer's FFN, or of a sparse layer's shared expert.
 struct DenseWeights {
-  at::Tensor gate_ID, up_ID, down_DI;
+  kernels::Matrix gate_ID, up_ID, down_DI;
   at::Tensor gate_bias_I, up_bias_I, down_bias_D;
-  Panels gate_panels{}, up_panels{}, down_panels{};
 };
-// Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors.
+// Experts first .. first+count-1 of a layer; element i is expert first+i. Views of stacked [E,F,D] storage or separate mapped tensors; quantised ones: panels alone.
 struct ExpertWeights {
   int64_t first = 0;
   kernels::ExpertMatrices gate_FD, up_FD, down_DF;
   at::Tensor gate_EFD, up_EFD, down_EDF;  // stacked leaves when the base trains; undefined otherwise
   std::shared_ptr<kernels::ExpertPanels> panels{};  // of these experts, when frozen and on a CPU that can use them
-  int64_t count() const { return static_cast<int64_t>(gate_FD.size()); }
+  int64_t count() const { return as_ffn().num_experts(); }
+  kernels::ExpertFfnWeights as_ffn() const { return {gate_FD, up_FD, down_DF, gate_EFD, up_EFD, down_EDF, panels}; }
 };
 struct LayerWeights {
   at::Tensor input_norm_D, post_norm_D;  // float32 on a CPU
@@ -49,15 +46,18 @@ struct LayerWeights {
   at::Tensor shared_scale_1D;                 // of a gated shared expert
 };
 
+// model.quantize as the format of its matrices; none: nothing. enum class Quantize is in model/config.h.
+enum class Quantize;
+std::optional<kernels::WeightFormat> weight_format(Quantize quantize);
+
 // Whether a model's frozen experts are large enough that one packed layout must do (kernels::make_expert_panels).
 bool packs_lean(const DecoderSpec& spec);
 
 class WeightProvider {
  public:
   virtual ~WeightProvider() = default;
-  virtual at::Tensor embedding_VD() = 0;
-  virtual at::Tensor head_VD() = 0;  // the embedding when tied
-  virtual Panels head_panels() { return nullptr; }
+  virtual kernels::Matrix embedding_VD() = 0;
+  virtual kernels::Matrix head_VD() = 0;  // the embedding when tied
   virtual at::Tensor final_norm_D() = 0;
   virtual LayerWeights layer(int64_t index) = 0;
   virtual ExpertWeights experts(int64_t layer, int64_t first, int64_t count) = 0;
@@ -94,6 +94,7 @@ struct LoadOptions {
   int64_t first_expert = 0, num_experts = 0;  // only these of every layer, for the others live elsewhere; num_experts 0: all
   // Keeps those experts elsewhere: called with everything else's provider, given the layers' experts in host memory (model/expert_ring.h). Empty: where `experts` says.
   std::function<std::shared_ptr<ExpertRing>(std::shared_ptr<WeightProvider> rest)> keep_experts{};
+  std::optional<kernels::WeightFormat> quantise{};  // embedding, head and linear layers (not routers, norms, biases) in this format, from the file's numbers; none: in `dtype`
   std::optional<Staging> staging{};  // none: Staging() for a GPU; on the CPU files stay mapped, and are converted where the dtype differs
   bool progress = true;              // a bar, where a device is filled with much
 };

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moegraft/adapters/config.h"
+#include "moegraft/kernels/weight_format.h"
 #include "moegraft/model/sites.h"
 #include "moegraft/model/spec.h"
 #include "moegraft/model/vocabulary.h"
@@ -20,6 +21,7 @@ namespace moegraft::train {
 struct MemoryRequest {
   model::DecoderSpec spec;
   at::ScalarType dtype = at::kFloat;  // compute: float32 or bfloat16
+  std::optional<kernels::WeightFormat> quantise = {};  // of the base's matrices; none: dtype
   at::Device device = at::kCPU;       // the plan is of this device's memory
   bool base_trains = false, offload_experts = false, moments_8bit = false, narrow_gradients = false;
   bool converted = false;             // the base's files hold another dtype
