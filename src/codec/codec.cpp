@@ -4,6 +4,7 @@
 
 #include "janus.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/codec/vq.h"
 #include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
@@ -20,13 +21,27 @@ void ImageCodec::check_pixels(const at::Tensor& x) const {
   MOEGRAFT_CHECK(x.scalar_type() == at::kFloat, "codec ", architecture(), " encodes float32 pixels in [0, 1], got ", toString(x.scalar_type()));
 }
 
-void ImageCodec::check_ids(const at::Tensor& ids) const {
-  const int64_t length = grid() * grid();
+void Codec::check_ids(const at::Tensor& ids) const {
+  const CodeShape s = shape();
+  const int64_t length = s.item_length(), N = codebook_size();
   MOEGRAFT_CHECK(ids.dim() == 2 && ids.size(1) == length, "codec ", architecture(), " decodes ids [B, ", length, "], got ", ids.sizes().vec());
   MOEGRAFT_CHECK(ids.scalar_type() == at::kLong, "codec ", architecture(), " decodes int64 ids, got ", toString(ids.scalar_type()));
   if (ids.numel() == 0) return;
-  const int64_t low = ids.min().item<int64_t>(), high = ids.max().item<int64_t>();
-  MOEGRAFT_CHECK(low >= 0 && high < codebook_size(), "image code ", low < 0 ? low : high, " is outside the codebook [0, ", codebook_size(), ")");
+  const at::Tensor ids_BPC = ids.reshape({-1, s.num_positions(), s.codebooks});
+  for (int64_t c = 0; c < s.codebooks; ++c) {
+    const at::Tensor of_codebook = ids_BPC.select(2, c);
+    const int64_t low = of_codebook.min().item<int64_t>(), high = of_codebook.max().item<int64_t>(), first = c * N;
+    MOEGRAFT_CHECK(low >= first && high < first + N, "code ", low < first ? low : high, " is outside ", s.codebooks > 1 ? detail::concat("codebook ", c, " of ", s.codebooks, ", ") : "the codebook ", "[", first, ", ", first + N, ")");
+  }
+}
+
+const std::vector<CodecKind>& codec_kinds() {
+  static const std::vector<CodecKind> kinds{
+      {"moegraft_vq", "the small codec that `moegraft codec train` makes", [](const std::filesystem::path& dir) -> std::unique_ptr<ImageCodec> { return VqCodec::load(dir); }},
+      {"janus_vqgan", "transformers' JanusVQVAE (LlamaGen's VQ-16)", load_janus},
+      {"janus", "the JanusVQVAE inside a Janus checkpoint", load_janus},
+  };
+  return kinds;
 }
 
 std::unique_ptr<ImageCodec> load_codec(const std::filesystem::path& dir) {
@@ -34,13 +49,15 @@ std::unique_ptr<ImageCodec> load_codec(const std::filesystem::path& dir) {
   const auto path = dir / "config.json";
   const io::Json config = io::read_json(path);
   MOEGRAFT_CHECK(config.is_object(), path.string(), ": expected an object");
+  std::vector<std::string> known;
+  for (const auto& kind : codec_kinds()) known.push_back(detail::concat(kind.name, " (", kind.what, ")"));
   // Ours says "architecture"; transformers says "model_type".
   const std::string key = config.contains("architecture") ? "architecture" : "model_type";
-  MOEGRAFT_CHECK(config.contains(key) && config[key].is_string(), path.string(), ": no \"architecture\" (or transformers' \"model_type\"); known: moegraft_vq, janus_vqgan, janus");
+  MOEGRAFT_CHECK(config.contains(key) && config[key].is_string(), path.string(), ": no \"architecture\" (or transformers' \"model_type\"); known: ", join(known, ", "));
   const std::string name = config[key];
-  if (name == "moegraft_vq") return VqCodec::load(dir);
-  if (name == "janus_vqgan" || name == "janus") return load_janus(dir);
-  fail(path.string(), ": unknown codec architecture \"", name, "\"; known: moegraft_vq, janus_vqgan, janus");
+  for (const auto& kind : codec_kinds())
+    if (name == kind.name) return kind.load(dir);
+  fail(path.string(), ": unknown codec architecture \"", name, "\"; known: ", join(known, ", "));
 }
 
 }  // namespace moegraft::codec

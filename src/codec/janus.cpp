@@ -61,7 +61,7 @@ class JanusCodec final : public ImageCodec {
   }
   std::string architecture() const override { return "janus_vqgan"; }
   int64_t image_size() const override { return config_.num_patches << (config_.levels() - 1); }
-  int64_t grid() const override { return config_.num_patches; }
+  CodeShape shape() const override { return {{config_.num_patches, config_.num_patches}}; }
   int64_t codebook_size() const override { return config_.num_embeddings; }
   at::Tensor codebook_NZ() const override { return parameters_.at("quantize.embedding.weight"); }
 
@@ -73,7 +73,7 @@ class JanusCodec final : public ImageCodec {
     z = z.permute({0, 2, 3, 1}).reshape({-1, config_.embed_dim});
     // Raw vectors, as transformers compares them; only decode normalises. |z|^2 stays so that near-ties round as there.
     const auto distance = z.square().sum(1, true) + codebook.square().sum(1) - 2 * at::matmul(z, codebook.t());
-    return distance.argmin(1).view({pixels_B3HW.size(0), grid() * grid()});
+    return distance.argmin(1).view({pixels_B3HW.size(0), item_length()});
   }
 
   at::Tensor decode(const at::Tensor& ids_BL) const override {
@@ -82,7 +82,7 @@ class JanusCodec final : public ImageCodec {
     const auto codebook = codebook_NZ();
     auto z = codebook.index({ids_BL.to(codebook.device())});
     z = z / z.norm(2, -1, true).clamp_min(1e-12);
-    z = z.view({ids_BL.size(0), grid(), grid(), config_.embed_dim}).permute({0, 3, 1, 2}).contiguous();
+    z = z.view({ids_BL.size(0), config_.num_patches, config_.num_patches, config_.embed_dim}).permute({0, 3, 1, 2}).contiguous();
     return decoder(conv("post_quant_conv", z, 0)).mul_(0.5).add_(0.5).clamp_(0, 1);
   }
 

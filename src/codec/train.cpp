@@ -51,7 +51,7 @@ Quality measure(const ImageCodec& codec, const at::Tensor& pixels_u8, int64_t ba
   at::NoGradGuard no_grad;
   Quality q;
   double total_mse = 0, total_l1 = 0, total_psnr = 0;
-  at::Tensor counts = at::zeros({codec.codebook_size()}, at::kDouble);
+  at::Tensor counts = at::zeros({codec.num_codes()}, at::kDouble);
   for (int64_t i = 0; i < pixels_u8.size(0); i += batch) {
     const auto x = to_float(pixels_u8.narrow(0, i, std::min(batch, pixels_u8.size(0) - i)));
     const auto ids = codec.encode(x);
@@ -60,7 +60,7 @@ Quality measure(const ImageCodec& codec, const at::Tensor& pixels_u8, int64_t ba
     total_psnr += (mse_B.clamp_min(1e-10).log10() * -10).sum().item<double>();
     total_mse += mse_B.sum().item<double>();
     total_l1 += error.abs().flatten(1).mean(1).sum().item<double>();
-    counts += at::bincount(ids.flatten().cpu(), {}, codec.codebook_size()).to(at::kDouble);
+    counts += at::bincount(ids.flatten().cpu(), {}, codec.num_codes()).to(at::kDouble);
     q.pictures += x.size(0);
   }
   if (q.pictures == 0) return q;

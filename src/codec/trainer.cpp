@@ -93,7 +93,7 @@ at::Tensor in_batches(const at::Tensor& pixels_u8, int64_t batch, F&& f) {
 }
 
 at::Tensor start_codebook(const VqCodec& model, const at::Tensor& pixels_u8, uint64_t seed) {
-  const int64_t length = model.grid() * model.grid(), codes = model.codebook_size();
+  const int64_t length = model.item_length(), codes = model.codebook_size();
   const int64_t wanted = std::min(pixels_u8.size(0), (kPointsPerCode * codes + length - 1) / length);
   auto picks = Rng(seed, "codec.kmeans.pictures").permutation(pixels_u8.size(0));
   picks.resize(size_t(wanted));

@@ -40,7 +40,7 @@ std::vector<Spec> parameter_specs(const VqConfig& c) {
     affine(name + ".conv", {width, width, 3, 3}, Init::fan_in);
     affine(name + ".out", {width, width}, Init::branch);
   };
-  const int64_t patch_values = 3 * c.patch * c.patch, levels = int64_t(c.channels.size()), length = c.grid() * c.grid(), wide = c.mixer_width;
+  const int64_t patch_values = 3 * c.patch * c.patch, levels = int64_t(c.channels.size()), length = c.shape().item_length(), wide = c.mixer_width;
 
   affine("encoder.in", {c.channels[0], patch_values, 3, 3}, Init::fan_in);
   for (int64_t level = 0; level < levels; ++level) {
@@ -206,7 +206,7 @@ at::Tensor VqCodec::nearest(const at::Tensor& z_BLZ) const {
 at::Tensor VqCodec::render(const at::Tensor& z_BLZ) const {
   auto x = linear("decoder.in", z_BLZ) + parameter("decoder.position");
   for (int64_t i = 0; i < config_.mixer_blocks; ++i) x = mixer("decoder.mixer." + std::to_string(i), x);
-  x = linear("decoder.grid", x).to(at::kFloat).view({x.size(0), grid(), grid(), config_.channels.back()});
+  x = linear("decoder.grid", x).to(at::kFloat).view({x.size(0), config_.grid(), config_.grid(), config_.channels.back()});
   for (int64_t level = int64_t(config_.channels.size()) - 1; level >= 0; --level) {
     const std::string at = "decoder.level." + std::to_string(level);
     for (int64_t i = 0; i < config_.decoder_blocks[level]; ++i) x = residual(at + ".block." + std::to_string(i), x);

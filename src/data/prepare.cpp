@@ -157,7 +157,8 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   if (!pictures.empty()) {
     MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
     codec = codec::load_codec(options.codec);
-    schema.modalities.push_back({options.modality, codec->codebook_size(), codec->grid() * codec->grid()});
+    const codec::CodeShape shape = codec->shape();
+    schema.modalities.push_back({options.modality, codec->num_codes(), shape.item_length(), shape.codebooks, shape.positions});
     made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
   }
   ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);  // before the pictures are encoded: a folder in use is said at once

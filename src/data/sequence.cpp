@@ -34,6 +34,8 @@ Source::Source(const std::string& path, const model::Vocabulary& vocabulary) : s
                    " (prepare the data with the run's codec)");
     MOEGRAFT_CHECK(tokens->item_length == schema[m].item_length, path, ": a ", schema[m].name, " has ", schema[m].item_length, " codes, the run's has ", tokens->item_length,
                    " (prepare the data with the run's codec)");
+    MOEGRAFT_CHECK(tokens->codebooks == schema[m].codebooks, path, ": ", schema[m].name, " codes come from ", schema[m].codebooks, " codebook(s) at each position, the run's from ", tokens->codebooks,
+                   " (prepare the data with the run's codec)");
     modality_.push_back(tokens->modality);
   }
 }
@@ -94,7 +96,8 @@ void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, doub
     const auto& tokens = tokens_of(vocabulary, sequence.modality[t]);
     const int64_t first = tokens.code_id(0), code = sequence.ids[t] - first;
     if (code < 0 || code >= tokens.num_codes || rng.uniform() >= share) continue;
-    sequence.ids[t] = first + static_cast<int64_t>(rng.below(static_cast<uint64_t>(tokens.num_codes)));
+    const int64_t size = tokens.codebook_size();
+    sequence.ids[t] = first + code / size * size + static_cast<int64_t>(rng.below(static_cast<uint64_t>(size)));
   }
 }
 

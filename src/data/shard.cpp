@@ -7,6 +7,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
+#include "moegraft/codec/code_shape.h"
 
 namespace moegraft::data {
 namespace {
@@ -31,6 +32,28 @@ int64_t metadata_number(const io::SafetensorsFile& file, const std::string& key,
 
 int64_t metadata_count(const io::SafetensorsFile& file, const std::string& key) { return metadata_number(file, key, 1); }
 
+// Why a modality's sizes do not agree; empty when they do.
+std::string find_mismatch(const ModalitySchema& m) {
+  if (m.codebooks < 1 || m.num_codes % m.codebooks != 0 || m.item_length % m.codebooks != 0)
+    return detail::concat(m.codebooks, " codebooks of ", m.name, " must divide its ", m.num_codes, " codes and its item length ", m.item_length);
+  const codec::CodeShape shape{m.positions, m.codebooks};
+  if (!m.positions.empty() && shape.item_length() != m.item_length)
+    return detail::concat(codec::format_positions(m.positions), " positions of ", m.name, " with ", m.codebooks, " codebook(s) make items of ", shape.item_length(), " codes, its item length is ", m.item_length);
+  return "";
+}
+
+ModalitySchema read_modality(const io::SafetensorsFile& file, const std::string& name) {
+  ModalitySchema m{name, metadata_count(file, "codes_" + name), metadata_count(file, "item_length_" + name)};
+  if (file.metadata().contains("codebooks_" + name)) m.codebooks = metadata_count(file, "codebooks_" + name);
+  if (const std::string key = "positions_" + name; file.metadata().contains(key)) {
+    m.positions = codec::parse_positions(metadata_value(file, key));
+    MOEGRAFT_CHECK(!m.positions.empty(), file.path().string(), ": metadata \"", key, "\" must be like \"6x4\" (rows x columns) or \"75\", got \"", metadata_value(file, key), "\"");
+  }
+  const std::string mismatch = find_mismatch(m);
+  MOEGRAFT_CHECK(mismatch.empty(), file.path().string(), ": ", mismatch);
+  return m;
+}
+
 Schema read_schema(const io::SafetensorsFile& file) {
   const auto format = file.metadata().find("format");
   MOEGRAFT_CHECK(format != file.metadata().end() && format->second == kFormat, file.path().string(), " is not a shard: metadata \"format\" must be \"", kFormat, "\", got \"",
@@ -45,10 +68,24 @@ Schema read_schema(const io::SafetensorsFile& file) {
     if (name == "text")
       schema.modalities.push_back({name, metadata_count(file, "text_vocab"), 0});
     else
-      schema.modalities.push_back({name, metadata_count(file, "codes_" + name), metadata_count(file, "item_length_" + name)});
+      schema.modalities.push_back(read_modality(file, name));
   }
   return schema;
 }
+
+// The ids that may stand at a place of a run, from its first place on: of text any, of codes those of one codebook. A run begins with an item, and items are whole positions.
+class Allowed {
+ public:
+  explicit Allowed(const ModalitySchema& of) : size_(of.num_codes / of.codebooks), num_codes_(of.num_codes) {}
+  bool holds(int64_t id) const { return id >= first_ && id < first_ + size_; }
+  void next_place() { first_ = first_ + size_ < num_codes_ ? first_ + size_ : 0; }
+  std::string text() const {
+    return detail::concat("[", first_, ", ", first_ + size_, ")", size_ < num_codes_ ? detail::concat(", codebook ", first_ / size_, " of ", num_codes_ / size_) : "");
+  }
+
+ private:
+  int64_t size_, num_codes_, first_ = 0;
+};
 
 // Documents or items begin at [0, offsets..., last].
 void check_offsets(const io::SafetensorsFile& file, const char* name, const at::Tensor& tensor, int64_t last, const char* what) {
@@ -196,9 +233,11 @@ std::vector<Segment> ShardSet::document(int64_t index) const {
   const auto* first = shard.ids_T.const_data_ptr<int32_t>();
   for (const auto& segment : segments) {
     const auto& known = schema_.modalities[static_cast<size_t>(segment.modality)];
-    for (const int32_t& id : segment.ids)
-      MOEGRAFT_CHECK(id >= 0 && id < known.num_codes, shard.file.path().string(), ": document ", index, " has ", known.name, " id ", id, " at token ", &id - first, ", outside [0, ",
-                     known.num_codes, ")");
+    Allowed allowed(known);
+    for (const int32_t& id : segment.ids) {
+      MOEGRAFT_CHECK(allowed.holds(id), shard.file.path().string(), ": document ", index, " has ", known.name, " id ", id, " at token ", &id - first, ", outside ", allowed.text());
+      allowed.next_place();
+    }
   }
   return segments;
 }
@@ -210,6 +249,7 @@ void ShardSet::validate() const {
 ShardWriter::ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite, int64_t max_tokens, std::map<std::string, std::string> metadata)
     : folder_(folder), schema_(std::move(schema)), overwrite_(overwrite), max_tokens_(max_tokens), metadata_(std::move(metadata)) {
   MOEGRAFT_INVARIANT(!schema_.modalities.empty() && schema_.modalities[0].name == "text", "a schema begins with text");
+  for (const auto& modality : schema_.modalities) MOEGRAFT_INVARIANT(find_mismatch(modality).empty(), find_mismatch(modality));
   check_replace();
 }
 
@@ -233,8 +273,10 @@ void ShardWriter::add(const std::vector<Segment>& document, bool same_item) {
   for (const auto& segment : document) {
     MOEGRAFT_INVARIANT(segment.modality >= 0 && segment.modality < static_cast<int64_t>(schema_.modalities.size()), "modality ", segment.modality);
     const auto& known = schema_.modalities[segment.modality];
+    Allowed allowed(known);
     for (int32_t id : segment.ids) {
-      MOEGRAFT_CHECK(id >= 0 && id < known.num_codes, "document ", num_documents_, ": ", known.name, " id ", id, " is outside [0, ", known.num_codes, ")");
+      MOEGRAFT_CHECK(allowed.holds(id), "document ", num_documents_, ": ", known.name, " id ", id, " is outside ", allowed.text());
+      allowed.next_place();
       ids_.push_back(id);
       modality_.push_back(static_cast<uint8_t>(segment.modality));
     }
@@ -259,6 +301,8 @@ void ShardWriter::flush(const std::map<std::string, std::string>& further) {
     if (modality.name == "text") continue;
     metadata["codes_" + modality.name] = std::to_string(modality.num_codes);
     metadata["item_length_" + modality.name] = std::to_string(modality.item_length);
+    if (modality.codebooks > 1) metadata["codebooks_" + modality.name] = std::to_string(modality.codebooks);
+    if (!modality.positions.empty()) metadata["positions_" + modality.name] = codec::format_positions(modality.positions);
   }
   metadata["modalities"] = join(names, ",");
   char name[64];

@@ -21,6 +21,7 @@
 #include "moegraft/io/image.h"
 #include "moegraft/io/rows.h"
 #include "moegraft/run/identity.h"
+#include "gallery.h"
 #include "output.h"
 
 namespace moegraft::evaluate {
@@ -360,12 +361,11 @@ Json& place_of(Json& j, const Section& s) { return s.name.empty() ? j[s.key] : j
 }  // namespace
 
 codec::Quality measure_codec(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const CodecSection& section) {
-  const auto found = model.codecs.find(tokens.name);
-  MOEGRAFT_CHECK(found != model.codecs.end() && found->second, "the codec of ", tokens.name, " is not loaded");
-  const auto pictures = codec::load_pictures(section.pictures, found->second->image_size(), found->second->fit());
+  const codec::ImageCodec& codec = codec_of(model, tokens);
+  const auto pictures = codec::load_pictures(section.pictures, codec.image_size(), codec.fit());
   const int64_t total = pictures.pixels_N3HW.size(0), count = std::min(total, section.max_items);
   const at::Tensor chosen = (at::arange(count, at::kLong) * total).div(count, "floor");
-  return codec::measure(*found->second, pictures.pixels_N3HW.index_select(0, chosen));
+  return codec::measure(codec, pictures.pixels_N3HW.index_select(0, chosen));
 }
 
 std::string evaluate_model(const fs::path& path, EvalConfig config, const EvaluationOptions& options) {

@@ -14,9 +14,9 @@ namespace moegraft::evaluate {
 namespace fs = std::filesystem;
 
 const codec::ImageCodec& codec_of(const graft::GraftedModel& model, const model::ModalityTokens& tokens) {
-  const auto found = model.codecs.find(tokens.name);
-  MOEGRAFT_CHECK(found != model.codecs.end() && found->second, "the codec of ", tokens.name, " is not loaded");
-  return *found->second;
+  const codec::ImageCodec* codec = graft::find_image_codec(model, tokens.name);
+  MOEGRAFT_CHECK(codec, "the codec of ", tokens.name, " is not loaded");
+  return *codec;
 }
 
 int64_t Gallery::add(const io::Picture& picture) {

@@ -114,7 +114,7 @@ Json gating_marker(const graft::GraftedModel& m, const std::vector<Target>& targ
   Json modalities = Json::array(), adapters = Json::array(), terms = Json::array();
   for (const auto& t : m.vocabulary.modalities) {
     Json entry{{"name", t.name}, {"modality", t.modality}, {"begin_id", t.begin_id()}, {"end_id", t.end_id()}, {"first_code_id", t.code_id(0)}, {"num_codes", t.num_codes},
-               {"item_length", t.item_length}, {"first_id", t.first_id}, {"num_rows", t.num_rows()}};
+               {"item_length", t.item_length}, {"codebooks", t.codebooks}, {"first_id", t.first_id}, {"num_rows", t.num_rows()}};
     if (m.config) {
       const auto it = m.config->modalities.find(t.name);
       if (it != m.config->modalities.end()) entry["codec"] = it->second.codec, entry["begin"] = it->second.begin, entry["end"] = it->second.end;
@@ -136,7 +136,8 @@ std::string readme(const graft::GraftedModel& m, const std::string& base_name) {
   std::string names, resize;
   for (const auto& t : m.vocabulary.modalities)
     names += "- `" + t.name + "`: begin " + std::to_string(t.begin_id()) + ", end " + std::to_string(t.end_id()) + ", codes " + std::to_string(t.code_id(0)) + " to " +
-             std::to_string(t.code_id(t.num_codes - 1)) + ", " + std::to_string(t.item_length) + " codes per item\n";
+             std::to_string(t.code_id(t.num_codes - 1)) + ", " + std::to_string(t.item_length) + " codes per item" +
+             (t.codebooks > 1 ? ", place i of it from codebook i mod " + std::to_string(t.codebooks) + " (" + std::to_string(t.codebook_size()) + " codes each)" : "") + "\n";
   if (m.is_graft())
     resize = "base.resize_token_embeddings(" + std::to_string(m.vocabulary.size()) + ", mean_resizing=False)  # first: PEFT accepts ids beyond the vocabulary silently\n";
   return "# A modality grafted onto " + base_name +

@@ -68,9 +68,9 @@ at::Tensor draw(const Drawing& d, Steps& step, at::Tensor logits_BN, std::vector
   for (int64_t t = 0; t < length; ++t) {
     logits_BN = logits_BN.contiguous();
     const float* logits = logits_BN.const_data_ptr<float>();
-    const int64_t N = d.tokens.num_codes;
+    const int64_t all_codes = d.tokens.num_codes, N = d.tokens.codebook_size(), first = d.tokens.first_code(t);  // this place takes codes of its codebook alone
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) codes[i * length + t] = sample({logits + i * N, static_cast<size_t>(N)}, d.options.sampling, streams[i]);
+      for (int64_t i = begin; i < end; ++i) codes[i * length + t] = first + sample({logits + i * all_codes + first, static_cast<size_t>(N)}, d.options.sampling, streams[i]);
     });
     on_codes(count);
     if (t + 1 == length) break;  // end is forced: nothing follows that needs its logits
@@ -92,12 +92,12 @@ void check_options(const std::vector<Prompt>& prompts, const ImageOptions& o) {
 }
 
 const codec::ImageCodec* find_codec(const graft::GraftedModel& model, const model::ModalityTokens& tokens) {
-  const auto found = model.codecs.find(tokens.name);
-  MOEGRAFT_CHECK(found != model.codecs.end() && found->second, "the codec of ", tokens.name, " is not loaded: open the model with its codec, or ask for ids only");
-  const codec::ImageCodec& codec = *found->second;
-  MOEGRAFT_CHECK(codec.codebook_size() == tokens.num_codes && codec.grid() * codec.grid() == tokens.item_length, "the codec of ", tokens.name, " has ", codec.codebook_size(), " codes and ",
-                 codec.grid() * codec.grid(), " a picture, the model was grafted for ", tokens.num_codes, " and ", tokens.item_length);
-  return &codec;
+  const codec::ImageCodec* codec = graft::find_image_codec(model, tokens.name);
+  MOEGRAFT_CHECK(codec, "the codec of ", tokens.name, " is not loaded: open the model with its codec, or ask for ids only");
+  MOEGRAFT_CHECK(codec->num_codes() == tokens.num_codes && codec->item_length() == tokens.item_length && codec->shape().codebooks == tokens.codebooks, "the codec of ", tokens.name, " has ",
+                 codec->num_codes(), " codes in ", codec->shape().codebooks, " codebook(s) and ", codec->item_length(), " a picture, the model was grafted for ", tokens.num_codes, " in ",
+                 tokens.codebooks, " and ", tokens.item_length);
+  return codec;
 }
 
 }  // namespace

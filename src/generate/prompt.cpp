@@ -48,10 +48,10 @@ at::Tensor codes_of(const graft::GraftedModel& model, const model::ModalityToken
                    " must be int64 [", tokens.item_length, "], got ", c10::toString(part.codes_L.scalar_type()), " ", part.codes_L.sizes().vec());
     return part.codes_L.to(at::kCPU).contiguous();
   }
-  const auto codec = model.codecs.find(tokens.name);
-  MOEGRAFT_CHECK(codec != model.codecs.end() && codec->second, "the prompt holds ", part.image.string(), ", but the model was opened without the codec of ", tokens.name);
-  const at::Tensor pixels = codec->second->prepare(io::load_image(part.image)).unsqueeze(0).to(model.device());
-  const at::Tensor codes = codec->second->encode(pixels).to(at::kCPU).reshape({-1}).contiguous();
+  const codec::ImageCodec* codec = graft::find_image_codec(model, tokens.name);
+  MOEGRAFT_CHECK(codec, "the prompt holds ", part.image.string(), ", but the model was opened without the codec of ", tokens.name);
+  const at::Tensor pixels = codec->prepare(io::load_image(part.image)).unsqueeze(0).to(model.device());
+  const at::Tensor codes = codec->encode(pixels).to(at::kCPU).reshape({-1}).contiguous();
   MOEGRAFT_CHECK(codes.size(0) == tokens.item_length, "the codec of ", tokens.name, " makes ", codes.size(0), " codes of a picture, the model expects ", tokens.item_length);
   return codes;
 }
@@ -117,7 +117,8 @@ PromptTokens tokenize(const graft::GraftedModel& model, const Prompt& prompt) {
     const at::Tensor codes = codes_of(model, tokens, part);
     for (int64_t i = 0; i < codes.size(0); ++i) {
       const int64_t code = codes.const_data_ptr<int64_t>()[i];
-      MOEGRAFT_CHECK(code >= 0 && code < tokens.num_codes, "code ", code, " of ", tokens.name, " is outside [0, ", tokens.num_codes, ")");
+      const int64_t first = tokens.first_code(i), end = first + tokens.codebook_size();
+      MOEGRAFT_CHECK(code >= first && code < end, "code ", code, " of ", tokens.name, " is outside [", first, ", ", end, ")", tokens.codebooks > 1 ? detail::concat(", the codebook of place ", i) : "");
       ids.push_back(static_cast<int32_t>(code));
     }
     segments.push_back({tokens.modality, ids});

@@ -97,18 +97,19 @@ void add_vocabulary(GraftedModel& m, const std::map<std::string, ModalityConfig>
   for (const auto& [name, section] : modalities) {
     ++modality;
     if (stored && !with_codecs) continue;
-    std::shared_ptr<codec::ImageCodec> image = codec::load_codec(section.codec);
-    image->to(m.device());
-    model::ModalityTokens tokens{name, modality, next, image->codebook_size(), image->grid() * image->grid()};
+    std::shared_ptr<codec::Codec> codec = codec::load_codec(section.codec);
+    codec->to(m.device());
+    model::ModalityTokens tokens{name, modality, next, codec->num_codes(), codec->item_length(), codec->shape().codebooks};
     if (stored) {
       const auto& was = m.vocabulary.by_name(name);
-      MOEGRAFT_CHECK(was.num_codes == tokens.num_codes && was.item_length == tokens.item_length, "modalities.", name, ".codec: the run was trained with ", was.num_codes, " codes and ",
-                     was.item_length, " per item, ", section.codec, " has ", tokens.num_codes, " and ", tokens.item_length);
+      MOEGRAFT_CHECK(was.num_codes == tokens.num_codes && was.item_length == tokens.item_length && was.codebooks == tokens.codebooks, "modalities.", name, ".codec: the run was trained with ",
+                     was.num_codes, " codes in ", was.codebooks, " codebook(s) and ", was.item_length, " per item, ", section.codec, " has ", tokens.num_codes, " in ", tokens.codebooks, " and ",
+                     tokens.item_length);
     } else {
       m.vocabulary.modalities.push_back(tokens);
     }
     next += tokens.num_rows();
-    m.codecs[name] = std::move(image);
+    m.codecs[name] = std::move(codec);
   }
 }
 
@@ -127,6 +128,14 @@ fs::path find_checkpoint(const fs::path& root, const std::string& which) {
 }
 
 }  // namespace
+
+const codec::ImageCodec* find_image_codec(const GraftedModel& m, const std::string& modality) {
+  const auto found = m.codecs.find(modality);
+  if (found == m.codecs.end() || !found->second) return nullptr;
+  const auto* images = dynamic_cast<const codec::ImageCodec*>(found->second.get());
+  MOEGRAFT_CHECK(images, "the codec of ", modality, " (", found->second->architecture(), ") is not one of images: name a modality of images");
+  return images;
+}
 
 at::Device parse_device(const std::string& name) {
   if (name == "cpu") return at::kCPU;

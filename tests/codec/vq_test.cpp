@@ -67,7 +67,9 @@ TEST_F(CodecTest, SaveAndLoadGiveTheSameCodec) {
   model.save(dir_);
   const auto loaded = load_codec(dir_);
   EXPECT_EQ(loaded->architecture(), "moegraft_vq");
-  EXPECT_EQ(loaded->grid(), 2);
+  EXPECT_EQ(loaded->shape(), (CodeShape{{2, 2}}));
+  EXPECT_EQ(loaded->item_length(), 4);
+  EXPECT_EQ(loaded->num_codes(), 16);
   EXPECT_EQ(loaded->fit(), "pad");
   const auto x = to_float(drawings(5, 12));
   const auto ids = model.encode(x);
@@ -114,8 +116,8 @@ TEST_F(CodecTest, RefusesWrongPixelsAndIds) {
   VqCodec model(tiny(), 3);
   EXPECT_SAYS("encodes pixels [B, 3, 12, 12], got [1, 3, 10, 12]", model.encode(at::zeros({1, 3, 10, 12})));
   EXPECT_SAYS("float32 pixels", model.encode(at::zeros({1, 3, 12, 12}, at::kByte)));
-  EXPECT_SAYS("image code 16 is outside the codebook [0, 16)", model.decode(at::full({1, 4}, 16, at::kLong)));
-  EXPECT_SAYS("image code -1 is outside", model.decode(at::full({1, 4}, -1, at::kLong)));
+  EXPECT_SAYS("code 16 is outside the codebook [0, 16)", model.decode(at::full({1, 4}, 16, at::kLong)));
+  EXPECT_SAYS("code -1 is outside", model.decode(at::full({1, 4}, -1, at::kLong)));
   EXPECT_SAYS("decodes ids [B, 4], got [1, 5]", model.decode(at::zeros({1, 5}, at::kLong)));
   EXPECT_SAYS("int64 ids", model.decode(at::zeros({1, 4}, at::kFloat)));
 }
@@ -128,7 +130,7 @@ TEST_F(CodecTest, RefusesBrokenFolders) {
   auto other = config;
   other["architecture"] = "moegraft_vqq";
   io::write_json(dir_ / "config.json", other);
-  EXPECT_SAYS("unknown codec architecture \"moegraft_vqq\"; known: moegraft_vq", load_codec(dir_));
+  EXPECT_SAYS("unknown codec architecture \"moegraft_vqq\"; known: moegraft_vq (the small codec", load_codec(dir_));
 
   other = config;
   other["mixer_width"] = 32;

@@ -446,7 +446,7 @@ TEST_F(Prepare, CaptionedPictures) {
   EXPECT_EQ(shards.item(2).first, 4);
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
   const auto codec = codec::load_codec(options.codec);
-  EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, codec->grid() * codec->grid()}}}));
+  EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, 4, 1, {2, 2}}}}));
   for (int64_t i = 0; i < 10; ++i) {
     const auto document = test::to_lists(shards.document(i));
     ASSERT_EQ(document.size(), 2u);

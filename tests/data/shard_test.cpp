@@ -41,6 +41,20 @@ TEST(Shard, ReadsWhatThePythonPackageWrote) {
   shards.validate();
 }
 
+// The golden file and write() above have the metadata of before there were positions and codebooks.
+TEST(Shard, WithoutPositionsAndCodebooksThereIsOneCodebook) {
+  Folder folder;
+  write(folder / "x.safetensors", {});
+  const ModalitySchema image = ShardSet(folder / "x.safetensors").schema().modalities[1];
+  EXPECT_EQ(image.codebooks, 1);
+  EXPECT_TRUE(image.positions.empty());
+  // Such a schema is written again as it was.
+  test::write_shards(folder / "s", kSchema, {{{1, {0, 1, 2, 3}}}});
+  const io::SafetensorsFile file(folder / "s/shard-00000.safetensors");
+  EXPECT_FALSE(file.metadata().contains("codebooks_image"));
+  EXPECT_FALSE(file.metadata().contains("positions_image"));
+}
+
 TEST(Shard, WriterRoundTripsOverSeveralFiles) {
   Folder folder;
   ShardWriter writer(folder / "s", kSchema, false, 7);
@@ -116,6 +130,11 @@ TEST(Shard, NamesWhatIsWrongInAFile) {
       {"must be a positive integer, got \"0\"", {}, {{"item_length_image", "0"}}},
       {"must be \"text\", then the others", {}, {{"modalities", "image,text"}}},
       {"\"codes_audio\" is missing", {}, {{"modalities", "text,audio"}}},
+      {"\"codebooks_image\" must be a positive integer, got \"0\"", {}, {{"codebooks_image", "0"}}},
+      {"2 codebooks of image must divide its 5 codes and its item length 4", {}, {{"codebooks_image", "2"}}},
+      {"3 codebooks of image must divide its 6 codes and its item length 4", {}, {{"codebooks_image", "3"}, {"codes_image", "6"}}},
+      {"\"positions_image\" must be like \"6x4\" (rows x columns) or \"75\", got \"2*2\"", {}, {{"positions_image", "2*2"}}},
+      {"2x3 positions of image with 1 codebook(s) make items of 6 codes, its item length is 4", {}, {{"positions_image", "2x3"}}},
       {"\"ids\" must be Int", {{"ids", longs({5, 6, 0, 1, 2, 3})}}, {}},
       {"as many entries", {{"modality", at::zeros({5}, at::kByte)}}, {}},
       {"go from 0 to 6", {{"document_offsets", longs({0, 7})}}, {}},

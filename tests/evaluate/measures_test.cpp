@@ -86,6 +86,38 @@ TEST_F(Measures, AUniformModelHasTheLogOfItsVocabulary) {
   EXPECT_NEAR(use.prompt_used(), 0, 1e-6);
 }
 
+// A set of two modalities: pictures, and a sequence of two positions with a code of each of two codebooks. Labels are normalised over all rows of their modality.
+TEST_F(Measures, TwoModalitiesOfOneSet) {
+  const at::NoGradGuard no_grad;
+  graft::GraftedModel m = uniform();
+  const int64_t V = m.vocabulary.text_size, sound = V + 18;
+  m.vocabulary.modalities.push_back({"sound", 2, sound, 6, 4, 2});
+  m.decoder->attach_rows({2, sound, at::ones({8, m.decoder->spec().hidden_size}), at::zeros({8, m.decoder->spec().hidden_size})});
+  const testing::TemporaryFolder folder;
+  data::ShardWriter writer(folder / "shards", {{{"text", 10, 0}, {"image", 16, 4, 1, {2, 2}}, {"sound", 6, 4, 2, {2}}}});
+  const std::vector<int32_t> red{3}, low{4, 5}, picture{0, 15, 2, 3}, a{0, 3, 2, 5}, b{1, 3, 2, 4};
+  writer.add({{0, red}, {1, picture}});
+  writer.add({{0, red}, {2, a}});
+  writer.add({{2, b}, {0, low}});
+  writer.add({{0, red}, {1, picture}, {2, b}});
+  writer.finish();
+  const std::string path = text_of(folder / "shards");
+  data::EvalStream stream({{path, 1.0}}, world_->config.data, m.vocabulary);
+  const Likelihood l = measure_likelihood(m, stream);
+  EXPECT_EQ(l.labels_M, (std::vector<int64_t>{0, 2 * 5, 3 * 5}));
+  EXPECT_NEAR(l.nll_M[1], std::log(18.0), 1e-5);
+  EXPECT_NEAR(l.nll_M[2], std::log(8.0), 1e-5);
+  const auto& tokens = m.vocabulary.by_name("sound");
+  const auto items = read_captioned_items(path, m.vocabulary, tokens, 10);
+  ASSERT_EQ(items.size(), 2u) << "a document with an item of each is not a captioned one";
+  EXPECT_EQ(items[0].codes, a);
+  EXPECT_EQ(items[1].after, low);
+  EXPECT_NEAR(measure_captions(m, tokens, items, world_->config.data, 3).nll_true, std::log(8.0), 1e-5);
+  EXPECT_EQ(count_codes({path}, m.vocabulary, tokens).counts, (std::vector<int64_t>{1, 2, 3, 3, 2, 1, 3}));
+  const auto sequence = data::assemble({{2, a}}, m.vocabulary, world_->config.data);
+  EXPECT_NEAR(sequence_nll(m, tokens, {sequence})[0], 5 * std::log(8.0), 1e-4);
+}
+
 TEST_F(Measures, CaptionsAgreeWithTheStreamAndShufflingChangesThem) {
   const auto m = graft::open_model(world_->run);
   const auto& tokens = m.vocabulary.modalities[0];
@@ -166,7 +198,7 @@ TEST_F(Measures, RetrievalFindsThePictureThatTheModelDraws) {
   const auto m = uniform();  // greedy on equal logits: code 0 everywhere, whatever the prompt
   const fs::path dir = folder_->path() / "gallery";
   fs::create_directories(dir);
-  io::save_image(dir / "zero.png", m.codecs.at("image")->decode(at::zeros({1, 4}, at::kLong))[0]);
+  io::save_image(dir / "zero.png", graft::find_image_codec(m, "image")->decode(at::zeros({1, 4}, at::kLong))[0]);
   std::string manifest = io::Json{{"image", "zero.png"}, {"text", "zero"}}.dump() + "\n";
   io::write_file_atomic(dir / "broken.png", "not a picture");
   manifest += io::Json{{"image", "broken.png"}, {"text", "broken"}}.dump() + "\n";
@@ -201,7 +233,7 @@ class DarkCodec : public codec::ImageCodec {
  public:
   std::string architecture() const override { return "dark"; }
   int64_t image_size() const override { return 4; }
-  int64_t grid() const override { return 2; }
+  codec::CodeShape shape() const override { return {{2, 2}}; }
   int64_t codebook_size() const override { return 8; }
   at::Tensor codebook_NZ() const override { return at::zeros({8, 1}); }
   at::Tensor encode(const at::Tensor& x) const override { return at::arange(4, at::kLong).remainder(2).expand({x.size(0), 4}); }

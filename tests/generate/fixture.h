@@ -39,7 +39,7 @@ class GreyCodec : public codec::ImageCodec {
  public:
   std::string architecture() const override { return "grey"; }
   int64_t image_size() const override { return 2 * kGrid; }
-  int64_t grid() const override { return kGrid; }
+  codec::CodeShape shape() const override { return {{kGrid, kGrid}}; }
   int64_t codebook_size() const override { return kCodes; }
   at::Tensor codebook_NZ() const override { return at::arange(kCodes, at::kFloat).unsqueeze(1); }
   at::Tensor encode(const at::Tensor& x) const override {

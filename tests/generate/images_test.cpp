@@ -72,7 +72,7 @@ TEST(GenerateImages, GreedyPicksTheBestCodeOfTheFullForward) {
     const at::Tensor logits = full_code_logits(m, append_picture(prompt, results[p].ids_L)).narrow(0, prompt.size(), kLength);
     EXPECT_TRUE(at::equal(logits.argmax(1), results[p].ids_L));
     EXPECT_EQ(results[p].prompt, int64_t(p));
-    EXPECT_TRUE(at::equal(results[p].pixels_3HW, m.codecs.at("image")->decode(results[p].ids_L.unsqueeze(0))[0]));
+    EXPECT_TRUE(at::equal(results[p].pixels_3HW, graft::find_image_codec(m, "image")->decode(results[p].ids_L.unsqueeze(0))[0]));
   }
   EXPECT_FALSE(at::equal(results[0].ids_L, results[1].ids_L));
 }
@@ -201,7 +201,7 @@ TEST(Prompt, PicturesBecomeCodesInPlace) {
   const auto m = tiny_graft();
   const at::Tensor codes = at::arange(1, 1 + kLength, at::kLong);
   const auto file = std::filesystem::temp_directory_path() / ("moegraft_prompt_" + std::to_string(::getpid()) + ".png");
-  io::save_image(file, m.codecs.at("image")->decode(codes.unsqueeze(0))[0]);
+  io::save_image(file, graft::find_image_codec(m, "image")->decode(codes.unsqueeze(0))[0]);
   const PromptTokens tokens = tokenize(m, parse_prompt("A<image:" + file.string() + ">B", m.vocabulary));
   std::filesystem::remove(file);
   std::vector<int64_t> ids{kBos, 3 + 'A', kText}, modality{0, 0};

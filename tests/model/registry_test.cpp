@@ -61,5 +61,16 @@ TEST(Vocabulary, IdsFollowTheTextOnes) {
   EXPECT_THROW(vocabulary.by_name("video"), UserError);
 }
 
+TEST(Vocabulary, PlacesOfAnItemTakeTurnsAmongTheCodebooks) {
+  const ModalityTokens image{"image", 1, 100, 8, 4}, sound{"sound", 2, 110, 12, 6, 3};
+  EXPECT_EQ(image.codebook_size(), 8);
+  EXPECT_EQ(sound.codebook_size(), 4);
+  EXPECT_EQ(sound.num_rows(), 14);
+  for (int64_t place = 0; place < 6; ++place) {
+    EXPECT_EQ(image.first_code(place), 0);
+    EXPECT_EQ(sound.first_code(place), std::vector<int64_t>({0, 4, 8, 0, 4, 8})[size_t(place)]);
+  }
+}
+
 }  // namespace
 }  // namespace moegraft::model

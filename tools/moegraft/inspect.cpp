@@ -159,7 +159,7 @@ void run(const Options& o) {
       if (const auto plan = graft::plan_calibration(s, *config); plan.rows > 0 && run_dir.empty()) out["calibration"] = describe_calibration(plan, config->ot);
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)
-        out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}});
+        out["modalities"].push_back({{"name", m.name}, {"begin_id", m.begin_id()}, {"end_id", m.end_id()}, {"first_code_id", m.code_id(0)}, {"last_code_id", m.code_id(m.num_codes - 1)}, {"codes_per_item", m.item_length}, {"codebooks", m.codebooks}});
     }
   }
   out["cpu"] = describe_cpu();

@@ -37,7 +37,8 @@ struct VqConfig {
     v("fit", fit, config::one_of({"pad", "crop"}), "How a picture of another shape is fitted: pad (whole, on white) or crop.");
   }
   void validate(const std::string& path) const;
-  int64_t grid() const;  // codes a side
+  int64_t grid() const;  // codes a side: this architecture's are a square, one codebook
+  CodeShape shape() const { return {{grid(), grid()}}; }
 };
 
 // A parameter map with a fixed order: the network is a pure function of it.
@@ -53,7 +54,7 @@ class VqCodec final : public ImageCodec {
 
   std::string architecture() const override { return "moegraft_vq"; }
   int64_t image_size() const override { return config_.image_size; }
-  int64_t grid() const override { return config_.grid(); }
+  CodeShape shape() const override { return config_.shape(); }
   int64_t codebook_size() const override { return config_.codebook_size; }
   at::Tensor codebook_NZ() const override { return codebook_NZ_; }
   std::string fit() const override { return config_.fit; }
@@ -62,8 +63,8 @@ class VqCodec final : public ImageCodec {
   void to(at::Device device) override;
 
   // The differentiable pieces, for training.
-  at::Tensor embed(const at::Tensor& pixels_B3HW) const;            // -> z [B, grid*grid, d_z], each vector of root mean square 1
-  at::Tensor nearest(const at::Tensor& z_BLZ) const;                // -> ids int64 [B, grid*grid]; not differentiable
+  at::Tensor embed(const at::Tensor& pixels_B3HW) const;            // -> z [B, item_length, d_z], each vector of root mean square 1
+  at::Tensor nearest(const at::Tensor& z_BLZ) const;                // -> ids int64 [B, item_length]; not differentiable
   at::Tensor render(const at::Tensor& z_BLZ) const;                 // -> pixels [B,3,H,W], not clamped
   ParameterList encoder_parameters() const;
   ParameterList decoder_parameters() const;

@@ -23,7 +23,7 @@ struct Sequence {
 // A shard set seen through a run's vocabulary.
 class Source {
  public:
-  // UserError: what ShardSet says; a modality that the run does not have; another codebook size, item length or a larger text vocabulary.
+  // UserError: what ShardSet says; a modality that the run does not have; another number of codes, codebooks or codes an item, a larger text vocabulary.
   Source(const std::string& path, const model::Vocabulary& vocabulary);
   const ShardSet& shards() const { return shards_; }
   int64_t num_documents() const { return shards_.num_documents(); }

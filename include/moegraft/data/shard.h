@@ -9,7 +9,9 @@
 //                                        offsets[0] = 0, offsets[m] = n, none empty. Without it every document is an item.
 //
 //   metadata (all strings): format = "moegraft.shard", version = "1", modalities = "text,image", text_vocab = "2048",
-//   and for each other modality codes_<name> = "512" (codebook size) and item_length_<name> = "36" (codes of one item).
+//   and for each other modality codes_<name> = "512" (codes of all its codebooks) and item_length_<name> = "36" (codes of one item). Optional: codebooks_<name> = "2",
+//   1 where it is absent, and positions_<name> = "6x6" (rows x columns) or "75" (of a sequence). codec/code_shape.h says how an item's codes follow one another and
+//   which of them each place may hold; positions times codebooks is the item length. A set may hold several modalities, in one document too.
 //   Optional: fingerprint.tokenizer, fingerprint.codec.<name> (data/fingerprints.h: what made it), shard = "0" (its place in its set, counted from 0) and, in the
 //   last file of a set, shards = "1": a set that says so is read whole or not at all. counts.<what> = "3": documents or images that were skipped.
 //
@@ -41,6 +43,8 @@ struct ModalitySchema {
   std::string name;
   int64_t num_codes = 0;    // text: its vocabulary
   int64_t item_length = 0;  // text: 0
+  int64_t codebooks = 1;    // of an item's positions
+  std::vector<int64_t> positions = {};  // of an item; empty where the shard does not say
   bool operator==(const ModalitySchema&) const = default;
 };
 
@@ -57,7 +61,8 @@ struct Item {
 // A shard file or a folder of them, memory-mapped. Headers, shapes and offsets are checked when opened, a document's ids when it is read.
 class ShardSet {
  public:
-  // UserError: missing path, no shard in the folder, wrong format or version, missing tensor, dtype, offsets not rising, no document, schemas that differ.
+  // UserError: missing path, no shard in the folder, wrong format or version, a schema whose sizes do not agree, missing tensor, dtype, offsets not rising, no document,
+  // schemas that differ.
   explicit ShardSet(const std::filesystem::path& path);
 
   const Schema& schema() const { return schema_; }
@@ -66,7 +71,8 @@ class ShardSet {
   int64_t document_length(int64_t index) const;  // stored tokens
   int64_t num_items() const { return num_items_; }
   Item item(int64_t index) const;
-  // Segments in order, adjacent ones of different modality. UserError names file and document: an id or a modality out of range, a broken item.
+  // Segments in order, adjacent ones of different modality. UserError names file and document: an id or a modality out of range, a code at a place of another
+  // codebook, a broken item.
   std::vector<Segment> document(int64_t index) const;
   // The same segments with their ids unread: reads the modalities alone. UserError: a modality out of range, a broken item.
   std::vector<Segment> runs(int64_t index) const;
@@ -100,7 +106,7 @@ class ShardWriter {
   // UserError when the folder already holds shards and overwrite is false, or holds anything else. max_tokens: a file is closed once it holds so many.
   // metadata: further entries for every file.
   ShardWriter(const std::filesystem::path& folder, Schema schema, bool overwrite = false, int64_t max_tokens = 1 << 26, std::map<std::string, std::string> metadata = {});
-  // UserError on an id out of range; empty documents are refused. same_item: it is the item of the document before it.
+  // UserError on an id out of range or of another codebook than its place's; empty documents are refused. same_item: it is the item of the document before it.
   void add(const std::vector<Segment>& document, bool same_item = false);
   // Writes the last file, and puts the folder in the place of what was there, if that may still be replaced. last_metadata: further entries for it. UserError when no
   // document was added, or when the folder holds by now what the constructor refuses.

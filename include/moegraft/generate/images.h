@@ -34,7 +34,8 @@ struct ImageResult {
 
 // Results ordered by prompt, then index: picture i of prompt p is at p * n + i.
 //
-// The sequence is the prompt's tokens, begin, then exactly item_length codes drawn from the modality's code rows alone; begin and end are forced.
+// The sequence is the prompt's tokens, begin, then exactly item_length codes drawn from the modality's code rows alone, each place from its codebook's; begin and end are
+// forced. With pixels = false any modality is drawn, also one whose codec is not of images.
 // The random stream of a picture is Rng(seed, "generate.image", hash of the prompt's tokens and index): it depends on neither n, nor the batch, nor
 // the other prompts (the same prompt twice gives the same pictures). Prompts are run one by one and copied to their pictures, so only the products of
 // decode steps see the batch; matrix products may change a logit's last bits with the number of rows, which moves a draw only when its uniform number

@@ -38,7 +38,7 @@ struct GraftedModel {
   std::unique_ptr<model::Decoder> decoder;
   model::Vocabulary vocabulary;                  // text_size is config.vocab_size
   std::shared_ptr<tokenizer::Tokenizer> tokenizer;  // null when the directory has none
-  std::map<std::string, std::shared_ptr<codec::ImageCodec>> codecs;  // by modality name
+  std::map<std::string, std::shared_ptr<codec::Codec>> codecs;  // by modality name
   std::shared_ptr<adapters::AdapterStack> adapters;  // null when there is none
   std::unique_ptr<model::ParameterRegistry> registry;  // overlays (and the base's own leaves when it trains)
   int64_t step = 0;                              // of the checkpoint that was loaded
@@ -47,6 +47,9 @@ struct GraftedModel {
   bool is_graft() const { return !vocabulary.modalities.empty(); }
   at::Device device() const { return decoder->device(); }
 };
+
+// The codec of a modality of images; null when it was not loaded. UserError when the modality's codec is of another kind.
+const codec::ImageCodec* find_image_codec(const GraftedModel& model, const std::string& modality);
 
 at::Device parse_device(const std::string& name);        // UserError when cuda is asked for and there is none; sets its numerics (kernels/device_numerics.h)
 // The device of one of several processes on this machine; makes it the calling thread's current one. UserError: more processes than GPUs.
