@@ -138,6 +138,14 @@ void fill_in(ManifestEntry& entry, const std::string& text, const io::Row& row, 
   }
 }
 
+// A segment may say which modality its picture is of, where a data set holds several.
+void add_segment_image(ManifestEntry& entry, const io::Json& segment, const io::Row& row) {
+  add_image(entry, row, string_at(segment, "image", row.where));
+  if (!segment.contains("modality")) return;
+  entry.segments.back().modality = string_at(segment, "modality", row.where);
+  MOEGRAFT_CHECK(!entry.segments.back().modality.empty(), row.where, ": a segment's \"modality\" is empty; leave it out, or name one");
+}
+
 // Every picture that is listed has its place, or none has: then they come before (or, for a caption, behind) the text.
 bool places_of(size_t places, size_t pictures, const std::string& where) {
   MOEGRAFT_CHECK(places == 0 || places == pictures, where, ": ", places, " places for pictures (<image>, or parts of type image), and ", pictures, " picture(s) in \"image\" or \"images\"");
@@ -253,7 +261,7 @@ ManifestEntry read_entry(const io::Row& row, const ManifestColumns& columns, std
       if (text)
         add_text(entry, text_at(row, segment, "text"));
       else
-        add_image(entry, row, string_at(segment, "image", where));
+        add_segment_image(entry, segment, row);
     }
   } else {
     MOEGRAFT_CHECK(json.contains("text") || json.contains("image") || json.contains("images"), where, ": expected \"image\" and \"text\", \"segments\", \"messages\" or \"conversations\", the row has ", keys_of(row.json));

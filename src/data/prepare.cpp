@@ -30,12 +30,41 @@ void tell_skipped(int64_t before, const std::string& why) {
 }
 using Codes = std::map<io::Picture, std::vector<int32_t>>;  // absent: the picture did not decode
 
-std::vector<io::Picture> all_pictures(const std::vector<ManifestEntry>& entries) {
-  std::set<io::Picture> pictures;
+// A modality of the set: the codec of its images, and what it makes of them.
+struct Encoded {
+  std::string name;
+  std::filesystem::path dir;
+  std::unique_ptr<codec::ImageCodec> codec;
+  std::vector<io::Picture> pictures;  // each once
+  Codes codes = {};
+};
+
+void check_name(const std::string& name, const char* option) {
+  MOEGRAFT_CHECK_USAGE(!name.empty() && name != "text" && name.find_first_of(",\"\\\n") == std::string::npos, option, " must name the pictures' modality as the run's `modalities` does, other than text and without a comma, got \"", name, "\"");
+}
+
+// The modalities that the entries hold, the one of images without a name first, with their codecs.
+std::vector<Encoded> load_modalities(const std::vector<ManifestEntry>& entries, const ShardOptions& options) {
+  MOEGRAFT_CHECK_USAGE(!options.codecs.contains(options.modality), "--codec-of ", options.modality, " is given by --codec and --modality already; name another modality");
+  std::map<std::string, std::set<io::Picture>> pictures;
   for (const auto& entry : entries)
     for (const auto& segment : entry.segments)
-      if (segment.is_image()) pictures.insert(segment.image);
-  return {pictures.begin(), pictures.end()};
+      if (segment.is_image()) pictures[segment.modality.empty() ? options.modality : segment.modality].insert(segment.image);
+  std::vector<Encoded> modalities;
+  const auto load = [&](const std::string& name, const std::filesystem::path& dir) {
+    const auto found = pictures.find(name);
+    if (found == pictures.end()) return;
+    modalities.push_back({name, dir, codec::load_codec(dir), std::vector<io::Picture>(found->second.begin(), found->second.end())});
+    pictures.erase(found);
+  };
+  MOEGRAFT_CHECK_USAGE(!pictures.contains(options.modality) || !options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
+  load(options.modality, options.codec);
+  for (const auto& [name, dir] : options.codecs) load(name, dir);
+  if (!pictures.empty()) {
+    const std::string& name = pictures.begin()->first;
+    fail<UsageError>("the manifest holds images of the modality \"", name, "\": name the folder of their codec with --codec-of ", name, "=DIR");
+  }
+  return modalities;
 }
 
 Codes encode_images(const std::vector<io::Picture>& pictures, const codec::ImageCodec& codec, int64_t batch_size, bool strict, ShardSummary& summary) {
@@ -78,8 +107,8 @@ Codes encode_images(const std::vector<io::Picture>& pictures, const codec::Image
 
 class Encoder {
  public:
-  Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const Codes& codes, ShardWriter& writer, ShardSummary& summary)
-      : options_(options), tokenizer_(tokenizer), codes_(codes), writer_(writer), summary_(summary) {}
+  Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const std::vector<Encoded>& modalities, ShardWriter& writer, ShardSummary& summary)
+      : options_(options), tokenizer_(tokenizer), modalities_(modalities), writer_(writer), summary_(summary) {}
 
   // False: it is skipped.
   bool add(const std::vector<ManifestSegment>& segments, bool same_item = false) {
@@ -87,10 +116,11 @@ class Encoder {
     std::vector<int64_t> modality;
     for (const auto& segment : segments) {
       if (segment.is_image()) {
-        const auto found = codes_.find(segment.image);
-        if (found == codes_.end()) return skip();
+        const size_t m = find_modality(segment.modality.empty() ? options_.modality : segment.modality);
+        const auto found = modalities_[m].codes.find(segment.image);
+        if (found == modalities_[m].codes.end()) return skip();
         owned.push_back(found->second);
-        modality.push_back(1);
+        modality.push_back(static_cast<int64_t>(m) + 1);
         continue;
       }
       const auto ids = tokenizer_.encode(options_.lowercase ? plain_lower(segment.text) : segment.text);
@@ -118,13 +148,18 @@ class Encoder {
   }
 
  private:
+  size_t find_modality(const std::string& name) const {
+    for (size_t m = 0; m < modalities_.size(); ++m)
+      if (modalities_[m].name == name) return m;
+    fail<InvariantError>("no codec for the modality ", name);
+  }
   bool skip() {
     ++summary_.skipped_documents;
     return false;
   }
   const ShardOptions& options_;
   const tokenizer::Tokenizer& tokenizer_;
-  const Codes& codes_;
+  const std::vector<Encoded>& modalities_;
   ShardWriter& writer_;
   ShardSummary& summary_;
 };
@@ -137,7 +172,8 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ", options.captions);
   MOEGRAFT_CHECK_USAGE(options.batch_size > 0, "--batch-size must be positive, got ", options.batch_size);
   MOEGRAFT_CHECK_USAGE(options.max_tokens > 0, "--max-tokens must be positive, got ", options.max_tokens);
-  MOEGRAFT_CHECK_USAGE(!options.modality.empty() && options.modality != "text" && options.modality.find_first_of(",\"\\\n") == std::string::npos, "--modality must name the pictures' modality as the run's `modalities` does, other than text and without a comma, got \"", options.modality, "\"");
+  check_name(options.modality, "--modality");
+  for (const auto& [name, dir] : options.codecs) check_name(name, "--codec-of");
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
   for (const auto& path : options.texts) {
     MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "text file not found: ", path.string());
@@ -149,21 +185,17 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     auto read = read_manifest(path, options.strict ? BadRow() : [&](const std::string& why) { tell_skipped(summary.bad_rows++, why); }, options.columns);
     std::move(read.begin(), read.end(), std::back_inserter(entries));
   }
-  const auto pictures = all_pictures(entries);
-
+  std::vector<Encoded> modalities = load_modalities(entries, options);
   Schema schema{{{"text", tokenizer->size(), 0}}};
-  std::unique_ptr<codec::ImageCodec> codec;
   std::map<std::string, std::string> made_with{{"fingerprint.tokenizer", tokenizer_fingerprint(*tokenizer)}};
-  if (!pictures.empty()) {
-    MOEGRAFT_CHECK_USAGE(!options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
-    codec = codec::load_codec(options.codec);
-    const codec::CodeShape shape = codec->shape();
-    schema.modalities.push_back({options.modality, codec->num_codes(), shape.item_length(), shape.codebooks, shape.positions});
-    made_with["fingerprint.codec." + options.modality] = codec_fingerprint(options.codec);
+  for (const auto& m : modalities) {
+    const codec::CodeShape shape = m.codec->shape();
+    schema.modalities.push_back({m.name, m.codec->num_codes(), shape.item_length(), shape.codebooks, shape.positions});
+    made_with["fingerprint.codec." + m.name] = codec_fingerprint(m.dir);
   }
   ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);  // before the pictures are encoded: a folder in use is said at once
-  const Codes codes = codec ? encode_images(pictures, *codec, options.batch_size, options.strict, summary) : Codes();
-  Encoder encoder(options, *tokenizer, codes, writer, summary);
+  for (auto& m : modalities) m.codes = encode_images(m.pictures, *m.codec, options.batch_size, options.strict, summary);
+  Encoder encoder(options, *tokenizer, modalities, writer, summary);
   for (const auto& entry : entries) encoder.add(entry);
   for (const auto& path : options.texts) {
     std::ifstream file(path);

@@ -67,6 +67,12 @@ void check_identity(const std::filesystem::path& dir, const Fingerprints& now, c
 void check_shards(const std::vector<std::string>& sources, const Fingerprints& now, const RunConfig& config) {
   for (const auto& path : std::set<std::string>(sources.begin(), sources.end())) {
     const data::ShardSet shards(path);
+    for (const auto& modality : shards.schema().modalities) {
+      std::vector<std::string> known;
+      for (const auto& [name, section] : config.modalities) known.push_back(name);
+      MOEGRAFT_CHECK_USAGE(modality.name == "text" || config.modalities.contains(modality.name), "data source ", path, " holds the modality \"", modality.name, "\", which `modalities` lacks (",
+                           known.empty() ? "none" : join(known, ", "), "): add modalities.", modality.name, " with the codec that made it, or leave the source out");
+    }
     if (shards.fingerprints().empty()) log::warning("data source ", path, " does not say which tokenizer and codec made it: whether they are this run's is not checked; moegraft data prepare notes them");
     for (const auto& [name, made_with] : shards.fingerprints()) {
       const auto own = now.find(name);

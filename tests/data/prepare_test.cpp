@@ -16,6 +16,7 @@
 #include "moegraft/base/check.h"
 #include "moegraft/codec/vq.h"
 #include "moegraft/data/corpus.h"
+#include "moegraft/data/fingerprints.h"
 #include "moegraft/data/manifest.h"
 #include "moegraft/data/shard.h"
 #include "moegraft/io/files.h"
@@ -456,6 +457,49 @@ TEST_F(Prepare, CaptionedPictures) {
     const auto codes = test::values(codec->encode(pixels.unsqueeze(0)).reshape(-1).contiguous());
     EXPECT_EQ(document[1].second, (std::vector<int32_t>(codes.begin(), codes.end())));
   }
+}
+
+TEST_F(Prepare, TwoModalitiesOfImagesInOneSet) {
+  codec::VqConfig config;
+  config.image_size = 12, config.patch = 2, config.channels = {8}, config.encoder_blocks = config.decoder_blocks = {0}, config.mixer_width = 8, config.mixer_blocks = 1, config.codebook_size = 9, config.code_width = 4;
+  codec::VqCodec(config, 5).save(folder / "fine");
+  write(folder / "m.jsonl", R"({"image": "images/1.png", "text": "red heart"})" "\n"
+                            R"({"segments": [{"text": "a green apple"}, {"image": "images/1.png", "modality": "fine"}]})" "\n"
+                            R"({"segments": [{"image": "images/2.png", "modality": "fine"}, {"image": "images/3.png"}, {"text": "number 7"}]})" "\n");
+  options.manifests = {folder / "m.jsonl"};
+  options.codecs = {{"fine", folder / "fine"}};
+  const auto summary = prepare_shards(options);
+  EXPECT_EQ(summary.documents, 3);
+  EXPECT_EQ(summary.images, 4);  // the first by both codecs
+  const ShardSet shards(options.output);
+  const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
+  EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, 4, 1, {2, 2}}, {"fine", 9, 36, 1, {6, 6}}}}));
+  EXPECT_EQ(shards.fingerprints(), (std::map<std::string, std::string>{{"tokenizer", tokenizer_fingerprint(*tokenizer)}, {"codec.image", codec_fingerprint(options.codec)}, {"codec.fine", codec_fingerprint(folder / "fine")}}));
+  const auto codes = [&](const std::filesystem::path& of, int picture) {
+    const auto codec = codec::load_codec(of);
+    const auto ids = test::values(codec->encode(codec->prepare(io::load_image(folder / ("images/" + std::to_string(picture) + ".png"))).unsqueeze(0)).reshape(-1).contiguous());
+    return std::vector<int32_t>(ids.begin(), ids.end());
+  };
+  const auto text = [&](const char* words) {
+    const auto ids = tokenizer->encode(words);
+    return std::vector<int32_t>(ids.begin(), ids.end());
+  };
+  EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, text("red heart")}, {1, codes(options.codec, 1)}}));
+  EXPECT_EQ(test::to_lists(shards.document(1)), (test::Lists{{0, text("a green apple")}, {2, codes(folder / "fine", 1)}}));
+  EXPECT_EQ(test::to_lists(shards.document(2)), (test::Lists{{2, codes(folder / "fine", 2)}, {1, codes(options.codec, 3)}, {0, text("number 7")}}));
+
+  options.overwrite = true;
+  options.codecs.clear();
+  EXPECT_EQ(error_of([&] { prepare_shards(options); }), "the manifest holds images of the modality \"fine\": name the folder of their codec with --codec-of fine=DIR");
+  options.codecs = {{"image", folder / "fine"}};
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec-of image is given by --codec and --modality already"), std::string::npos);
+  options.codecs = {{"a,b", folder / "fine"}};
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec-of must name"), std::string::npos);
+  write(folder / "m.jsonl", R"({"segments": [{"image": "images/2.png", "modality": 3}]})");
+  options.codecs = {{"fine", folder / "fine"}}, options.strict = true;
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("\"modality\" must be a string, got number"), std::string::npos);
+  write(folder / "m.jsonl", R"({"segments": [{"image": "images/2.png", "modality": ""}]})");
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("a segment's \"modality\" is empty"), std::string::npos);
 }
 
 TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {

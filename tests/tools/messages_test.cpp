@@ -166,6 +166,16 @@ const std::vector<Case>& cases() {
          shards.finish();
          return std::vector<std::string>{"eval", w.base.string(), "--text", (w.dir / "other").string()};
        }, "was made with another tokenizer than the model's (fingerprint 0123456789abcdef", 1},
+      {"a modality that the config lacks", [](const TinyWorld& w) {
+         data::ShardWriter shards(w.dir / "sketches", {{{"text", 100, 0}, {"image", 16, 4}, {"sketch", 8, 4, 2}}});
+         const std::vector<int32_t> codes{0, 4, 3, 7};
+         shards.add({{2, codes}});
+         shards.finish();
+         return train_with(w, "data.train[0].path=" + (w.dir / "sketches").string());
+       }, "holds the modality \"sketch\", which `modalities` lacks (image): add modalities.sketch with the codec that made it", 2},
+      {"a codec without a name", [](const TinyWorld& w) {
+         return std::vector<std::string>{"data", "prepare", "shards", "--manifest", w.manifest.string(), "--tokenizer", w.base.string(), "--codec", w.codec.string(), "--codec-of", w.codec.string(), "-o", (w.dir / "s").string()};
+       }, "--codec-of must be NAME=DIR, such as sketch=models/sketch, got ", 2},
       {"pictures as text", [](const TinyWorld& w) { return std::vector<std::string>{"eval", w.base.string(), "--text", w.image_shards.string()}; }, "holds other modalities too; give shards of text alone", 1},
       {"noise without end", [](const TinyWorld& w) {
          return std::vector<std::string>{"upcycle", w.base.string(), "-o", (w.dir / "u").string(), "--method", "clone", "--noise", "inf"};

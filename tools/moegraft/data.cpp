@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -84,8 +85,20 @@ void add_corpus(CLI::App& parent) {
 
 struct ShardState {
   data::ShardOptions options;
+  std::vector<std::string> codecs;  // NAME=DIR
   bool json = false;
 };
+
+std::map<std::string, std::filesystem::path> parse_codecs(const std::vector<std::string>& pairs) {
+  std::map<std::string, std::filesystem::path> codecs;
+  for (const auto& pair : pairs) {
+    const size_t at = pair.find('=');
+    MOEGRAFT_CHECK_USAGE(at != std::string::npos && at > 0 && at + 1 < pair.size(), "--codec-of must be NAME=DIR, such as sketch=models/sketch, got ", pair);
+    const bool fresh = codecs.emplace(pair.substr(0, at), pair.substr(at + 1)).second;
+    MOEGRAFT_CHECK_USAGE(fresh, "--codec-of names ", pair.substr(0, at), " twice; give one codec for each modality");
+  }
+  return codecs;
+}
 
 void add_shard_options(CLI::App& command, const std::shared_ptr<ShardState>& state) {
   auto& o = state->options;
@@ -96,6 +109,7 @@ void add_shard_options(CLI::App& command, const std::shared_ptr<ShardState>& sta
   command.add_flag("--overwrite", o.overwrite, "Replace shards that are already there");
   command.add_flag("--json", state->json, "Print the summary as one JSON object");
   command.callback([state] {
+    state->options.codecs = parse_codecs(state->codecs);
     const auto s = data::prepare_shards(state->options);
     report({{"documents", s.documents}, {"tokens", s.tokens}, {"text_tokens", s.text_tokens}, {"images", s.images}, {"skipped_images", s.skipped_images}, {"skipped_documents", s.skipped_documents}, {"bad_rows", s.bad_rows}},
            state->json,
@@ -115,6 +129,7 @@ void add_shards(CLI::App& parent) {
   command->add_option("--text", o.texts, "Text files, one document a line");
   command->add_option("--codec", o.codec, "Folder of the image codec");
   command->add_option("--modality", o.modality, "Name of the images' modality in the run")->capture_default_str();
+  command->add_option("--codec-of", state->codecs, "NAME=DIR: codec of images whose segment says \"modality\": NAME, where a set holds several modalities (repeatable)")->allow_extra_args(false);
   command->add_option("--captions", o.captions, "text: the main caption of a picture; all: a document for each")->capture_default_str();
   command->add_option("--prefix", o.prefix, "Text before each caption");
   command->add_option("--suffix", o.suffix, "Text behind each caption");
@@ -166,8 +181,9 @@ void add_check(CLI::App& parent) {
     Json modalities = Json::array();
     std::string names;
     for (const auto& m : shards.schema().modalities) {
-      modalities.push_back({{"name", m.name}, {"ids", m.num_codes}, {"item_length", m.item_length}});
-      names += detail::concat(names.empty() ? "" : ", ", m.name, " (", m.num_codes, " ids", m.item_length ? detail::concat(", ", m.item_length, " an item") : "", ")");
+      modalities.push_back({{"name", m.name}, {"ids", m.num_codes}, {"item_length", m.item_length}, {"codebooks", m.codebooks}, {"positions", m.positions}});
+      names += detail::concat(names.empty() ? "" : ", ", m.name, " (", m.num_codes, " ids", m.codebooks > 1 ? detail::concat(" in ", m.codebooks, " codebooks") : "",
+                              m.item_length ? detail::concat(", ", m.item_length, " an item") : "", ")");
     }
     Json skipped = Json::object();
     std::string lost;

@@ -2,7 +2,7 @@
 // Manifests: one document a row, in any of these shapes, written as lines of JSONL. Image paths are relative to the manifest's folder, or absolute; they may lead out of it
 // ("../"): a manifest reads whatever its user may read.
 //   {"image": "images/x.png", "text": "red heart", "captions": ["red heart", "a picture of a red heart"], …}
-//   {"segments": [{"text": "look: "}, {"image": "x.png"}, {"text": "nice"}]}
+//   {"segments": [{"text": "look: "}, {"image": "x.png"}, {"text": "nice"}, {"image": "y.png", "modality": "sketch"}]}
 //   {"image": "x.png", "conversations": [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a dog"}]}
 //   {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it?"}]}, {"role": "assistant", "content": "a dog"}]}
 //   {"text": "no picture at all"}
@@ -26,6 +26,7 @@ namespace moegraft::data {
 struct ManifestSegment {
   std::string text;   // set, or
   io::Picture image;  // set: a file (resolved against the manifest's folder), or a place in a tar, Parquet or Arrow file
+  std::string modality = {};  // of an image: named by its segment, or empty
   bool is_image() const { return !image.empty(); }
 };
 

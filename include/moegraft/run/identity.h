@@ -24,7 +24,8 @@ void check_fingerprints(const Fingerprints& was, const Fingerprints& now, const 
 // The same against what a run's run.json records; a warning where it records nothing, as runs did once.
 void check_identity(const std::filesystem::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data = false);
 
-// That data sets were made with this run's tokenizer and codecs; a warning where they do not say what made them. UserError names the source.
+// That data sets hold modalities of the config alone and were made with this run's tokenizer and codecs; a warning where they do not say what made them. UserError names
+// the source; UsageError a modality that `modalities` lacks.
 void check_shards(const std::vector<std::string>& sources, const Fingerprints& now, const RunConfig& config);
 
 // What the value of a config key is compared by instead of its letters: "base" of model.path, "data.train[0]" of data.train[0].path. Empty for any other key.
