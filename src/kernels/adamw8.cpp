@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "implementations.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/optimizer.h"
@@ -28,10 +29,16 @@ void for_blocks(int64_t numel, const F& f) {
   });
 }
 
-void step_cpu(const adamw8::Factors& f, const adamw8::Arrays& a) {
+void step_cpu(const adamw8::Factors& f, const adamw8::Arrays& a, int) {
   const float *with_sign = dynamic_map(DynamicMap::with_sign).data(), *without_sign = dynamic_map(DynamicMap::without_sign).data();
   for_blocks(a.numel, [&](int64_t b, int64_t, int64_t) { adamw8::step_block(f, a, b, with_sign, without_sign); });
 }
+
+struct Step {
+  bool (*serves)(const at::Tensor& parameter);
+  void (*run)(const adamw8::Factors&, const adamw8::Arrays&, int device);
+};
+constexpr Step kSteps[]{{[](const at::Tensor& parameter) { return parameter.is_cuda(); }, adamw8::step_cuda}, {kAlways, step_cpu}};
 
 Quantized8 zero_quantized(const at::Tensor& x) {
   return {at::zeros(x.sizes(), x.options().dtype(at::kByte).requires_grad(false)), at::zeros({(x.numel() + kAdamw8Block - 1) / kAdamw8Block}, x.options().requires_grad(false))};
@@ -95,10 +102,7 @@ void adamw8_step(const at::Tensor& parameter, const at::Tensor& grad, const Adam
                                 float(1 / std::sqrt(correction2)), float(o.epsilon),   float(o.grad_factor)};
   const adamw8::Arrays arrays{parameter.data_ptr<float>(),          grad.const_data_ptr<float>(),          state.exp_avg.codes.data_ptr<uint8_t>(), state.exp_avg.scales.data_ptr<float>(),
                               state.root.codes.data_ptr<uint8_t>(), state.root.scales.data_ptr<float>(), parameter.numel()};
-  if (parameter.is_cuda())
-    adamw8::step_cuda(factors, arrays, parameter.get_device());
-  else
-    step_cpu(factors, arrays);
+  choose(kSteps, parameter).run(factors, arrays, parameter.get_device());
   parameter.unsafeGetTensorImpl()->bump_version();  // as ATen's in-place operations do, for whoever keeps something made of it
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "cuda/ops.h"
+#include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -21,7 +22,14 @@ std::vector<FrozenLinearWeight> base_of(const std::vector<AdaptedLinear>& layers
   return weights;
 }
 
-std::vector<at::Tensor> compose(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
+struct AdaptedCall {
+  const at::Tensor& x_XK;
+  const std::vector<AdaptedLinear>& layers;
+  const std::vector<at::Tensor>& rows_of_group;
+};
+
+std::vector<at::Tensor> compose(const AdaptedCall& call) {
+  const auto& [x_XK, layers, rows_of_group] = call;
   std::vector<at::Tensor> out = frozen_linear(x_XK, base_of(layers));
   // A group's rows are gathered, and kept for the backward pass, once for all terms.
   std::vector<at::Tensor> gathered(rows_of_group.size());
@@ -179,24 +187,42 @@ class AdaptedLinearFunction : public torch::autograd::Function<AdaptedLinearFunc
   }
 };
 
-}  // namespace
-
-std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
-  const bool adapted = std::any_of(layers.begin(), layers.end(), [](const AdaptedLinear& l) { return !l.terms.empty(); });
-  const bool frozen = std::none_of(layers.begin(), layers.end(), [](const AdaptedLinear& l) { return !l.base.weight_NK.quantised() && recorded(l.base.weight_NK.tensor(), l.base.bias_N); });
-  if (!adapted) return frozen_linear(x_XK, base_of(layers));
-  if (!frozen || !cuda::serves(x_XK) || x_XK.dim() != 2) return compose(x_XK, layers, rows_of_group);
+bool has_no_terms(const AdaptedCall& c) {
+  return std::all_of(c.layers.begin(), c.layers.end(), [](const AdaptedLinear& l) { return l.terms.empty(); });
+}
+bool device_serves(const AdaptedCall& c) {
+  const bool frozen = std::none_of(c.layers.begin(), c.layers.end(), [](const AdaptedLinear& l) { return !l.base.weight_NK.quantised() && recorded(l.base.weight_NK.tensor(), l.base.bias_N); });
+  return frozen && cuda::serves(c.x_XK) && c.x_XK.dim() == 2;
+}
+std::vector<at::Tensor> run_device(const AdaptedCall& c) {
   RECORD_FUNCTION("moegraft::adapted_linear", {});
-  const at::Tensor x = x_XK.contiguous();
+  const at::Tensor x = c.x_XK.contiguous();
   std::vector<at::Tensor> inputs{x};
   bool records = recorded(x);
-  for (const auto& layer : layers)
+  for (const auto& layer : c.layers)
     for (const LinearLowRank& term : layer.terms) {
       inputs.push_back(term.A_PK), inputs.push_back(term.B_NP);
       records |= recorded(term.A_PK, term.B_NP);
     }
-  const auto node = describe(layers, rows_of_group);
+  const auto node = describe(c.layers, c.rows_of_group);
   return records ? AdaptedLinearFunction::apply(at::TensorList(inputs), node) : forward_device(x, *node).out;
+}
+
+struct Implementation {
+  bool (*serves)(const AdaptedCall&);
+  std::vector<at::Tensor> (*run)(const AdaptedCall&);
+};
+constexpr Implementation kImplementations[]{
+    {has_no_terms, [](const AdaptedCall& c) { return frozen_linear(c.x_XK, base_of(c.layers)); }},
+    {device_serves, run_device},
+    {kAlways, compose},
+};
+
+}  // namespace
+
+std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
+  const AdaptedCall call{x_XK, layers, rows_of_group};
+  return choose(kImplementations, call).run(call);
 }
 
 }  // namespace moegraft::kernels

@@ -10,7 +10,7 @@
 namespace moegraft::kernels {
 
 struct AttentionProblem {
-  at::Tensor q_THC, k_SGC, v_SGC;  // contiguous
+  at::Tensor q_THC, k_SGC, v_SGC;  // contiguous, but for attention_differentiable_aten
   std::vector<int64_t> cu_q, cu_kv;
   int64_t window = 0;
   double scale = 1.0;
@@ -23,11 +23,39 @@ struct AttentionProblem {
 };
 struct AttentionOutput {
   at::Tensor out_THC, lse_TH;          // log-sum-exp of the scaled scores, float32
-  std::vector<at::Tensor> extra = {};  // what the same backend's backward wants beside them
+  std::vector<at::Tensor> extra = {};  // what the same implementation's backward wants beside them
 };
 struct AttentionGradients {
   at::Tensor q_THC, k_SGC, v_SGC;
 };
+
+// cached_attention and step_attention of ops.h.
+struct CachedAttention {
+  const at::Tensor &q_THC, &keys_BSGC, &values_BSGC;
+  const std::vector<int64_t>&cu_seqlens, &kv_lengths;
+  int64_t window;
+  double scale;
+
+  int64_t num_sequences() const { return int64_t(cu_seqlens.size()) - 1; }
+};
+struct StepAttention {
+  const at::Tensor &q_BHC, &keys_BSGC, &values_BSGC, &lengths_B;
+  int64_t window;
+  double scale;
+};
+
+// The library's functions (attention_aten.cpp), on a CPU, and differentiated by the library on whatever device.
+AttentionOutput attention_forward_aten(const AttentionProblem& problem);
+AttentionGradients attention_backward_aten(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+at::Tensor attention_differentiable_aten(const AttentionProblem& problem);
+at::Tensor attention_cached_aten(const CachedAttention& call);
+at::Tensor attention_step_aten(const StepAttention& call);
+
+// CPU: one query for each of a cache's first sequences, and queries of any number by block products (attention_cache.cpp). float32 and bfloat16.
+bool attention_decode_serves(const CachedAttention& call);
+at::Tensor attention_decode(const CachedAttention& call);
+bool attention_cached_blocks_serve(const CachedAttention& call);
+at::Tensor attention_cached_blocks(const CachedAttention& call);
 
 // CPU block products (attention_blocks.cpp).
 bool attention_blocks_serve(const AttentionProblem& problem);

@@ -2,6 +2,7 @@
 #include "libtorch.h"
 
 #include "cuda/ops.h"
+#include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 #include "panels.h"
@@ -71,50 +72,84 @@ at::Tensor wide_gradient(const at::Tensor& d32, const at::Tensor& w) {
   return dh;
 }
 
+struct LossCall {
+  const at::Tensor &h, &weight, &targets;
+  double scale;
+  bool need_h, need_w;
+  WeightPanels* panels;  // of frozen heads that have them for h's dtype (weight is then empty); null: none
+};
+struct Loss {
+  at::Tensor sum, dh, dw;
+};
+bool blocks_serve(const LossCall& c) { return c.panels != nullptr; }
+Loss run_blocks(const LossCall& c) {
+  const at::Tensor dh = c.need_h ? at::empty_like(c.h) : at::Tensor(), on_cpu = c.targets.contiguous();
+  const double sum = c.h.scalar_type() == at::kFloat ? blocks<float>(c.h, *c.panels, on_cpu, c.scale, dh) : blocks<bf16>(c.h, *c.panels, on_cpu, c.scale, dh);
+  return {at::scalar_tensor(sum * c.scale, c.h.options().dtype(at::kFloat)), dh, {}};
+}
+
+// Adds the rows' losses to `total`; with need_d the logits become scale * (softmax - onehot). Softmax in float32: the reference models upcast logits before the
+// loss.
+struct SoftmaxLoss {
+  bool (*serves)(const at::Tensor& logits);
+  void (*run)(at::Tensor& logits, const at::Tensor& targets_X1, double scale, bool need_d, const at::Tensor& total);
+};
+constexpr SoftmaxLoss kSoftmaxLoss[]{
+    {cuda::serves,
+     [](at::Tensor& d, const at::Tensor& targets, double scale, bool need_d, const at::Tensor& total) {
+       total.add_(cuda::cross_entropy_rows(d, targets, scale, need_d ? d : at::Tensor()).sum());
+     }},
+    {kAlways,
+     [](at::Tensor& d, const at::Tensor& targets, double scale, bool need_d, const at::Tensor& total) {
+       at::Tensor logp = at::log_softmax(d.to(total.scalar_type()), -1);
+       total.sub_(logp.gather(1, targets).sum());
+       if (need_d) d = logp.exp_().scatter_add_(1, targets, at::full(targets.sizes(), -1.0, logp.options())).mul_(scale);
+     }},
+};
+
+// The library's products.
+Loss run_chunks(const LossCall& call) {
+  const auto& [h, weight, targets, scale, need_h, need_w, panels] = call;
+  const int64_t rows = h.size(0), chunk = cross_entropy_chunk(rows, weight.size(0), h.is_cuda());
+  const at::Tensor w = weight.to(h.scalar_type());
+  at::Tensor total = at::zeros({}, h.options().dtype(h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  at::Tensor dh = need_h ? at::empty_like(h) : at::Tensor(), dw = need_w ? at::zeros(weight.sizes(), weight.options()) : at::Tensor();
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    const int64_t count = std::min(chunk, rows - begin);
+    const at::Tensor hc = h.narrow(0, begin, count), tc = targets.narrow(0, begin, count).unsqueeze(1);
+    const bool need_d = need_h || need_w, widens = h.is_cpu() && h.scalar_type() == at::kBFloat16 && !cuda::serves(hc);
+    at::Tensor d = widens ? wide_logits(hc, w) : at::mm(hc, w.t());
+    choose(kSoftmaxLoss, d).run(d, tc, scale, need_d, total);
+    if (!need_d) continue;
+    if (need_h && widens) dh.narrow(0, begin, count).copy_(wide_gradient(d, w));
+    d = d.to(h.scalar_type());
+    if (need_h && !widens) {
+      at::Tensor out = dh.narrow(0, begin, count);
+      at::mm_out(out, d, w);
+    }
+    if (need_w) {
+      if (dw.scalar_type() == d.scalar_type()) dw.addmm_(d.t(), hc);
+      else dw.add_(at::mm(d.t(), hc));
+    }
+  }
+  return {total.mul_(scale), dh, dw};
+}
+
+struct Implementation {
+  bool (*serves)(const LossCall&);
+  Loss (*run)(const LossCall&);
+};
+constexpr Implementation kImplementations[]{{blocks_serve, run_blocks}, {kAlways, run_chunks}};
+
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& h, const at::Tensor& weight, const at::Tensor& targets, double scale, bool need_h, bool need_w, WeightPanels* panels) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (panels) {
-      const at::Tensor dh = need_h ? at::empty_like(h) : at::Tensor(), on_cpu = targets.contiguous();
-      const double sum = h.scalar_type() == at::kFloat ? blocks<float>(h, *panels, on_cpu, scale, dh) : blocks<bf16>(h, *panels, on_cpu, scale, dh);
-      ctx->saved_data["dh"] = dh;
-      ctx->saved_data["dw"] = at::Tensor();
-      return at::scalar_tensor(sum * scale, h.options().dtype(at::kFloat));
-    }
-    const int64_t rows = h.size(0), chunk = cross_entropy_chunk(rows, weight.size(0), h.is_cuda());
-    const at::Tensor w = weight.to(h.scalar_type());
-    const auto wide = h.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    at::Tensor total = at::zeros({}, h.options().dtype(wide));
-    at::Tensor dh = need_h ? at::empty_like(h) : at::Tensor(), dw = need_w ? at::zeros(weight.sizes(), weight.options()) : at::Tensor();
-    for (int64_t begin = 0; begin < rows; begin += chunk) {
-      const int64_t count = std::min(chunk, rows - begin);
-      const at::Tensor hc = h.narrow(0, begin, count), tc = targets.narrow(0, begin, count).unsqueeze(1);
-      const bool need_d = need_h || need_w, widens = h.is_cpu() && h.scalar_type() == at::kBFloat16 && !cuda::serves(hc);
-      at::Tensor d = widens ? wide_logits(hc, w) : at::mm(hc, w.t());
-      // Softmax in float32: the reference models upcast logits before the loss.
-      if (cuda::serves(d)) {
-        total.add_(cuda::cross_entropy_rows(d, tc, scale, need_d ? d : at::Tensor()).sum());  // the logits become their gradient
-      } else {
-        at::Tensor logp = at::log_softmax(d.to(wide), -1);
-        total.sub_(logp.gather(1, tc).sum());
-        if (need_d) d = logp.exp_().scatter_add_(1, tc, at::full({count, 1}, -1.0, logp.options())).mul_(scale);
-        if (need_h && widens) dh.narrow(0, begin, count).copy_(wide_gradient(d, w));
-      }
-      if (!need_d) continue;
-      d = d.to(h.scalar_type());
-      if (need_h && !widens) {
-        at::Tensor out = dh.narrow(0, begin, count);
-        at::mm_out(out, d, w);
-      }
-      if (need_w) {
-        if (dw.scalar_type() == d.scalar_type()) dw.addmm_(d.t(), hc);
-        else dw.add_(at::mm(d.t(), hc));
-      }
-    }
-    ctx->saved_data["dh"] = dh;
-    ctx->saved_data["dw"] = dw;
-    return total.mul_(scale);
+    const LossCall call{h, weight, targets, scale, need_h, need_w, panels};
+    const Loss loss = choose(kImplementations, call).run(call);
+    ctx->saved_data["dh"] = loss.dh;
+    ctx->saved_data["dw"] = loss.dw;
+    return loss.sum;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

@@ -4,6 +4,7 @@
 #include "block_product.h"
 #include "cpu.h"
 #include "cuda/ops.h"
+#include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 
@@ -100,36 +101,27 @@ class NormRotary : public torch::autograd::Function<NormRotary> {
   }
 };
 
-at::Tensor one_by_one(const HeadRows& r, const at::Tensor& cos, const at::Tensor& sin, double eps, double clip) {
-  const std::vector<int64_t> shape{r.x_TX.size(0), r.num_heads, 2 * cos.size(1)};
-  at::Tensor x = r.x_TX;
-  if (r.norm.defined()) x = rms_norm(r.norm.size(0) == shape[2] ? x.view(shape) : x, r.norm, eps);
-  if (clip > 0) x = x.clamp(-clip, clip);
-  return rotary(x.view(shape), cos, sin);
+struct HeadsCall {
+  const std::vector<HeadRows>& rows;
+  const at::Tensor &cos_TC, &sin_TC;
+  double eps, clip;
+};
+
+bool one_pass_serves(const HeadsCall& c) {
+  bool serves = c.clip <= 0;
+  for (const HeadRows& r : c.rows) {
+    serves &= has_cpu_path(r.x_TX) && !cuda::serves(r.x_TX) && r.x_TX.scalar_type() == c.rows.front().x_TX.scalar_type();
+    if (r.norm.defined()) serves &= r.norm.scalar_type() == r.x_TX.scalar_type() && !r.norm.requires_grad();
+  }
+  return serves;
 }
-
-}  // namespace
-
-std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip) {
-  RECORD_FUNCTION("moegraft::norm_rotary", {});
-  const int64_t T = cos_TC.size(0), C = 2 * cos_TC.size(1);
-  bool together = clip <= 0;
-  for (const HeadRows& r : rows) {
-    MOEGRAFT_INVARIANT(r.x_TX.dim() == 2 && r.x_TX.size(0) == T && r.x_TX.size(1) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", cos ", cos_TC.sizes(), ", ", r.num_heads, " heads");
-    MOEGRAFT_INVARIANT(!r.norm.defined() || r.norm.size(0) == C || r.norm.size(0) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", norm ", r.norm.sizes());
-    together &= has_cpu_path(r.x_TX) && !cuda::serves(r.x_TX) && r.x_TX.scalar_type() == rows.front().x_TX.scalar_type();
-    if (r.norm.defined()) together &= r.norm.scalar_type() == r.x_TX.scalar_type() && !r.norm.requires_grad();
-  }
-  std::vector<at::Tensor> out;
-  if (!together) {
-    for (const HeadRows& r : rows) out.push_back(one_by_one(r, cos_TC, sin_TC, eps, clip));
-    return out;
-  }
+std::vector<at::Tensor> in_one_pass(const HeadsCall& c) {
+  const int64_t T = c.cos_TC.size(0), C = 2 * c.cos_TC.size(1);
   auto node = c10::make_intrusive<Node>();
-  node->cos = cos_TC.contiguous();
-  node->sin = sin_TC.contiguous();
+  node->cos = c.cos_TC.contiguous();
+  node->sin = c.sin_TC.contiguous();
   variable_list x;
-  for (const HeadRows& r : rows) {
+  for (const HeadRows& r : c.rows) {
     Part p{{}, {}, {}, r.num_heads, 0, 0};
     if (r.norm.defined()) {
       p.norm = r.norm.contiguous();
@@ -142,9 +134,40 @@ std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at:
   }
   bool any = false;
   for (const at::Tensor& t : x) any |= recorded(t);
-  if (any) return NormRotary::apply(at::TensorList(x), node, eps);
+  if (any) return NormRotary::apply(at::TensorList(x), node, c.eps);
   for (size_t i = 0; i < x.size(); ++i) node->parts[i].x = x[i];
-  return x.front().scalar_type() == at::kFloat ? forward_cpu<float>(*node, eps) : forward_cpu<bf16>(*node, eps);
+  return x.front().scalar_type() == at::kFloat ? forward_cpu<float>(*node, c.eps) : forward_cpu<bf16>(*node, c.eps);
+}
+
+std::vector<at::Tensor> one_by_one(const HeadsCall& c) {
+  std::vector<at::Tensor> out;
+  for (const HeadRows& r : c.rows) {
+    const std::vector<int64_t> shape{r.x_TX.size(0), r.num_heads, 2 * c.cos_TC.size(1)};
+    at::Tensor x = r.x_TX;
+    if (r.norm.defined()) x = rms_norm(r.norm.size(0) == shape[2] ? x.view(shape) : x, r.norm, c.eps);
+    if (c.clip > 0) x = x.clamp(-c.clip, c.clip);
+    out.push_back(rotary(x.view(shape), c.cos_TC, c.sin_TC));
+  }
+  return out;
+}
+
+struct Implementation {
+  bool (*serves)(const HeadsCall&);
+  std::vector<at::Tensor> (*run)(const HeadsCall&);
+};
+constexpr Implementation kImplementations[]{{one_pass_serves, in_one_pass}, {kAlways, one_by_one}};
+
+}  // namespace
+
+std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip) {
+  RECORD_FUNCTION("moegraft::norm_rotary", {});
+  const int64_t T = cos_TC.size(0), C = 2 * cos_TC.size(1);
+  for (const HeadRows& r : rows) {
+    MOEGRAFT_INVARIANT(r.x_TX.dim() == 2 && r.x_TX.size(0) == T && r.x_TX.size(1) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", cos ", cos_TC.sizes(), ", ", r.num_heads, " heads");
+    MOEGRAFT_INVARIANT(!r.norm.defined() || r.norm.size(0) == C || r.norm.size(0) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", norm ", r.norm.sizes());
+  }
+  const HeadsCall call{rows, cos_TC, sin_TC, eps, clip};
+  return choose(kImplementations, call).run(call);
 }
 
 }  // namespace moegraft::kernels

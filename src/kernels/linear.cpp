@@ -5,6 +5,7 @@
 
 #include "block_product.h"
 #include "cpu.h"
+#include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
 #include "panels.h"
@@ -126,25 +127,46 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
   }
 };
 
+struct LinearCall {
+  const at::Tensor& x_XK;
+  const std::vector<FrozenLinearWeight>& weights;
+};
+
+bool blocks_serve(const LinearCall& c) {
+  bool serve = c.x_XK.dim() == 2 && c.x_XK.size(0) > 0;
+  for (const auto& w : c.weights) serve &= c.x_XK.is_cpu() && w.weight_NK.packed() && w.weight_NK.packed()->serve(c.x_XK.scalar_type());
+  return serve;
+}
+std::vector<at::Tensor> run_blocks(const LinearCall& c) {
+  std::vector<at::Tensor> out;
+  auto node = c10::make_intrusive<Node>();
+  for (const auto& w : c.weights) node->panels.push_back(w.weight_NK.packed());
+  const at::Tensor x = c.x_XK.contiguous();
+  if (recorded(x)) out = FrozenLinear::apply(x, node);
+  else out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
+  for (size_t i = 0; i < c.weights.size(); ++i)
+    if (c.weights[i].bias_N.defined()) out[i] = out[i] + c.weights[i].bias_N;
+  return out;
+}
+
+std::vector<at::Tensor> run_aten(const LinearCall& c) {
+  std::vector<at::Tensor> out;
+  for (const auto& w : c.weights) out.push_back(at::linear(c.x_XK, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  return out;
+}
+
+struct Implementation {
+  bool (*serves)(const LinearCall&);
+  std::vector<at::Tensor> (*run)(const LinearCall&);
+};
+constexpr Implementation kImplementations[]{{blocks_serve, run_blocks}, {kAlways, run_aten}};
+
 }  // namespace
 
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights) {
   RECORD_FUNCTION("moegraft::frozen_linear", {});
-  bool blocks = x_XK.dim() == 2 && x_XK.size(0) > 0;
-  for (const auto& w : weights) blocks &= x_XK.is_cpu() && w.weight_NK.packed() && w.weight_NK.packed()->serve(x_XK.scalar_type());
-  std::vector<at::Tensor> out;
-  if (blocks) {
-    auto node = c10::make_intrusive<Node>();
-    for (const auto& w : weights) node->panels.push_back(w.weight_NK.packed());
-    const at::Tensor x = x_XK.contiguous();
-    if (recorded(x)) out = FrozenLinear::apply(x, node);
-    else out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
-    for (size_t i = 0; i < weights.size(); ++i)
-      if (weights[i].bias_N.defined()) out[i] = out[i] + weights[i].bias_N;
-    return out;
-  }
-  for (const auto& w : weights) out.push_back(at::linear(x_XK, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
-  return out;
+  const LinearCall call{x_XK, weights};
+  return choose(kImplementations, call).run(call);
 }
 
 }  // namespace moegraft::kernels

@@ -1,5 +1,5 @@
 #pragma once
-// The expert FFN behind its autograd function: one problem, several backends (ATen everywhere, block products on the CPU, CUDA).
+// The expert FFN behind its autograd function: one problem, several implementations (ATen everywhere, block products on the CPU, CUDA).
 
 #include <array>
 
@@ -23,7 +23,7 @@ struct MoeProblem {
 };
 struct MoeForward {
   at::Tensor out_XD, hidden_RF;    // hidden only when asked for
-  std::vector<at::Tensor> saved;   // what the same backend's backward wants; empty when nothing is differentiated
+  std::vector<at::Tensor> saved;   // what the same implementation's backward wants; empty when nothing is differentiated
 };
 // Undefined where not needed. Factor gradients have the factors' shapes and dtypes.
 struct MoeGradients {

@@ -1,8 +1,9 @@
-// The expert FFN as one autograd function: picks the backend, keeps what its backward wants.
+// The expert FFN as one autograd function: which implementation computes it, and what its backward pass wants.
 
 #include <algorithm>
 
 #include "factor_cache.h"
+#include "implementations.h"
 #include "moe.h"
 #include "moegraft/base/check.h"
 
@@ -12,20 +13,20 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Backend {
-  MoeForward (*forward)(const MoeProblem&, bool, bool);
-  MoeGradients (*backward)(const MoeProblem&, const std::vector<at::Tensor>&, const at::Tensor&, const MoeNeeds&);
+struct Implementation {
+  bool (*serves)(const MoeProblem&);
+  MoeForward (*forward)(const MoeProblem&, bool save, bool keep_hidden);
+  MoeGradients (*backward)(const MoeProblem&, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds&);
 };
-Backend choose(const MoeProblem& p) {
-  if (moe_cuda_serves(p)) return {moe_forward_cuda, moe_backward_cuda};
-  if (moe_blocks_serve(p)) return {moe_forward_blocks, moe_backward_blocks};
-  MOEGRAFT_INVARIANT(!p.weights.gate_FD.empty(), "moe_ffn: no path for quantised experts with x ", p.x_XD.toString(), " and factors that are no float32 masters");
-  return {moe_forward_aten, moe_backward_aten};
-}
+constexpr Implementation kImplementations[]{
+    {moe_cuda_serves, moe_forward_cuda, moe_backward_cuda},
+    {moe_blocks_serve, moe_forward_blocks, moe_backward_blocks},
+    {kAlways, moe_forward_aten, moe_backward_aten},
+};
 
 struct Node : torch::CustomClassHolder {
   MoeProblem problem;
-  Backend backend;
+  const Implementation* implementation = nullptr;
   bool save = false, keep_hidden = false;
 };
 
@@ -35,7 +36,7 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
  public:
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<Node>& node) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    MoeForward result = node->backend.forward(node->problem, node->save, node->keep_hidden);
+    MoeForward result = node->implementation->forward(node->problem, node->save, node->keep_hidden);
     ctx->save_for_backward(result.saved);
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
     if (!node->keep_hidden) return {result.out_XD};
@@ -51,7 +52,7 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
     size_t input = kFactorInputs;
     for (int s = 0; s < kSites; ++s)
       for (size_t i = 0; i < p.terms[s].size(); ++i, input += 2) needs.factors[s].push_back(ctx->needs_input_grad(input) || ctx->needs_input_grad(input + 1));
-    const MoeGradients g = node->backend.backward(p, ctx->get_saved_variables(), grads[0].contiguous(), needs);
+    const MoeGradients g = node->implementation->backward(p, ctx->get_saved_variables(), grads[0].contiguous(), needs);
     variable_list out{g.x_XD, g.weights_XK, g.gate_EFD, g.up_EFD, g.down_EDF};
     for (int s = 0; s < kSites; ++s)
       for (const auto& [A, B] : g.factors[s]) out.push_back(A), out.push_back(B);
@@ -95,14 +96,16 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
       inputs.push_back(term.B_EXP);
       p.terms[s].push_back({term.A_EPX.detach().contiguous(), term.B_EXP.detach().contiguous(), term.scale, term.acts});
     }
-  node->backend = choose(p);
+  node->implementation = &choose(kImplementations, p);
+  MOEGRAFT_INVARIANT(node->implementation->forward != moe_forward_aten || !p.weights.gate_FD.empty(), "moe_ffn: no path for quantised experts with x ", p.x_XD.toString(),
+                     " and factors that are no float32 masters");
   node->keep_hidden = hidden_RF != nullptr;
   for (const auto& t : inputs) node->save |= t.requires_grad();
   node->save &= at::GradMode::is_enabled();
   if (!node->save) {
     p.cache = adapters.cache;
     at::AutoDispatchBelowADInplaceOrView guard;
-    const MoeForward result = node->backend.forward(p, false, node->keep_hidden);
+    const MoeForward result = node->implementation->forward(p, false, node->keep_hidden);
     if (hidden_RF) *hidden_RF = result.hidden_RF;
     return result.out_XD;
   }

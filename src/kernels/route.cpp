@@ -7,6 +7,7 @@
 
 #include "cpu.h"
 #include "cuda/ops.h"
+#include "implementations.h"
 #include "libtorch.h"
 #include "loops.h"
 #include "moegraft/base/check.h"
@@ -19,13 +20,13 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kTokens = 64;  // of one task
 
-cuda::Routed forward_cpu(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
+Route forward_cpu(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
   const int64_t T = logits_TE.size(0), E = logits_TE.size(1);
   const at::Tensor in = logits_TE.contiguous();
-  cuda::Routed r{at::empty_like(in), at::empty({T, top_k}, in.options().dtype(at::kLong)), at::empty({T, top_k}, in.options())};
+  Route r{at::empty_like(in), at::empty({T, top_k}, in.options().dtype(at::kLong)), at::empty({T, top_k}, in.options())};
   const float* logits = in.const_data_ptr<float>();
-  float *probs = r.probs_TE.mutable_data_ptr<float>(), *weights = r.weights_TK.mutable_data_ptr<float>();
-  int64_t* ids = r.ids_TK.mutable_data_ptr<int64_t>();
+  float *probs = r.probs_TE.mutable_data_ptr<float>(), *weights = r.topk_weights_TK.mutable_data_ptr<float>();
+  int64_t* ids = r.topk_ids_TK.mutable_data_ptr<int64_t>();
   at::parallel_for(0, T, kTokens, [&](int64_t from, int64_t end) {
     const Loops<float>& l = loops<float>();
     for (int64_t t = from; t < end; ++t) {
@@ -42,12 +43,12 @@ cuda::Routed forward_cpu(const at::Tensor& logits_TE, int64_t top_k, bool renorm
 }
 
 // Either gradient may be undefined.
-at::Tensor backward_cpu(const cuda::Routed& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise) {
-  const int64_t T = routed.probs_TE.size(0), E = routed.probs_TE.size(1), K = routed.ids_TK.size(1);
+at::Tensor backward_cpu(const Route& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise) {
+  const int64_t T = routed.probs_TE.size(0), E = routed.probs_TE.size(1), K = routed.topk_ids_TK.size(1);
   const at::Tensor dw_TK = dweights_TK.defined() ? dweights_TK.contiguous() : at::Tensor(), dp_TE = dprobs_TE.defined() ? dprobs_TE.contiguous() : at::Tensor();
   at::Tensor dlogits_TE = at::empty_like(routed.probs_TE);
-  const float *probs = routed.probs_TE.const_data_ptr<float>(), *weights = routed.weights_TK.const_data_ptr<float>();
-  const int64_t* ids = routed.ids_TK.const_data_ptr<int64_t>();
+  const float *probs = routed.probs_TE.const_data_ptr<float>(), *weights = routed.topk_weights_TK.const_data_ptr<float>();
+  const int64_t* ids = routed.topk_ids_TK.const_data_ptr<int64_t>();
   float* dlogits = dlogits_TE.mutable_data_ptr<float>();
   at::parallel_for(0, T, kTokens, [&](int64_t from, int64_t end) {
     const Loops<float>& l = loops<float>();
@@ -73,24 +74,53 @@ at::Tensor backward_cpu(const cuda::Routed& routed, const at::Tensor& dweights_T
   return dlogits_TE;
 }
 
+struct OnePass {
+  bool (*serves)(const at::Tensor& logits_TE);
+  Route (*forward)(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
+  at::Tensor (*backward)(const Route& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise);
+};
+constexpr OnePass kOnePass[]{{cuda::serves, cuda::route_forward, cuda::route_backward}, {kAlways, forward_cpu, backward_cpu}};
+
 class RouteFunction : public torch::autograd::Function<RouteFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, int64_t top_k, bool renormalise) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
-    const cuda::Routed r = cuda::serves(logits) ? cuda::route_forward(logits, top_k, renormalise) : forward_cpu(logits, top_k, renormalise);
-    ctx->save_for_backward({r.probs_TE, r.ids_TK, r.weights_TK});
+    const Route r = choose(kOnePass, logits).forward(logits, top_k, renormalise);
+    ctx->save_for_backward({r.probs_TE, r.topk_ids_TK, r.topk_weights_TK});
     ctx->saved_data["renormalise"] = renormalise;
-    ctx->mark_non_differentiable({r.ids_TK});
-    return {r.probs_TE, r.ids_TK, r.weights_TK};
+    ctx->mark_non_differentiable({r.topk_ids_TK});
+    return {r.probs_TE, r.topk_ids_TK, r.topk_weights_TK};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined() && !grads[2].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
-    const auto backward = cuda::serves(saved[0]) ? cuda::route_backward : backward_cpu;
-    return {backward({saved[0], saved[1], saved[2]}, grads[2], grads[0], ctx->saved_data["renormalise"].toBool()), at::Tensor(), at::Tensor()};
+    const auto& chosen = choose(kOnePass, saved[0]);
+    return {chosen.backward({saved[0], saved[1], saved[2]}, grads[2], grads[0], ctx->saved_data["renormalise"].toBool()), at::Tensor(), at::Tensor()};
   }
+};
+
+Route in_one_pass(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
+  if (!recorded(logits_TE) && !cuda::serves(logits_TE)) return forward_cpu(logits_TE, top_k, renormalise);
+  const variable_list r = RouteFunction::apply(logits_TE, top_k, renormalise);
+  return {r[0], r[1], r[2]};
+}
+
+Route composed(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
+  const at::Tensor probs = at::softmax(logits_TE, -1), ids = std::get<1>(at::topk(probs.detach(), top_k, -1));
+  at::Tensor weights = probs.gather(1, ids);
+  if (renormalise) weights = weights / weights.sum(-1, true);
+  return {probs, ids, weights};
+}
+
+struct Implementation {
+  bool (*serves)(const at::Tensor& logits_TE);
+  Route (*run)(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
+};
+constexpr Implementation kImplementations[]{
+    {[](const at::Tensor& logits_TE) { return logits_TE.scalar_type() == at::kFloat && (cuda::serves(logits_TE) || logits_TE.is_cpu()); }, in_one_pass},
+    {kAlways, composed},
 };
 
 }  // namespace
@@ -98,18 +128,7 @@ class RouteFunction : public torch::autograd::Function<RouteFunction> {
 Route route(const at::Tensor& logits_TE, int64_t top_k, bool renormalise) {
   RECORD_FUNCTION("moegraft::route", {});
   MOEGRAFT_INVARIANT(logits_TE.dim() == 2 && top_k >= 1 && top_k <= logits_TE.size(1), "route: logits ", logits_TE.sizes(), ", top ", top_k);
-  if (logits_TE.scalar_type() == at::kFloat && (cuda::serves(logits_TE) || logits_TE.is_cpu())) {
-    if (!recorded(logits_TE) && !cuda::serves(logits_TE)) {
-      const cuda::Routed r = forward_cpu(logits_TE, top_k, renormalise);
-      return {r.probs_TE, r.ids_TK, r.weights_TK};
-    }
-    const variable_list r = RouteFunction::apply(logits_TE, top_k, renormalise);
-    return {r[0], r[1], r[2]};
-  }
-  const at::Tensor probs = at::softmax(logits_TE, -1), ids = std::get<1>(at::topk(probs.detach(), top_k, -1));
-  at::Tensor weights = probs.gather(1, ids);
-  if (renormalise) weights = weights / weights.sum(-1, true);
-  return {probs, ids, weights};
+  return choose(kImplementations, logits_TE).run(logits_TE, top_k, renormalise);
 }
 
 Route route(const at::Tensor& logits_TE, int64_t top_k, const RouteRule& rule) {

@@ -62,18 +62,18 @@ TEST(CudaKernels, RouteEqualsTheHosts) {
       at::Tensor exact = wide(logits);
       const at::Tensor probs = at::softmax(exact, -1);
       const at::Tensor logits_d = gpu(logits), dw_d = gpu(dw), dp_d = gpu(dp);
-      Routed r;
+      Route r;
       at::Tensor dlogits;
       {
         const NoWaiting guard;
         r = cuda::route_forward(logits_d, K, renormalise);
         dlogits = cuda::route_backward(r, dw_d, dp_d, renormalise);
       }
-      const Routed host = Host::route_forward(logits, K, renormalise);
+      const Route host = Host::route_forward(logits, K, renormalise);
       EXPECT_LT(distance(cpu(r.probs_TE), probs), 1e-6);
-      EXPECT_LT(distance(cpu(r.weights_TK), host.weights_TK), 2e-6);
-      EXPECT_GT((cpu(r.ids_TK) == host.ids_TK).to(at::kFloat).mean().item<double>(), 0.999);  // exp's last bit may swap near ties
-      EXPECT_LT(distance(cpu(dlogits), Host::route_backward({cpu(r.probs_TE), cpu(r.ids_TK), cpu(r.weights_TK)}, dw, dp, renormalise)), 1e-5 * (1 + largest(dp)));
+      EXPECT_LT(distance(cpu(r.topk_weights_TK), host.topk_weights_TK), 2e-6);
+      EXPECT_GT((cpu(r.topk_ids_TK) == host.topk_ids_TK).to(at::kFloat).mean().item<double>(), 0.999);  // exp's last bit may swap near ties
+      EXPECT_LT(distance(cpu(dlogits), Host::route_backward({cpu(r.probs_TE), cpu(r.topk_ids_TK), cpu(r.topk_weights_TK)}, dw, dp, renormalise)), 1e-5 * (1 + largest(dp)));
     }
 }
 
@@ -198,15 +198,15 @@ TEST(CudaKernels, TextRowsKeepTheBaseBitsAndAnIdleExpertGetsZero) {
 TEST(CudaKernels, RoutingSumsAndAddedRowsEqualTheHosts) {
   MOEGRAFT_NEEDS_GPU();
   for (const auto& [T, E, K, M] : {std::tuple(1, 4, 2, 1), std::tuple(33, 7, 1, 2), std::tuple(700, 128, 8, 2)}) {
-    const Routed r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
+    const Route r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
     const at::Tensor modality = at::arange(T, at::kLong) % M, host = at::zeros({M, 2 * E + 3}, at::kDouble);
     const auto sums = [&] {
-      const at::Tensor to = gpu(at::zeros_like(host)), probs = gpu(r.probs_TE), ids = gpu(r.ids_TK), of = gpu(modality);
+      const at::Tensor to = gpu(at::zeros_like(host)), probs = gpu(r.probs_TE), ids = gpu(r.topk_ids_TK), of = gpu(modality);
       const NoWaiting guard;
       kernels::add_routing_sums(to, probs, ids, of);
       return to;
     };
-    Host::add_routing_sums(host, r.probs_TE, r.ids_TK, modality);
+    Host::add_routing_sums(host, r.probs_TE, r.topk_ids_TK, modality);
     const at::Tensor once = sums();
     EXPECT_LT(distance(cpu(once), host), 1e-4) << "logarithms of two libraries";
     EXPECT_TRUE(at::equal(once, sums()));

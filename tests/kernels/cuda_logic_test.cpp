@@ -65,14 +65,14 @@ TEST(CudaLogic, RouteMatchesSoftmaxAndTopK) {
   for (const auto& c : std::vector<Case>{{1, 1, 1}, {3, 5, 5}, {9, 8, 2}, {20, 33, 4}, {17, 128, 8}, {5, 512, 16}, {3, 600, 32}})
     for (const bool renormalise : {false, true}) {
       const at::Tensor logits = randn({c.T, c.E}, 1) * 3;
-      const Routed r = Host::route_forward(logits, c.K, renormalise);
+      const Route r = Host::route_forward(logits, c.K, renormalise);
       at::Tensor exact = wide(logits);
       const at::Tensor probs = at::softmax(exact, -1);
       EXPECT_LT(distance(r.probs_TE, probs), 1e-6);
-      EXPECT_TRUE(at::equal(r.ids_TK, std::get<1>(at::topk(probs, c.K, -1)))) << "E " << c.E;
-      at::Tensor weights = probs.gather(1, r.ids_TK);
+      EXPECT_TRUE(at::equal(r.topk_ids_TK, std::get<1>(at::topk(probs, c.K, -1)))) << "E " << c.E;
+      at::Tensor weights = probs.gather(1, r.topk_ids_TK);
       if (renormalise) weights = weights / weights.sum(-1, true);
-      EXPECT_LT(distance(r.weights_TK, weights), 1e-6);
+      EXPECT_LT(distance(r.topk_weights_TK, weights), 1e-6);
 
       const at::Tensor dw = randn({c.T, c.K}, 2), dp = randn({c.T, c.E}, 3);
       for (const int which : {1, 2, 3}) {
@@ -84,28 +84,28 @@ TEST(CudaLogic, RouteMatchesSoftmaxAndTopK) {
 }
 
 TEST(CudaLogic, RouteBreaksTiesDownwardsAndKeepsIdsInRange) {
-  const Routed tie = Host::route_forward(at::tensor({1.f, 2.f, 2.f, 2.f, 0.f}).view({1, 5}), 3, false);
-  EXPECT_TRUE(at::equal(tie.ids_TK, at::tensor({1, 2, 3}, at::kLong).view({1, 3})));
-  const Routed underflow = Host::route_forward(at::tensor({0.f, -1e4f, -1e4f}).view({1, 3}), 3, true);  // probabilities 1, 0, 0
-  EXPECT_TRUE(at::equal(underflow.ids_TK, at::tensor({0, 1, 2}, at::kLong).view({1, 3})));
-  EXPECT_TRUE(at::equal(underflow.weights_TK, at::tensor({1.f, 0.f, 0.f}).view({1, 3})));
-  const Routed nan = Host::route_forward(at::full({2, 4}, NAN), 2, true);
-  EXPECT_TRUE(at::equal(nan.ids_TK, at::tensor({0, 1, 0, 1}, at::kLong).view({2, 2})));
-  EXPECT_TRUE(nan.weights_TK.isnan().all().item<bool>());
+  const Route tie = Host::route_forward(at::tensor({1.f, 2.f, 2.f, 2.f, 0.f}).view({1, 5}), 3, false);
+  EXPECT_TRUE(at::equal(tie.topk_ids_TK, at::tensor({1, 2, 3}, at::kLong).view({1, 3})));
+  const Route underflow = Host::route_forward(at::tensor({0.f, -1e4f, -1e4f}).view({1, 3}), 3, true);  // probabilities 1, 0, 0
+  EXPECT_TRUE(at::equal(underflow.topk_ids_TK, at::tensor({0, 1, 2}, at::kLong).view({1, 3})));
+  EXPECT_TRUE(at::equal(underflow.topk_weights_TK, at::tensor({1.f, 0.f, 0.f}).view({1, 3})));
+  const Route nan = Host::route_forward(at::full({2, 4}, NAN), 2, true);
+  EXPECT_TRUE(at::equal(nan.topk_ids_TK, at::tensor({0, 1, 0, 1}, at::kLong).view({2, 2})));
+  EXPECT_TRUE(nan.topk_weights_TK.isnan().all().item<bool>());
 }
 
 // ------------------------------------------------------------------------------------------------ norm, rotary
 
 TEST(CudaLogic, RoutingSumsAreTheHostsAndCountsExact) {
   for (const auto& [T, E, K, M] : {std::tuple(1, 4, 2, 1), std::tuple(5, 1, 1, 2), std::tuple(33, 7, 1, 2), std::tuple(64, 130, 8, 3), std::tuple(700, 64, 8, 2)}) {
-    const Routed r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
+    const Route r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
     const at::Tensor modality = at::arange(T, at::kLong) * 5 % 7 % M, once = at::zeros({M, 2 * E + 3}, at::kDouble), expected = at::zeros_like(once);
-    Host::add_routing_sums(once, r.probs_TE, r.ids_TK, M > 1 ? modality : at::Tensor());
-    kernels::add_routing_sums(expected, r.probs_TE, r.ids_TK, modality);
+    Host::add_routing_sums(once, r.probs_TE, r.topk_ids_TK, M > 1 ? modality : at::Tensor());
+    kernels::add_routing_sums(expected, r.probs_TE, r.topk_ids_TK, modality);
     EXPECT_TRUE(at::equal(once.narrow(1, 0, E), expected.narrow(1, 0, E))) << T << " tokens: selections";
     EXPECT_TRUE(at::equal(once.select(1, 2 * E), expected.select(1, 2 * E))) << T << " tokens";
     EXPECT_LT(distance(once, expected), 2e-6 * double(T) + 1e-6) << T << " tokens, " << E << " experts";  // float32 sums of up to T values below 1
-    Host::add_routing_sums(once, r.probs_TE, r.ids_TK, M > 1 ? modality : at::Tensor());
+    Host::add_routing_sums(once, r.probs_TE, r.topk_ids_TK, M > 1 ? modality : at::Tensor());
     EXPECT_LT(distance(once, expected * 2), 4e-6 * double(T) + 2e-6) << "calls add up";
   }
   // Certain and uniform routers have closed forms; a probability of 0 has no entropy.

@@ -43,9 +43,9 @@ TEST(EmulatedDevice, NormsOfAnyShapeAndUnusedOutputs) {
 }
 
 TEST(EmulatedDevice, RoutingStatisticsAreTwoLaunches) {
-  const Routed r = Host::route_forward(randn({50, 8}, 1), 2, true);
+  const Route r = Host::route_forward(randn({50, 8}, 1), 2, true);
   const at::Tensor sums = at::zeros({2, 19}, at::kDouble), modality = at::arange(50, at::kLong) % 2;
-  const auto count = [&] { return launches([&] { kernels::add_routing_sums(sums, r.probs_TE, r.ids_TK, modality); }); };
+  const auto count = [&] { return launches([&] { kernels::add_routing_sums(sums, r.probs_TE, r.topk_ids_TK, modality); }); };
   const int64_t host = count();
   const Emulation on;
   EXPECT_EQ(count(), 0) << "of the library; the host needs " << host;

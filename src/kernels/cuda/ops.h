@@ -5,6 +5,7 @@
 
 #include "libtorch.h"
 #include "moegraft/kernels/ops.h"
+#include "moegraft/kernels/route.h"
 
 namespace moegraft::kernels::cuda {
 
@@ -28,11 +29,8 @@ NormGradients rms_norm_backward(const at::Tensor& dy_XD, const at::Tensor& dy_wi
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double sign);
 
 // Router: logits float32 [T, E]. ids int64 [T, K] in falling order, of equal probabilities the lower index first.
-struct Routed {
-  at::Tensor probs_TE, ids_TK, weights_TK;
-};
-Routed route_forward(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
-at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise);  // either undefined -> dlogits
+Route route_forward(const at::Tensor& logits_TE, int64_t top_k, bool renormalise);
+at::Tensor route_backward(const Route& routed, const at::Tensor& dweights_TK, const at::Tensor& dprobs_TE, bool renormalise);  // either undefined -> dlogits
 
 // add_routing_sums of route.h. sums float64 [M, 2E + 3], contiguous.
 void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, const at::Tensor& ids_TK, const at::Tensor& modality_T);

@@ -105,19 +105,19 @@ struct Ops {
     return y;
   }
 
-  static Routed route_forward(const at::Tensor& logits_in, int64_t top_k, bool renormalise) {
+  static Route route_forward(const at::Tensor& logits_in, int64_t top_k, bool renormalise) {
     const at::Tensor logits = logits_in.contiguous();
     const int64_t tokens = logits.size(0), experts = logits.size(1);
     MOEGRAFT_INVARIANT(logits.scalar_type() == at::kFloat && top_k >= 1 && top_k <= experts, "route: logits ", logits.sizes(), ", top ", top_k);
-    Routed r{at::empty_like(logits), at::empty({tokens, top_k}, logits.options().dtype(at::kLong)), at::empty({tokens, top_k}, logits.options())};
-    Run::rows(RouteForward{in<float>(logits), out<float>(r.probs_TE), out<int64_t>(r.ids_TK), out<float>(r.weights_TK), experts, top_k, renormalise}, tokens);
+    Route r{at::empty_like(logits), at::empty({tokens, top_k}, logits.options().dtype(at::kLong)), at::empty({tokens, top_k}, logits.options())};
+    Run::rows(RouteForward{in<float>(logits), out<float>(r.probs_TE), out<int64_t>(r.topk_ids_TK), out<float>(r.topk_weights_TK), experts, top_k, renormalise}, tokens);
     return r;
   }
-  static at::Tensor route_backward(const Routed& r, const at::Tensor& dweights_in, const at::Tensor& dprobs_in, bool renormalise) {
+  static at::Tensor route_backward(const Route& r, const at::Tensor& dweights_in, const at::Tensor& dprobs_in, bool renormalise) {
     const at::Tensor dweights = dweights_in.defined() ? dweights_in.contiguous() : dweights_in, dprobs = dprobs_in.defined() ? dprobs_in.contiguous() : dprobs_in;
     const at::Tensor dlogits = at::empty_like(r.probs_TE);
-    Run::rows(RouteBackward{in<float>(r.probs_TE), in<int64_t>(r.ids_TK), in<float>(r.weights_TK), in<float>(dweights), in<float>(dprobs), out<float>(dlogits), r.probs_TE.size(1),
-                            r.ids_TK.size(1), renormalise},
+    Run::rows(RouteBackward{in<float>(r.probs_TE), in<int64_t>(r.topk_ids_TK), in<float>(r.topk_weights_TK), in<float>(dweights), in<float>(dprobs), out<float>(dlogits), r.probs_TE.size(1),
+                            r.topk_ids_TK.size(1), renormalise},
               r.probs_TE.size(0));
     return dlogits;
   }

@@ -18,11 +18,11 @@ at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   const c10::DeviceGuard guard(x.device());
   return Device::rotary(x, cos, sin, sign);
 }
-Routed route_forward(const at::Tensor& logits, int64_t top_k, bool renormalise) {
+Route route_forward(const at::Tensor& logits, int64_t top_k, bool renormalise) {
   const c10::DeviceGuard guard(logits.device());
   return Device::route_forward(logits, top_k, renormalise);
 }
-at::Tensor route_backward(const Routed& routed, const at::Tensor& dweights, const at::Tensor& dprobs, bool renormalise) {
+at::Tensor route_backward(const Route& routed, const at::Tensor& dweights, const at::Tensor& dprobs, bool renormalise) {
   const c10::DeviceGuard guard(routed.probs_TE.device());
   return Device::route_backward(routed, dweights, dprobs, renormalise);
 }

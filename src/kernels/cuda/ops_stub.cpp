@@ -14,8 +14,8 @@ bool holds(const at::Tensor&) { return false; }
 Norm rms_norm_forward(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, at::ScalarType, bool) { missing(); }
 NormGradients rms_norm_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
 at::Tensor rotary(const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { missing(); }
-Routed route_forward(const at::Tensor&, int64_t, bool) { missing(); }
-at::Tensor route_backward(const Routed&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
+Route route_forward(const at::Tensor&, int64_t, bool) { missing(); }
+at::Tensor route_backward(const Route&, const at::Tensor&, const at::Tensor&, bool) { missing(); }
 void add_routing_sums(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&) { missing(); }
 Dispatch make_dispatch(const at::Tensor&, int64_t, const at::Tensor&, int64_t, int64_t) { missing(); }
 at::Tensor gather_rows(const at::Tensor&, const at::Tensor&) { missing(); }
