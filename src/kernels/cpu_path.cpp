@@ -6,12 +6,15 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <array>
-#include <cstdlib>
+#include <atomic>
 #include <string>
+#include <vector>
 
 #include "micro_kernel.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/kernels/cpu.h"
 
 namespace moegraft::kernels {
@@ -46,19 +49,9 @@ CpuPath find_best() {
 CpuPath find_best() { return CpuPath::portable; }
 #endif
 
-CpuPath choose() {
-  const char* asked = std::getenv("MOEGRAFT_CPU_PATH");
-  if (!asked || !*asked) return best_cpu_path();
-  std::string known;
-  for (size_t i = 0; i < kNames.size(); ++i) {
-    known += (i ? ", " : "") + std::string(kNames[i]);
-    if (std::string(asked) != kNames[i]) continue;
-    MOEGRAFT_CHECK_USAGE(CpuPath(i) <= best_cpu_path(), "MOEGRAFT_CPU_PATH=", asked, ": this CPU (or build) has no such path; its best one is ", name_of(best_cpu_path()),
-                         ". Leave the variable out to take that");
-    return CpuPath(i);
-  }
-  throw UsageError("MOEGRAFT_CPU_PATH must be one of " + known + ", got \"" + asked + "\"");
-}
+// What allow_cpu_path said, and whether cpu_path has been asked since.
+std::atomic<int> allowed{-1};  // -1: nothing was said
+std::atomic<bool> in_use{false};
 
 }  // namespace
 
@@ -67,10 +60,30 @@ CpuPath best_cpu_path() {
   return best;
 }
 CpuPath cpu_path() {
-  static const CpuPath chosen = choose();
+  static const CpuPath chosen = [] {
+    in_use = true;
+    const int path = allowed;
+    return path < 0 ? best_cpu_path() : CpuPath(path);
+  }();
   return chosen;
 }
 const char* name_of(CpuPath path) { return kNames[size_t(path)]; }
+
+std::vector<std::string> cpu_path_choices() {
+  std::vector<std::string> names{"auto"};
+  names.insert(names.end(), kNames.begin(), kNames.end());
+  return names;
+}
+
+void allow_cpu_path(const std::string& path, const std::string& whose) {
+  const auto names = cpu_path_choices();
+  const auto named = std::find(names.begin(), names.end(), path);
+  MOEGRAFT_CHECK_USAGE(named != names.end(), whose, " must be one of ", join(names, ", "), ", got \"", path, "\"");
+  const CpuPath asked = path == "auto" ? best_cpu_path() : CpuPath(named - names.begin() - 1);
+  MOEGRAFT_CHECK_USAGE(asked <= best_cpu_path(), whose, " ", path, ": this CPU (or build) has no such path; its best one is ", name_of(best_cpu_path()), ", which auto takes");
+  MOEGRAFT_INVARIANT(!in_use || asked == cpu_path(), whose, " ", path, ": ", name_of(cpu_path()), " is in use already");
+  allowed = int(asked);
+}
 
 namespace {
 

@@ -7,7 +7,10 @@
 #include <cstring>
 
 #include "moegraft/base/check.h"
+#include "moegraft/kernels/cpu.h"
 #include "moegraft/kernels/current_device.h"
+#include "moegraft/kernels/device_numerics.h"
+#include "moegraft/model/config.h"
 
 namespace moegraft::model {
 namespace {
@@ -68,5 +71,8 @@ std::optional<int64_t> free_memory(at::Device device) {
   const auto index = device.has_index() ? device.index() : kernels::current_device(device.type()).index();
   return int64_t(allocator->getMemoryInfo(index).first);
 }
+
+std::vector<std::string> known_cpu_paths() { return kernels::cpu_path_choices(); }
+std::vector<std::string> known_attention_kernels() { return kernels::attention_choices(); }
 
 }  // namespace moegraft::model

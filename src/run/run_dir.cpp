@@ -110,7 +110,7 @@ RunConfig load_run_config(const fs::path& dir) {
 }
 
 const std::vector<std::string>& keys_free_on_resume() {
-  static const std::vector<std::string> keys = {"run.dir",           "model.device",       "model.offload",     "train.memory_budget_gib", "train.steps",        "train.max_minutes",    "train.log_every", "train.eval_every",
+  static const std::vector<std::string> keys = {"run.dir",           "model.device",       "model.offload",     "model.cpu_path",    "model.attention", "train.memory_budget_gib", "train.steps",        "train.max_minutes",    "train.log_every", "train.eval_every",
                                                 "train.eval_tokens", "train.sample_every", "train.sample_prompts", "data.prefetch",   "routing.every", "checkpoint.*",
                                                 "train.accumulation", "train.strict", "parallel.*"};
   return keys;

@@ -105,7 +105,7 @@ class Comparison:
         return ["--device", self.args.device] + (["--threads", str(self.args.threads)] if self.args.threads else [])
 
     def ours(self, kind, model, *options):
-        return [self.binary, "bench", kind, model, *options, *self.device_options(), "--json"]
+        return [self.binary, *(["--cpu-path", self.args.isa] if self.args.isa else []), "bench", kind, model, *options, *self.device_options(), "--json"]
 
     def peer(self, script, model, *options):
         return [self.python, str(HERE / script), model, *options, *self.device_options()]

@@ -33,7 +33,7 @@ def isa_environment(isa):
     if not isa:
         return {}
     onednn, aten, mkl = ISAS[isa]
-    return {"MOEGRAFT_CPU_PATH": isa, "ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten, "MKL_ENABLE_INSTRUCTIONS": mkl}
+    return {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten, "MKL_ENABLE_INSTRUCTIONS": mkl}
 
 
 def spell(command, environment):

@@ -54,10 +54,10 @@ class DriftContract : public ::testing::Test {
     std::array<fs::path, 2> files;
     for (int i = 0; i < 2; ++i) {
       files[i] = folder_->path() / ("logits-" + std::to_string(i) + ".safetensors");
-      std::vector<std::string> argv{testing::moegraft_binary().string(), "logits", (i ? run : world_->base).string(), "--ids", ids_file(B, S).string(), "-o", files[i].string()};
-      argv.insert(argv.end(), more.begin(), more.end());
-      if (i) argv.insert(argv.end(), run_only.begin(), run_only.end());
-      processes[i] = std::make_unique<Process>(argv);
+      std::vector<std::string> args{"logits", (i ? run : world_->base).string(), "--ids", ids_file(B, S).string(), "-o", files[i].string()};
+      args.insert(args.end(), more.begin(), more.end());
+      if (i) args.insert(args.end(), run_only.begin(), run_only.end());
+      processes[i] = std::make_unique<Process>(testing::moegraft_command(args));
     }
     for (int i = 0; i < 2; ++i) {
       const auto result = processes[i]->wait();

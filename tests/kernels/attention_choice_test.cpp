@@ -27,10 +27,9 @@ AttentionShape usual() {
 }
 
 TEST(AttentionChoice, FlashUnlessCudnnIsAskedForAndServes) {
-  EXPECT_EQ(choose_attention(usual(), "").kernel, DeviceAttention::flash) << "the default until both have been compared";
-  EXPECT_EQ(choose_attention(usual(), "flash").kernel, DeviceAttention::flash);
-  EXPECT_EQ(choose_attention(usual(), "cudnn").kernel, DeviceAttention::cudnn);
-  EXPECT_THROW(choose_attention(usual(), "fa3"), UsageError);
+  EXPECT_EQ(choose_attention(usual(), std::nullopt).kernel, DeviceAttention::flash) << "the default until both have been compared";
+  EXPECT_EQ(choose_attention(usual(), DeviceAttention::flash).kernel, DeviceAttention::flash);
+  EXPECT_EQ(choose_attention(usual(), DeviceAttention::cudnn).kernel, DeviceAttention::cudnn);
   const std::vector<std::tuple<std::function<void(AttentionShape&)>, DeviceAttention, const char*>> table{
       {[](AttentionShape& s) { s.cudnn_version = 0; }, DeviceAttention::flash, "headers"},
       {[](AttentionShape& s) { s.cudnn_version = 91002; }, DeviceAttention::flash, "older"},
@@ -51,9 +50,23 @@ TEST(AttentionChoice, FlashUnlessCudnnIsAskedForAndServes) {
     const auto& [change, expected, word] = table[i];
     AttentionShape s = usual();
     change(s);
-    const AttentionChoice choice = choose_attention(s, "cudnn");
+    const AttentionChoice choice = choose_attention(s, DeviceAttention::cudnn);
     EXPECT_EQ(choice.kernel, expected) << "row " << i << ": " << choice.why;
     EXPECT_NE(choice.why.find(word), std::string::npos) << choice.why;
+  }
+}
+
+TEST(AttentionChoice, IsWantedByName) {
+  EXPECT_EQ(wanted_attention(), std::nullopt);
+  prefer_device_attention("cudnn", "--attention");
+  EXPECT_EQ(wanted_attention(), DeviceAttention::cudnn);
+  prefer_device_attention("auto", "--attention");
+  EXPECT_EQ(wanted_attention(), std::nullopt);
+  try {
+    prefer_device_attention("fa3", "--attention");
+    ADD_FAILURE() << "fa3 was taken";
+  } catch (const UsageError& e) {
+    EXPECT_STREQ(e.what(), "--attention must be one of auto, flash, cudnn, got \"fa3\"");
   }
 }
 

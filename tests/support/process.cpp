@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "moegraft/base/check.h"
+#include "moegraft/kernels/cpu.h"
 #include "paths.h"
 
 namespace moegraft::testing {
@@ -96,11 +97,14 @@ std::vector<std::string> torchrun(const std::filesystem::path& root) {
   return argv;
 }
 
-ProcessResult run_moegraft(const std::vector<std::string>& args) {
+std::vector<std::string> moegraft_command(const std::vector<std::string>& args) {
   std::vector<std::string> argv{moegraft_binary().string()};
   MOEGRAFT_CHECK(!argv[0].empty(), "the moegraft binary is not built");
+  if (const auto cpu = kernels::cpu_kernels(); cpu.path != cpu.best_path) argv.insert(argv.end(), {"--cpu-path", cpu.path});
   argv.insert(argv.end(), args.begin(), args.end());
-  return Process(argv).wait();
+  return argv;
 }
+
+ProcessResult run_moegraft(const std::vector<std::string>& args) { return Process(moegraft_command(args)).wait(); }
 
 }  // namespace moegraft::testing

@@ -43,7 +43,10 @@ std::filesystem::path moegraft_binary();
 // wheel is installed without the Python packages that it would need).
 std::vector<std::string> torchrun(const std::filesystem::path& root);
 
-// Runs `moegraft ARGS…` to its end.
+// `moegraft ARGS…`, on the CPU path that this program was kept to (cpu_path.h).
+std::vector<std::string> moegraft_command(const std::vector<std::string>& args);
+
+// Runs that to its end.
 ProcessResult run_moegraft(const std::vector<std::string>& args);
 
 }  // namespace moegraft::testing

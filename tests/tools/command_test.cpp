@@ -12,6 +12,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
+#include "moegraft/run/records.h"
 #include "moegraft/run/run_config.h"
 #include "support/paths.h"
 #include "support/process.h"
@@ -45,9 +46,7 @@ TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
   }
   const std::string model = (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string();
   const auto launch = [&](const std::string& nodes) {
-    setenv("MOEGRAFT_NUMA", nodes.c_str(), 1);
-    const auto r = run_moegraft({"launch", "--nproc", "2", "--", "-v", "inspect", model});
-    unsetenv("MOEGRAFT_NUMA");
+    const auto r = run_moegraft({"launch", "--nproc", "2", "--", "-v", "--numa", nodes, "inspect", model});
     EXPECT_EQ(r.code, 0) << r.err;
     return r.err;
   };
@@ -59,11 +58,8 @@ TEST_F(Command, ProcessesOfALaunchStayOnTheirNodes) {
 
 TEST_F(Command, TheCpuPathIsShownAndAWrongOneRefused) {
   const std::string model = (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string();
-  const auto inspect = [&](const char* path) {
-    testing::Process process({testing::moegraft_binary().string(), "inspect", model, "--json"}, {std::string("MOEGRAFT_CPU_PATH=") + path});
-    return process.wait();
-  };
-  const auto best = inspect(""), portable = inspect("portable"), wrong = inspect("avx1024");
+  const auto inspect = [&](const char* path) { return run_moegraft({"--cpu-path", path, "inspect", model, "--json"}); };
+  const auto best = inspect("auto"), portable = inspect("portable"), wrong = inspect("avx1024");
   ASSERT_EQ(best.code, 0) << best.err;
   ASSERT_EQ(portable.code, 0) << portable.err;
   const io::Json a = io::Json::parse(best.out).at("cpu"), b = io::Json::parse(portable.out).at("cpu");
@@ -72,11 +68,45 @@ TEST_F(Command, TheCpuPathIsShownAndAWrongOneRefused) {
   EXPECT_EQ(b.at("best_path"), a.at("best_path"));
   EXPECT_NE(b.at("bfloat16").get<std::string>().find("ATen"), std::string::npos);
   EXPECT_EQ(wrong.code, 2);
-  EXPECT_NE(wrong.err.find("MOEGRAFT_CPU_PATH must be one of portable, avx2, avx512, avx512_bf16, amx, got \"avx1024\""), std::string::npos) << wrong.err;
+  EXPECT_NE(wrong.err.find("--cpu-path must be one of auto, portable, avx2, avx512, avx512_bf16, amx, got \"avx1024\""), std::string::npos) << wrong.err;
   if (a.at("best_path") == "amx") return;
   const auto missing = inspect("amx");
   EXPECT_EQ(missing.code, 2);
-  EXPECT_NE(missing.err.find("MOEGRAFT_CPU_PATH=amx: this CPU (or build) has no such path; its best one is " + a.at("best_path").get<std::string>()), std::string::npos) << missing.err;
+  EXPECT_NE(missing.err.find("--cpu-path amx: this CPU (or build) has no such path; its best one is " + a.at("best_path").get<std::string>()), std::string::npos) << missing.err;
+}
+
+TEST_F(Command, WhatWasAVariableOfTheEnvironmentIsAnOptionOrAKey) {
+  const std::string model = (fs::path(test_source_dir()) / "tests/golden/model/qwen3").string();
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"MOEGRAFT_CPU_PATH=portable", "give --cpu-path portable before the command, or model.cpu_path in a run's YAML"},
+      {"MOEGRAFT_ATTENTION=flash", "give --attention flash before the command, or model.attention in a run's YAML"},
+      {"MOEGRAFT_NUMA=off", "give --numa off before the command, or parallel.numa in a run's YAML"},
+  };
+  for (const auto& [variable, line] : cases) {
+    const auto r = testing::Process({testing::moegraft_binary().string(), "inspect", model}, {variable}).wait();
+    EXPECT_EQ(r.code, 2) << variable;
+    EXPECT_NE(r.err.find(variable + " is no longer read: " + line), std::string::npos) << r.err;
+  }
+  EXPECT_EQ(testing::Process({testing::moegraft_binary().string(), "inspect", model}, {"MOEGRAFT_CPU_PATH="}).wait().code, 0) << "an empty one says nothing";
+  const auto launched = run_moegraft({"--cpu-path", "portable", "launch", "--nproc", "2", "--", "inspect", model});
+  EXPECT_EQ(launched.code, 2);
+  EXPECT_NE(launched.err.find("moegraft launch --nproc 2 -- --cpu-path portable train"), std::string::npos) << launched.err;
+}
+
+TEST_F(Command, ARunsYamlKeepsItToACpuPath) {
+  testing::TemporaryFolder folder;
+  const auto world = testing::make_tiny_world(folder.path());
+  const auto train = [&](const std::string& dir, const std::vector<std::string>& options) {
+    std::vector<std::string> args = options;
+    const fs::path to = folder.path() / dir;
+    args.insert(args.end(), {"train", "-c", world.yaml.string(), "--set", "train.steps=1", "--set", "train.eval_every=0", "--set", "run.dir=" + to.string(), "--set", "model.cpu_path=portable"});
+    const auto r = run_moegraft(args);
+    EXPECT_EQ(r.code, 0) << r.err;
+    return run::read_run_record(to).sessions.back().environment.at("cpu_path");
+  };
+  EXPECT_EQ(train("key", {}), "portable");
+  const auto best = io::Json::parse(run_moegraft({"inspect", world.base.string(), "--json"}).out).at("cpu").at("best_path").get<std::string>();
+  EXPECT_EQ(train("option", {"--cpu-path", "auto"}), best) << "an option goes before the key";
 }
 
 TEST(Configs, EveryShippedRunParses) {

@@ -57,7 +57,7 @@ stage_micro() {
     part attention 60 attention.json "$python" "$here/micro.py" attention --device "$device" $(on_card || echo --tokens 64 --heads 4 --kv-heads 2 --head-dim 16)
     part ops 100 ops.json "$moegraft" bench ops --dtype bfloat16 --device "$device" --json $(shape 4096)
     # cuDNN's attention beside the default, in a build that has it (`moegraft inspect` says).
-    if on_card; then part ops-cudnn 60 ops-cudnn.json env MOEGRAFT_ATTENTION=cudnn "$moegraft" bench ops --only attention --dtype bfloat16 --device "$device" --json $(shape 4096)
+    if on_card; then part ops-cudnn 60 ops-cudnn.json "$moegraft" --attention cudnn bench ops --only attention --dtype bfloat16 --device "$device" --json $(shape 4096)
     else skip ops-cudnn "on a CPU there is no cuDNN"; fi
     part ops-16k 100 ops-16k.json "$moegraft" bench ops --only moe,loss,linear --dtype bfloat16 --device "$device" --json $(shape 16384)
     part grouped 90 grouped.json "$python" "$here/micro.py" grouped --device "$device" --tokens $tokens $small

@@ -87,7 +87,7 @@ class OpProfile {
   static void print(const Json& profile, size_t rows);
 };
 
-// Runs this program again with `args`: {exit code, stdout, stderr}. A fresh process has its own memory peak.
+// Runs this program again with `args`, after the options that stood before this command (--cpu-path, …): {exit code, stdout, stderr}. A fresh process has its own memory peak.
 struct ChildResult {
   int code = 0;  // 128 + the signal when one ended it
   std::string out, err;

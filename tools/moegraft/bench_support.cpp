@@ -250,11 +250,23 @@ int unlinked_file() {
   return fd;
 }
 
+// What this process was started with before the word bench.
+std::vector<std::string> options_before_bench() {
+  std::ifstream file("/proc/self/cmdline", std::ios::binary);
+  std::vector<std::string> options;
+  std::string word;
+  std::getline(file, word, '\0');  // the program
+  while (std::getline(file, word, '\0') && word != "bench") options.push_back(word);
+  return options;
+}
+
 }  // namespace
 
 ChildResult run_self(const std::vector<std::string>& args) {
   const int out = unlinked_file(), err = unlinked_file();
   std::vector<char*> argv{const_cast<char*>("moegraft")};
+  std::vector<std::string> before = options_before_bench();
+  for (auto& option : before) argv.push_back(option.data());
   for (const auto& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
   const pid_t pid = fork();

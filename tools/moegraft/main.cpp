@@ -9,12 +9,12 @@
 
 #include "arguments.h"
 #include "command.h"
+#include "machine.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/base/wait_policy.h"
 #include "moegraft/io/mapped_files.h"
-#include "moegraft/kernels/cpu.h"
 #include "startup.h"
 
 namespace {
@@ -39,11 +39,12 @@ int run(int argc, char** argv) {
   bool verbose = false;
   std::optional<WaitPolicy> waits;
   app.add_flag("-v,--verbose", verbose, "Debug messages");
+  tools::add_machine_options(app);
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
-    kernels::cpu_kernels();  // a wrong MOEGRAFT_CPU_PATH ends any command at once
-    if (app.got_subcommand("launch")) return;  // what it starts inherits a policy, and makes its own
-    if (const std::string done = tools::choose_memory(); !done.empty()) log::debug(done);
+    tools::refuse_old_variables();
+    if (app.got_subcommand("launch")) return tools::check_launched(app);  // what it starts inherits a policy, and makes its own
+    if (!app.got_subcommand("train")) tools::choose_machine(app);         // train: when it has read its keys
     waits.emplace();
   });
   tools::add_train_command(app);

@@ -5,12 +5,6 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <filesystem>
-#include <string>
-
-#include "moegraft/base/check.h"
-#include "moegraft/base/numa.h"
-#include "moegraft/distributed/launch.h"
 
 namespace moegraft::tools {
 
@@ -48,21 +42,6 @@ inline void keep_pages() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest that glibc takes
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
   mallopt(M_TOP_PAD, 64 << 20);
-}
-
-// Near memory where a machine has several nodes of it. MOEGRAFT_NUMA: off, or a folder to read in place of the kernel's. Where there are GPUs the launcher
-// knows better which node a process's GPU hangs on, and memory of the host matters little. Before threads are made and memory is touched.
-inline std::string choose_memory() {
-  const char* given = std::getenv("MOEGRAFT_NUMA");
-  const std::string nodes = given ? given : "/sys/devices/system/node";
-  std::error_code error;
-  if (nodes == "off" || (!given && std::filesystem::exists("/proc/driver/nvidia/gpus", error))) return {};
-  try {
-    const auto launched = distributed::read_launch_environment();
-    return arrange_numa(launched.local_rank, launched.local_world_size, nodes);
-  } catch (const UserError&) {
-    return {};  // said again, and better, by the command that needs it
-  }
 }
 
 }  // namespace moegraft::tools

@@ -1,7 +1,10 @@
 // moegraft train: the loop, from a YAML file.
+#include <exception>
 #include <memory>
+#include <optional>
 
 #include "command.h"
+#include "machine.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/config/config.h"
@@ -29,13 +32,23 @@ void add_train_command(CLI::App& app) {
   cmd->add_option("--accept-changed", o->accept_changed, "data: go on although a data set is not the one that the run was trained on")->check(CLI::IsMember({"data"}));
   cmd->footer("Example: moegraft train -c configs/quickstart/graft.yaml --set train.steps=200 --resume auto\n"
               "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
-  cmd->callback([o] {
+  cmd->callback([o, &app] {
     MOEGRAFT_CHECK_USAGE(!o->resume.empty(), "--resume is empty: give none, auto or a checkpoint directory (a variable that is not set?)");
-    const auto read = [&] { return config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set)); };
+    std::optional<run::RunConfig> config;
+    const auto read = [&] {
+      if (!config) config = config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set));
+      return *config;
+    };
     const train::StartSignals signals;
     const bool accept_data = !o->accept_changed.empty();
     const auto environment = distributed::read_launch_environment();
     if (environment.distributed()) log::set_rank(environment.rank);
+    try {
+      read();
+    } catch (const std::exception&) {
+      // Said below, by all processes together.
+    }
+    if (config) choose_machine(app, {config->model.cpu_path, config->model.attention, config->parallel.numa});
     const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume, accept_data) : train::train(read(), o->resume, nullptr, accept_data);
     if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
     if (!outcome.ended_before) log::info("finished after step ", outcome.step, ", loss ", outcome.loss);

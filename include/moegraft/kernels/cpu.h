@@ -2,6 +2,7 @@
 // What the CPU paths of this process run on.
 
 #include <string>
+#include <vector>
 
 namespace moegraft::kernels {
 
@@ -11,8 +12,13 @@ struct CpuKernels {
   double bfloat16_speed = 0;      // its products a second beside float32's, roughly; 0: many times slower
 };
 
-// Chosen at first use from the CPU and the variable MOEGRAFT_CPU_PATH (one of the paths). Throws UserError where that names no path, or one that the machine
-// has not.
+// Chosen at first use: the best that this machine has, or what allow_cpu_path left of it.
 CpuKernels cpu_kernels();
+
+// Keeps this process to the instructions of `path` (auto: all) whatever else the CPU has: to compare paths, or to rule one out. Call before the first operation
+// of this module; InvariantError when another path is in use already. UsageError, which begins with `whose` (the option or key): no name of a path, or one that
+// the machine or the build has not.
+void allow_cpu_path(const std::string& path, const std::string& whose);
+std::vector<std::string> cpu_path_choices();  // auto, and the paths from the slowest on
 
 }  // namespace moegraft::kernels

@@ -13,6 +13,10 @@ namespace moegraft::model {
 // transformers' model_type of each family, in alphabetical order (model/families.h).
 std::vector<std::string> known_families();
 
+// What the two keys below may be: auto, and the names that kernels/ has for them.
+std::vector<std::string> known_cpu_paths();
+std::vector<std::string> known_attention_kernels();
+
 // A base to train from scratch. Fields left at 0 take the family's usual ratio.
 struct InitConfig {
   std::string family = "olmoe";
@@ -74,6 +78,7 @@ struct ModelConfig {
   std::string device = "auto";
   Quantize quantize = Quantize::none;
   Offload offload = Offload::none;
+  std::string cpu_path = "auto", attention = "auto";  // of the process: `moegraft train` hands them to kernels/ before anything is computed
   template <class V>
   void visit_fields(V& v) {
     v("path", path, config::path(), "Hugging Face directory of the base.");
@@ -82,6 +87,8 @@ struct ModelConfig {
     v("quantize", quantize, config::any(), "How the frozen base's matrices are stored (embedding, head, attention, FFNs; routers and norms stay floats). Quantised once, when the model is loaded; sums are model.dtype's.");
     v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
     v("offload", offload, config::any(), "What stays off the device.");
+    v("cpu_path", cpu_path, config::one_of(known_cpu_paths()), "The widest instructions of the CPU that may be used; auto: all that it has. Another path rounds otherwise.");
+    v("attention", attention, config::one_of(known_attention_kernels()), "The kernel of attention over packed sequences on a GPU; auto: flash. cudnn: where it serves; it has not run on a card.");
   }
   void validate(const std::string& at) const {
     MOEGRAFT_CHECK_USAGE(!path.empty() || init, at, ": give ", at, ".path (a Hugging Face directory) or ", at, ".init (train a base from scratch), got neither");

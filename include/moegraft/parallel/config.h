@@ -10,6 +10,7 @@ struct ParallelConfig {
   bool shard_base = false, shard_optimizer = false;
   double timeout_seconds = 600, startup_minutes = 60;
   double bucket_mib = 25;
+  bool numa = true;  // of the process: `moegraft train` asks it at the start
   template <class V>
   void visit_fields(V& v) {
     v("expert", expert, config::range(1, 4096), "Processes that the experts are spread over; must divide the number of processes and of experts. The others repeat them on other data.");
@@ -18,6 +19,7 @@ struct ParallelConfig {
     v("timeout_seconds", timeout_seconds, config::range(1.0, 1e6), "How long a process waits for the others, at the start and in one exchange.");
     v("startup_minutes", startup_minutes, config::range(0.1, 1e5), "How long the others wait for the first process to initialise a new run.");
     v("bucket_mib", bucket_mib, config::range(0.01, 1e5), "Gradients that are summed over the processes at a time.");
+    v("numa", numa, config::any(), "On a machine with several NUMA nodes and no GPU: keep each process to its share of the nodes, and spread the memory of one that has several.");
   }
 };
 

@@ -60,7 +60,7 @@ DeviceLengths lengths_of(const AttentionProblem& p) {
 
 // The same for both passes of a problem.
 bool goes_to_cudnn(const AttentionProblem& p) {
-  if (wanted_attention().empty()) return false;
+  if (!wanted_attention()) return false;
   AttentionShape shape = attention_shape(p);
   shape.generation = cuda::device_generation(p.q_THC.device().index());
   shape.cudnn_version = cudnn_attention_version();

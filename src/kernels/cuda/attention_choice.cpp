@@ -1,14 +1,19 @@
 #include "attention_choice.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <array>
+#include <atomic>
 
 #include "cudnn_attention.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/text.h"
 #include "moegraft/kernels/device_numerics.h"
 
 namespace moegraft::kernels {
 namespace {
+
+constexpr std::array<const char*, 2> kNames{"flash", "cudnn"};  // of DeviceAttention
+std::atomic<int> wanted_kernel{-1};                             // -1: none
 
 constexpr int64_t kOldestCudnn = 91800;                        // ordered, packed, grouped and bottom-right at once, on Hopper and Blackwell
 constexpr int64_t kLargestWorkspace = int64_t{2} << 30;         // bytes: beyond, memory is worth more than the kernel's speed
@@ -43,12 +48,29 @@ AttentionBucket bucket_of(const AttentionShape& s) {
 
 int64_t deterministic_workspace_bytes(const AttentionBucket& b, int64_t heads) { return 2 * b.sequences * heads * round_up(b.longest_q, 64) * round_up(b.longest_kv, 128); }
 
-AttentionChoice choose_attention(const AttentionShape& s, const std::string& wanted) {
+std::vector<std::string> attention_choices() {
+  std::vector<std::string> names{"auto"};
+  names.insert(names.end(), kNames.begin(), kNames.end());
+  return names;
+}
+
+void prefer_device_attention(const std::string& kernel, const std::string& whose) {
+  const auto names = attention_choices();
+  const auto named = std::find(names.begin(), names.end(), kernel);
+  MOEGRAFT_CHECK_USAGE(named != names.end(), whose, " must be one of ", join(names, ", "), ", got \"", kernel, "\"");
+  wanted_kernel = int(named - names.begin()) - 1;
+}
+
+std::optional<DeviceAttention> wanted_attention() {
+  const int kernel = wanted_kernel;
+  return kernel < 0 ? std::nullopt : std::optional(DeviceAttention(kernel));
+}
+
+AttentionChoice choose_attention(const AttentionShape& s, std::optional<DeviceAttention> wanted) {
   using moegraft::detail::concat;
-  MOEGRAFT_CHECK_USAGE(wanted.empty() || wanted == "flash" || wanted == "cudnn", "MOEGRAFT_ATTENTION must be flash or cudnn, got '", wanted, "'");
   const auto flash = [](std::string why) { return AttentionChoice{DeviceAttention::flash, std::move(why)}; };
-  if (wanted == "flash") return flash("MOEGRAFT_ATTENTION=flash");
-  if (wanted.empty()) return flash("the default; cuDNN's (MOEGRAFT_ATTENTION=cudnn) has not been compared with it on a GPU yet");
+  if (!wanted) return flash("the default; cuDNN's (--attention cudnn, model.attention: cudnn) has not been compared with it on a GPU yet");
+  if (*wanted == DeviceAttention::flash) return flash("asked for");
   if (s.cudnn_version == 0) return flash("this build has no cuDNN attention: cudnn-frontend's headers were not there (third_party/requirements-cudnn-frontend.txt)");
   if (s.cudnn_version < kOldestCudnn) return flash(concat("cuDNN ", s.cudnn_version, " is older than ", kOldestCudnn));
   if (s.generation < 9) return flash(concat("cuDNN has no deterministic backward pass over packed sequences on compute capability ", s.generation, ".x"));
@@ -59,7 +81,7 @@ AttentionChoice choose_attention(const AttentionShape& s, const std::string& wan
   if (std::max(s.queries * s.heads, s.keys * s.groups) * s.head_dim > kLargestOffset) return flash("offsets into so many rows do not fit 32 bits");
   if (const int64_t bytes = deterministic_workspace_bytes(bucket_of(s), s.heads); bytes > kLargestWorkspace)
     return flash(concat("cuDNN's deterministic backward pass would hold ", bytes >> 20, " MiB for ", s.sequences, " sequences of up to ", s.longest_kv, " tokens"));
-  return {DeviceAttention::cudnn, "MOEGRAFT_ATTENTION=cudnn"};
+  return {DeviceAttention::cudnn, "asked for"};
 }
 
 std::string describe_device_attention() {
@@ -69,14 +91,6 @@ std::string describe_device_attention() {
   shape.cudnn_version = version;
   const AttentionChoice choice = choose_attention(shape, wanted_attention());
   return choice.kernel == DeviceAttention::cudnn ? moegraft::detail::concat("cuDNN ", version, " where it serves, else flash (", choice.why, ")") : "flash (" + choice.why + ")";
-}
-
-const std::string& wanted_attention() {
-  static const std::string wanted = [] {
-    const char* value = std::getenv("MOEGRAFT_ATTENTION");
-    return std::string(value ? value : "");
-  }();
-  return wanted;
 }
 
 }  // namespace moegraft::kernels

@@ -2,6 +2,7 @@
 // Which of the library's attention kernels serves packed sequences on a GPU, and why: the one place. Plain host code, tested without a GPU.
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "../attention.h"
@@ -36,9 +37,9 @@ struct AttentionChoice {
   DeviceAttention kernel;
   std::string why;
 };
-// wanted: "" (the default), "flash" or "cudnn", else UsageError. cuDNN where it is wanted and serves; flash otherwise.
-AttentionChoice choose_attention(const AttentionShape& shape, const std::string& wanted);
-// What the environment's MOEGRAFT_ATTENTION wants.
-const std::string& wanted_attention();
+// cuDNN where it is wanted and serves; flash otherwise. Nothing wanted: the default.
+AttentionChoice choose_attention(const AttentionShape& shape, std::optional<DeviceAttention> wanted);
+// What prefer_device_attention said.
+std::optional<DeviceAttention> wanted_attention();
 
 }  // namespace moegraft::kernels

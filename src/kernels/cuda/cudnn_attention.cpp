@@ -28,7 +28,7 @@ using TensorPtr = std::shared_ptr<fe::graph::Tensor_attributes>;
 enum Uid : int64_t { kQ = 1, kK, kV, kOut, kStats, kDOut, kDQ, kDK, kDV, kLengthsQ, kLengthsKv, kBeginQ, kBeginKv, kBeginStats };
 using Pointers = std::unordered_map<int64_t, void*>;
 
-void check(fe::error_t error, const char* what) { MOEGRAFT_CHECK(error.is_good(), "cuDNN attention, ", what, ": ", error.get_message(), "; MOEGRAFT_ATTENTION=flash goes without it"); }
+void check(fe::error_t error, const char* what) { MOEGRAFT_CHECK(error.is_good(), "cuDNN attention, ", what, ": ", error.get_message(), "; --attention flash (model.attention: flash) goes without it"); }
 
 // A graph with its plan, for a bucket of sizes.
 class Plan {

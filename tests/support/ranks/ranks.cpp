@@ -13,6 +13,7 @@
 
 #include "moegraft/base/check.h"
 #include "moegraft/distributed/launch.h"
+#include "support/cpu_path.h"
 
 namespace moegraft::testing {
 namespace {
@@ -68,7 +69,7 @@ Ranks::Ranks(const std::string& body, int n, const std::string& argument, const 
   for (const int r : ranks) {
     const std::string rank = std::to_string(r);
     processes_.push_back(std::make_unique<Process>(
-        std::vector<std::string>{program}, std::vector<std::string>{"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "RANK=" + rank, "LOCAL_RANK=" + rank,
+        std::vector<std::string>{program, "--cpu-path=" + kernels::cpu_kernels().path}, std::vector<std::string>{"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "RANK=" + rank, "LOCAL_RANK=" + rank,
                                                                     "WORLD_SIZE=" + size, "LOCAL_WORLD_SIZE=" + size, "MASTER_ADDR=127.0.0.1", "MASTER_PORT=" + port,
                                                                     "OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE"}));
   }
@@ -96,6 +97,7 @@ void run_ranks(const std::string& body, int n, const std::string& argument) {
 }  // namespace moegraft::testing
 
 int main(int argc, char** argv) {
+  moegraft::testing::take_cpu_path(argc, argv);
   if (argc > 1) {
     const auto program = moegraft::testing::programs().find(argv[1]);
     if (program != moegraft::testing::programs().end()) return program->second(argc, argv);
