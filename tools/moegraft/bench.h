@@ -66,15 +66,6 @@ at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed = 0);
 // The same for all of a model's parameters.
 std::map<std::string, train::GroupOptions> every_group(const model::ParameterRegistry& registry, const train::GroupOptions& options);
 
-// Work that one step cannot do without, in FLOPs; recomputed work never counts. Attention scores stay apart: the usual count of 2 per active parameter
-// leaves them out. memory_bytes: what must come from memory and go there where caches are small beside the model: each frozen weight that is met once
-// forward and once backward; trained ones three times, their moments and gradients, and what is written of them. passes: batches like this one in the step.
-struct StepWork {
-  double forward = 0, activation_gradient = 0, lora = 0, attention_scores = 0, memory_bytes = 0;
-  double total() const { return forward + activation_gradient + lora; }
-};
-StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o, int64_t passes = 1);
-
 // Self times of the operations of one stretch of work (ATen's, autograd's nodes and RECORD_FUNCTION marks). On a GPU every operation is waited for,
 // which makes the stretch slower than it is. Process-wide: one at a time.
 class OpProfile {

@@ -9,7 +9,9 @@
 #include <memory>
 
 #include "bench.h"
+#include "bench_work.h"
 #include "kernel_record.h"
+#include "moegraft/adapters/sites.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/checkpoint/checkpoint.h"
@@ -387,7 +389,9 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
   if (!o.save.empty()) saves = measure_saves(o, world, stepper, batches, forward, median(times));
   const auto ranks = world->all().all_gather_numbers({waiting, bytes, peak_mib}, "figures");
 
-  const StepWork mine = count_work(m, batch.mine, gate, o.model, o.accumulate);
+  std::vector<model::Site> sites;
+  for (const auto& name : o.model.sites) sites.push_back(adapters::parse_site(name));
+  const StepWork mine = count_work(m, batch.mine, gate, o.model.rank, sites, o.accumulate);
   StepWork work;
   for (const auto& w : world->all().all_gather_numbers({mine.forward, mine.activation_gradient, mine.lora, mine.attention_scores, mine.memory_bytes}, "figures")) {
     work.forward += w[0], work.activation_gradient += w[1], work.lora += w[2], work.attention_scores += w[3], work.memory_bytes += w[4];

@@ -1,9 +1,11 @@
 // The FLOPs that a training step needs: 2 per active parameter and token forward, the same for the gradient of the activations, and LoRA's own.
+#include "bench_work.h"
+
 #include "libtorch.h"
 
 #include <algorithm>
 
-#include "bench.h"
+#include "moegraft/adapters/sites.h"
 
 namespace moegraft::tools::bench {
 
@@ -22,14 +24,13 @@ double active_layer_parameters(const model::DecoderSpec& s) {
 }
 
 // Multiply-adds of the two thin products of every site that a row passes.
-double lora_parameters_per_token(const model::DecoderSpec& s, const ModelOptions& o) {
+double lora_parameters_per_token(const model::DecoderSpec& s, int64_t rank, const std::vector<model::Site>& sites) {
   double total = 0;
   for (int64_t l = 0; l < s.num_layers; ++l)
-    for (const auto& name : o.sites) {
-      const model::Site site = adapters::parse_site(name);
+    for (const model::Site site : sites) {
       if (!adapters::has_site(s, l, site)) continue;
       const auto shape = adapters::site_shape(s, site);
-      total += double(o.rank) * double(shape.in + shape.out) * (adapters::is_per_expert(s, site) ? double(s.num_experts_per_tok) : 1.0);
+      total += double(rank) * double(shape.in + shape.out) * (adapters::is_per_expert(s, site) ? double(s.num_experts_per_tok) : 1.0);
     }
   return total;
 }
@@ -43,12 +44,12 @@ double weights_met(const model::DecoderSpec& s, int64_t tokens) {
 
 }  // namespace
 
-StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, const ModelOptions& o, int64_t passes) {
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, int64_t rank, const std::vector<model::Site>& sites, int64_t passes) {
   const model::DecoderSpec& s = m.decoder->spec();
   const int64_t T = batch.num_tokens();
   const at::Tensor labels = batch.labels_T.to(at::kCPU).contiguous(), modality = batch.modality_T.defined() ? batch.modality_T.to(at::kCPU).contiguous() : at::zeros({T}, at::kLong);
   const int64_t *label = labels.const_data_ptr<int64_t>(), *mod = modality.const_data_ptr<int64_t>();
-  const double layers = active_layer_parameters(s), lora = lora_parameters_per_token(s, o), D = double(s.hidden_size);
+  const double layers = active_layer_parameters(s), lora = lora_parameters_per_token(s, rank, sites), D = double(s.hidden_size);
   StepWork work;
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], end = batch.cu_seqlens[i + 1];
@@ -65,7 +66,7 @@ StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batc
       work.forward += 2 * parameters;
       if (needs_gradient) work.activation_gradient += 2 * parameters;
       const bool adapted = gate == model::Gate::all || (gate == model::Gate::modality && mod[t] != 0);
-      if (o.rank > 0 && adapted) work.lora += 3 * 2 * lora;  // forward, activation gradient, weight gradient
+      if (rank > 0 && adapted) work.lora += 3 * 2 * lora;  // forward, activation gradient, weight gradient
       work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) * double(s.num_layers);
     }
   }

@@ -1,56 +1,21 @@
 #pragma once
-// A training step's time on more processes than there are here, from what was measured on a few.
+// `moegraft inspect --plan`: what a training would take on a cluster.
 
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cluster_times.h"
+#include "moegraft/io/json.h"
 #include "moegraft/run/run_config.h"
-#include "moegraft/train/traffic.h"
 
 namespace moegraft::tools {
 
-struct ClusterLayout {
-  int64_t nodes = 1, gpus = 1;  // gpus: processes of a node
-  int64_t expert = 1;
-  bool shard_base = false, shard_optimizer = false;
-  int64_t processes() const { return nodes * gpus; }
-};
 // "nodes=4,gpus=8,expert=8,shard_base=true,shard_optimizer=true", on top of `defaults`. UsageError.
 ClusterLayout parse_layout(const std::string& text, const ClusterLayout& defaults = {});
 
-// Outputs of `moegraft bench collectives --json` and `moegraft bench step --json` (one process), in any number and order; or a file of
-// tools/bench_scaling.sh, which holds such outputs in a list "measured".
-class Measurements {
- public:
-  // UserError: a file that is none of these; no step or no collectives of several processes at all.
-  explicit Measurements(const std::vector<std::string>& files);
-
-  // What a process does by itself: seconds for so many tokens. Linear between the measured sizes, in proportion beyond them.
-  double compute_seconds(double tokens) const;
-  // One call in a group of `members`, that spans nodes or not: the measured times of the group of the nearest size, its latency scaled by the number of rounds
-  // and the rest by the bytes that pass each link.
-  double seconds(train::Collective collective, double bytes, int64_t members, bool between_nodes) const;
-  bool measured_between_nodes() const;
-  const nlohmann::json& step() const { return steps_.front(); }  // of the most tokens
-
- private:
-  std::vector<nlohmann::json> steps_, collectives_;
-};
-
-struct ClusterTimes {
-  double compute = 0;  // with what is computed twice
-  double gradients = 0, experts = 0, base = 0, updates = 0, agreement = 0;  // seconds under way
-  double exposed = 0;  // of those, what no computing hides
-  double step() const { return compute + exposed; }
-};
-// request: of one process under the layout. overlap: exchanges that run beside the computing hide behind it (GPUs); on CPUs they take the same cores.
-ClusterTimes predict(const Measurements& measured, const train::MemoryRequest& request, const std::vector<train::Message>& traffic, const ClusterLayout& layout, int64_t micro_batches,
-                     bool overlap);
-
 // The report of `moegraft inspect --plan`. config: a run's; without one the step is the measured one.
-nlohmann::json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunConfig>& config, const model::Vocabulary& vocabulary, at::Device device, const std::string& layout,
+io::Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunConfig>& config, const model::Vocabulary& vocabulary, at::Device device, const std::string& layout,
                             const std::vector<std::string>& measured);
 
 }  // namespace moegraft::tools
