@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "moegraft/base/check.h"
-#include "moegraft/base/text.h"
 
 namespace moegraft::adapters {
 
@@ -42,7 +41,7 @@ const std::vector<Adapter::Factor>& Adapter::factors() const {
 void Adapter::register_parameters(model::ParameterRegistry& registry) const {
   for (const Parameter& p : parameters()) {
     const int64_t total = p.per_expert && num_experts_ < total_experts_ ? total_experts_ : 0, first = total > 0 ? first_expert_ : 0;
-    registry.add({p.name, p.leaf, "lora", join(config_.modality, ","), p.per_expert ? "expert" : "replicated", p.start, first, total});
+    registry.add({p.name, p.leaf, "lora", modalities_, p.layer, p.per_expert ? model::Sharding::expert : model::Sharding::replicated, p.start, first, total});
   }
 }
 

@@ -29,8 +29,8 @@ std::vector<Adapter::Parameter> ModalityLora::parameters() const {
   std::vector<Parameter> all;
   for (const Factor& f : factors_) {
     const bool per_expert = f.A.dim() == 3;
-    all.push_back({f.name + ".A", f.A, per_expert, config::name_of(config().init)});
-    all.push_back({f.name + ".B", f.B, per_expert, "zero"});
+    all.push_back({f.name + ".A", f.layer, f.A, per_expert, config::name_of(config().init)});
+    all.push_back({f.name + ".B", f.layer, f.B, per_expert, "zero"});
   }
   return all;
 }

@@ -38,7 +38,7 @@ Vera::Vera(const AdapterContext& c) : Adapter(c) {
   for (const Position& p : positions()) {
     const auto [in, out] = site_shape(c.spec, p.site);
     index_[{p.layer, p.site}] = sites_.size();
-    sites_.push_back({name_of(p), leaf(p, P), leaf(p, out), A_PX_.narrow(1, 0, in), B_YP_.narrow(0, 0, out), {}, {}});
+    sites_.push_back({name_of(p), p.layer, leaf(p, P), leaf(p, out), A_PX_.narrow(1, 0, in), B_YP_.narrow(0, 0, out), {}, {}});
   }
 }
 
@@ -59,8 +59,8 @@ std::vector<Adapter::Parameter> Vera::parameters() const {
   std::vector<Parameter> all;
   for (const Site& s : sites_) {
     const bool per_expert = s.d.dim() == 2;
-    all.push_back({s.name + ".d", s.d, per_expert, "constant"});
-    all.push_back({s.name + ".b", s.b, per_expert, "zero"});
+    all.push_back({s.name + ".d", s.layer, s.d, per_expert, "constant"});
+    all.push_back({s.name + ".b", s.layer, s.b, per_expert, "zero"});
   }
   return all;
 }

@@ -78,11 +78,11 @@ void initialise_from(const adapters::Adapter& adapter, size_t index, const std::
   const std::string place = detail::concat("adapters[", index, "].init_from: ", path);
   if (was.empty()) log::warning(place, " does not say which base it was trained on: whether it is this one is not checked");
   else run::check_fingerprints(was, run::take_fingerprints(config, run::Parts::model), config, place + " was trained on");
-  for (const auto& [name, leaf, per_expert, start] : adapter.parameters()) {
-    const auto it = saved.parameters.find(name);
-    MOEGRAFT_CHECK(it != saved.parameters.end(), "adapters[", index, "].init_from: ", path, " has no ", name, "; it must come from a run with the same kind, layers and sites");
-    MOEGRAFT_CHECK(it->second.sizes() == leaf.sizes(), "adapters[", index, "].init_from: ", name, " must have shape ", leaf.sizes().vec(), ", got ", it->second.sizes().vec());
-    leaf.detach().copy_(it->second);
+  for (const auto& p : adapter.parameters()) {
+    const auto it = saved.parameters.find(p.name);
+    MOEGRAFT_CHECK(it != saved.parameters.end(), "adapters[", index, "].init_from: ", path, " has no ", p.name, "; it must come from a run with the same kind, layers and sites");
+    MOEGRAFT_CHECK(it->second.sizes() == p.leaf.sizes(), "adapters[", index, "].init_from: ", p.name, " must have shape ", p.leaf.sizes().vec(), ", got ", it->second.sizes().vec());
+    p.leaf.detach().copy_(it->second);
   }
 }
 

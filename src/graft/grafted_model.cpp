@@ -65,8 +65,8 @@ void add_rows(GraftedModel& m) {
     // New rows follow the base's tying of embedding and head.
     const bool tied = m.decoder->spec().tie_word_embeddings;
     rows.head_ND = tied ? rows.embedding_ND : at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true);
-    m.registry->add({"rows." + tokens.name + ".embedding", rows.embedding_ND, "embeddings", tokens.name, "replicated", ""});
-    if (!tied) m.registry->add({"rows." + tokens.name + ".head", rows.head_ND, "embeddings", tokens.name, "replicated", ""});
+    m.registry->add({"rows." + tokens.name + ".embedding", rows.embedding_ND, "embeddings", {tokens.modality}});
+    if (!tied) m.registry->add({"rows." + tokens.name + ".head", rows.head_ND, "embeddings", {tokens.modality}});
     m.decoder->attach_rows(std::move(rows));
   }
 }
@@ -190,6 +190,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     if (options.mesh) {
       parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
       experts = part.experts;
+      m.sharded = std::move(part.sharded);
       m.decoder = std::make_unique<model::Decoder>(std::move(part.base));
       m.decoder->set_dispatcher(std::move(part.dispatcher));
     } else {

@@ -30,7 +30,7 @@ FixedStep::FixedStep(const Decoder& decoder, KvCache& cache, int64_t count, int6
 std::string FixedStep::obstacle(const Decoder& decoder) {
   const DecoderSpec& s = decoder.spec();
   if (decoder.base().weights->transient()) return "the experts visit the device layer by layer (model.offload, parallel.shard_base)";
-  if (!dynamic_cast<const LocalDispatcher*>(&decoder.dispatcher())) return "the experts are spread over several processes (parallel.expert)";
+  if (!decoder.dispatcher().is_local()) return "the experts are spread over several processes (parallel.expert)";
   if (s.rope.type == "dynamic") return "the rotary frequencies depend on the longest sequence (rope_scaling dynamic)";
   const bool sparse = std::any_of(s.layers.begin(), s.layers.end(), [](const auto& layer) { return layer.sparse; });
   return kernels::recording_obstacle(decoder.device(), decoder.dtype(), s.num_experts, s.hidden_size, sparse ? s.moe_intermediate_size : 0, s.head_dim);

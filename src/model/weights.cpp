@@ -295,29 +295,29 @@ BaseModel init_base(const DecoderSpec& spec, const InitOptions& options) {
 
 namespace {
 
-// Calls visit(name, tensor) for every tensor; stacked experts under names of their own when `stacked`, else one by one.
+// Calls visit(name, layer, tensor) for every tensor (layer: none of what is in none); stacked experts under names of their own when `stacked`, else one by one.
 template <class Visit>
 void for_each_tensor(const BaseModel& base, bool stacked, const Visit& visit) {
   const DecoderSpec& s = base.spec;
   WeightProvider& w = *base.weights;
   ResidentWeights ends;
   ends.embedding = w.embedding_VD(), ends.head = w.head_VD(), ends.final_norm = w.final_norm_D();
-  for_each_row(s, TensorScope::model, {}, [&](const TensorRow& row) { visit(row.name, slot(ends, row.role).get()); });
+  for_each_row(s, TensorScope::model, {}, [&](const TensorRow& row) { visit(row.name, std::optional<int64_t>(), slot(ends, row.role).get()); });
   for (int64_t l = 0; l < s.num_layers; ++l) {
     const LayerSpec& kind = s.layers[size_t(l)];
     LayerWeights layer = w.layer(l);
-    for_each_row(s, TensorScope::layer, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l), slot(layer, row.role).get()); });
+    for_each_row(s, TensorScope::layer, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l), std::optional(l), slot(layer, row.role).get()); });
     if (!kind.sparse) continue;
     ExpertWeights x = w.experts(l, 0, s.num_experts);
     if (stacked) {
       const std::string prefix = "model.layers." + std::to_string(l) + ".mlp.experts.";
-      visit(prefix + "gate_proj", x.gate_EFD);
-      visit(prefix + "up_proj", x.up_EFD);
-      visit(prefix + "down_proj", x.down_EDF);
+      visit(prefix + "gate_proj", std::optional(l), x.gate_EFD);
+      visit(prefix + "up_proj", std::optional(l), x.up_EFD);
+      visit(prefix + "down_proj", std::optional(l), x.down_EDF);
       continue;
     }
     for (int64_t e = 0; e < s.num_experts; ++e)
-      for_each_row(s, TensorScope::expert, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l, e), matrices(x, row.role)[size_t(e)]); });
+      for_each_row(s, TensorScope::expert, kind, [&](const TensorRow& row) { visit(tensor_name(row.name, l, e), std::optional(l), matrices(x, row.role)[size_t(e)]); });
   }
 }
 
@@ -328,21 +328,23 @@ BaseModel thaw_base(const BaseModel& frozen) {
   BaseModel base = init_base(frozen.spec, {});
   base.path = frozen.path;
   std::map<std::string, at::Tensor> leaves;  // of experts: views of the stacked ones
-  for_each_tensor(base, false, [&](const std::string& name, const at::Tensor& t) { leaves.emplace(name, t.detach()); });
-  for_each_tensor(frozen, false, [&](const std::string& name, const at::Tensor& t) { leaves.at(name).copy_(t); });
+  for_each_tensor(base, false, [&](const std::string& name, std::optional<int64_t>, const at::Tensor& t) { leaves.emplace(name, t.detach()); });
+  for_each_tensor(frozen, false, [&](const std::string& name, std::optional<int64_t>, const at::Tensor& t) { leaves.at(name).copy_(t); });
   return base;
 }
 
 void register_base(BaseModel& base, ParameterRegistry& registry) {
   MOEGRAFT_INVARIANT(base.weights->trainable(), "register_base: the base is frozen");
-  for_each_tensor(base, true, [&](const std::string& name, const at::Tensor& t) { if (t.requires_grad()) registry.add({name, t, "base", "", "replicated", "normal"}); });
+  for_each_tensor(base, true, [&](const std::string& name, std::optional<int64_t> layer, const at::Tensor& t) {
+    if (t.requires_grad()) registry.add({.name = name, .tensor = t, .group = "base", .layer = layer, .provenance = "normal"});
+  });
 }
 
 void save_base(const BaseModel& base, const fs::path& dir, at::ScalarType dtype, int64_t max_shard_bytes) {
   fs::create_directories(dir);
   std::vector<io::TensorMap> shards(1);
   int64_t shard_bytes = 0, total_bytes = 0, total_parameters = 0;
-  for_each_tensor(base, false, [&](const std::string& name, const at::Tensor& t) {
+  for_each_tensor(base, false, [&](const std::string& name, std::optional<int64_t>, const at::Tensor& t) {
     const int64_t bytes = t.numel() * int64_t(c10::elementSize(dtype));
     if (shard_bytes + bytes > max_shard_bytes && !shards.back().empty()) shards.emplace_back(), shard_bytes = 0;
     shard_bytes += bytes;

@@ -12,15 +12,6 @@
 #include "moegraft/base/check.h"
 
 namespace moegraft::parallel {
-namespace {
-
-// Of "adapters.0.layers.7.gate.A" 7; -1 for what is in no layer and therefore used from the first layer on, or after the last.
-int64_t layer_of(const std::string& name) {
-  const size_t at = name.find("layers.");
-  return at == std::string::npos ? -1 : std::atoll(name.c_str() + at + 7);
-}
-
-}  // namespace
 
 struct GradientReducer::Hook : torch::autograd::PostAccumulateGradHook {
   Hook(GradientReducer& reducer, size_t parameter) : reducer(reducer), parameter(parameter) {}
@@ -36,7 +27,9 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
   const auto& all = registry.all();
   std::vector<size_t> order(all.size());
   std::iota(order.rbegin(), order.rend(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return layer_of(all[a].name) > layer_of(all[b].name); });
+  // A backward pass finishes the last layer first. What is in no layer is used before the first one, or after the last: behind all of them.
+  const auto layer_of = [&](size_t i) { return all[i].layer.value_or(-1); };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return layer_of(a) > layer_of(b); });
 
   struct Open {
     std::vector<size_t> parameters;
@@ -59,7 +52,7 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
   };
   for (const size_t i : order) {
     if (!all[i].tensor.requires_grad()) continue;
-    const int kind = all[i].sharding == "expert" ? 1 : 0;
+    const int kind = all[i].sharding == model::Sharding::expert ? 1 : 0;
     if (open[kind].numel > 0 && (open[kind].numel + room_of(i)) * 4 > bucket_bytes) close(kind);
     open[kind].parameters.push_back(i);
     open[kind].numel += room_of(i);
@@ -142,7 +135,7 @@ void GradientReducer::share_presence() {
   const int64_t N = int64_t(all.size());
   at::Tensor counts = at::zeros({1 + mesh_.expert_size(), N}, at::kLong);  // on the host, which has to know
   const int64_t mine = 1 + mesh_.expert->rank();
-  const auto line = [&](size_t i) { return (all[i].sharding == "expert" ? mine : 0) * N + int64_t(i); };
+  const auto line = [&](size_t i) { return (all[i].sharding == model::Sharding::expert ? mine : 0) * N + int64_t(i); };
   int64_t* count = counts.data_ptr<int64_t>();
   for (size_t i = 0; i < all.size(); ++i) count[line(i)] = places_[i].present;
   world_->all_reduce(counts, "which parameters have gradients").wait();

@@ -5,7 +5,6 @@
 #include <tuple>
 
 #include "moegraft/parallel/dispatcher.h"
-#include "moegraft/parallel/sharded_weights.h"
 
 namespace moegraft::parallel {
 
@@ -16,7 +15,7 @@ Part load_part(const std::filesystem::path& dir, model::LoadOptions options, con
   if (mesh.expert_size() > 1) part.experts = part.dispatcher->local_experts(model::read_spec(dir).num_experts);
   std::tie(options.first_expert, options.num_experts) = part.experts;
   if (shard_base && mesh.data_size() > 1)
-    options.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<ShardedWeights>(std::move(rest), mesh); };
+    options.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return part.sharded = std::make_shared<ShardedWeights>(std::move(rest), mesh); };
   part.base = model::load_base(dir, options);
   return part;
 }

@@ -42,11 +42,11 @@ UpdateSharding::UpdateSharding(const model::ParameterRegistry& registry, distrib
   std::iota(order.begin(), order.end(), size_t{0});
   // Expert parameters first: they load every expert index alike, the others even out what is left.
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return std::pair(all[a].sharding != "expert", -all[a].tensor.numel()) < std::pair(all[b].sharding != "expert", -all[b].tensor.numel());
+    return std::pair(all[a].sharding != model::Sharding::expert, -all[a].tensor.numel()) < std::pair(all[b].sharding != model::Sharding::expert, -all[b].tensor.numel());
   });
   std::vector<int64_t> owned(static_cast<size_t>(world));  // elements per rank of the world
   for (const size_t i : order) {
-    const bool expert = all[i].sharding == "expert";
+    const bool expert = all[i].sharding == model::Sharding::expert;
     mine_[i] = expert ? mesh_.data->rank() : mesh_.world->rank();
     int64_t least = 0;
     for (int64_t r = 1; r < (expert ? copies : world); ++r)
@@ -93,7 +93,7 @@ void UpdateSharding::share() const {
         numel = 0;
       };
       for (size_t i = 0; i < all.size(); ++i) {
-        if ((all[i].sharding == "expert") != expert || owners_[i] != owner || !all[i].tensor.grad().defined()) continue;
+        if ((all[i].sharding == model::Sharding::expert) != expert || owners_[i] != owner || !all[i].tensor.grad().defined()) continue;
         const at::Tensor value = all[i].tensor.detach();
         if (value.numel() >= kTogether) {
           send(expert, owner, value, {});

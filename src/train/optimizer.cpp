@@ -57,7 +57,7 @@ bool suits_8bit(const model::Parameter& parameter) {
   const auto& tensor = parameter.tensor;
   const int64_t rows = tensor.dim() > 0 ? tensor.size(0) : 1, row = rows > 0 ? tensor.numel() / rows : 0;
   const int64_t total = parameter.total_rows > 0 ? parameter.total_rows * row : tensor.numel();
-  return total >= kSmallest8bit && (parameter.sharding != "expert" || row % kernels::kAdamw8Block == 0);
+  return total >= kSmallest8bit && (parameter.sharding != model::Sharding::expert || row % kernels::kAdamw8Block == 0);
 }
 
 at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
@@ -73,7 +73,7 @@ at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
 namespace {
 
 // Whether a parameter's gradient is here alone, and not everywhere.
-bool is_spread(const model::Parameter& parameter, const distributed::Communicator* experts) { return experts && experts->size() > 1 && parameter.sharding == "expert"; }
+bool is_spread(const model::Parameter& parameter, const distributed::Communicator* experts) { return experts && experts->size() > 1 && parameter.sharding == model::Sharding::expert; }
 
 }  // namespace
 

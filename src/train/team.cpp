@@ -5,9 +5,7 @@
 #include <algorithm>
 
 #include "moegraft/base/check.h"
-#include "moegraft/base/text.h"
 #include "moegraft/parallel/part.h"
-#include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
@@ -38,12 +36,11 @@ void Team::last_backward() {
 void Team::finish_backward() {
   if (reducer_) reducer_->finish();
 }
-void Team::forget_absent(const std::set<std::string>& modalities) {
+void Team::forget_absent(const std::set<int64_t>& modalities) {
   if (!lockstep_) return;
   for (const auto& p : registry_.all()) {
-    if (p.sharding != "expert" || p.modality.empty()) continue;
-    const auto acts_on = split(p.modality, ',');
-    if (std::none_of(acts_on.begin(), acts_on.end(), [&](const std::string& m) { return modalities.contains(m); })) p.tensor.mutable_grad().reset();
+    if (p.sharding != model::Sharding::expert || p.modalities.empty()) continue;
+    if (std::none_of(p.modalities.begin(), p.modalities.end(), [&](int64_t m) { return modalities.contains(m); })) p.tensor.mutable_grad().reset();
   }
 }
 at::Tensor Team::queue_grad_squares() const { return train::queue_grad_squares(registry_, mesh_.expert.get()); }
@@ -69,14 +66,14 @@ void Team::sum_in_place(at::Tensor& tensor, const char* what) {
   if (!alone()) mesh_.world->all().all_reduce(tensor, what).wait();
 }
 
-std::map<std::string, distributed::Traffic> Team::take_traffic(model::WeightProvider& weights) {
+std::map<std::string, distributed::Traffic> Team::take_traffic(parallel::ShardedWeights* base) {
   std::map<std::string, distributed::Traffic> all;
   if (alone()) return all;
   all["gradients"] = reducer_->take_traffic();
   all["experts"] = mesh_.expert->take_traffic();
   all["updates"] = mesh_.world->all().take_traffic();
   all["updates"] += mesh_.data->take_traffic();
-  if (auto* sharded = dynamic_cast<parallel::ShardedWeights*>(&weights)) all["base"] = sharded->take_traffic();
+  if (base) all["base"] = base->take_traffic();
   return all;
 }
 

@@ -179,7 +179,7 @@ class Trainer {
     const auto start = Clock::now();
     const auto& t = config_.train;
     team_.beat(state_.step);
-    team_.take_traffic(*model_.decoder->base().weights);  // of evaluation and samples: not the step's
+    team_.take_traffic(model_.sharded.get());  // of evaluation and samples: not the step's
     team_.begin_step();
     const data::StepBatch step_batch = next_step();
     const auto& batches = step_batch.micro_batches;
@@ -211,7 +211,7 @@ class Trainer {
     state_.tokens_seen += step_batch.num_tokens;
     ++state_.step;
     window_step_ += seconds_since(start);
-    for (const auto& [purpose, traffic] : team_.take_traffic(*model_.decoder->base().weights)) {
+    for (const auto& [purpose, traffic] : team_.take_traffic(model_.sharded.get())) {
       window_exchange_ += traffic.wait_seconds;
       window_bytes_ += traffic.bytes;
     }
@@ -271,9 +271,9 @@ class Trainer {
     stop_asked_ = all[1] > 0;
     time_is_up_ = all[2] > 0;
     if (!std::isfinite(all[0])) stop_on_bad_number(bad, "loss", all[0]);
-    std::set<std::string> present;
+    std::set<int64_t> present;  // modality m is number m of names_
     for (size_t m = 0; m < sets; ++m)
-      if (all[first + 2 * sets + m] > 0) present.insert(names_[m]);
+      if (all[first + 2 * sets + m] > 0) present.insert(int64_t(m));
     team_.forget_absent(present);
     window_nll_.resize(sets, 0.0);
     window_labels_.resize(sets, 0);

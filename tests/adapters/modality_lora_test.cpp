@@ -146,7 +146,11 @@ TEST(ModalityLora, ShapesNamesAndRegistry) {
   EXPECT_EQ(experts, 3);
   ASSERT_NE(registry.find("adapters.7.layers.3.down.B"), nullptr);
   EXPECT_EQ(registry.find("adapters.7.layers.3.down.B")->tensor.sizes(), (at::IntArrayRef{5, 16, 3}));
-  EXPECT_EQ(registry.find("adapters.7.layers.3.down.A")->sharding, "expert");
+  const model::Parameter& down = *registry.find("adapters.7.layers.3.down.A");
+  EXPECT_EQ(down.sharding, model::Sharding::expert);
+  EXPECT_EQ(down.layer, 3);
+  EXPECT_EQ(down.modalities, (std::vector<int64_t>{1}));
+  EXPECT_EQ(registry.find("adapters.7.layers.0.k.A")->sharding, model::Sharding::replicated);
   EXPECT_EQ(registry.find("adapters.7.layers.0.k.A")->tensor.sizes(), (at::IntArrayRef{3, 16}));
   EXPECT_EQ(registry.find("adapters.7.layers.1.gate.A"), nullptr);
 }

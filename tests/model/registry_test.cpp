@@ -2,8 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <set>
+
+#include "../support/paths.h"
 #include "moegraft/base/check.h"
 #include "moegraft/model/vocabulary.h"
+#include "moegraft/model/weights.h"
 
 namespace moegraft::model {
 namespace {
@@ -12,7 +17,7 @@ at::Tensor leaf(at::IntArrayRef shape) { return torch::ones(shape).set_requires_
 
 TEST(Registry, KeepsOrderAndCounts) {
   ParameterRegistry registry;
-  registry.add({"b", leaf({2, 3}), "lora", "image"});
+  registry.add({"b", leaf({2, 3}), "lora", {1}});
   registry.add({"a", leaf({4}), "base"});
   EXPECT_EQ(registry.all()[0].name, "b");
   EXPECT_EQ(registry.num_elements(), 10);
@@ -45,6 +50,20 @@ TEST(Registry, ZeroGradUndefinesAndTrainableFollowsThePrefix) {
   EXPECT_TRUE(registry.all()[1].tensor.requires_grad());
   registry.zero_grad();
   EXPECT_FALSE(registry.all()[1].tensor.grad().defined());
+}
+
+TEST(Registry, TheBasesTensorsSayWhichLayerTheyAreOf) {
+  BaseModel base = init_base(read_spec(std::filesystem::path(test_source_dir()) / "tests/golden/model/qwen3_mixed"), {1.0, 3});  // dense and sparse layers
+  ParameterRegistry registry;
+  register_base(base, registry);
+  std::set<int64_t> layers;
+  for (const auto& p : registry.all()) {
+    ASSERT_EQ(p.layer.has_value(), p.name.starts_with("model.layers.")) << p.name;
+    if (!p.layer) continue;
+    EXPECT_TRUE(p.name.starts_with("model.layers." + std::to_string(*p.layer) + ".")) << p.name;
+    layers.insert(*p.layer);
+  }
+  EXPECT_EQ(int64_t(layers.size()), base.spec.num_layers);
 }
 
 TEST(Vocabulary, IdsFollowTheTextOnes) {

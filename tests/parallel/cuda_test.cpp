@@ -52,7 +52,7 @@ TEST(ParallelCuda, GradientsLieInTheBuckets) {
   MOEGRAFT_NEEDS_GPU();
   const distributed::Mesh mesh = mesh_of_one();
   model::ParameterRegistry registry;
-  for (int64_t l = 0; l < 3; ++l) registry.add({"layers." + std::to_string(l) + ".w", at::randn({40, 40}, at::kCUDA).requires_grad_(true), "base"});
+  for (int64_t l = 0; l < 3; ++l) registry.add({.name = "layers." + std::to_string(l) + ".w", .tensor = at::randn({40, 40}, at::kCUDA).requires_grad_(true), .group = "base", .layer = l});
   registry.add({"unused", at::randn({4}, at::kCUDA).requires_grad_(true), "base"});
   const auto loss = [&](const at::Tensor& x) {
     at::Tensor y = x;

@@ -28,8 +28,8 @@ void fill(ParameterRegistry& registry) {
   registry.add({"unused", leaf({3}, 2), "lora"});
   for (int64_t l = 0; l < kLayers; ++l) {
     const std::string prefix = "adapters.0.layers." + std::to_string(l) + ".";
-    registry.add({prefix + "q.A", leaf({2, 7}, uint64_t(10 + l)), "lora"});
-    registry.add({prefix + "gate.A", leaf({2, 3, 5}, uint64_t(20 + l)), "lora", "", "expert"});
+    registry.add({.name = prefix + "q.A", .tensor = leaf({2, 7}, uint64_t(10 + l)), .group = "lora", .layer = l});
+    registry.add({.name = prefix + "gate.A", .tensor = leaf({2, 3, 5}, uint64_t(20 + l)), .group = "lora", .layer = l, .sharding = model::Sharding::expert});
   }
 }
 // Whether rank r's micro-batch m uses parameter i.
@@ -57,7 +57,7 @@ void check(const ParameterRegistry& registry, const Mesh& mesh, const std::funct
     const auto& p = registry.all()[i];
     at::Tensor sum;
     for (int64_t r = 0; r < mesh.world->size(); ++r) {
-      if (p.sharding == "expert" && r % mesh.expert_size() != mesh.expert->rank()) continue;
+      if (p.sharding == model::Sharding::expert && r % mesh.expert_size() != mesh.expert->rank()) continue;
       for (int64_t m = 0; m < kMicroBatches; ++m)
         if (!idle(r) && uses(i, r, m, p.name)) sum = (sum.defined() ? sum : at::zeros(p.tensor.sizes(), at::kDouble)) + coefficient(p.tensor, i, r, m).to(at::kDouble);
     }
@@ -100,7 +100,7 @@ RANK_BODY(reducer) {
         }
         // Every rank has the same bits, or an update would part them.
         for (const auto& p : registry.all()) {
-          if (p.sharding == "expert" || !p.tensor.grad().defined()) continue;
+          if (p.sharding == model::Sharding::expert || !p.tensor.grad().defined()) continue;
           at::Tensor all = at::empty({world->size() * p.tensor.numel()});
           world->all().all_gather(all, p.tensor.grad().reshape({-1}), "test").wait();
           for (int64_t r = 0; r < world->size(); ++r) EXPECT_TRUE(at::equal(all.view({world->size(), -1})[r], p.tensor.grad().reshape({-1})));
@@ -128,7 +128,7 @@ RANK_BODY(reducer_net) {
   const auto world = testing::join();
   const Mesh mesh = distributed::make_mesh(world, 1);
   const auto net = [](ParameterRegistry& registry) {
-    for (int64_t l = 0; l < kLayers; ++l) registry.add({"layers." + std::to_string(l) + ".weight", leaf({16, 16}, uint64_t(l)), "base"});
+    for (int64_t l = 0; l < kLayers; ++l) registry.add({.name = "layers." + std::to_string(l) + ".weight", .tensor = leaf({16, 16}, uint64_t(l)), .group = "base", .layer = l});
   };
   const auto loss = [](const ParameterRegistry& registry, at::Tensor x, const std::function<void()>& before_the_first = [] {}) {
     for (int64_t l = 0; l < kLayers; ++l) x = at::tanh(at::linear(x, registry.all()[size_t(l)].tensor));
@@ -181,7 +181,7 @@ RANK_BODY(narrow_reducer) {
         const auto& p = registry.all()[i];
         at::Tensor sum;
         for (int64_t r = 0; r < world->size(); ++r) {
-          if (p.sharding == "expert" && r % ep != mesh.expert->rank()) continue;
+          if (p.sharding == model::Sharding::expert && r % ep != mesh.expert->rank()) continue;
           at::Tensor mine = at::zeros(p.tensor.sizes(), at::kBFloat16);
           bool any = false;
           for (int64_t m = 0; m < kMicroBatches; ++m)
@@ -239,13 +239,13 @@ RANK_BODY(updates) {
       largest = std::max(largest, p.tensor.numel());
       if (i % 4 != 3) p.tensor.mutable_grad() = at::zeros_like(p.tensor);
       p.tensor.fill_(-1.0);
-      if (sharding.owned()[i]) p.tensor.fill_(double(100 * int64_t(i) + (p.sharding == "expert" ? mesh.expert->rank() : 0)));
+      if (sharding.owned()[i]) p.tensor.fill_(double(100 * int64_t(i) + (p.sharding == model::Sharding::expert ? mesh.expert->rank() : 0)));
     }
     EXPECT_LE(mine, total / std::min(world->size(), mesh.data_size()) + largest);
     sharding.share();
     for (size_t i = 0; i < registry.all().size(); ++i) {
       const auto& p = registry.all()[i];
-      const double owners = double(100 * int64_t(i) + (p.sharding == "expert" ? mesh.expert->rank() : 0));
+      const double owners = double(100 * int64_t(i) + (p.sharding == model::Sharding::expert ? mesh.expert->rank() : 0));
       const double want = i % 4 != 3 || sharding.owned()[i] ? owners : -1.0;  // without a gradient nothing has changed, and nothing travels
       EXPECT_TRUE(p.tensor.eq(want).all().item<bool>()) << p.name;
     }

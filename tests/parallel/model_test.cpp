@@ -51,7 +51,8 @@ class Terms : public model::AdapterSites {
           at::Tensor t = at::randn(shape, generator(seed), at::kFloat) * 0.3;
           if (expert) t = t.narrow(0, first, count).clone();
           t.requires_grad_(true);
-          registry.add({"layers." + std::to_string(l) + "." + name + "." + factor, t, "lora", "", expert ? "expert" : "replicated", "", expert ? first : 0, expert ? s.num_experts : 0});
+          registry.add({.name = "layers." + std::to_string(l) + "." + name + "." + factor, .tensor = t, .group = "lora", .layer = l,
+                        .sharding = expert ? model::Sharding::expert : model::Sharding::replicated, .first_row = expert ? first : 0, .total_rows = expert ? s.num_experts : 0});
           return t;
         };
         const uint64_t seed = uint64_t(100 * l + 10 * int(site));

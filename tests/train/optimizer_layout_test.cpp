@@ -34,7 +34,7 @@ struct Rank {
   Rank(int64_t expert, int64_t index) : expert(expert), index(index) {
     for (const auto& t : kTensors) {
       model::Parameter p{t.name, slice(t, values(t.name, "value", t.shape)).requires_grad_(true), "lora"};
-      p.sharding = t.expert ? "expert" : "replicated";
+      p.sharding = t.expert ? model::Sharding::expert : model::Sharding::replicated;
       if (t.expert && expert > 1) p.first_row = index * (t.shape[0] / expert), p.total_rows = t.shape[0];
       registry.add(p);
     }

@@ -26,7 +26,8 @@ void fill(ParameterRegistry& registry, int64_t expert_index, int64_t expert_size
     at::Tensor t = at::randn(shape, g, at::kFloat);
     const int64_t rows = shape.empty() ? 0 : shape[0];
     if (expert) t = t.narrow(0, expert_index * rows / expert_size, rows / expert_size).clone();
-    registry.add({name, t.requires_grad_(true), group, "", expert ? "expert" : "replicated", "", expert ? expert_index * rows / expert_size : 0, expert && expert_size > 1 ? rows : 0});
+    registry.add({.name = name, .tensor = t.requires_grad_(true), .group = group, .sharding = expert ? model::Sharding::expert : model::Sharding::replicated,
+                  .first_row = expert ? expert_index * rows / expert_size : 0, .total_rows = expert && expert_size > 1 ? rows : 0});
   };
   add("rows", {2100, 2048}, "embeddings");
   add("norm", {7}, "lora");
@@ -91,7 +92,7 @@ RANK_BODY(sharded_adamw) {
       at::Tensor owned = at::zeros({int64_t(here.all().size())}, at::kLong);
       for (size_t i = 0; i < here.all().size(); ++i) owned[int64_t(i)] = int64_t(sharding.owned()[i]);
       world->all().all_reduce(owned, "owners").wait();
-      for (size_t i = 0; i < here.all().size(); ++i) EXPECT_EQ(owned[int64_t(i)].item<int64_t>(), here.all()[i].sharding == "expert" ? ep : 1) << here.all()[i].name;
+      for (size_t i = 0; i < here.all().size(); ++i) EXPECT_EQ(owned[int64_t(i)].item<int64_t>(), here.all()[i].sharding == model::Sharding::expert ? ep : 1) << here.all()[i].name;
       for (const auto& part : split.state_parts())
         EXPECT_EQ(part.copies == checkpoint::Copies::nowhere, part.name != "steps") << part.name;
 

@@ -199,7 +199,7 @@ class Stepper {
   checkpoint::Parts parameters() const { return team_.parts_to_write(checkpoint::parameter_parts(*m_.registry)); }
   checkpoint::Parts moments() const { return team_.parts_to_write(optimizer_.state_parts()); }
 
-  std::map<std::string, distributed::Traffic> take_traffic() { return team_.take_traffic(*m_.decoder->base().weights); }
+  std::map<std::string, distributed::Traffic> take_traffic() { return team_.take_traffic(m_.sharded.get()); }
 
  private:
   graft::GraftedModel& m_;

@@ -134,8 +134,8 @@ void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
   const model::ModalityTokens tokens{"image", 1, spec.vocab_size, codes, item_length};
   model::ModalityRows rows{tokens.modality, tokens.first_id, random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 1), {}};
   rows.head_ND = spec.tie_word_embeddings ? rows.embedding_ND : random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 2);
-  m.registry->add({"rows.image.embedding", rows.embedding_ND, "embeddings", "image", "replicated", "random"});
-  if (!spec.tie_word_embeddings) m.registry->add({"rows.image.head", rows.head_ND, "embeddings", "image", "replicated", "random"});
+  m.registry->add({.name = "rows.image.embedding", .tensor = rows.embedding_ND, .group = "embeddings", .modalities = {tokens.modality}, .provenance = "random"});
+  if (!spec.tie_word_embeddings) m.registry->add({.name = "rows.image.head", .tensor = rows.head_ND, .group = "embeddings", .modalities = {tokens.modality}, .provenance = "random"});
   m.vocabulary.modalities.push_back(tokens);
   m.decoder->attach_rows(std::move(rows));
 }
@@ -170,6 +170,7 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
   load.quantise = model::weight_format(model::parse_quantize(o.quantize));
   parallel::Part part = parallel::load_part(o.model, load, mesh, shard_base);
   experts = part.experts;
+  m.sharded = std::move(part.sharded);
   m.decoder = std::make_unique<model::Decoder>(std::move(part.base));
   m.decoder->set_dispatcher(std::move(part.dispatcher));
   const auto& s = m.decoder->spec();

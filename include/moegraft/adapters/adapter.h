@@ -33,9 +33,10 @@ class Adapter : public model::AdapterSites {
     int64_t layer;
     model::Site site;
   };
-  // A trained tensor. per_expert: its first dimension counts experts. start: how it begins, for run.json.
+  // A trained tensor. per_expert: its first dimension counts experts. start: how it begins.
   struct Parameter {
     std::string name;
+    int64_t layer;
     at::Tensor leaf;
     bool per_expert;
     std::string start;

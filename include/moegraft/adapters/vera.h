@@ -25,6 +25,7 @@ class Vera : public Adapter {
  private:
   struct Site {
     std::string name;
+    int64_t layer;
     at::Tensor d, b;        // leaves: [P] and [out], of experts [E, P] and [E, out]
     at::Tensor A_PX, B_YP;  // this site's part of the shared ones
     // Without gradients.

@@ -17,6 +17,10 @@
 #include "moegraft/run/run_config.h"
 #include "moegraft/tokenizer/tokenizer.h"
 
+namespace moegraft::parallel {
+class ShardedWeights;  // parallel/sharded_weights.h
+}
+
 namespace moegraft::graft {
 
 struct OpenOptions {
@@ -36,6 +40,7 @@ struct GraftedModel {
   std::optional<run::RunConfig> config;          // runs only
   std::filesystem::path base_path;               // the Hugging Face directory of the base; empty when trained from scratch
   std::unique_ptr<model::Decoder> decoder;
+  std::shared_ptr<parallel::ShardedWeights> sharded;  // the base's weights where processes share them (parallel.shard_base); null otherwise
   model::Vocabulary vocabulary;                  // text_size is config.vocab_size
   std::shared_ptr<tokenizer::Tokenizer> tokenizer;  // null when the directory has none
   std::map<std::string, std::shared_ptr<codec::Codec>> codecs;  // by modality name

@@ -8,6 +8,7 @@
 #include "moegraft/distributed/world.h"
 #include "moegraft/model/dispatcher.h"
 #include "moegraft/model/weights.h"
+#include "moegraft/parallel/sharded_weights.h"
 
 namespace moegraft::parallel {
 
@@ -16,6 +17,7 @@ struct Part {
   model::BaseModel base;
   std::shared_ptr<model::TokenDispatcher> dispatcher;
   std::pair<int64_t, int64_t> experts{0, 0};  // those that are here: first and count; count 0: all
+  std::shared_ptr<ShardedWeights> sharded{};  // base.weights where they are split over the data group; null otherwise
 };
 
 // Reads this process's experts of a Hugging Face directory and everything else. options: which experts, and who keeps them, follow from the mesh.

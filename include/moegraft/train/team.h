@@ -11,10 +11,10 @@
 #include "moegraft/checkpoint/parts.h"
 #include "moegraft/distributed/world.h"
 #include "moegraft/model/registry.h"
-#include "moegraft/model/weights.h"
 #include "moegraft/parallel/config.h"
 #include "moegraft/parallel/gradients.h"
 #include "moegraft/parallel/narrow_gradients.h"
+#include "moegraft/parallel/sharded_weights.h"
 #include "moegraft/parallel/updates.h"
 
 namespace moegraft::train {
@@ -36,9 +36,9 @@ class Team {
   void begin_step();       // no gradients
   void last_backward();    // before the last micro-batch's
   void finish_backward();  // every gradient is the sum over all processes
-  // modalities: those with a token in this step, in any process. In lockstep every process runs every term on experts, and so has gradients (zeros) where one
+  // modalities: the ids of those with a token in this step, in any process. In lockstep every process runs every term on experts, and so has gradients (zeros) where one
   // process alone would have none: of modalities that nobody has. They go, for AdamW's moments must not move.
-  void forget_absent(const std::set<std::string>& modalities);
+  void forget_absent(const std::set<int64_t>& modalities);
   at::Tensor queue_grad_squares() const;                         // of what is on a device, before the host waits for it
   double grad_norm(const std::array<double, 2>& from_device);    // each parameter once; from_device: what queue_grad_squares came to
   double grad_norm();                                            // both, with a wait of its own
@@ -52,8 +52,8 @@ class Team {
 
   checkpoint::Parts parts_to_write(const checkpoint::Parts& held) const { return checkpoint::parts_to_write(held, checkpoint::place_in(mesh_)); }
   // What this process handed to collectives and how long its host waited for them, since the last call, by purpose: "gradients", "experts", "updates"
-  // (and agreements and sums, a few bytes), "base" where it is sharded. Nothing when alone.
-  std::map<std::string, distributed::Traffic> take_traffic(model::WeightProvider& weights);
+  // (and agreements and sums, a few bytes), "base" where it is sharded (null: it is not). Nothing when alone.
+  std::map<std::string, distributed::Traffic> take_traffic(parallel::ShardedWeights* base);
   void beat(int64_t step);
 
  private:
