@@ -19,7 +19,7 @@
 #include "moegraft/model/device.h"
 #include "moegraft/parallel/part.h"
 #include "moegraft/routing/stats.h"
-#include "moegraft/train/team.h"
+#include "moegraft/train/distributed_step.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -172,39 +172,39 @@ Json describe_routing(const routing::RoutingReport& report) {
 class Stepper {
  public:
   Stepper(graft::GraftedModel& m, const distributed::Mesh& mesh, const StepOptions& o)
-      : m_(m), clip_(o.clip), team_(parallel_config(o), mesh, *m.registry), optimizer_(make_optimizer(*m.registry, o, team_.owned())) {}
+      : m_(m), clip_(o.clip), distributed_(parallel_config(o), mesh, *m.registry), optimizer_(make_optimizer(*m.registry, o, distributed_.owned())) {}
 
   // The micro-batches' mean loss.
   at::Tensor run(const std::vector<StepBatch>& batches, const model::ForwardOptions& forward, const std::function<void(const char*)>& phase = [](const char*) {}) {
     at::Tensor sum;
-    team_.begin_step();
+    distributed_.begin_step();
     for (size_t i = 0; i < batches.size(); ++i) {
       phase("forward");
       const auto result = m_.decoder->forward(batches[i].mine, forward);
       phase("loss");
       const auto loss = model::cross_entropy_loss(*m_.decoder, result, batches[i].mine, double(std::max<int64_t>(batches[i].labels, 1)) * double(batches.size()));
       phase("backward");
-      if (i + 1 == batches.size()) team_.last_backward();
+      if (i + 1 == batches.size()) distributed_.last_backward();
       if (loss.loss.requires_grad()) loss.loss.backward();
       sum = sum.defined() ? sum + loss.loss.detach() : loss.loss.detach();
     }
-    team_.finish_backward();
+    distributed_.finish_backward();
     phase("optimizer");
-    optimizer_.step(1.0, clip_ > 0 ? train::clip_factor(team_.grad_norm(), clip_) : 1.0);
-    team_.share_updates();
+    optimizer_.step(1.0, clip_ > 0 ? train::clip_factor(distributed_.grad_norm(), clip_) : 1.0);
+    distributed_.share_updates();
     return sum;
   }
 
   // This process's part of a checkpoint.
-  checkpoint::Parts parameters() const { return team_.parts_to_write(checkpoint::parameter_parts(*m_.registry)); }
-  checkpoint::Parts moments() const { return team_.parts_to_write(optimizer_.state_parts()); }
+  checkpoint::Parts parameters() const { return distributed_.parts_to_write(checkpoint::parameter_parts(*m_.registry)); }
+  checkpoint::Parts moments() const { return distributed_.parts_to_write(optimizer_.state_parts()); }
 
-  std::map<std::string, distributed::Traffic> take_traffic() { return team_.take_traffic(m_.sharded.get()); }
+  std::map<std::string, distributed::Traffic> take_traffic() { return distributed_.take_traffic(m_.sharded.get()); }
 
  private:
   graft::GraftedModel& m_;
   double clip_;
-  train::Team team_;
+  train::DistributedStep distributed_;
   train::AdamW optimizer_;
 };
 

@@ -1,5 +1,5 @@
 #pragma once
-// What a run writes down while it trains: metrics.jsonl, routing.jsonl, TensorBoard. One process writes; in the others every call does nothing.
+// What a run writes down while it trains: metrics.jsonl, routing.jsonl, TensorBoard, notes in run.json. One process writes; in the others every call does nothing.
 
 #include <memory>
 #include <optional>
@@ -12,10 +12,11 @@
 
 namespace moegraft::train {
 
-class Journal {
+// Owns the run's directory, with its lock: it outlives everything that writes there.
+class RunLog {
  public:
   // dir: none in a process that does not write. resume_step: as in TensorBoard.
-  Journal(std::optional<run::RunDir> dir, int64_t resume_step) : dir_(std::move(dir)) {
+  RunLog(std::optional<run::RunDir> dir, int64_t resume_step) : dir_(std::move(dir)) {
     if (dir_) board_ = std::make_unique<TensorBoard>(dir_->tensorboard(), resume_step);
   }
   bool writes() const { return dir_.has_value(); }
