@@ -16,7 +16,7 @@ namespace {
 using Json = nlohmann::json;
 
 Packer make_packer(const DataConfig& config) {
-  const Packer packer{config.packing == "stream", config.sequence_length, config.tokens_per_step};
+  const Packer packer{config.packing == Packing::stream, config.sequence_length, config.tokens_per_step};
   MOEGRAFT_CHECK_USAGE(packer.stream || packer.budget >= config.sequence_length, "data.tokens_per_step must be at least data.sequence_length (", config.sequence_length,
                        ") so that every document fits, got ", packer.budget);
   return packer;
@@ -70,7 +70,7 @@ struct BatchStream::Impl : DocumentFeed {
       : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, rules_of(sources, config), seed) {
     window.begin = draws.cursor();
   }
-  bool by_modality() const { return config.batching == "modality"; }
+  bool by_modality() const { return config.batching == Batching::modality; }
 
   const Document* current() override { return &draws.current(); }
   void advance() override {
@@ -217,7 +217,7 @@ void BatchStream::restore(const std::string& state) {
     fail("the data cursor is broken: ", e.what());
   }
   MOEGRAFT_CHECK(seed == s.seed, "the data cursor belongs to seed ", seed, ", the run has ", s.seed, " (run.seed may not change on resume)");
-  MOEGRAFT_CHECK((version == 2) == s.by_modality(), "the data cursor belongs to data.batching: ", version == 2 ? "modality" : "mixed", ", the run has ", s.config.batching,
+  MOEGRAFT_CHECK((version == 2) == s.by_modality(), "the data cursor belongs to data.batching: ", version == 2 ? "modality" : "mixed", ", the run has ", config::name_of(s.config.batching),
                  " (it may not change on resume)");
   const auto present = s.draws.num_documents();
   MOEGRAFT_CHECK(documents == present && taken.size() == present.size(), "the data cursor belongs to sources of ", documents, " documents, data.train has ", present,

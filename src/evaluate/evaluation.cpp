@@ -39,7 +39,7 @@ class Evaluator {
     if (config.sequence_length > 0) rules_.sequence_length = config.sequence_length;
     if (most > 0) rules_.sequence_length = std::min(rules_.sequence_length, most);
     rules_.tokens_per_step = std::max<int64_t>(rules_.sequence_length, 2048);
-    rules_.packing = "documents";
+    rules_.packing = data::Packing::documents;
   }
 
   graft::GraftedModel& model() { return model_; }
@@ -52,7 +52,7 @@ class Evaluator {
     data::EvalStream stream(sources(config_.text->shards), rules, model_.vocabulary, config_.text->max_tokens);
     const Likelihood grafted = measure_likelihood(model_, stream);
     MOEGRAFT_CHECK(grafted.labels_M[0] > 0, "text.shards: no text to predict in ", config_.text->shards);
-    TextResult result{grafted.labels_M[0], rules.packing, rules.sequence_length, grafted.nll_M[0], {}};
+    TextResult result{grafted.labels_M[0], config::name_of(rules.packing), rules.sequence_length, grafted.nll_M[0], {}};
     if (model_.is_graft()) {
       const Detached base(model_);
       result.base_nll = measure_likelihood(model_, stream).nll_M[0];
@@ -120,7 +120,7 @@ namespace {
 graft::OpenOptions open_options(const EvalConfig& config) {
   graft::OpenOptions open;
   if (config.dtype != "auto") open.dtype = graft::parse_dtype(config.dtype);
-  if (config.quantize != "auto") open.quantize = model::parse_quantize(config.quantize);
+  if (config.quantize != "auto") open.quantize = config::parse_choice<model::Quantize>("quantize", config.quantize);
   open.device = config.device;
   open.checkpoint = config.checkpoint;
   return open;
@@ -131,7 +131,7 @@ graft::GraftedModel open_start(const fs::path& path, graft::OpenOptions open, co
   open.checkpoint = "0", open.check_identity = false;
   if (fs::is_directory(path / "checkpoints" / checkpoint::step_name(0))) return graft::open_model(path, open);
   run::RunConfig config = *now.config;
-  config.model.device = now.device().is_cuda() ? "cuda" : "cpu";
+  config.model.device = now.device().is_cuda() ? config::Device::cuda : config::Device::cpu;
   return graft::build_model(config);
 }
 

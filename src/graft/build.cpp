@@ -50,7 +50,7 @@ Calibration calibrate(const GraftedModel& m, const run::RunConfig& config) {
     log::info("ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, instead of ", plan.wanted);
   Calibration calibration(plan.rows, uint64_t(config.run.seed));
   data::DataConfig mixed = config.data;  // a few steps, of every modality
-  mixed.batching = "mixed";
+  mixed.batching = data::Batching::mixed;
   data::BatchStream stream(config.data.train, mixed, m.vocabulary, uint64_t(config.run.seed));
   model::ForwardOptions options;
   options.sites = &calibration;

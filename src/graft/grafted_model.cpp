@@ -137,17 +137,16 @@ const codec::ImageCodec* find_image_codec(const GraftedModel& m, const std::stri
   return images;
 }
 
-at::Device parse_device(const std::string& name) {
-  if (name == "cpu") return at::kCPU;
-  MOEGRAFT_CHECK_USAGE(name == "cuda" || name == "auto", "the device must be auto, cpu or cuda, got '", name, "'");
+at::Device device_of(config::Device device) {
+  if (device == config::Device::cpu) return at::kCPU;
   const bool available = torch::cuda::is_available();
-  MOEGRAFT_CHECK(name == "auto" || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
+  MOEGRAFT_CHECK(device == config::Device::automatic || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
   if (available) kernels::set_device_numerics();
   return available ? kernels::current_device(at::kCUDA) : at::Device(at::kCPU);
 }
 
-at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size) {
-  const at::Device device = parse_device(name);
+at::Device choose_device(config::Device choice, int64_t local_rank, int64_t local_world_size) {
+  const at::Device device = device_of(choice);
   if (!device.is_cuda()) return device;
   const int64_t present = int64_t(torch::cuda::device_count());
   MOEGRAFT_CHECK(local_world_size <= present, local_world_size, " processes on this machine need a GPU each, there are ", present, "; start fewer, or set model.device: cpu");
@@ -167,7 +166,7 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   m.config = config;
   if (run::is_run(config.run.dir)) m.path = config.run.dir;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  const at::Device device = parse_device(options.device.value_or(config.model.device));
+  const at::Device device = device_of(options.device.value_or(config.model.device));
   const at::ScalarType dtype = options.dtype.value_or(parse_dtype(config.model.dtype));
   std::pair<int64_t, int64_t> experts{0, 0};  // here; all
   const bool base_trains = config.train.base_weights == train::BaseWeights::full;
@@ -223,7 +222,7 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
   GraftedModel m;
   m.path = m.base_path = path;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  model::LoadOptions load{options.dtype.value_or(at::kFloat), parse_device(options.device.value_or("auto"))};
+  model::LoadOptions load{options.dtype.value_or(at::kFloat), device_of(options.device.value_or(config::Device::automatic))};
   load.quantise = model::weight_format(options.quantize.value_or(model::Quantize::none));
   m.decoder = std::make_unique<model::Decoder>(model::load_base(path, load));
   const auto& s = m.decoder->spec();

@@ -301,7 +301,7 @@ RowStatistics row_statistics(const at::Tensor& rows_ND) {
 
 ot::Settings solver_settings(const ot::OtConfig& ot, int64_t n, int64_t m) {
   ot::Settings s;
-  s.solver = ot.solver == "proximal" ? ot::Solver::proximal : ot::Solver::entropic;
+  s.solver = ot.solver;
   s.epsilon = ot.epsilon;
   s.max_iterations = ot.max_iterations;
   s.tolerance = 1e-3 / std::sqrt(double(std::max(n, m)));  // a thousandth of a sharp plan's norm

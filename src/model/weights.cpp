@@ -31,15 +31,6 @@ std::optional<kernels::WeightFormat> weight_format(Quantize quantize) {
   fail<InvariantError>("model.quantize: ", config::name_of(quantize), " has no row in kernels/weight_format.h");
 }
 
-Quantize parse_quantize(const std::string& name) {
-  std::vector<std::string> known;
-  for (const auto& row : kQuantizations) {
-    if (row.name == name) return row.value;
-    known.emplace_back(row.name);
-  }
-  fail<UsageError>("quantize must be one of ", join(known, ", "), ", got '", shortened(name), "'");
-}
-
 namespace {
 
 namespace fs = std::filesystem;

@@ -22,7 +22,7 @@ std::vector<std::string> names_of(const model::Vocabulary& vocabulary) {
 Stage::Stage(const run::RunConfig& config, graft::GraftedModel& trained, const distributed::Mesh& mesh)
     : model(trained),
       modality_names(names_of(model.vocabulary)),
-      distributed(config.parallel, mesh, *model.registry, graft::parse_dtype(config.train.gradients)),
+      distributed(config.parallel, mesh, *model.registry, config.train.gradients == GradientDtype::bf16 ? at::kBFloat16 : at::kFloat),
       optimizer(make_optimizer(*model.registry, config.train, distributed.owned())),
       schedule{config.train.schedule, config.train.warmup, config.train.steps, config.train.min_lr_ratio},
       stream(std::make_unique<data::BatchStream>(config.data.train, config.data, model.vocabulary, uint64_t(config.run.seed),

@@ -88,7 +88,7 @@ void check_inputs(const run::RunConfig& config) {
 // Rank 0 by itself: builds a new run's model and saves it as step 0.
 fs::path save_new_run(const run::RunConfig& config, const run::RunDir& dir, const run::Fingerprints& fingerprints) {
   graft::OpenOptions options;
-  options.experts = experts_of_new_run(config, graft::parse_device(config.model.device).is_cuda());
+  options.experts = experts_of_new_run(config, graft::device_of(config.model.device).is_cuda());
   graft::GraftedModel model = graft::build_model(config, options);
   write_beside(dir.path(), model);
   const AdamW optimizer = make_optimizer(*model.registry, config.train);
@@ -124,7 +124,7 @@ fs::path wait_for_rank_0(distributed::World& world, double minutes) {
 
 // The least that the device of a process has free; 0 on the CPU. Collective on GPUs.
 int64_t free_everywhere(const model::ModelConfig& config, const distributed::Mesh& mesh) {
-  const auto mine = model::free_memory(graft::parse_device(config.device));
+  const auto mine = model::free_memory(graft::device_of(config.device));
   if (!mine) return 0;
   if (!mesh.distributed()) return *mine;
   double least = double(*mine);
@@ -156,14 +156,14 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.num_experts % p.expert == 0, "parallel.expert (", p.expert, ") must divide the ", spec.num_experts, " experts of ", config.model.path);
   graft::plan_calibration(spec, config);  // throws where its bound is too small
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
-  MemoryRequest request = memory_request(spec, config, {}, graft::parse_device(config.model.device), world_size);
+  MemoryRequest request = memory_request(spec, config, {}, graft::device_of(config.model.device), world_size);
   request.free_bytes = model::free_memory(request.device).value_or(0);
   check_fits(plan_memory(request), request);
 }
 
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume) {
   std::vector<distributed::World::Fact> facts;
-  const auto environment = run::describe_environment(config.model.device);
+  const auto environment = run::describe_environment(config::name_of(config.model.device));
   for (const char* name : {"binary", "libtorch"}) facts.push_back({name, environment.at(name)});
   facts.push_back({"--resume", resume});
   for (const auto& [key, value] : run::flat_config(config)) facts.push_back({key, value});
@@ -189,7 +189,7 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
       for (const auto& source : *list) sources.push_back(source.path);
     run::check_shards(sources, start.fingerprints, config);
     if (origin.checkpoint) start.from = checkpoint::load(*origin.checkpoint);
-    start.dir.emplace(open_dir(config, resume, origin, start.from, start.fingerprints, graft::parse_device(config.model.device).str(), accept_data));
+    start.dir.emplace(open_dir(config, resume, origin, start.from, start.fingerprints, graft::device_of(config.model.device).str(), accept_data));
   };
   if (!mesh.distributed()) {
     open();

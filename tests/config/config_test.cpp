@@ -7,6 +7,8 @@
 #include <filesystem>
 #include <fstream>
 
+#include "moegraft/config/shared_choices.h"
+
 namespace moegraft::config {
 namespace {
 
@@ -400,6 +402,17 @@ TEST(Config, AnEnumsTableIsAskedForWhatElseItsRowsHold) {
   EXPECT_TRUE(row_of(load("dir: x\nadapters: [{kind: mixture}]").adapters[0].kind).routed);
   EXPECT_EQ(name_of(Kind::mixture), "mixture");
   EXPECT_THROW(row_of(Kind{7}), InvariantError);
+}
+
+TEST(Config, AnOptionsWordIsReadByTheTableToo) {
+  EXPECT_EQ(parse_choice<Kind>("--kind", "mixture"), Kind::mixture);
+  EXPECT_EQ(parse_choice<Device>("--device", "auto"), Device::automatic);
+  try {
+    parse_choice<Device>("--device", "tpu");
+    FAIL() << "tpu is no device";
+  } catch (const UsageError& e) {
+    EXPECT_STREQ(e.what(), "--device must be auto, cpu or cuda, got 'tpu'");
+  }
 }
 
 TEST(Config, DumpIsReadableYaml) {

@@ -140,10 +140,10 @@ struct Dealing : Data {
 
 TEST_F(Dealing, RanksTogetherHaveTheStepOfOneProcess) {
   config.caption_dropout = 0.4;
-  for (const char* batching : {"mixed", "modality"})
-    for (const char* packing : {"documents", "stream"})
+  for (const Batching batching : {Batching::mixed, Batching::modality})
+    for (const Packing packing : {Packing::documents, Packing::stream})
       for (const Layout& layout : layouts()) {
-        SCOPED_TRACE(::testing::Message() << batching << " " << packing << " world " << layout.world << " accumulation " << layout.accumulation);
+        SCOPED_TRACE(::testing::Message() << config::name_of(batching) << " " << config::name_of(packing) << " world " << layout.world << " accumulation " << layout.accumulation);
         config.batching = batching, config.packing = packing;
         config.tokens_per_step = 150;
         auto one = stream();
@@ -158,8 +158,8 @@ TEST_F(Dealing, RanksTogetherHaveTheStepOfOneProcess) {
 
 TEST_F(Dealing, ACursorGoesOnUnderAnyLayout) {
   config.caption_dropout = 0.4;
-  for (const char* batching : {"mixed", "modality"})
-    for (const char* packing : {"documents", "stream"}) {
+  for (const Batching batching : {Batching::mixed, Batching::modality})
+    for (const Packing packing : {Packing::documents, Packing::stream}) {
       config.batching = batching, config.packing = packing;
       auto written = stream(17, {3, 1, 2});
       auto one = stream();
@@ -205,7 +205,7 @@ TEST_F(Dealing, SharesMayBeEmpty) {
 }
 
 TEST_F(Dealing, PrefetchingDealsTheSame) {
-  for (const char* batching : {"mixed", "modality"}) {
+  for (const Batching batching : {Batching::mixed, Batching::modality}) {
     config.batching = batching;
     auto plain = stream(17, {2, 1, 3});
     PrefetchStream ahead(std::make_unique<BatchStream>(config.train, config, test::vocabulary(), 17, Share{2, 1, 3}), 3);
@@ -220,7 +220,7 @@ TEST_F(Dealing, PrefetchingDealsTheSame) {
 }
 
 TEST_F(Dealing, SkippingAStepSaysWhatItHolds) {
-  for (const char* batching : {"mixed", "modality"}) {
+  for (const Batching batching : {Batching::mixed, Batching::modality}) {
     config.batching = batching;
     auto plain = stream(), skipping = stream();
     for (int i = 0; i < 30; ++i) {
@@ -259,12 +259,12 @@ TEST(Outline, IsThatOfTheAssembledDocument) {
 
 TEST_F(Dealing, BalanceIsWhatTheRanksGet) {
   config.tokens_per_step = 200;
-  for (const char* batching : {"mixed", "modality"}) {
+  for (const Batching batching : {Batching::mixed, Batching::modality}) {
     config.batching = batching;
     auto s = stream();
     const Balance b = measure_balance(s, {2, 0, 3}, config.sequence_length, 20);
     EXPECT_EQ(b.steps, 20);
-    EXPECT_EQ(b.combinations_per_step == 1, config.batching == "modality");
+    EXPECT_EQ(b.combinations_per_step == 1, config.batching == Batching::modality);
     // From the batches themselves.
     std::vector<BatchStream> ranks;
     for (int64_t r = 0; r < 3; ++r) ranks.push_back(stream(17, {2, r, 3}));

@@ -21,7 +21,7 @@ using test::Longs;
 struct Modality : test::StreamData {
   void SetUp() override {
     StreamData::SetUp();
-    config.batching = "modality";
+    config.batching = Batching::modality;
     config.tokens_per_step = 60;
     std::vector<Lists> mixed;
     for (int32_t i = 0; i < 60; ++i) {
@@ -146,7 +146,7 @@ TEST(MegaBatches, AreEvenWithinAKind) {
 }
 
 TEST_F(Modality, StreamPackingLosesNoToken) {
-  config.packing = "stream";
+  config.packing = Packing::stream;
   config.sequence_length = 16;
   std::vector<Lists> documents;
   for (int32_t i = 0; i < 40; ++i) {
@@ -233,10 +233,10 @@ TEST_F(Modality, RefusesACursorOfOtherBatchingOrOtherSizes) {
   config.tokens_per_step = 90;
   EXPECT_NE(error(stream(), state).find("may not change on resume"), std::string::npos);
   config.tokens_per_step = 60;
-  config.batching = "mixed";
+  config.batching = Batching::mixed;
   const std::string mixed = stream().state();
   EXPECT_NE(error(stream(), state).find("belongs to data.batching: modality"), std::string::npos);
-  config.batching = "modality";
+  config.batching = Batching::modality;
   EXPECT_NE(error(stream(), mixed).find("belongs to data.batching: mixed"), std::string::npos);
   std::string broken = state;
   broken.replace(broken.find("\"window_used\":1"), 15, "\"window_used\":-1");

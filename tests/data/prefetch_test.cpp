@@ -84,7 +84,7 @@ struct Prefetch : test::StreamData {
 
 TEST_F(Prefetch, GivesTheBatchesOfThePlainStream) {
   config.caption_dropout = 0.5;
-  for (const char* packing : {"documents", "stream"})
+  for (const Packing packing : {Packing::documents, Packing::stream})
     for (const int64_t depth : {0, 1, 4}) {
       config.packing = packing;
       auto plain = stream();
@@ -101,7 +101,7 @@ TEST_F(Prefetch, GivesTheBatchesOfThePlainStream) {
 
 TEST_F(Prefetch, ACursorTakenAnywhereGoesOnInAFreshStream) {
   config.caption_dropout = 0.5;
-  for (const char* packing : {"documents", "stream"}) {
+  for (const Packing packing : {Packing::documents, Packing::stream}) {
     config.packing = packing;
     auto plain = stream();
     auto ahead = prefetched(3);

@@ -130,8 +130,8 @@ TEST_F(Data, OneProcessGetsTheBatchesItAlwaysGot) {
   config.caption_dropout = 0.5;
   config.sequence_length = 9;
   for (const auto& [packing, expected, cursor] :
-       {std::tuple("documents", 3875596617002253661ull, R"({"documents":[30,13],"draws":949,"offset":0,"seed":17,"skipped":48,"taken":[630,319],"truncated":0,"version":1})"),
-        {"stream", 14765556610395030359ull, R"({"documents":[30,13],"draws":975,"offset":1,"seed":17,"skipped":49,"taken":[647,328],"truncated":0,"version":1})"}}) {
+       {std::tuple(Packing::documents, 3875596617002253661ull, R"({"documents":[30,13],"draws":949,"offset":0,"seed":17,"skipped":48,"taken":[630,319],"truncated":0,"version":1})"),
+        {Packing::stream, 14765556610395030359ull, R"({"documents":[30,13],"draws":975,"offset":1,"seed":17,"skipped":49,"taken":[647,328],"truncated":0,"version":1})"}}) {
     config.packing = packing;
     auto s = stream();
     uint64_t hash = 14695981039346656037ull;
@@ -142,13 +142,13 @@ TEST_F(Data, OneProcessGetsTheBatchesItAlwaysGot) {
       const auto batch = whole(s.next());
       mix(batch.cu_seqlens), mix(values(batch.ids_T)), mix(values(batch.modality_T)), mix(values(batch.labels_T)), mix(values(batch.positions_T));
     }
-    EXPECT_EQ(hash, expected) << packing;
+    EXPECT_EQ(hash, expected) << config::name_of(packing);
     EXPECT_EQ(s.state(), cursor);
   }
 }
 
 TEST_F(Data, RestoredStreamGoesOnBitForBit) {
-  for (const char* packing : {"documents", "stream"}) {
+  for (const Packing packing : {Packing::documents, Packing::stream}) {
     config.packing = packing;
     config.caption_dropout = 0.5;
     auto reference = stream();
@@ -325,7 +325,7 @@ TEST_F(Data, CodeNoiseIsReadNotLearnt) {
 }
 
 TEST_F(Data, StreamPackingJoinsTextAndFillsTheBudget) {
-  config.packing = "stream";
+  config.packing = Packing::stream;
   config.sequence_length = 8;
   config.tokens_per_step = 20;
   config.train = {{(folder / "text").string(), 1.0}};
@@ -350,7 +350,7 @@ TEST_F(Data, StreamPackingJoinsTextAndFillsTheBudget) {
 }
 
 TEST_F(Data, StreamPackingKeepsPicturesWhole) {
-  config.packing = "stream";
+  config.packing = Packing::stream;
   config.sequence_length = 16;
   auto s = stream();
   int64_t pictures = 0;

@@ -292,7 +292,7 @@ TEST_F(Measures, TextSaysHowItWasPacked) {
   const auto stream = io::Json::parse(evaluate_model(world_->base, config))["text"];
   EXPECT_EQ(stream["packing"], "stream");
   EXPECT_EQ(stream["sequence_length"], 256);  // the base's positions
-  config.sequence_length = 32, config.text->packing = "documents";
+  config.sequence_length = 32, config.text->packing = data::Packing::documents;
   std::string table;
   const auto documents = io::Json::parse(evaluate_model(world_->base, config, {{}, [&](const std::string& rows) { table += rows; }}))["text"];
   EXPECT_EQ(documents["packing"], "documents");

@@ -147,7 +147,7 @@ Case make_case(const TinyWorld& base, const std::string& name, const std::functi
 
 graft::GraftedModel open(const TinyWorld& world) {
   graft::OpenOptions options;
-  options.dtype = at::kFloat, options.device = "cpu", options.with_codecs = false;
+  options.dtype = at::kFloat, options.device = config::Device::cpu, options.with_codecs = false;
   return graft::open_model(world.run, options);
 }
 
@@ -410,7 +410,7 @@ TEST_F(Export, RefusesWhatItMustNotReplace) {
   EXPECT_TRUE(fs::exists(options.output / "notes.txt"));
   EXPECT_THROW(export_peft(m, to("no/such/parent")), UsageError);
   graft::OpenOptions open_options;
-  open_options.device = "cpu";
+  open_options.device = config::Device::cpu;
   const graft::GraftedModel plain = graft::open_model(world_->base, open_options);
   EXPECT_THROW(export_peft(plain, to("plain")), UsageError);
 }

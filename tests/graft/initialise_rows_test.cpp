@@ -107,13 +107,13 @@ TEST(InitialiseRows, BarycentricRecoversAnIsometricCopy) {
   ot::OtConfig ot = quick();
   ot.epsilon = {0.05, 0.01, 0.002, 0.0005, 0.0001};
   ot.max_iterations = 200;
-  for (const char* solver : {"entropic", "proximal"}) {
+  for (const auto& [solver, name, meaning] : ot::kSolvers) {
     ot.solver = solver;
     const RowsInit init = initialise_rows(RowInit::gw_barycentric, e, {}, z, 2, ot, 1);
     const at::Tensor error = (init.embedding_ND.slice(0, 2) - e.index_select(0, ids)).norm(2, {1});
-    EXPECT_LT(error.max().item<double>(), 0.02 * init.report.text.mean_norm) << solver;
-    EXPECT_NEAR(init.report.row_perplexity, 1.0, 0.02) << solver;
-    EXPECT_TRUE(init.report.warnings.empty()) << solver << ": " << init.report.warnings[0];
+    EXPECT_LT(error.max().item<double>(), 0.02 * init.report.text.mean_norm) << name;
+    EXPECT_NEAR(init.report.row_perplexity, 1.0, 0.02) << name;
+    EXPECT_TRUE(init.report.warnings.empty()) << name << ": " << init.report.warnings[0];
   }
 }
 

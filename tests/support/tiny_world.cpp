@@ -93,7 +93,7 @@ run::RunConfig graft_config(const TinyWorld& w) {
   run::RunConfig c;
   c.run = {w.run.string(), 17};
   c.model.path = w.base.string();
-  c.model.device = "cpu";
+  c.model.device = config::Device::cpu;
   c.modalities["image"].codec = w.codec.string();
   adapters::AdapterConfig lora;
   lora.rank = 4, lora.alpha = 8;

@@ -32,7 +32,7 @@ class Training {
   run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype, OptimizerKind optimizer, int64_t steps) const {
     run::RunConfig c = world_.config;
     c.run.dir = (world_.dir / name).string();
-    c.model.device = device, c.model.dtype = dtype;
+    c.model.device = config::parse_choice<config::Device>("device", device), c.model.dtype = dtype;
     c.adapters[0].rank = 64;  // as large as 8 bits ask for
     c.data.sequence_length = 64, c.data.tokens_per_step = 128;
     auto& t = c.train;
@@ -101,7 +101,7 @@ void expect_the_same_bytes_after_a_kill(const std::string& device, OptimizerKind
 
   // C1: what was trained there leaves text alone there, to the bit.
   graft::OpenOptions options;
-  options.device = device;
+  options.device = config::parse_choice<config::Device>("device", device);
   graft::GraftedModel model = graft::open_model(calm.run.dir, options);
   const evaluate::Drift drift = evaluate::measure_drift(model, 5);
   EXPECT_TRUE(drift.exact()) << "text drift " << drift.max_abs();

@@ -69,7 +69,7 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
   const TemporaryFolder folder;
   const auto world = moegraft::testing::make_tiny_world(folder.path());
   for (const OptimizerKind optimizer : {OptimizerKind::adamw, OptimizerKind::adamw_8bit}) {
-    const auto config_of = [&](const std::string& dir, const std::string& gradients) {
+    const auto config_of = [&](const std::string& dir, GradientDtype gradients) {
       run::RunConfig c = world.config;
       c.run.dir = (world.dir / (dir + config::name_of(optimizer))).string();
       c.adapters[0].rank = 64;  // large enough for 8-bit moments
@@ -81,7 +81,7 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
       c.checkpoint.keep = 100;
       return c;
     };
-    const auto exact = config_of("exact", "float32"), whole = config_of("whole", "bf16"), part = config_of("part", "bf16");
+    const auto exact = config_of("exact", GradientDtype::float32), whole = config_of("whole", GradientDtype::bf16), part = config_of("part", GradientDtype::bf16);
     train(exact);
     train(whole);
     train(part);
@@ -96,11 +96,11 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
     const auto last = [](const run::RunConfig& c) { return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"); };
     for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
     auto changed = whole;
-    changed.train.gradients = "float32";
+    changed.train.gradients = GradientDtype::float32;
     EXPECT_THROW(train(changed, "auto"), UsageError);
   }
   run::RunConfig many = world.config;
-  many.train.gradients = "bf16", many.train.accumulation = 129;
+  many.train.gradients = GradientDtype::bf16, many.train.accumulation = 129;
   EXPECT_THROW(many.train.validate("train"), UsageError);
 }
 

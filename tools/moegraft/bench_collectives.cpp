@@ -98,7 +98,7 @@ std::pair<double, double> time_collective(const Collective& c, distributed::Worl
 
 void measure(const CollectivesOptions& o, const std::shared_ptr<distributed::World>& world) {
   const auto& environment = world->environment();
-  const at::Device device = graft::choose_device(o.device, environment.local_rank, environment.local_world_size);
+  const at::Device device = graft::choose_device(config::parse_choice<config::Device>("--device", o.device), environment.local_rank, environment.local_world_size);
   const at::NoGradGuard no_grad;
   Json results = Json::array();
   std::vector<std::vector<std::string>> rows;

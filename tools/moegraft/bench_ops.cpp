@@ -232,7 +232,7 @@ void run(const OpsOptions& given) {
   MOEGRAFT_CHECK_USAGE(o.heads % o.kv_heads == 0, "--heads must be a multiple of --kv-heads ", o.kv_heads, ", got ", o.heads);
   MOEGRAFT_CHECK_USAGE(o.head_dim % 2 == 0, "--head-dim must be even, got ", o.head_dim);
   set_threads(o.threads);
-  const Shapes s{o, graft::parse_dtype(o.dtype), graft::parse_device(o.device)};
+  const Shapes s{o, graft::parse_dtype(o.dtype), graft::device_of(config::parse_choice<config::Device>("--device", o.device))};
   const std::vector<std::pair<std::string, OpCase (*)(const Shapes&)>> all{{"moe", moe_case},       {"dispatch", dispatch_case}, {"attention", attention_case}, {"linear", qkv_case},
                                                                            {"norm", norm_case},     {"residual", residual_case}, {"rotary", rotary_case},       {"loss", loss_case}};
   for (const auto& name : o.only)

@@ -140,11 +140,13 @@ void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
   m.decoder->attach_rows(std::move(rows));
 }
 
+at::Device device_of(const ModelOptions& o) { return graft::device_of(config::parse_choice<config::Device>("--device", o.device)); }
+
 graft::GraftedModel open_whole(const ModelOptions& o) {
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
-  open.quantize = model::parse_quantize(o.quantize);
-  open.device = o.device;
+  open.quantize = config::parse_choice<model::Quantize>("--quantize", o.quantize);
+  open.device = config::parse_choice<config::Device>("--device", o.device);
   graft::GraftedModel m = graft::open_model(o.model, open);
   MOEGRAFT_CHECK(!m.is_graft(), o.model, ": bench takes a Hugging Face directory, not a run");
   return m;
@@ -157,7 +159,7 @@ graft::GraftedModel draw_model(const ModelOptions& o) {
   graft::GraftedModel m;
   m.registry = std::make_unique<model::ParameterRegistry>();
   m.vocabulary = {spec.vocab_size, spec.bos_id, spec.eos_id, {}};
-  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), graft::parse_device(o.device), 0, model::weight_format(model::parse_quantize(o.quantize))));
+  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), device_of(o), 0, model::weight_format(config::parse_choice<model::Quantize>("--quantize", o.quantize))));
   return m;
 }
 
@@ -166,8 +168,8 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
   graft::GraftedModel m;
   m.path = m.base_path = o.model;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  model::LoadOptions load{graft::parse_dtype(o.dtype), graft::parse_device(o.device)};
-  load.quantise = model::weight_format(model::parse_quantize(o.quantize));
+  model::LoadOptions load{graft::parse_dtype(o.dtype), device_of(o)};
+  load.quantise = model::weight_format(config::parse_choice<model::Quantize>("--quantize", o.quantize));
   parallel::Part part = parallel::load_part(o.model, load, mesh, shard_base);
   experts = part.experts;
   m.sharded = std::move(part.sharded);
@@ -209,7 +211,7 @@ void with_world(const std::string& device, const std::string& options, const std
   const auto environment = distributed::read_launch_environment();
   if (environment.distributed()) log::set_rank(environment.rank);
   distributed::WorldOptions world_options;
-  world_options.device = graft::choose_device(device, environment.local_rank, environment.local_world_size);
+  world_options.device = graft::choose_device(config::parse_choice<config::Device>("--device", device), environment.local_rank, environment.local_world_size);
   world_options.backend_for_one = backend_for_one;
   const auto world = distributed::World::join(environment, world_options);
   world->agree({{"version", MOEGRAFT_VERSION}, {"options", options}});

@@ -43,7 +43,7 @@ void run(const Options& o) {
   const model::Vocabulary vocabulary = vocabulary_of(text_vocabulary(config.model), config.modalities);
   Json out{{"accumulation", config.train.accumulation}, {"tokens_per_step", config.data.tokens_per_step}, {"results", Json::array()}};
   if (!o.json) std::printf("largest / mean over ranks          cost          tokens of new modalities\nbatching   world   kinds/step    mean   worst    mean   worst   step tokens\n");
-  for (const char* batching : {"mixed", "modality"})
+  for (const auto& [batching, name, meaning] : data::kBatchings)
     for (const int64_t world : o.world) {
       data::DataConfig dealt = config.data;
       dealt.batching = batching;
@@ -52,12 +52,12 @@ void run(const Options& o) {
       const auto start = std::chrono::steady_clock::now();
       const data::Balance b = data::measure_balance(stream, {config.train.accumulation, 0, world}, dealt.sequence_length, o.steps);
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      out["results"].push_back({{"batching", batching}, {"world", world}, {"steps", b.steps}, {"tokens", b.tokens}, {"sequences", b.sequences},
+      out["results"].push_back({{"batching", name}, {"world", world}, {"steps", b.steps}, {"tokens", b.tokens}, {"sequences", b.sequences},
                                 {"combinations_per_step", b.combinations_per_step}, {"smallest_step", b.smallest_step}, {"largest_step", b.largest_step}, {"empty_parts", b.empty_parts},
                                 {"truncated", stream.counts().truncated}, {"skipped", stream.counts().skipped},
                                 {"cost", to_json(b.cost)}, {"new_tokens", to_json(b.new_tokens)}, {"planning_ms_per_step", 1e3 * seconds / double(o.steps)}});
       if (!o.json)
-        std::printf("%-8s %7lld %12.2f %7.3f %7.3f %7.3f %7.3f   %lld to %lld\n", batching, static_cast<long long>(world), b.combinations_per_step, b.cost.mean, b.cost.worst, b.new_tokens.mean,
+        std::printf("%-8s %7lld %12.2f %7.3f %7.3f %7.3f %7.3f   %lld to %lld\n", name, static_cast<long long>(world), b.combinations_per_step, b.cost.mean, b.cost.worst, b.new_tokens.mean,
                     b.new_tokens.worst, static_cast<long long>(b.smallest_step), static_cast<long long>(b.largest_step));
     }
   if (o.json) std::cout << out.dump() << std::endl;

@@ -38,8 +38,8 @@ evaluate::EvalConfig read_config(const Options& o) {
                             : config::parse<evaluate::EvalConfig>(config::Document::from_file(o.config, o.set));
   if (!o.checkpoint.empty()) c.checkpoint = o.checkpoint;
   if (!o.dtype.empty()) c.dtype = o.dtype == "bf16" ? "bfloat16" : o.dtype;
-  if (!o.quantize.empty()) c.quantize = config::name_of(model::parse_quantize(o.quantize));
-  if (!o.device.empty()) c.device = o.device;
+  if (!o.quantize.empty()) c.quantize = config::name_of(config::parse_choice<model::Quantize>("--quantize", o.quantize));
+  if (!o.device.empty()) c.device = config::parse_choice<config::Device>("--device", o.device);
   if (!o.text.empty()) {
     if (!c.text) c.text.emplace();
     c.text->shards = o.text;

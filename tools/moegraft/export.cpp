@@ -30,7 +30,7 @@ void run(const Options& o) {
   MOEGRAFT_CHECK_USAGE(run::is_run(o.run), o.run, " is not a run (it has no config.yaml); export takes a run directory");
   graft::OpenOptions open;
   open.dtype = at::kFloat;
-  open.device = "cpu";
+  open.device = config::Device::cpu;
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
   const graft::GraftedModel model = graft::open_model(o.run, open);

@@ -173,8 +173,8 @@ void run(const Options& o) {
   o.images.sampling.validate();
   graft::OpenOptions open;
   if (!o.dtype.empty()) open.dtype = graft::parse_dtype(o.dtype);
-  if (!o.quantize.empty()) open.quantize = model::parse_quantize(o.quantize);
-  if (!o.device.empty()) open.device = o.device;
+  if (!o.quantize.empty()) open.quantize = config::parse_choice<model::Quantize>("--quantize", o.quantize);
+  if (!o.device.empty()) open.device = config::parse_choice<config::Device>("--device", o.device);
   open.checkpoint = o.checkpoint;
   const graft::GraftedModel model = graft::open_model(o.model, open);
   if (o.text) write(o, model, texts);

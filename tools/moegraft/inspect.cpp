@@ -126,7 +126,7 @@ void run(const Options& o) {
     if (run::is_run(o.path)) config = run::load_run_config(o.path), run_dir = o.path;
   }
   MOEGRAFT_CHECK_USAGE(config || (o.device.empty() && o.budget == 0), "inspect: --device and --budget plan a run: give -c CONFIG or a run directory");
-  if (!o.device.empty()) config->model.device = o.device;
+  if (!o.device.empty()) config->model.device = config::parse_choice<config::Device>("--device", o.device);
   MOEGRAFT_CHECK_USAGE(o.budget <= 1e6, "--budget must be at most 1e6 GiB, got ", o.budget);
   if (o.budget > 0) config->train.memory_budget_gib = o.budget;
   if (config && config->model.init) {
@@ -143,7 +143,7 @@ void run(const Options& o) {
       const auto stored = run_dir.empty() ? std::nullopt : graft::read_vocabulary(run_dir);
       const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, config->modalities, o.codebook);
       // A plan for a GPU needs none.
-      const at::Device planned_on = config->model.device == "cuda" ? at::Device(at::kCUDA) : graft::parse_device(config->model.device);
+      const at::Device planned_on = config->model.device == config::Device::cuda ? at::Device(at::kCUDA) : graft::device_of(config->model.device);
       train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);
       request.free_bytes = model::free_memory(planned_on).value_or(0);
       const train::TrainedParameters t = train::count_trained(request);

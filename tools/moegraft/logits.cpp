@@ -120,8 +120,8 @@ void run(const Options& o) {
   const model::Gate gate = parse_gate(o.gate);
   graft::OpenOptions open;
   open.dtype = graft::parse_dtype(o.dtype);
-  if (!o.quantize.empty()) open.quantize = model::parse_quantize(o.quantize);
-  open.device = o.device;
+  if (!o.quantize.empty()) open.quantize = config::parse_choice<model::Quantize>("--quantize", o.quantize);
+  open.device = config::parse_choice<config::Device>("--device", o.device);
   open.checkpoint = o.checkpoint;
   open.with_codecs = false;
   const at::Tensor ids = read_ids(o.ids);

@@ -46,7 +46,7 @@ void run_ot(const OtOptions& o) {
   const auto start = std::chrono::steady_clock::now();
   const Cloud x = centres(read_cloud(o.x, o.tensor_x), o.clusters, o.seed), y = centres(read_cloud(o.y, o.tensor_y), o.clusters, o.seed + 1);
   ot::Settings s;
-  s.solver = o.solver == "proximal" ? ot::Solver::proximal : ot::Solver::entropic;
+  s.solver = config::parse_choice<ot::Solver>("--solver", o.solver);
   s.scaling = o.scaling == "max" ? ot::Scaling::max : o.scaling == "mean" ? ot::Scaling::mean : ot::Scaling::none;
   s.epsilon = o.epsilon;
   s.max_iterations = o.max_iterations;

@@ -53,7 +53,7 @@ void check_options(const CLI::App& command, const std::string& method) {
 // Text as a stream, as a training on text sees it.
 data::EvalStream open_text(const graft::GraftedModel& model, const fs::path& shards, int64_t tokens) {
   data::DataConfig rules;
-  rules.packing = "stream";
+  rules.packing = data::Packing::stream;
   const int64_t most = model.decoder->spec().max_positions;
   rules.sequence_length = most > 0 ? std::min<int64_t>(512, most) : 512;
   rules.tokens_per_step = std::max<int64_t>(rules.sequence_length, 2048);

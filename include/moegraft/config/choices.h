@@ -49,6 +49,18 @@ std::string name_of(E value) {
   return row_of(value).name;
 }
 
+// The value of a name that did not come through a config: an option of a command, say. what: "--device". UsageError for a name that the table does not have.
+template <Choosable E>
+E parse_choice(const std::string& what, const std::string& name) {
+  std::string known;
+  const auto rows = choices_of(E{});
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (name == rows[i].name) return rows[i].value;
+    known += (i == 0 ? "" : i + 1 == rows.size() ? " or " : ", ") + std::string(rows[i].name);
+  }
+  fail<UsageError>(what, " must be ", known, ", got '", name, "'");
+}
+
 template <Choosable E>
 std::vector<Choice> list_choices() {
   std::vector<Choice> list;

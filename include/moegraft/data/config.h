@@ -2,10 +2,12 @@
 // The `data` section of a run.
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "moegraft/config/config.h"
+#include "moegraft/config/shared_choices.h"
 
 namespace moegraft::data {
 
@@ -24,13 +26,20 @@ struct SourceConfig {
   }
 };
 
+using config::Packing;
+
+// What documents a step is made of.
+enum class Batching { mixed, modality };
+inline constexpr config::Named<Batching> kBatchings[] = {{Batching::mixed, "mixed"}, {Batching::modality, "modality"}};
+constexpr std::span<const config::Named<Batching>> choices_of(Batching) { return kBatchings; }
+
 struct DataConfig {
   std::vector<SourceConfig> train, eval;
   int64_t sequence_length = 512;
   int64_t tokens_per_step = 8192;
   int64_t prefetch = 4;
-  std::string packing = "documents";
-  std::string batching = "mixed";
+  Packing packing = Packing::documents;
+  Batching batching = Batching::mixed;
   double caption_dropout = 0.0;
   double caption_noise = 0.0;
   double code_noise = 0.0;
@@ -44,9 +53,9 @@ struct DataConfig {
     v("sequence_length", sequence_length, config::range(2, 1 << 24), "Longest sequence in tokens.");
     v("tokens_per_step", tokens_per_step, config::range(2, 1 << 28), "Tokens of one optimizer step, over all processes and accumulation micro-batches.");
     v("prefetch", prefetch, config::range(0, 1024), "Steps whose batches a background thread keeps ready; 0: they are made when the step asks for them. Changes no batch.");
-    v("packing", packing, config::one_of({"documents", "stream"}),
+    v("packing", packing, config::any(),
       "documents: each document is a sequence of its own. stream: text documents are joined and cut every sequence_length tokens.");
-    v("batching", batching, config::one_of({"mixed", "modality"}),
+    v("batching", batching, config::any(),
       "mixed: steps of documents as they are drawn. modality: every step's documents have the same modalities (text, or text and images, ...), so that all "
       "processes do the same work; the documents of up to 64 steps (at most one pass over the data) are drawn ahead, sorted by length and cut into steps, which are shuffled.");
     v("caption_dropout", caption_dropout, config::range(0.0, 1.0), "Share of captioned images whose caption is dropped (for classifier-free guidance).");

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moegraft/config/config.h"
+#include "moegraft/config/shared_choices.h"
 
 namespace moegraft::evaluate {
 
@@ -14,12 +15,12 @@ std::vector<std::string> quantize_choices();  // auto, and model.quantize's
 struct TextSection {
   std::vector<std::string> shards;
   int64_t max_tokens = 32768;
-  std::string packing = "stream";
+  config::Packing packing = config::Packing::stream;
   template <class V>
   void visit_fields(V& v) {
     v("shards", shards, config::path(), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
-    v("packing", packing, config::one_of({"documents", "stream"}), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
+    v("packing", packing, config::any(), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
   }
 };
 
@@ -113,7 +114,8 @@ struct RoutingSection {
 };
 
 struct EvalConfig {
-  std::string checkpoint = "latest", dtype = "auto", quantize = "auto", device = "auto", modality;
+  std::string checkpoint = "latest", dtype = "auto", quantize = "auto", modality;
+  config::Device device = config::Device::automatic;
   int64_t sequence_length = 0;
   std::optional<TextSection> text;
   std::vector<ImageSection> images;
@@ -129,7 +131,7 @@ struct EvalConfig {
     v("checkpoint", checkpoint, config::any(), "latest, best, a step, or a checkpoint directory (runs).");
     v("dtype", dtype, config::one_of({"auto", "float32", "bfloat16"}), "Compute type; auto: the run's, float32 for a plain model.");
     v("quantize", quantize, config::one_of(quantize_choices()), "How the base's matrices are stored (model.quantize); auto: as the run says, none for a plain model.");
-    v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run.");
+    v("device", device, config::any(), "Where to run.");
     v("modality", modality, config::any(), "The image modality; empty: the only one.");
     v("sequence_length", sequence_length, config::range(0, 1 << 24), "Longest sequence; 0: the run's, or 512.");
     v("text", text, config::any(), "Text perplexity.");

@@ -26,7 +26,7 @@ namespace moegraft::graft {
 struct OpenOptions {
   std::optional<at::ScalarType> dtype;   // default: the run's, or float32 for a plain model
   std::optional<model::Quantize> quantize;  // default: the run's, or none
-  std::optional<std::string> device;     // "auto" | "cpu" | "cuda"; default: the run's, or auto
+  std::optional<config::Device> device;  // default: the run's, or auto
   std::string checkpoint = "latest";     // "latest", "best", a step number, or a checkpoint directory (runs only)
   bool with_codecs = true;               // false: do not load image codecs (ids only)
   bool check_identity = true;            // false: this process has compared the run's fingerprints already
@@ -56,9 +56,9 @@ struct GraftedModel {
 // The codec of a modality of images; null when it was not loaded. UserError when the modality's codec is of another kind.
 const codec::ImageCodec* find_image_codec(const GraftedModel& model, const std::string& modality);
 
-at::Device parse_device(const std::string& name);        // UserError when cuda is asked for and there is none; sets its numerics (kernels/device_numerics.h)
+at::Device device_of(config::Device device);             // UserError when cuda is asked for and there is none; sets its numerics (kernels/device_numerics.h)
 // The device of one of several processes on this machine; makes it the calling thread's current one. UserError: more processes than GPUs.
-at::Device choose_device(const std::string& name, int64_t local_rank, int64_t local_world_size);
+at::Device choose_device(config::Device choice, int64_t local_rank, int64_t local_world_size);
 at::ScalarType parse_dtype(const std::string& name);     // float32 | bfloat16 | bf16; UsageError otherwise
 
 // Shapes and zeros only: a model for `config` whose overlays are not initialised yet.

@@ -6,7 +6,7 @@
 namespace moegraft::kernels {
 
 // The library's process-wide switches, as this project wants them on a GPU: sums in float32 or exact, equal calls with equal bits. Once, before the first
-// product on a device (graft::parse_device does it); also in a build without CUDA, where nothing reads them.
+// product on a device (graft::device_of does it); also in a build without CUDA, where nothing reads them.
 void set_device_numerics();
 
 // Which kernel this process wants for attention over packed sequences on a GPU: auto, flash, or cudnn (where it serves, else flash). Call before the first

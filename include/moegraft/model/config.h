@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "moegraft/config/config.h"
+#include "moegraft/config/shared_choices.h"
 
 namespace moegraft::model {
 
@@ -69,13 +70,12 @@ inline constexpr config::Named<Quantize> kQuantizations[] = {
     {Quantize::q8_0, "q8_0", "8-bit integers in blocks of 32 with a float16 scale, GGUF's Q8_0: 1.06 bytes a weight. On a CPU."},
 };
 constexpr std::span<const config::Named<Quantize>> choices_of(Quantize) { return kQuantizations; }
-Quantize parse_quantize(const std::string& name);  // of an option; UsageError: unknown (known ones named)
 
 struct ModelConfig {
   std::string path;                // a Hugging Face directory; or
   std::optional<InitConfig> init;  // train a base from scratch
   std::string dtype = "float32";
-  std::string device = "auto";
+  config::Device device = config::Device::automatic;
   Quantize quantize = Quantize::none;
   Offload offload = Offload::none;
   std::string cpu_path = "auto", attention = "auto";  // of the process: `moegraft train` hands them to kernels/ before anything is computed
@@ -85,7 +85,7 @@ struct ModelConfig {
     v("init", init, config::any(), "Train a base from scratch instead.");
     v("dtype", dtype, config::one_of({"float32", "bfloat16"}), "What the model computes in, and a frozen base is kept in; what trains has float32 masters.");
     v("quantize", quantize, config::any(), "How the frozen base's matrices are stored (embedding, head, attention, FFNs; routers and norms stay floats). Quantised once, when the model is loaded; sums are model.dtype's.");
-    v("device", device, config::one_of({"auto", "cpu", "cuda"}), "Where to run; auto: CUDA when there is one.");
+    v("device", device, config::any(), "Where to run; auto: CUDA when there is one.");
     v("offload", offload, config::any(), "What stays off the device.");
     v("cpu_path", cpu_path, config::one_of(known_cpu_paths()), "The widest instructions of the CPU that may be used; auto: all that it has. Another path rounds otherwise.");
     v("attention", attention, config::one_of(known_attention_kernels()), "The kernel of attention over packed sequences on a GPU; auto: flash. cudnn: where it serves; it has not run on a card.");

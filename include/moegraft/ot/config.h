@@ -1,6 +1,7 @@
 #pragma once
 // The `ot` section of a run.
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -8,8 +9,15 @@
 
 namespace moegraft::ot {
 
+enum class Solver {
+  entropic,  // projected gradient on the entropic objective (Peyré, Cuturi, Solomon 2016)
+  proximal,  // proximal point in KL: sharpens to an unregularised plan (Xu et al. 2019)
+};
+inline constexpr config::Named<Solver> kSolvers[] = {{Solver::entropic, "entropic"}, {Solver::proximal, "proximal"}};
+constexpr std::span<const config::Named<Solver>> choices_of(Solver) { return kSolvers; }
+
 struct OtConfig {
-  std::string solver = "entropic";
+  Solver solver = Solver::entropic;
   std::vector<double> epsilon = {0.1, 0.03, 0.01, 0.003};
   int64_t clusters = 128;
   int64_t max_iterations = 200;
@@ -18,7 +26,7 @@ struct OtConfig {
   double calibration_gib = 4;
   template <class V>
   void visit_fields(V& v) {
-    v("solver", solver, config::one_of({"entropic", "proximal"}), "Gromov-Wasserstein solver.");
+    v("solver", solver, config::any(), "Gromov-Wasserstein solver.");
     v("epsilon", epsilon, config::any(), "Regularisation, annealed from first to last (relative to the largest cost).");
     v("clusters", clusters, config::range(2, 65536), "k-means centres for the clustered methods.");
     v("max_iterations", max_iterations, config::range(1, 1e6), "Outer iterations per epsilon.");

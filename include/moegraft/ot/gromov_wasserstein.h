@@ -7,14 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/ot/config.h"  // Solver
 #include "moegraft/ot/cost.h"
 
 namespace moegraft::ot {
 
-enum class Solver {
-  entropic,  // projected gradient on the entropic objective (Peyré, Cuturi, Solomon 2016)
-  proximal,  // proximal point in KL: sharpens to an unregularised plan (Xu et al. 2019)
-};
 enum class Loss { square, kl };
 enum class Scaling { none, max, mean };  // what each cost is divided by first
 

@@ -32,6 +32,10 @@ inline constexpr config::Named<OptimizerKind> kOptimizers[] = {
 };
 constexpr std::span<const config::Named<OptimizerKind>> choices_of(OptimizerKind) { return kOptimizers; }
 
+enum class GradientDtype { float32, bf16 };
+inline constexpr config::Named<GradientDtype> kGradientDtypes[] = {{GradientDtype::float32, "float32"}, {GradientDtype::bf16, "bf16"}};
+constexpr std::span<const config::Named<GradientDtype>> choices_of(GradientDtype) { return kGradientDtypes; }
+
 enum class ScheduleKind { cosine, linear, constant };
 inline constexpr config::Named<ScheduleKind> kSchedules[] = {{ScheduleKind::cosine, "cosine"}, {ScheduleKind::linear, "linear"}, {ScheduleKind::constant, "constant"}};
 constexpr std::span<const config::Named<ScheduleKind>> choices_of(ScheduleKind) { return kSchedules; }
@@ -40,7 +44,7 @@ struct TrainConfig {
   int64_t steps = 1000;
   double max_minutes = 0;  // 0: no limit
   OptimizerKind optimizer = OptimizerKind::adamw;
-  std::string gradients = "float32";
+  GradientDtype gradients = GradientDtype::float32;
   std::vector<double> betas = {0.9, 0.95};
   double adam_epsilon = 1e-8;
   OptimizerGroup lora{1e-4, 0.0}, embeddings{1e-3, 0.0}, base{3e-3, 0.1};
@@ -65,7 +69,7 @@ struct TrainConfig {
     v("steps", steps, config::range(1, 1e12), "Optimizer steps.");
     v("max_minutes", max_minutes, config::range(0.0, 1e9), "Stop cleanly after this time; 0: no limit. The schedule still spans `steps`.");
     v("optimizer", optimizer, config::any(), "The optimizer of everything that trains.");
-    v("gradients", gradients, config::one_of({"float32", "bf16"}),
+    v("gradients", gradients, config::any(),
       "What gradients are kept in from micro-batch to micro-batch. bf16: half the memory, each micro-batch's sum rounded once (by up to 2^-8 of it); sums over processes, norm and update stay float32.");
     v("betas", betas, config::any(), "AdamW's two betas.");
     v("adam_epsilon", adam_epsilon, config::range(0.0, 1.0), "AdamW's epsilon.");
@@ -95,7 +99,7 @@ struct TrainConfig {
     for (const double beta : betas) MOEGRAFT_CHECK_USAGE(beta >= 0 && beta < 1, path, ".betas must be in [0, 1), got ", betas);
     MOEGRAFT_CHECK_USAGE(adam_epsilon > 0, path, ".adam_epsilon must be above 0, got ", adam_epsilon);
     // bf16 has 8 bits: of more addends the average one would be near what rounding drops.
-    MOEGRAFT_CHECK_USAGE(gradients == "float32" || accumulation <= 128, path, ".gradients: bf16 adds up at most 128 micro-batches, ", path, ".accumulation is ", accumulation,
+    MOEGRAFT_CHECK_USAGE(gradients == GradientDtype::float32 || accumulation <= 128, path, ".gradients: bf16 adds up at most 128 micro-batches, ", path, ".accumulation is ", accumulation,
                          ": use float32, or larger micro-batches");
     MOEGRAFT_CHECK_USAGE(early_stopping_patience == 0 || eval_every > 0, path, ".early_stopping_patience counts evaluations: set ", path, ".eval_every too");
     MOEGRAFT_CHECK_USAGE(sample_every == 0 || !sample_prompts.empty(), path, ".sample_every is ", sample_every, " but ", path, ".sample_prompts is empty");
