@@ -114,9 +114,7 @@ TEST(Quantised, SaysWhatItCannotDo) {
   EXPECT_EQ(message({at::kFloat, at::kCPU, Experts::absent}), "loaded");
   EXPECT_NE(message({at::kFloat, at::kCUDA}).find("model.quantize: q8_0 has no path on a GPU"), std::string::npos);
   EXPECT_NE(message({at::kFloat, at::kCPU, Experts::offloaded}).find("model.offload: none"), std::string::npos);
-  for (const auto& row : kQuantizations) {
-    EXPECT_EQ(weight_format(row.value).has_value(), row.value != Quantize::none);
-  }
+  for (const auto& row : kQuantizations) EXPECT_EQ(weight_format(row.value).has_value(), row.value != Quantize::none);
 
   const fs::path dir = fs::path(testing::TempDir()) / ("moegraft-quantised-nan-" + std::to_string(::getpid()));
   fs::remove_all(dir);
