@@ -6,7 +6,6 @@
 #include <optional>
 #include <set>
 
-#include "data/unicode.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
@@ -15,6 +14,7 @@
 #include "moegraft/data/fingerprints.h"
 #include "moegraft/data/manifest.h"
 #include "moegraft/data/shard.h"
+#include "moegraft/data/unicode.h"
 #include "moegraft/io/image.h"
 #include "moegraft/io/rows.h"
 #include "moegraft/tokenizer/tokenizer.h"

@@ -1,4 +1,4 @@
-#include "data/unicode.h"
+#include "moegraft/data/unicode.h"
 
 #include <utf8proc.h>
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cpu.h"
+#include "cpu/cpu.h"
 #include "cuda/ops.h"
 #include "implementations.h"
 #include "moegraft/base/check.h"

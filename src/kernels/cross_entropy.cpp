@@ -1,11 +1,11 @@
 // Cross-entropy of a linear head without holding the logits: rows in chunks, gradients formed on the way.
 #include "libtorch.h"
 
+#include "cpu/panels.h"
 #include "cuda/ops.h"
 #include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
-#include "panels.h"
 
 namespace moegraft::kernels {
 namespace {

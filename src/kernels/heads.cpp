@@ -1,8 +1,8 @@
 // Queries and keys made ready for attention: their norm and their rotation in one pass over each token on the CPU, with the bits of rms_norm and rotary one after
 // the other; elsewhere those two.
 
-#include "block_product.h"
-#include "cpu.h"
+#include "cpu/block_product.h"
+#include "cpu/cpu.h"
 #include "cuda/ops.h"
 #include "implementations.h"
 #include "moegraft/base/check.h"

@@ -3,12 +3,12 @@
 
 #include <algorithm>
 
-#include "block_product.h"
-#include "cpu.h"
+#include "cpu/block_product.h"
+#include "cpu/cpu.h"
+#include "cpu/panels.h"
 #include "implementations.h"
 #include "moegraft/base/check.h"
 #include "moegraft/kernels/ops.h"
-#include "panels.h"
 
 namespace moegraft::kernels {
 namespace {

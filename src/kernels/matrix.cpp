@@ -2,8 +2,8 @@
 
 #include "libtorch.h"
 
+#include "cpu/panels.h"
 #include "moegraft/base/check.h"
-#include "panels.h"
 
 namespace moegraft::kernels {
 

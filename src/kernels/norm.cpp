@@ -1,7 +1,7 @@
 // RMSNorm and rotary embedding: one pass over each row on a GPU (cuda/) and on the CPU; elsewhere composed of ATen operations.
 
-#include "block_product.h"
-#include "cpu.h"
+#include "cpu/block_product.h"
+#include "cpu/cpu.h"
 #include "cuda/ops.h"
 #include "implementations.h"
 #include "moegraft/base/check.h"

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu.h"
+#include "cpu/cpu.h"
+#include "cpu/loops.h"
 #include "cuda/ops.h"
 #include "implementations.h"
 #include "libtorch.h"
-#include "loops.h"
 #include "moegraft/base/check.h"
 
 namespace moegraft::kernels {

@@ -8,7 +8,7 @@
 
 #include "moegraft/routing/stats.h"
 #include "moegraft/run/run_dir.h"
-#include "moegraft/train/tensorboard.h"
+#include "moegraft/run/tensorboard.h"
 
 namespace moegraft::train {
 
@@ -17,7 +17,7 @@ class RunLog {
  public:
   // dir: none in a process that does not write. resume_step: as in TensorBoard.
   RunLog(std::optional<run::RunDir> dir, int64_t resume_step) : dir_(std::move(dir)) {
-    if (dir_) board_ = std::make_unique<TensorBoard>(dir_->tensorboard(), resume_step);
+    if (dir_) board_ = std::make_unique<run::TensorBoard>(dir_->tensorboard(), resume_step);
   }
   bool writes() const { return dir_.has_value(); }
 
@@ -47,7 +47,7 @@ class RunLog {
 
  private:
   std::optional<run::RunDir> dir_;
-  std::unique_ptr<TensorBoard> board_;
+  std::unique_ptr<run::TensorBoard> board_;
 };
 
 }  // namespace moegraft::train

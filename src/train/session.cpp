@@ -52,7 +52,7 @@ void Session::begin() {
   first_tokens_ = state_.tokens_seen;
 }
 
-std::string Session::stopped_by() const { return asked_to_stop() ? signal_name(signals_->received()) : "a signal to another process"; }
+std::string Session::stopped_by() const { return asked_to_stop() ? run::signal_name(signals_->received()) : "a signal to another process"; }
 
 std::string Session::status(double loss) const {
   char buffer[96];

@@ -10,7 +10,7 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/state.h"
 #include "moegraft/distributed/world.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 #include "run_log.h"
 #include "startup.h"
 
@@ -57,7 +57,7 @@ class Session {
   checkpoint::CheckpointWriter writer_;
   checkpoint::TrainState state_;
   bool data_changed_ = false;
-  std::optional<StopSignals> signals_;
+  std::optional<run::StopSignals> signals_;
   Clock::time_point start_;
   double earlier_seconds_ = 0;
   int64_t first_step_ = 0, first_tokens_ = 0;     // before this session

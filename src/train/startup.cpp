@@ -28,7 +28,7 @@ namespace fs = std::filesystem;
 
 void describe(const graft::GraftedModel& m, const run::RunConfig& config) {
   const auto& s = m.decoder->spec();
-  const auto trained = count_trained(memory_request(s, config, m.vocabulary, m.device()));
+  const auto trained = planning::count_trained(planning::memory_request(s, config, m.vocabulary, m.device()));
   const double overlays = double(trained.lora + trained.rows), base = double(s.num_parameters());
   const bool full = m.decoder->base().weights->trainable();
   log::info(s.family, ": ", format_count(base), " parameters, ", format_count(double(s.num_active_parameters())), " active per token; training ", format_count(double(trained.total())), " (",
@@ -156,9 +156,9 @@ void check_layout(const run::RunConfig& config, int64_t world_size) {
   MOEGRAFT_CHECK_USAGE(p.expert == 1 || spec.num_experts % p.expert == 0, "parallel.expert (", p.expert, ") must divide the ", spec.num_experts, " experts of ", config.model.path);
   graft::plan_calibration(spec, config);  // throws where its bound is too small
   // Before anything is loaded or made, and so without the new rows, whose number the codecs know.
-  MemoryRequest request = memory_request(spec, config, {}, graft::device_of(config.model.device), world_size);
+  planning::MemoryRequest request = planning::memory_request(spec, config, {}, graft::device_of(config.model.device), world_size);
   request.free_bytes = model::free_memory(request.device).value_or(0);
-  check_fits(plan_memory(request), request);
+  planning::check_fits(planning::plan_memory(request), request);
 }
 
 std::vector<distributed::World::Fact> facts_of(const run::RunConfig& config, const std::string& resume) {
@@ -219,13 +219,13 @@ Start start_run(const run::RunConfig& config, const std::string& resume, const d
     if (start.from->step > 0) log::info("resuming ", config.run.dir, " after step ", start.from->step);
   }
   describe(start.model, config);
-  MemoryRequest request = memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size());
+  planning::MemoryRequest request = planning::memory_request(start.model.decoder->spec(), config, start.model.vocabulary, start.model.device(), mesh.world->size());
   request.free_bytes = free;
-  start.plan = plan_memory(request);
-  start.trained = trained_table(request);
-  for (const auto& line : format_trained(start.trained, start.model.decoder->spec().num_parameters())) log::info("trains ", line);
-  check_fits(start.plan, request);
-  log::info(summary(start.plan));
+  start.plan = planning::plan_memory(request);
+  start.trained = planning::trained_table(request);
+  for (const auto& line : planning::format_trained(start.trained, start.model.decoder->spec().num_parameters())) log::info("trains ", line);
+  planning::check_fits(start.plan, request);
+  log::info(planning::summary(start.plan));
   return start;
 }
 

@@ -8,10 +8,10 @@
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/distributed/world.h"
 #include "moegraft/graft/grafted_model.h"
+#include "moegraft/planning/memory.h"
 #include "moegraft/run/run_config.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/config.h"
-#include "moegraft/train/memory_plan.h"
 #include "moegraft/train/optimizer.h"
 
 namespace moegraft::train {
@@ -32,7 +32,7 @@ struct Start {
   run::Fingerprints fingerprints;  // rank 0 only
   std::optional<checkpoint::Checkpoint> from;
   graft::GraftedModel model;
-  MemoryPlan plan;
+  planning::MemoryPlan plan;
   std::vector<run::TrainedRow> trained;
 };
 // config with absolute paths; resume: as in train(). Without train.memory_budget_gib a GPU's plan is for what it has free here, before anything is loaded: with several processes

@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 const std::map<std::string, int> kLayerOf = {
     {"base", 0},     {"config", 1},   {"io", 1},    {"kernels", 1},   {"ot", 1},         {"distributed", 1}, {"model", 2}, {"tokenizer", 2},
     {"codec", 2},    {"adapters", 3}, {"data", 3},  {"routing", 3},   {"checkpoint", 3}, {"parallel", 3},    {"convert", 3},  {"run", 4},   {"graft", 4},
-    {"generate", 4}, {"evaluate", 4}, {"train", 4}, {"exporting", 4}, {"report", 4},     {"tools", 5},
+    {"generate", 4}, {"evaluate", 4}, {"planning", 4}, {"train", 4}, {"exporting", 4}, {"report", 4},     {"tools", 5},   {"recipes", 5},
 };
 
 // Within a layer: from -> what it may include. No cycles (checked below).
@@ -30,7 +30,8 @@ const std::map<std::string, std::set<std::string>> kSameLayer = {
     {"graft", {"run"}},
     {"generate", {"graft", "run"}},
     {"evaluate", {"generate", "graft", "run"}},
-    {"train", {"evaluate", "generate", "graft", "run"}},
+    {"planning", {"graft", "run"}},
+    {"train", {"evaluate", "generate", "graft", "planning", "run"}},
     {"exporting", {"graft", "run"}},
     {"report", {"run"}},
 };
@@ -64,11 +65,11 @@ bool is_source(const fs::path& path) {
   return kinds.contains(path.extension().string());
 }
 
-// Every include under root/{include/moegraft,src,tools} that breaks a rule, as "file:line: what".
+// Every include under root/{include/moegraft,src,tools,recipes} that breaks a rule, as "file:line: what".
 std::vector<std::string> violations(const fs::path& root) {
   static const std::regex include_line(R"(^\s*#\s*include\s*[<"]([^>"]+)[>"])");
   std::vector<std::string> found;
-  for (const char* part : {"include/moegraft", "src", "tools"}) {
+  for (const char* part : {"include/moegraft", "src", "tools", "recipes"}) {
     if (!fs::exists(root / part)) continue;
     for (const auto& entry : fs::recursive_directory_iterator(root / part)) {
       if (!entry.is_regular_file() || !is_source(entry.path())) continue;
@@ -76,7 +77,8 @@ std::vector<std::string> violations(const fs::path& root) {
       const bool is_public = file.starts_with("include/");
       const fs::path inside = fs::relative(entry.path(), root / part);
       if (file == "src/libtorch.h") continue;  // the precompiled header: below every module, includes LibTorch alone
-      const std::string module = std::string(part) == "tools" ? "tools" : inside.begin()->string();
+      const bool is_top = std::string(part) == "tools" || std::string(part) == "recipes";
+      const std::string module = is_top ? part : inside.begin()->string();
       const auto report = [&](size_t line, const std::string& what) { found.push_back(file + ":" + std::to_string(line + 1) + ": " + what); };
       if (!kLayerOf.contains(module)) {
         report(0, "module '" + module + "' is not in the table of layers");
@@ -94,7 +96,7 @@ std::vector<std::string> violations(const fs::path& root) {
         const bool names_public = target.starts_with("moegraft/");
         const std::string path = names_public ? target.substr(9) : target;
         const std::string to = path.substr(0, path.find('/'));
-        const bool names_module = path.find('/') != std::string::npos && kLayerOf.contains(to) && to != "tools";
+        const bool names_module = path.find('/') != std::string::npos && kLayerOf.contains(to) && to != "tools" && to != "recipes";
         if (is_leaf && !(names_module && (to == "base" || to == "config")) && target.find_first_of("/.") != std::string::npos) {
           report(i, "a section's header may include base, config and the standard library alone: " + target);
         }
@@ -102,6 +104,8 @@ std::vector<std::string> violations(const fs::path& root) {
           report(i, "unknown module in " + target);
         } else if (names_public && !allowed(module, to) && !is_section(to, target)) {
           report(i, module + " may not include " + to + " (" + target + ")");
+        } else if (!names_public && !is_top && target.find('/') != std::string::npos && fs::exists(root / "recipes" / target)) {
+          report(i, "a recipe is for tools alone: " + target);
         } else if (!names_public && names_module && (to != module || is_public) && fs::exists(root / "src" / target)) {
           report(i, "private header of " + to + ": " + target);
         }
@@ -215,6 +219,12 @@ TEST_F(PlantedTree, EachBrokenRuleIsNamedWithFileAndLine) {
     plant(file, text);
     EXPECT_EQ(violations(root_), std::vector<std::string>{expected});
   }
+  fs::remove_all(root_);
+  plant("recipes/emoji/font.h", "");
+  plant("recipes/emoji/font.cpp", "#include \"emoji/font.h\"\n#include \"moegraft/data/unicode.h\"\n");
+  plant("tools/moegraft/data.cpp", "#include \"emoji/font.h\"\n");
+  plant("src/data/prepare.cpp", "#include \"emoji/font.h\"\n");
+  EXPECT_EQ(violations(root_), std::vector<std::string>{"src/data/prepare.cpp:1: a recipe is for tools alone: emoji/font.h"});
   fs::remove_all(root_);
   plant("src/model/private.h", "");
   plant("src/graft/x.cpp", "#include \"model/private.h\"\n");

@@ -5,12 +5,12 @@
 #include <map>
 #include <tuple>
 
-#include "data/unicode.h"
 #include "moegraft/base/check.h"
 #include "moegraft/codec/vq.h"
 #include "moegraft/data/fingerprints.h"
 #include "moegraft/data/manifest.h"
 #include "moegraft/data/shard.h"
+#include "moegraft/data/unicode.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/image.h"
 #include "moegraft/tokenizer/tokenizer.h"

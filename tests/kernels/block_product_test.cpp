@@ -1,7 +1,7 @@
 // Block products against plain ones, in every shape that the micro-kernels treat apart: row, column and depth tails, several terms, rounding, narrow panels.
 #include <gtest/gtest.h>
 
-#include "kernels/block_product.h"
+#include "kernels/cpu/block_product.h"
 #include "libtorch.h"
 
 namespace moegraft::kernels {

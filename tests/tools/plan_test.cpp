@@ -5,7 +5,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/model/weights.h"
-#include "moegraft/train/traffic.h"
+#include "moegraft/planning/traffic.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
 
@@ -15,7 +15,7 @@ namespace {
 using io::Json;
 using testing::Process;
 using testing::run_moegraft;
-using train::Purpose;
+using planning::Purpose;
 using Keys = std::vector<std::string>;
 
 class Plan : public ::testing::Test {
@@ -49,8 +49,8 @@ class Plan : public ::testing::Test {
     args.insert(args.end(), more.begin(), more.end());
     return launched(processes, args);
   }
-  static train::MemoryRequest request(int64_t processes, int64_t expert) {
-    train::MemoryRequest r;
+  static planning::MemoryRequest request(int64_t processes, int64_t expert) {
+    planning::MemoryRequest r;
     r.spec = model::read_spec(*base_);
     r.tokens = 80 / processes;
     r.expert_size = expert, r.data_size = processes / expert;
@@ -86,11 +86,11 @@ TEST_F(Plan, TrafficIsWhatTheProcessesCount) {
     EXPECT_EQ(j["expert_parallel"], c.expert);
     auto r = request(c.processes, c.expert);
     r.shard_base = c.base, r.shard_optimizer = c.optimizer;
-    const auto traffic = train::count_traffic(r, 1, c.recompute, 0.01 * (1 << 20));
+    const auto traffic = planning::count_traffic(r, 1, c.recompute, 0.01 * (1 << 20));
     const auto bytes = [&](const char* kind) { return j["traffic_of_rank_0"].contains(kind) ? j["traffic_of_rank_0"][kind]["bytes"].get<double>() : 0.0; };
     double agreement_of_experts = 0, agreement_elsewhere = 0, buckets = 0, gathers = 0;
     for (const auto& m : traffic) {
-      if (m.purpose == Purpose::agreement) (m.group == train::Group::expert ? agreement_of_experts : agreement_elsewhere) += m.calls * m.bytes_each;
+      if (m.purpose == Purpose::agreement) (m.group == planning::Group::expert ? agreement_of_experts : agreement_elsewhere) += m.calls * m.bytes_each;
       if (m.purpose == Purpose::gradients) buckets += m.calls;
       if (m.purpose == Purpose::base) gathers += m.calls;
     }
@@ -135,10 +135,10 @@ TEST_F(Plan, SavesAreMeasuredInBothWays) {
 }
 
 TEST(MeanVisits, CountsWhatChanceWouldChoose) {
-  EXPECT_DOUBLE_EQ(train::mean_visits(4, 2, 1), 1);
-  EXPECT_DOUBLE_EQ(train::mean_visits(4, 2, 4), 2);
-  EXPECT_DOUBLE_EQ(train::mean_visits(4, 2, 2), 2 * (1 - 1.0 / 6));  // of 6 pairs one lies wholly on the other side
-  EXPECT_DOUBLE_EQ(train::mean_visits(4, 3, 2), 2);
+  EXPECT_DOUBLE_EQ(planning::mean_visits(4, 2, 1), 1);
+  EXPECT_DOUBLE_EQ(planning::mean_visits(4, 2, 4), 2);
+  EXPECT_DOUBLE_EQ(planning::mean_visits(4, 2, 2), 2 * (1 - 1.0 / 6));  // of 6 pairs one lies wholly on the other side
+  EXPECT_DOUBLE_EQ(planning::mean_visits(4, 3, 2), 2);
 }
 
 TEST_F(Plan, CollectivesReportBandwidths) {
@@ -186,7 +186,7 @@ TEST_F(PlanOfTimes, AreThoseOfTheMeasuredGroup) {
   const Json two = plan("gpus=2");
   EXPECT_DOUBLE_EQ(two["compute_seconds"].get<double>(), 0.5);
   double ms = 0;
-  for (const auto& m : train::count_traffic(request(2, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * std::max(1.0, m.bytes_each / 1024);
+  for (const auto& m : planning::count_traffic(request(2, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * std::max(1.0, m.bytes_each / 1024);
   EXPECT_NEAR(two["seconds_under_way"]["gradients"].get<double>(), ms / 1e3, 1e-9);
   EXPECT_NEAR(two["step_seconds"].get<double>(), 0.5 + ms / 1e3, 1e-9);
   EXPECT_NEAR(two["tokens_per_s"].get<double>(), 80 / (0.5 + ms / 1e3), 1e-6);
@@ -197,7 +197,7 @@ TEST_F(PlanOfTimes, AreThoseOfTheMeasuredGroup) {
 TEST_F(PlanOfTimes, GrowWithTheRing) {
   // 4 members: 6 rounds instead of 2, and 3/2 of the message instead of 1 on each link.
   double ms = 0;
-  for (const auto& m : train::count_traffic(request(4, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * (3 + std::max(0.0, 1.5 * m.bytes_each / 1024 - 1));
+  for (const auto& m : planning::count_traffic(request(4, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * (3 + std::max(0.0, 1.5 * m.bytes_each / 1024 - 1));
   const Json four = plan("nodes=2,gpus=2");
   EXPECT_NEAR(four["seconds_under_way"]["gradients"].get<double>(), ms / 1e3, 1e-9);
   EXPECT_TRUE(four.contains("note")) << "nothing was measured between machines";

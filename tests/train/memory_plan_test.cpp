@@ -1,5 +1,5 @@
 // The memory plan against what autograd really keeps, and the runs that it steers.
-#include "moegraft/train/memory_plan.h"
+#include "moegraft/planning/memory.h"
 
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
@@ -15,9 +15,9 @@
 #include "moegraft/kernels/ops.h"
 #include "moegraft/model/random_base.h"
 #include "moegraft/train/trainer.h"
+#include "planning/gpu_memory.h"
 #include "support/metrics.h"
 #include "support/tiny_world.h"
-#include "train/gpu_memory.h"
 
 namespace moegraft::train {
 namespace {
@@ -92,12 +92,12 @@ TEST(MemoryPlan, CountsWhatALayerKeeps) {
                         {"dense_vera", model::QkNorm::per_head, 0, true, false, true, true, false, adapters::AdapterKind::vera}};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
-    MemoryRequest r;
+    planning::MemoryRequest r;
     r.spec = spec_of(c, 4);
     r.dtype = c.bf16 ? at::kBFloat16 : at::kFloat;
     r.tokens = kTokens, r.gate_open = c.open;
     r.adapters = {{4, {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up, model::Site::down}, {}, c.kind}};
-    const MemoryPlan plan = plan_memory(r);
+    const planning::MemoryPlan plan = planning::plan_memory(r);
     // Two layers more, so that what belongs to no layer drops out.
     const auto of_layer = [&](bool recomputed) {
       const fs::path two = folder / (std::string(c.name) + "2"), four = folder / (std::string(c.name) + "4");
@@ -113,7 +113,7 @@ TEST(MemoryPlan, CountsAQuantisedBase) {
   if (!kernels::quantised_products()) GTEST_SKIP() << "its values are floats on this CPU path";
   for (const bool tied : {false, true})
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-      MemoryRequest r;
+      planning::MemoryRequest r;
       r.spec = spec_of({"qwen2", model::QkNorm::none, 0, true, true, false, false, true}, 3);
       r.spec.hidden_size = 80, r.spec.tie_word_embeddings = tied;
       r.spec.layers[1].sparse = false, r.spec.intermediate_size = 96;
@@ -126,14 +126,14 @@ TEST(MemoryPlan, CountsAQuantisedBase) {
         for (const auto* t : {&w.input_norm_D, &w.post_norm_D, &w.attention.q_bias, &w.attention.k_bias, &w.attention.v_bias, &w.attention.o_bias, &w.router_ED, &w.shared_scale_1D}) floats += t->defined() ? t->numel() : 0;
         if (r.spec.layers[size_t(l)].sparse) bytes += kernels::stored_bytes(*weights->experts(l, 0, r.spec.num_experts).panels);
       }
-      const MemoryPlan plan = plan_memory(r);
+      const planning::MemoryPlan plan = planning::plan_memory(r);
       EXPECT_EQ(plan.base, bytes + floats * int64_t(c10::elementSize(dtype)));
       EXPECT_EQ(plan.panels, 0);
     }
 }
 
-MemoryRequest large() {
-  MemoryRequest r;
+planning::MemoryRequest large() {
+  planning::MemoryRequest r;
   Case c{"", model::QkNorm::per_head, 0, true, true, false, false};
   r.spec = spec_of(c, 8);
   r.tokens = 1 << 16;
@@ -142,8 +142,8 @@ MemoryRequest large() {
 }
 
 TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
-  MemoryRequest r = large();
-  const MemoryPlan free = plan_memory(r);
+  planning::MemoryRequest r = large();
+  const planning::MemoryPlan free = planning::plan_memory(r);
   EXPECT_EQ(free.recompute_layers, 0);
   EXPECT_TRUE(free.fits());
   // Closed form: every layer's input, and one layer whole.
@@ -153,60 +153,60 @@ TEST(MemoryPlan, RecomputesAsFewLayersAsTheBudgetTakes) {
   int64_t before = free.total();
   for (int64_t n = 1; n < 8; ++n) {
     r.budget_bytes = before - 1;
-    const MemoryPlan plan = plan_memory(r);
+    const planning::MemoryPlan plan = planning::plan_memory(r);
     EXPECT_EQ(plan.recompute_layers, n);
     EXPECT_TRUE(plan.fits());
-    EXPECT_NO_THROW(check_fits(plan, r));
+    EXPECT_NO_THROW(planning::check_fits(plan, r));
     before = plan.total();
   }
   EXPECT_EQ(before, free.smallest);
   r.budget_bytes = before - 1;
-  const MemoryPlan plan = plan_memory(r);
+  const planning::MemoryPlan plan = planning::plan_memory(r);
   EXPECT_FALSE(plan.fits());
   try {
-    check_fits(plan, r);
+    planning::check_fits(plan, r);
     FAIL();
   } catch (const UserError& e) {
     EXPECT_NE(std::string(e.what()).find("smallest possible total"), std::string::npos) << e.what();
   }
   r.auxiliary_loss = true;  // what trains from scratch cannot recompute
-  EXPECT_EQ(plan_memory(r).recompute_layers, 0);
+  EXPECT_EQ(planning::plan_memory(r).recompute_layers, 0);
 }
 
 TEST(MemoryPlan, AGpuHoldsTheLogitsOfOneChunkOfTheLoss) {
-  MemoryRequest r = large();
+  planning::MemoryRequest r = large();
   r.device = at::kCUDA, r.dtype = at::kBFloat16, r.tokens = 4096, r.spec.vocab_size = 151936;
-  const int64_t many = plan_memory(r).loss;
+  const int64_t many = planning::plan_memory(r).loss;
   r.spec.vocab_size = 8;
-  EXPECT_EQ(many - plan_memory(r).loss, 2 * (1536 * 151936 - 4096 * 8));
+  EXPECT_EQ(many - planning::plan_memory(r).loss, 2 * (1536 * 151936 - 4096 * 8));
 }
 
 TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
-  MemoryRequest r = large();
+  planning::MemoryRequest r = large();
   // Two layers: gate A [E,P,D], B [E,F,P], q A [P,D], B [q,P].
-  EXPECT_EQ(count_trained(r).total(), 2 * (6 * 4 * (64 + 48) + 4 * (64 + 64)));
+  EXPECT_EQ(planning::count_trained(r).total(), 2 * (6 * 4 * (64 + 48) + 4 * (64 + 64)));
   int64_t listed = 0;
-  for (const auto& row : trained_table(r)) listed += row.parameters;
-  EXPECT_EQ(listed, count_trained(r).total());
-  EXPECT_EQ(format_trained(trained_table(r), 1000).size(), trained_table(r).size() + 1);
-  const MemoryPlan adamw = plan_memory(r);
-  EXPECT_EQ(adamw.optimizer, 8 * count_trained(r).total());
+  for (const auto& row : planning::trained_table(r)) listed += row.parameters;
+  EXPECT_EQ(listed, planning::count_trained(r).total());
+  EXPECT_EQ(planning::format_trained(planning::trained_table(r), 1000).size(), planning::trained_table(r).size() + 1);
+  const planning::MemoryPlan adamw = planning::plan_memory(r);
+  EXPECT_EQ(adamw.optimizer, 8 * planning::count_trained(r).total());
   EXPECT_EQ(adamw.save_copies, 0);
   r.async_saves = true;
-  EXPECT_EQ(plan_memory(r).save_copies, 12 * count_trained(r).total());
-  EXPECT_EQ(plan_memory(r).total(), adamw.total() + 12 * count_trained(r).total());
+  EXPECT_EQ(planning::plan_memory(r).save_copies, 12 * planning::count_trained(r).total());
+  EXPECT_EQ(planning::plan_memory(r).total(), adamw.total() + 12 * planning::count_trained(r).total());
   r.async_saves = false;
   r.prefix_cache = 5 << 20;
-  EXPECT_EQ(plan_memory(r).total(), adamw.total() + (5 << 20));
+  EXPECT_EQ(planning::plan_memory(r).total(), adamw.total() + (5 << 20));
   r.prefix_cache = 0;
   r.moments_8bit = true;
-  EXPECT_LT(plan_memory(r).optimizer, adamw.optimizer / 3);
+  EXPECT_LT(planning::plan_memory(r).optimizer, adamw.optimizer / 3);
   r.device = at::kCUDA;
-  const MemoryPlan whole = plan_memory(r);
+  const planning::MemoryPlan whole = planning::plan_memory(r);
   EXPECT_EQ(whole.base, 4 * r.spec.num_parameters());
   EXPECT_EQ(whole.panels + whole.heap, 0);
   r.offload_experts = true;
-  const MemoryPlan plan = plan_memory(r);
+  const planning::MemoryPlan plan = planning::plan_memory(r);
   const int64_t layer = 3 * 6 * 64 * 48 * 4;
   EXPECT_EQ(plan.host_experts, 8 * layer);
   EXPECT_EQ(plan.base, whole.base - 8 * layer);
@@ -215,21 +215,21 @@ TEST(MemoryPlan, CountsOverlaysOnlyAndOffloadedExpertsElsewhere) {
 }
 
 TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
-  MemoryRequest r = large();
+  planning::MemoryRequest r = large();
   r.device = at::Device(at::kCUDA, 0);
-  r.free_bytes = plan_memory(r).total();
-  const MemoryPlan plan = plan_memory(r);
+  r.free_bytes = planning::plan_memory(r).total();
+  const planning::MemoryPlan plan = planning::plan_memory(r);
   EXPECT_EQ(plan.budget, int64_t(0.94 * double(r.free_bytes)));
   EXPECT_GT(plan.recompute_layers, 0);
   EXPECT_TRUE(plan.fits());
-  EXPECT_NE(summary(plan).find(" GiB, 0.94 of what cuda:0 has free; "), std::string::npos) << summary(plan);
+  EXPECT_NE(planning::summary(plan).find(" GiB, 0.94 of what cuda:0 has free; "), std::string::npos) << planning::summary(plan);
   r.budget_bytes = r.free_bytes;  // the config's word is the last
-  EXPECT_EQ(plan_memory(r).budget, r.free_bytes);
-  EXPECT_EQ(plan_memory(r).recompute_layers, 0);
-  EXPECT_EQ(summary(plan_memory(r)).find("free"), std::string::npos);
+  EXPECT_EQ(planning::plan_memory(r).budget, r.free_bytes);
+  EXPECT_EQ(planning::plan_memory(r).recompute_layers, 0);
+  EXPECT_EQ(planning::summary(planning::plan_memory(r)).find("free"), std::string::npos);
   r.budget_bytes = 0, r.free_bytes = 1 << 20;
   try {
-    check_fits(plan_memory(r), r);
+    planning::check_fits(planning::plan_memory(r), r);
     FAIL();
   } catch (const UserError& e) {
     EXPECT_NE(std::string(e.what()).find("0.94 of what cuda:0 has free) is too little"), std::string::npos) << e.what();
@@ -239,41 +239,41 @@ TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
 
 TEST(MemoryPlan, CountsWhatAGpuHoldsBesideTensors) {
   // Qwen3-30B-A3B's attention: dq in 5 splits for one sequence, 3 for two, 1 from 5 on, and dk, dv of 32 heads that share 4 keys.
-  const auto flash = [](int64_t sequences, int64_t kv_heads, int64_t head_dim) { return gpu::flash_backward(4096, sequences, 32, kv_heads, head_dim, 2); };
+  const auto flash = [](int64_t sequences, int64_t kv_heads, int64_t head_dim) { return planning::gpu::flash_backward(4096, sequences, 32, kv_heads, head_dim, 2); };
   EXPECT_EQ(flash(1, 4, 128), 5 * 4224 * 32 * 128 * 4 + 32 * 4224 * 4 + 2 * 4096 * 32 * 128 * 2);
   EXPECT_EQ(flash(2, 4, 128), 3 * 4352 * 32 * 128 * 4 + 32 * 4352 * 4 + 2 * 4096 * 32 * 128 * 2);
   EXPECT_EQ(flash(5, 32, 128), 4736 * 32 * 128 * 4 + 32 * 4736 * 4);
   EXPECT_EQ(flash(5, 32, 72), 4736 * 32 * 96 * 4 + 32 * 4736 * 4);
   EXPECT_EQ(flash(5, 32, 200), 4736 * 32 * 256 * 4 + 32 * 4736 * 4);
 
-  MemoryRequest r = large();
+  planning::MemoryRequest r = large();
   r.device = at::kCUDA, r.dtype = at::kBFloat16;
   for (auto& layer : r.spec.layers) layer.sparse = false;
-  const MemoryPlan many = plan_memory(r);
-  EXPECT_EQ(many.program, gpu::kContext);
+  const planning::MemoryPlan many = planning::plan_memory(r);
+  EXPECT_EQ(many.program, planning::gpu::kContext);
   EXPECT_EQ(many.collectives, 0);
   r.sequences = 1 << 10;
-  const MemoryPlan long_ones = plan_memory(r);  // 33 splits of one sequence against one of many
-  EXPECT_EQ(many.workspace - long_ones.workspace, gpu::flash_backward(r.tokens, 1, 4, 2, 16, 2) - gpu::flash_backward(r.tokens, 1 << 10, 4, 2, 16, 2));
+  const planning::MemoryPlan long_ones = planning::plan_memory(r);  // 33 splits of one sequence against one of many
+  EXPECT_EQ(many.workspace - long_ones.workspace, planning::gpu::flash_backward(r.tokens, 1, 4, 2, 16, 2) - planning::gpu::flash_backward(r.tokens, 1 << 10, 4, 2, 16, 2));
   r.dtype = at::kFloat;  // no flash kernel
-  const MemoryPlan wide = plan_memory(r);
+  const planning::MemoryPlan wide = planning::plan_memory(r);
   r.sequences = 1;
-  EXPECT_EQ(plan_memory(r).workspace, wide.workspace);
+  EXPECT_EQ(planning::plan_memory(r).workspace, wide.workspace);
 
   r.expert_size = 2;
-  EXPECT_EQ(plan_memory(r).collectives, 2 * gpu::kNcclGroup + gpu::kNcclPeer);
+  EXPECT_EQ(planning::plan_memory(r).collectives, 2 * planning::gpu::kNcclGroup + planning::gpu::kNcclPeer);
   r.data_size = 4, r.shard_base = r.shard_optimizer = true;
-  EXPECT_EQ(plan_memory(r).collectives, 5 * gpu::kNcclGroup + gpu::kNcclPeer);
+  EXPECT_EQ(planning::plan_memory(r).collectives, 5 * planning::gpu::kNcclGroup + planning::gpu::kNcclPeer);
   r.expert_size = 64, r.data_size = 1, r.spec.num_experts = 64;
-  EXPECT_EQ(plan_memory(r).collectives, 2 * gpu::kNcclGroup + 7 * gpu::kNcclPeer);
-  const MemoryPlan card = plan_memory(r);
+  EXPECT_EQ(planning::plan_memory(r).collectives, 2 * planning::gpu::kNcclGroup + 7 * planning::gpu::kNcclPeer);
+  const planning::MemoryPlan card = planning::plan_memory(r);
   EXPECT_EQ(card.total(), card.program + card.collectives + card.base + card.offload_buffers + card.trained + card.gradients + card.optimizer + card.activations + std::max(card.loss, card.workspace));
   r.device = at::kCPU;
-  EXPECT_EQ(plan_memory(r).collectives, 0);
+  EXPECT_EQ(planning::plan_memory(r).collectives, 0);
 }
 
 TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {
-  MemoryRequest r = large();
+  planning::MemoryRequest r = large();
   for (const bool many_experts : {false, true}) {
     if (many_experts) {  // more than 512 MiB: experts lie in one layout, where that serves both passes
       r.spec.hidden_size = 512, r.spec.moe_intermediate_size = 256, r.spec.num_experts = 64;
@@ -281,9 +281,9 @@ TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {
       if (!kernels::one_layout_serves(at::kBFloat16)) continue;
     }
     r.dtype = at::kFloat;
-    const MemoryPlan wide = plan_memory(r);
+    const planning::MemoryPlan wide = planning::plan_memory(r);
     r.dtype = at::kBFloat16;
-    const MemoryPlan narrow = plan_memory(r);
+    const planning::MemoryPlan narrow = planning::plan_memory(r);
     EXPECT_LE(double(narrow.base + narrow.panels), 0.6 * double(wide.base + wide.panels)) << many_experts;
   }
 }
@@ -301,8 +301,8 @@ TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
     for (auto* c : {&plain, &tight}) c->model.dtype = dtype, c->train.sample_prompts.clear();
     train(plain);
     const graft::GraftedModel m = graft::open_model(plain.run.dir);
-    const auto plan_of = [&](const run::RunConfig& c) { return plan_memory(memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU)); };
-    const MemoryPlan free = plan_of(plain);
+    const auto plan_of = [&](const run::RunConfig& c) { return planning::plan_memory(planning::memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU)); };
+    const planning::MemoryPlan free = plan_of(plain);
     tight.train.memory_budget_gib = double((free.total() + free.smallest) / 2) / double(int64_t{1} << 30);
     ASSERT_GE(plan_of(tight).recompute_layers, 1);
     train(tight);

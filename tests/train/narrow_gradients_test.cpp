@@ -9,7 +9,7 @@
 #include "moegraft/io/files.h"
 #include "moegraft/io/json.h"
 #include "moegraft/parallel/narrow_gradients.h"
-#include "moegraft/train/memory_plan.h"
+#include "moegraft/planning/memory.h"
 #include "moegraft/train/optimizer.h"
 #include "moegraft/train/trainer.h"
 #include "support/metrics.h"
@@ -105,23 +105,23 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
 }
 
 TEST(NarrowGradients, ThePlanCountsTwoBytesEach) {
-  MemoryRequest r;
+  planning::MemoryRequest r;
   r.spec.family = "qwen3_moe";
   r.spec.hidden_size = 64, r.spec.num_layers = 2, r.spec.num_heads = 4, r.spec.num_kv_heads = 4, r.spec.head_dim = 16, r.spec.num_experts = 6, r.spec.num_experts_per_tok = 2;
   r.spec.moe_intermediate_size = r.spec.intermediate_size = 48, r.spec.vocab_size = 50;
   r.spec.layers.assign(2, {});
   r.tokens = 64, r.device = at::kCUDA;
   r.adapters = {{4, {model::Site::gate, model::Site::q}, {}}};
-  const int64_t trained = count_trained(r).total();
-  const MemoryPlan wide = plan_memory(r);
+  const int64_t trained = planning::count_trained(r).total();
+  const planning::MemoryPlan wide = planning::plan_memory(r);
   EXPECT_EQ(wide.gradients, 4 * trained);
   r.narrow_gradients = true;
-  EXPECT_EQ(plan_memory(r).gradients, 2 * trained);
-  EXPECT_EQ(plan_memory(r).total(), wide.total() - 2 * trained);
+  EXPECT_EQ(planning::plan_memory(r).gradients, 2 * trained);
+  EXPECT_EQ(planning::plan_memory(r).total(), wide.total() - 2 * trained);
   r.data_size = 2, r.bucket_bytes = trained / 8;  // sums over processes: four buckets as float32
-  EXPECT_EQ(plan_memory(r).gradients, 2 * trained + 4 * (trained / 8));
+  EXPECT_EQ(planning::plan_memory(r).gradients, 2 * trained + 4 * (trained / 8));
   r.bucket_bytes = int64_t{1} << 40;
-  EXPECT_EQ(plan_memory(r).gradients, 6 * trained);
+  EXPECT_EQ(planning::plan_memory(r).gradients, 6 * trained);
 }
 
 }  // namespace

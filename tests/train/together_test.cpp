@@ -12,7 +12,7 @@
 #include "moegraft/distributed/launch.h"
 #include "moegraft/io/files.h"
 #include "moegraft/routing/stats.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 #include "support/metrics.h"
 #include "support/paths.h"
 #include "support/process.h"
@@ -236,7 +236,7 @@ TEST_F(Together, ASignalToTheLauncherSavesEverywhere) {
   for (int i = 0; i < 3000 && p.running() && training_lines(run_path("signal")).size() < 3; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
   p.send(SIGTERM);
   const auto result = p.wait();
-  EXPECT_EQ(result.code, kExitStopped) << result.err;
+  EXPECT_EQ(result.code, run::kExitStopped) << result.err;
   EXPECT_EQ(training_lines(run_path("signal")).rbegin()->first, latest(run_path("signal")).step) << "nothing trained is lost";
 }
 

@@ -13,7 +13,7 @@
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/io/files.h"
 #include "moegraft/io/safetensors.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 #include "moegraft/train/trainer.h"
 #include "support/metrics.h"
 #include "support/process.h"
@@ -317,7 +317,7 @@ TEST_F(Binary, ASignalSavesAndExitsWithItsOwnCode) {
   for (int i = 0; i < 2000 && p.running() && losses(c.run.dir).size() < 3; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
   p.send(SIGTERM);
   const auto result = p.wait();
-  EXPECT_EQ(result.code, kExitStopped) << result.err;
+  EXPECT_EQ(result.code, run::kExitStopped) << result.err;
   const auto latest = checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints");
   ASSERT_TRUE(latest);
   const auto saved = checkpoint::load(*latest);

@@ -20,12 +20,14 @@ moegraft_find(PNG)
 moegraft_find(JPEG)
 moegraft_find(TIFF)
 moegraft_find(LibArchive)
-moegraft_find(Freetype)
-moegraft_find(pugixml)
 pkg_check_modules(GD REQUIRED IMPORTED_TARGET gdlib)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
-pkg_check_modules(HARFBUZZ REQUIRED IMPORTED_TARGET harfbuzz)
+if(NOT CMAKE_FIND_PACKAGE_NAME STREQUAL "moegraft")  # of recipes/, which are not installed
+  moegraft_find(Freetype)
+  moegraft_find(pugixml)
+  pkg_check_modules(HARFBUZZ REQUIRED IMPORTED_TARGET harfbuzz)
+endif()
 
 # spdlog stays behind base/log.h: its fmt and the fmt inside Torch's include folder must never meet in one translation unit.
 moegraft_find(spdlog)

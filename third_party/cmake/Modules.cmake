@@ -47,9 +47,9 @@ function(moegraft_module name)
   set_property(GLOBAL APPEND PROPERTY MOEGRAFT_LIBRARIES ${target})
 endfunction()
 
-# The CPU loops and micro-kernels are compiled for the whole program's instruction set and for wider ones, and chosen at run time (src/kernels/cpu_path.h).
+# The CPU loops and micro-kernels are compiled for the whole program's instruction set and for wider ones, and chosen at run time (src/kernels/cpu/cpu_path.h).
 function(moegraft_loops)
-  set(dir ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels)
+  set(dir ${CMAKE_CURRENT_SOURCE_DIR}/src/kernels/cpu)
   set(quiet -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized)  # vectors pass within one file only; GCC 12 warns of its own intrinsics
   set(avx2 "")
   set(avx512 "")
@@ -108,16 +108,18 @@ function(moegraft_cudnn_attention)
   target_link_libraries(moegraft_kernels PRIVATE "-Wl,${MOEGRAFT_CUDNN_LIBRARY},${MOEGRAFT_NVRTC_LIBRARY}")
 endfunction()
 
-# The command-line tool: tools/moegraft/*.cpp, one file per subcommand.
+# The command-line tool: tools/moegraft/*.cpp, one file per subcommand; tools/bench/*.cpp, the kinds of `moegraft bench`; and the recipes' libraries.
 function(moegraft_binary)
-  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tools/moegraft/*.cpp)
+  set(tools ${CMAKE_CURRENT_SOURCE_DIR}/tools)
+  file(GLOB sources CONFIGURE_DEPENDS ${tools}/moegraft/*.cpp ${tools}/bench/*.cpp)
   if(NOT sources)
     return()
   endif()
   find_package(CLI11 REQUIRED)
   get_property(libraries GLOBAL PROPERTY MOEGRAFT_LIBRARIES)
   add_executable(moegraft ${sources})
-  target_link_libraries(moegraft PRIVATE ${libraries} CLI11::CLI11 moegraft::torch)
+  target_include_directories(moegraft PRIVATE ${tools}/moegraft ${tools}/bench)
+  target_link_libraries(moegraft PRIVATE moegraft_emoji ${libraries} CLI11::CLI11 moegraft::torch)
   target_compile_definitions(moegraft PRIVATE MOEGRAFT_VERSION="${PROJECT_VERSION}")
   target_precompile_headers(moegraft REUSE_FROM moegraft_pch)
 endfunction()

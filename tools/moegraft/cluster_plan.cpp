@@ -14,15 +14,15 @@ namespace moegraft::tools {
 namespace {
 
 using io::Json;
-using train::Purpose;
+using planning::Purpose;
 
 bool as_bool(const std::string& key, const std::string& value) {
   MOEGRAFT_CHECK_USAGE(value == "true" || value == "false" || value.empty(), "--plan: ", key, " is true or false, got '", value, "'");
   return value != "false";
 }
 
-train::MemoryRequest request_of_step(const Json& step, const model::DecoderSpec& spec, at::Device device, const ClusterLayout& layout) {
-  train::MemoryRequest r;
+planning::MemoryRequest request_of_step(const Json& step, const model::DecoderSpec& spec, at::Device device, const planning::ClusterLayout& layout) {
+  planning::MemoryRequest r;
   r.spec = spec;
   r.dtype = graft::parse_dtype(step.at("dtype"));
   r.device = device;
@@ -32,7 +32,7 @@ train::MemoryRequest request_of_step(const Json& step, const model::DecoderSpec&
   r.shard_base = layout.shard_base, r.shard_optimizer = layout.shard_optimizer;
   r.new_rows = step.at("new_rows");
   if (step.at("rank").get<int64_t>() > 0) {
-    train::MemoryRequest::Adapter adapter{step.at("rank"), {}, {}};
+    planning::MemoryRequest::Adapter adapter{step.at("rank"), {}, {}};
     for (const auto& name : step.at("sites")) adapter.sites.push_back(adapters::parse_site(name));
     r.adapters.push_back(std::move(adapter));
   }
@@ -41,8 +41,8 @@ train::MemoryRequest request_of_step(const Json& step, const model::DecoderSpec&
 
 }  // namespace
 
-ClusterLayout parse_layout(const std::string& text, const ClusterLayout& defaults) {
-  ClusterLayout layout = defaults;
+planning::ClusterLayout parse_layout(const std::string& text, const planning::ClusterLayout& defaults) {
+  planning::ClusterLayout layout = defaults;
   for (const auto& item : split(text, ',')) {
     const size_t at = item.find('=');
     const std::string key = item.substr(0, at), value = at == std::string::npos ? "" : item.substr(at + 1);
@@ -62,19 +62,19 @@ ClusterLayout parse_layout(const std::string& text, const ClusterLayout& default
 
 Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunConfig>& given, const model::Vocabulary& vocabulary, at::Device device, const std::string& text,
                   const std::vector<std::string>& files) {
-  const Measurements measured(files);
+  const planning::Measurements measured(files);
   const Json& step = measured.step();
-  ClusterLayout layout;
+  planning::ClusterLayout layout;
   if (given) layout.expert = given->parallel.expert, layout.shard_base = given->parallel.shard_base, layout.shard_optimizer = given->parallel.shard_optimizer;
   layout = parse_layout(text, layout);
   MOEGRAFT_CHECK_USAGE(spec.num_experts % layout.expert == 0, "--plan: expert (", layout.expert, ") must divide the model's ", spec.num_experts, " experts");
-  train::MemoryRequest request;
+  planning::MemoryRequest request;
   int64_t micro_batches = 1, recompute = step.at("recompute_layers");
   double tokens = step.at("tokens"), bucket_bytes = 25 * double(1 << 20);
   if (given) {
     run::RunConfig config = *given;
     config.parallel.expert = layout.expert, config.parallel.shard_base = layout.shard_base, config.parallel.shard_optimizer = layout.shard_optimizer;
-    request = train::memory_request(spec, config, vocabulary, device, layout.processes());
+    request = planning::memory_request(spec, config, vocabulary, device, layout.processes());
     micro_batches = config.train.accumulation;
     tokens = double(config.data.tokens_per_step);
     bucket_bytes = config.parallel.bucket_mib * double(1 << 20);
@@ -85,18 +85,18 @@ Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunCo
     request = request_of_step(step, spec, device, layout);
   }
   request.free_bytes = model::free_memory(device).value_or(0);
-  const train::MemoryPlan memory = train::plan_memory(request);
+  const planning::MemoryPlan memory = planning::plan_memory(request);
   if (given) recompute = memory.recompute_layers;
-  train::MemoryRequest average = request;  // the largest micro-batch is for memory, the mean one for time
+  planning::MemoryRequest average = request;  // the largest micro-batch is for memory, the mean one for time
   average.tokens = std::max<int64_t>(1, std::llround(tokens / double(layout.processes() * micro_batches)));
-  const auto traffic = train::count_traffic(average, micro_batches, recompute, bucket_bytes);
+  const auto traffic = planning::count_traffic(average, micro_batches, recompute, bucket_bytes);
   const bool overlap = std::string(step.at("device")).starts_with("cuda");
-  const ClusterTimes times = predict(measured, average, traffic, layout, micro_batches, overlap);
-  train::MemoryRequest one = average;
+  const planning::ClusterTimes times = planning::predict(measured, average, traffic, layout, micro_batches, overlap);
+  planning::MemoryRequest one = average;
   one.expert_size = one.data_size = 1, one.tokens = std::max<int64_t>(1, std::llround(tokens / double(micro_batches)));
-  const double alone = predict(measured, one, {}, {}, micro_batches, overlap).step();
+  const double alone = planning::predict(measured, one, {}, {}, micro_batches, overlap).step();
   Json bytes;
-  for (const Purpose p : {Purpose::gradients, Purpose::experts, Purpose::base, Purpose::updates, Purpose::agreement}) bytes[train::name_of(p)] = train::total_bytes(traffic, p);
+  for (const Purpose p : {Purpose::gradients, Purpose::experts, Purpose::base, Purpose::updates, Purpose::agreement}) bytes[planning::name_of(p)] = planning::total_bytes(traffic, p);
   Json out{{"nodes", layout.nodes}, {"processes", layout.processes()}, {"expert", layout.expert}, {"data", layout.processes() / layout.expert}, {"shard_base", layout.shard_base}, {"shard_optimizer", layout.shard_optimizer},
            {"tokens_per_step", tokens}, {"step_seconds", times.step()}, {"tokens_per_s", tokens / times.step()}, {"compute_seconds", times.compute}, {"communication_share", times.exposed / times.step()},
            {"times_one_process", alone / times.step()},

@@ -6,11 +6,11 @@
 
 #include "command.h"
 #include "data_deal.h"
+#include "emoji/corpus.h"
+#include "emoji/emoji.h"
 #include "moegraft/base/check.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
-#include "moegraft/data/corpus.h"
-#include "moegraft/data/emoji.h"
 #include "moegraft/data/fingerprints.h"
 #include "moegraft/data/prepare.h"
 #include "moegraft/data/shard.h"
@@ -30,7 +30,7 @@ void report(const Json& result, bool as_json, const std::string& text) {
 
 void add_emoji(CLI::App& parent) {
   struct State {
-    data::EmojiOptions options;
+    emoji::EmojiOptions options;
     bool json = false;
   };
   auto state = std::make_shared<State>();
@@ -50,7 +50,7 @@ void add_emoji(CLI::App& parent) {
   command->add_flag("--json", state->json, "Print the summary as one JSON object");
   command->footer("Example:\n  moegraft data prepare emoji -o data/emoji --size 36\n  -> data/emoji/{images/, train,heldout,compositions,popular}.jsonl, and probes {paraphrases,synonyms,templates,german,french}.jsonl");
   command->callback([state] {
-    const auto s = data::prepare_emoji(state->options);
+    const auto s = emoji::prepare_emoji(state->options);
     report({{"pictures", s.pictures}, {"train", s.train}, {"heldout", s.heldout}, {"compositions", s.compositions}, {"popular", s.popular}, {"paraphrases", s.paraphrases}, {"synonyms", s.synonyms}, {"templates", s.templates}, {"without_glyph", s.without_glyph}},
            state->json,
            detail::concat(s.pictures, " pictures in ", state->options.output.string(), ": ", s.train, " to train (", s.popular, " of them popular), ", s.heldout,
@@ -60,7 +60,7 @@ void add_emoji(CLI::App& parent) {
 
 void add_corpus(CLI::App& parent) {
   struct State {
-    data::CorpusOptions options;
+    emoji::CorpusOptions options;
     bool json = false;
   };
   auto state = std::make_shared<State>();
@@ -77,7 +77,7 @@ void add_corpus(CLI::App& parent) {
   command->add_flag("--json", state->json, "Print the summary as one JSON object");
   command->footer("Example:\n  moegraft data prepare corpus -o data/corpus\n  -> data/corpus/train.txt, eval.txt, one document a line");
   command->callback([state] {
-    const auto s = data::prepare_corpus(state->options);
+    const auto s = emoji::prepare_corpus(state->options);
     report({{"train_documents", s.train_documents}, {"train_bytes", s.train_bytes}, {"eval_documents", s.eval_documents}, {"eval_bytes", s.eval_bytes}}, state->json,
            detail::concat(state->options.output.string(), ": ", s.train_documents, " documents (", s.train_bytes, " bytes) to train, ", s.eval_documents, " (", s.eval_bytes, " bytes) to evaluate"));
   });

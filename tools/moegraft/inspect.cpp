@@ -24,9 +24,9 @@
 #include "moegraft/model/device.h"
 #include "moegraft/model/stop_ids.h"
 #include "moegraft/model/weights.h"
+#include "moegraft/planning/memory.h"
 #include "moegraft/run/records.h"
 #include "moegraft/run/run_dir.h"
-#include "moegraft/train/memory_plan.h"
 #include "vocabulary.h"
 
 namespace moegraft::tools {
@@ -57,7 +57,7 @@ Json describe_spec(const model::DecoderSpec& s) {
   return out;
 }
 
-Json describe_plan(const train::MemoryPlan& p, at::Device device) {
+Json describe_plan(const planning::MemoryPlan& p, at::Device device) {
   const auto largest = [](const std::vector<int64_t>& v) { return v.empty() ? 0 : *std::max_element(v.begin(), v.end()); };
   Json out{{"device", device.str()},
            {"program_bytes", p.program},
@@ -144,18 +144,18 @@ void run(const Options& o) {
       const model::Vocabulary v = stored ? *stored : vocabulary_of({s.vocab_size, s.bos_id, s.eos_id, {}}, config->modalities, o.codebook);
       // A plan for a GPU needs none.
       const at::Device planned_on = config->model.device == config::Device::cuda ? at::Device(at::kCUDA) : graft::device_of(config->model.device);
-      train::MemoryRequest request = train::memory_request(s, *config, v, planned_on);
+      planning::MemoryRequest request = planning::memory_request(s, *config, v, planned_on);
       request.free_bytes = model::free_memory(planned_on).value_or(0);
-      const train::TrainedParameters t = train::count_trained(request);
+      const planning::TrainedParameters t = planning::count_trained(request);
       const int64_t trained = t.total();
       out["trained"] = {{"lora", t.lora}, {"rows", t.rows}, {"total", trained}, {"share_percent", std::round(1e4 * double(trained) / double(s.num_parameters() + trained)) / 100}};
-      const auto table = train::trained_table(request);
+      const auto table = planning::trained_table(request);
       if (!table.empty()) out["trained"]["table"] = io::Json::parse(run::to_json(table));
       if (!o.json)
-        for (const auto& line : train::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
-      const train::MemoryPlan memory = train::plan_memory(request);
+        for (const auto& line : planning::format_trained(table, s.num_parameters())) std::printf("trains  %s\n", line.c_str());
+      const planning::MemoryPlan memory = planning::plan_memory(request);
       out["memory"] = describe_plan(memory, planned_on);
-      if (!memory.fits()) log::warning(train::fit_problem(memory, request));
+      if (!memory.fits()) log::warning(planning::fit_problem(memory, request));
       if (const auto plan = graft::plan_calibration(s, *config); plan.rows > 0 && run_dir.empty()) out["calibration"] = describe_calibration(plan, config->ot);
       if (!o.plan.empty()) out["cluster"] = plan_cluster(s, config, v, planned_on, o.plan, o.measured);
       for (const auto& m : v.modalities)

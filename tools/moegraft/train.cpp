@@ -9,7 +9,7 @@
 #include "moegraft/base/log.h"
 #include "moegraft/config/config.h"
 #include "moegraft/run/run_config.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 #include "moegraft/train/trainer.h"
 
 namespace moegraft::tools {
@@ -39,7 +39,7 @@ void add_train_command(CLI::App& app) {
       if (!config) config = config::parse<run::RunConfig>(config::Document::from_file(o->config, o->set));
       return *config;
     };
-    const train::StartSignals signals;
+    const run::StartSignals signals;
     const bool accept_data = !o->accept_changed.empty();
     const auto environment = distributed::read_launch_environment();
     if (environment.distributed()) log::set_rank(environment.rank);
@@ -50,7 +50,7 @@ void add_train_command(CLI::App& app) {
     }
     if (config) choose_machine(app, {config->model.cpu_path, config->model.attention, config->parallel.numa});
     const auto outcome = environment.distributed() ? train::train_together(environment, read, o->resume, accept_data) : train::train(read(), o->resume, nullptr, accept_data);
-    if (outcome.stopped) throw CLI::RuntimeError(train::kExitStopped);
+    if (outcome.stopped) throw CLI::RuntimeError(run::kExitStopped);
     if (!outcome.ended_before) log::info("finished after step ", outcome.step, ", loss ", outcome.loss);
   });
 }

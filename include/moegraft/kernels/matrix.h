@@ -10,7 +10,7 @@
 
 namespace moegraft::kernels {
 
-class WeightPanels;  // a frozen matrix laid out for the CPU's products (src/kernels/panels.h)
+class WeightPanels;  // a frozen matrix laid out for the CPU's products (src/kernels/cpu/panels.h)
 
 // Called once a weight has been read to the end and lies elsewhere, for whoever can give its memory back.
 using OnPacked = std::function<void()>;

@@ -13,7 +13,7 @@
 
 namespace moegraft::kernels {
 
-class ExpertPanels;  // a layer's frozen experts laid out for the CPU's products (src/kernels/panels.h)
+class ExpertPanels;  // a layer's frozen experts laid out for the CPU's products (src/kernels/cpu/panels.h)
 
 // y = w * x / sqrt(mean(x^2) + eps) over the last dimension; statistics in float32, result in x's dtype. w may require grad.
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps);

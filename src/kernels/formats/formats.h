@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../loops.h"
+#include "../cpu/loops.h"
 #include "moegraft/kernels/weight_format.h"
 
 namespace moegraft::kernels {

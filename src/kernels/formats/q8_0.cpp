@@ -4,7 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "../block_product.h"
+#include "../cpu/block_product.h"
 #include "formats.h"
 
 namespace moegraft::kernels {

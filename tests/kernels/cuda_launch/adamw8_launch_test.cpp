@@ -7,7 +7,7 @@
 
 #include "kernels/adamw8_blocks.h"
 
-#include "kernels/adamw8.cu"
+#include "kernels/cuda/adamw8.cu"
 
 namespace moegraft::kernels {
 namespace {
