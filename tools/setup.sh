@@ -82,7 +82,7 @@ done
 requirements=()
 case $profile in
   runtime) [ -n "$own_torch" ] || requirements=(third_party/requirements-runtime.txt) ;;
-  tests) requirements=(third_party/requirements-tests.txt) ;;
+  tests) requirements=(third_party/requirements-tests.txt third_party/requirements-lint.txt) ;;
 esac
 [ "$arrow" = 0 ] || requirements+=(third_party/requirements-arrow.txt)
 if [ "$cuda" = 1 ] && [ -z "$own_torch" ]; then
@@ -106,6 +106,7 @@ if [ -x "$venv/bin/python" ]; then
     if [ -z "$unmet" ] || ! need "in $venv: $(echo "$unmet" | paste -sd ';')"; then continue; fi
     case $file in
       *runtime*) needed=3000 size="0.6 GB to load" options=(--no-deps) ;;
+      *lint*) needed=300 size="40 MB to load" options=(--no-deps) ;;
       *arrow*) needed=400 size="55 MB to load" options=(--no-deps) ;;
       *cudnn-frontend*) needed=100 size="11 MB to load" options=(--no-deps) ;;
       *cuda-toolkit*) needed=1000 size="0.2 GB to load" options=(--no-deps) ;;
