@@ -16,7 +16,8 @@
 namespace moegraft::emoji {
 namespace {
 
-// A synset line of wndb(5WN): offset file type w_cnt(hex) word lex_id word lex_id … | gloss. Adjectives may carry "(p)" behind the word.
+// A synset line of wndb(5WN): offset file type w_cnt(hex) word lex_id word lex_id … | gloss. Adjectives may carry "(p)"
+// behind the word.
 std::string wordnet_document(const std::string& line, const std::string& where) {
   const size_t bar = line.find(" | ");
   std::istringstream fields(line.substr(0, bar));
@@ -24,7 +25,9 @@ std::string wordnet_document(const std::string& line, const std::string& where) 
   fields >> offset >> file >> type >> count_text;
   int count = 0;
   const auto [end, error] = std::from_chars(count_text.data(), count_text.data() + count_text.size(), count, 16);
-  MOEGRAFT_CHECK(bar != std::string::npos && error == std::errc() && end == count_text.data() + count_text.size() && count > 0, where, ": not a WordNet synset line");
+  MOEGRAFT_CHECK(
+      bar != std::string::npos && error == std::errc() && end == count_text.data() + count_text.size() && count > 0,
+      where, ": not a WordNet synset line");
   std::vector<std::string> words;
   for (int i = 0; i < count && fields >> word >> lex_id; ++i) {
     if (const size_t marker = word.find('('); marker != std::string::npos && marker > 0) word.resize(marker);
@@ -37,7 +40,8 @@ std::string wordnet_document(const std::string& line, const std::string& where) 
 void add_wordnet(const std::filesystem::path& folder, std::vector<std::string>& documents) {
   for (const char* name : {"data.noun", "data.verb", "data.adj", "data.adv"}) {
     const auto path = folder / name;
-    MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "WordNet not found: ", path.string(), " (Debian: apt install wordnet-base, or name another folder with --wordnet)");
+    MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "WordNet not found: ", path.string(),
+                   " (Debian: apt install wordnet-base, or name another folder with --wordnet)");
     std::istringstream lines(io::read_file(path));
     int64_t number = 0;
     for (std::string line; std::getline(lines, line);) {
@@ -54,7 +58,9 @@ void add_emoji(const CorpusOptions& options, std::vector<std::string>& documents
     for (size_t i = 0; i < entries.size(); ++i) {
       const auto& keywords = entries[i].keywords;
       std::vector<std::string> shuffled;
-      for (int64_t k : Rng(options.seed, "corpus.keywords", static_cast<uint64_t>(round) * entries.size() + i).permutation(static_cast<int64_t>(keywords.size()))) shuffled.push_back(keywords[k]);
+      for (int64_t k : Rng(options.seed, "corpus.keywords", static_cast<uint64_t>(round) * entries.size() + i)
+                           .permutation(static_cast<int64_t>(keywords.size())))
+        shuffled.push_back(keywords[k]);
       documents.push_back(shuffled.empty() ? entries[i].name : entries[i].name + ": " + join(shuffled, ", "));
     }
   }
@@ -66,7 +72,8 @@ void append_text(const pugi::xml_node& node, std::string& out) {
 }
 
 void add_handbook(const std::filesystem::path& folder, std::vector<std::string>& documents) {
-  MOEGRAFT_CHECK(std::filesystem::is_directory(folder), "handbook not found: ", folder.string(), " (Debian: apt install debian-handbook)");
+  MOEGRAFT_CHECK(std::filesystem::is_directory(folder), "handbook not found: ", folder.string(),
+                 " (Debian: apt install debian-handbook)");
   std::vector<std::filesystem::path> pages;
   for (const auto& item : std::filesystem::directory_iterator(folder))
     if (item.path().extension() == ".html") pages.push_back(item.path());
@@ -74,7 +81,8 @@ void add_handbook(const std::filesystem::path& folder, std::vector<std::string>&
   for (const auto& page : pages) {
     pugi::xml_document html;
     const auto result = html.load_file(page.c_str());
-    MOEGRAFT_CHECK(result, page.string(), " is not well-formed XHTML at byte ", result.offset, ": ", result.description());
+    MOEGRAFT_CHECK(result, page.string(), " is not well-formed XHTML at byte ", result.offset, ": ",
+                   result.description());
     for (const auto& node : html.select_nodes("//div[@class='para']")) {
       std::string text;
       append_text(node.node(), text);
@@ -100,8 +108,10 @@ std::vector<std::string> shuffled(const std::vector<std::string>& documents, uin
 }  // namespace
 
 CorpusSummary prepare_corpus(const CorpusOptions& options) {
-  MOEGRAFT_CHECK_USAGE(options.eval_share >= 0 && options.eval_share < 1, "--eval-share must be in [0, 1), got ", options.eval_share);
-  MOEGRAFT_CHECK_USAGE(options.repeat_emoji >= 0 && options.repeat_emoji <= 1000, "--repeat-emoji must be in [0, 1000], got ", options.repeat_emoji);
+  MOEGRAFT_CHECK_USAGE(options.eval_share >= 0 && options.eval_share < 1, "--eval-share must be in [0, 1), got ",
+                       options.eval_share);
+  MOEGRAFT_CHECK_USAGE(options.repeat_emoji >= 0 && options.repeat_emoji <= 1000,
+                       "--repeat-emoji must be in [0, 1000], got ", options.repeat_emoji);
   std::vector<std::string> documents, train, eval;
   add_wordnet(options.wordnet, documents);
   if (!options.handbook.empty()) add_handbook(options.handbook, documents);

@@ -22,8 +22,12 @@ namespace moegraft::emoji {
 namespace {
 
 std::string manifest_line(const EmojiEntry& entry, const std::string& text, const std::vector<std::string>& captions) {
-  const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"}, {"text", text},         {"captions", captions},
-                         {"keywords", entry.keywords},                      {"emoji", entry.utf8}, {"concept", entry.concept_name}};
+  const io::Json line = {{"image", "images/" + entry.file_stem() + ".png"},
+                         {"text", text},
+                         {"captions", captions},
+                         {"keywords", entry.keywords},
+                         {"emoji", entry.utf8},
+                         {"concept", entry.concept_name}};
   return line.dump() + "\n";
 }
 
@@ -50,10 +54,13 @@ std::vector<std::string> read_text_lines(const std::filesystem::path& path) {
 
 EmojiSummary prepare_emoji(const EmojiOptions& options) {
   MOEGRAFT_CHECK_USAGE(options.size >= 4 && options.size <= 4096, "--size must be in [4, 4096], got ", options.size);
-  MOEGRAFT_CHECK_USAGE(options.holdout >= 0 && options.holdout < 1, "--holdout must be in [0, 1), got ", options.holdout);
+  MOEGRAFT_CHECK_USAGE(options.holdout >= 0 && options.holdout < 1, "--holdout must be in [0, 1), got ",
+                       options.holdout);
   MOEGRAFT_CHECK_USAGE(!options.output.empty(), "-o must name a folder to write");
-  const auto synonyms = options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
-  const auto running_text = options.running_text.empty() ? std::vector<std::string>() : read_text_lines(options.running_text);
+  const auto synonyms =
+      options.synonyms.empty() ? std::map<std::string, std::string>() : read_synonyms(options.synonyms);
+  const auto running_text =
+      options.running_text.empty() ? std::vector<std::string>() : read_text_lines(options.running_text);
   const EmojiFont font(options.font);
   EmojiSummary summary;
   std::vector<EmojiEntry> entries;
@@ -126,7 +133,8 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   }
 
   if (const int64_t lost = static_cast<int64_t>(synonyms.size()) - summary.synonyms; lost > 0)
-    log::warning(options.synonyms.string(), ": ", lost, " of ", synonyms.size(), " names are of no popular picture, and their synonyms are left out");
+    log::warning(options.synonyms.string(), ": ", lost, " of ", synonyms.size(),
+                 " names are of no popular picture, and their synonyms are left out");
 
   std::string train, heldout, compositions;
   for (size_t i = 0; i < entries.size(); ++i) {
@@ -137,7 +145,8 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
     auto captions = emoji_captions(entries[i], not_said);
     if (splits[i] == EmojiSplit::train && !running_text.empty())
       for (auto& caption : captions_in_text(entries[i], not_said, running_text, options.seed))
-        if (std::find(captions.begin(), captions.end(), caption) == captions.end()) captions.push_back(std::move(caption));
+        if (std::find(captions.begin(), captions.end(), caption) == captions.end())
+          captions.push_back(std::move(caption));
     const std::string line = manifest_line(entries[i], entries[i].name, captions);
     switch (splits[i]) {
       case EmojiSplit::train: train += line, ++summary.train; break;
@@ -153,12 +162,16 @@ EmojiSummary prepare_emoji(const EmojiOptions& options) {
   io::write_file_atomic(options.output / "synonyms.jsonl", synonym_lines);
   io::write_file_atomic(options.output / "templates.jsonl", templates);
   for (const auto& [language, file] : {std::pair("de", "german.jsonl"), {"fr", "french.jsonl"}}) {
-    if (language == options.language || !std::filesystem::exists(options.annotations / "annotations" / (std::string(language) + ".xml"))) continue;
+    if (language == options.language ||
+        !std::filesystem::exists(options.annotations / "annotations" / (std::string(language) + ".xml")))
+      continue;
     std::map<std::u32string, std::string> names;
-    for (const auto& entry : read_emoji_annotations(options.annotations, language)) names[entry.code_points] = entry.name;
+    for (const auto& entry : read_emoji_annotations(options.annotations, language))
+      names[entry.code_points] = entry.name;
     std::string lines;
     for (int64_t i : popular)
-      if (const auto found = names.find(entries[i].code_points); keep[i] && found != names.end()) lines += manifest_line(entries[i], found->second, {found->second});
+      if (const auto found = names.find(entries[i].code_points); keep[i] && found != names.end())
+        lines += manifest_line(entries[i], found->second, {found->second});
     io::write_file_atomic(options.output / file, lines);
   }
   return summary;

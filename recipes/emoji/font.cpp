@@ -30,8 +30,10 @@ EmojiFont::EmojiFont(const std::filesystem::path& path) : handles_(std::make_uni
   MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "emoji font not found: ", path.string(),
                  " (Debian: apt install fonts-noto-color-emoji, or name another with --font)");
   MOEGRAFT_CHECK(FT_Init_FreeType(&h.library) == 0, "FreeType does not start");
-  MOEGRAFT_CHECK(FT_New_Face(h.library, path.c_str(), 0, &h.face) == 0, path.string(), " is not a font that FreeType reads");
-  MOEGRAFT_CHECK(FT_HAS_COLOR(h.face) && h.face->num_fixed_sizes > 0, path.string(), " has no colour bitmaps (CBDT); vector colour fonts are not supported");
+  MOEGRAFT_CHECK(FT_New_Face(h.library, path.c_str(), 0, &h.face) == 0, path.string(),
+                 " is not a font that FreeType reads");
+  MOEGRAFT_CHECK(FT_HAS_COLOR(h.face) && h.face->num_fixed_sizes > 0, path.string(),
+                 " has no colour bitmaps (CBDT); vector colour fonts are not supported");
   MOEGRAFT_CHECK(FT_Select_Size(h.face, 0) == 0, path.string(), ": FreeType cannot select its bitmap size");
   h.blob = hb_blob_create_from_file_or_fail(path.c_str());
   MOEGRAFT_CHECK(h.blob != nullptr, "cannot read ", path.string());
@@ -45,7 +47,8 @@ EmojiFont::~EmojiFont() = default;
 uint32_t EmojiFont::glyph(const std::u32string& code_points) const {
   auto* buffer = handles_->buffer;
   hb_buffer_clear_contents(buffer);
-  hb_buffer_add_utf32(buffer, reinterpret_cast<const uint32_t*>(code_points.data()), static_cast<int>(code_points.size()), 0, -1);
+  hb_buffer_add_utf32(buffer, reinterpret_cast<const uint32_t*>(code_points.data()),
+                      static_cast<int>(code_points.size()), 0, -1);
   hb_buffer_set_direction(buffer, HB_DIRECTION_LTR);
   hb_buffer_set_script(buffer, HB_SCRIPT_COMMON);
   hb_buffer_set_language(buffer, hb_language_from_string("en", -1));
@@ -69,7 +72,8 @@ at::Tensor EmojiFont::picture(uint32_t glyph) const {
     for (int64_t x = 0; x < width; ++x) {
       // FreeType's BGRA is premultiplied: on white, out = c + (255 - a).
       const int rest = 255 - row[4 * x + 3];
-      for (int c = 0; c < 3; ++c) out[(c * height + y) * width + x] = static_cast<uint8_t>(std::min(255, row[4 * x + 2 - c] + rest));
+      for (int c = 0; c < 3; ++c)
+        out[(c * height + y) * width + x] = static_cast<uint8_t>(std::min(255, row[4 * x + 2 - c] + rest));
     }
   }
   return image;

@@ -1,5 +1,6 @@
 #pragma once
-// Pictures of a colour-bitmap font (CBDT). HarfBuzz maps a code point sequence to its ligature glyph, FreeType reads the bitmap.
+// Pictures of a colour-bitmap font (CBDT). HarfBuzz maps a code point sequence to its ligature glyph, FreeType reads
+// the bitmap.
 
 #include <torch/types.h>
 

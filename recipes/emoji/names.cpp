@@ -19,7 +19,8 @@ namespace {
 bool is_skin_tone(char32_t c) { return c >= 0x1F3FB && c <= 0x1F3FF; }
 
 void read_annotation_file(const std::filesystem::path& path, std::map<std::u32string, EmojiEntry>& entries) {
-  MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "CLDR annotations not found: ", path.string(), " (Debian: apt install unicode-cldr-core)");
+  MOEGRAFT_CHECK(std::filesystem::is_regular_file(path), "CLDR annotations not found: ", path.string(),
+                 " (Debian: apt install unicode-cldr-core)");
   pugi::xml_document document;
   const auto result = document.load_file(path.c_str());
   MOEGRAFT_CHECK(result, path.string(), " is not well-formed XML at byte ", result.offset, ": ", result.description());
@@ -55,7 +56,9 @@ std::string without_skin_tones(const std::string& name) {
 // As sentences take it: "waving hand: dark skin tone" reads "waving hand with dark skin tone".
 std::string phrase_of(const std::string& name) {
   std::string phrase = name;
-  if (const size_t colon = phrase.find(": "); colon != std::string::npos && phrase.find("skin tone") != std::string::npos) phrase.replace(colon, 2, " with ");
+  if (const size_t colon = phrase.find(": ");
+      colon != std::string::npos && phrase.find("skin tone") != std::string::npos)
+    phrase.replace(colon, 2, " with ");
   return phrase;
 }
 
@@ -117,7 +120,8 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<
   captions.add(entry.name);
   captions.add(phrase);
   // Several forms, so that what stands around a name is learnt to be no part of it.
-  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "}) captions.add(sentence + phrase);
+  for (const char* sentence : {"a picture of ", "an emoji: ", "draw ", "a small image that shows ", "this is "})
+    captions.add(sentence + phrase);
   captions.add(phrase + ", drawn");
   captions.add("what " + phrase + " looks like");
   std::vector<std::string> others = other_keywords(entry, withheld);
@@ -126,21 +130,29 @@ std::vector<std::string> emoji_captions(const EmojiEntry& entry, const std::set<
     captions.add(phrase + ", " + join(others, ", "));
     std::reverse(others.begin(), others.end());
     captions.add(join(others, " "));
-    for (size_t i = 0; i + 1 < others.size() && i < 3 && others.size() > 2; ++i) captions.add(others[i] + ", " + others[i + 1]);
+    for (size_t i = 0; i + 1 < others.size() && i < 3 && others.size() > 2; ++i)
+      captions.add(others[i] + ", " + others[i + 1]);
     for (size_t i = 0; i < others.size() && i < 3; ++i) captions.add(phrase + " (" + others[i] + ")");
   }
   return captions.take();
 }
 
-std::vector<std::string> captions_in_text(const EmojiEntry& entry, const std::set<std::string>& withheld, const std::vector<std::string>& lines, uint64_t seed) {
+std::vector<std::string> captions_in_text(const EmojiEntry& entry, const std::set<std::string>& withheld,
+                                          const std::vector<std::string>& lines, uint64_t seed) {
   Rng rng(seed, "emoji.captions", hash_text(entry.name));
   Captions captions;
-  const auto plain = [](const std::string& word) { return std::all_of(word.begin(), word.end(), [](unsigned char c) { return std::isalnum(c) || c >= 0x80 || c == '-' || c == '\''; }); };
+  const auto plain = [](const std::string& word) {
+    return std::all_of(word.begin(), word.end(),
+                       [](unsigned char c) { return std::isalnum(c) || c >= 0x80 || c == '-' || c == '\''; });
+  };
   for (int i = 0; i < kInText && !lines.empty(); ++i) {
     const auto words = split(lines[rng.below(lines.size())], ' ');
-    const uint64_t length = 1 + rng.below(std::min<uint64_t>(kMostBeside, words.size())), first = rng.below(words.size() - length + 1), place = rng.below(length + 1);
-    std::vector<std::string> text(words.begin() + static_cast<int64_t>(first), words.begin() + static_cast<int64_t>(first + length));
-    std::erase_if(text, [&](const std::string& word) { return word.empty() || !plain(word) || shares_word(word, withheld); });
+    const uint64_t length = 1 + rng.below(std::min<uint64_t>(kMostBeside, words.size())),
+                   first = rng.below(words.size() - length + 1), place = rng.below(length + 1);
+    std::vector<std::string> text(words.begin() + static_cast<int64_t>(first),
+                                  words.begin() + static_cast<int64_t>(first + length));
+    std::erase_if(text,
+                  [&](const std::string& word) { return word.empty() || !plain(word) || shares_word(word, withheld); });
     text.insert(text.begin() + static_cast<int64_t>(std::min<uint64_t>(place, text.size())), phrase_of(entry.name));
     captions.add(join(text, " "));
   }

@@ -18,8 +18,9 @@ constexpr size_t kKeywords = 2;  // of a paraphrase: one alone ("fruit") often m
 constexpr double kShare = 1.0 / 3;
 
 // "{}" is the name.
-constexpr std::array<std::string_view, 6> kSentences = {"could you paint {} for me?", "can i see {} please", "i would like to have {} here",
-                                                        "here we have got {}",         "look at {}",          "{} as a tiny icon"};
+constexpr std::array<std::string_view, 6> kSentences = {
+    "could you paint {} for me?", "can i see {} please", "i would like to have {} here",
+    "here we have got {}",        "look at {}",          "{} as a tiny icon"};
 
 }  // namespace
 
@@ -43,9 +44,13 @@ std::map<std::string, std::string> read_synonyms(const std::filesystem::path& pa
     line = trim(line);
     if (line.empty() || line[0] == '#') continue;
     const size_t tab = line.find('\t');
-    const std::string name = data::plain_lower(line.substr(0, tab)), other = tab == std::string::npos ? "" : data::plain_lower(line.substr(tab + 1));
-    MOEGRAFT_CHECK(!name.empty() && !other.empty() && other.find('\t') == std::string::npos && line.find('\r') == std::string::npos, path.string(), ":", number, ": expected \"name<TAB>other words\", got \"", shortened(line), "\"");
-    MOEGRAFT_CHECK(!shares_word(other, word_set(name)), path.string(), ":", number, ": \"", other, "\" shares a word with its name \"", name, "\"");
+    const std::string name = data::plain_lower(line.substr(0, tab)),
+                      other = tab == std::string::npos ? "" : data::plain_lower(line.substr(tab + 1));
+    MOEGRAFT_CHECK(!name.empty() && !other.empty() && other.find('\t') == std::string::npos &&
+                       line.find('\r') == std::string::npos,
+                   path.string(), ":", number, ": expected \"name<TAB>other words\", got \"", shortened(line), "\"");
+    MOEGRAFT_CHECK(!shares_word(other, word_set(name)), path.string(), ":", number, ": \"", other,
+                   "\" shares a word with its name \"", name, "\"");
     MOEGRAFT_CHECK(synonyms.emplace(name, other).second, path.string(), ":", number, ": \"", name, "\" comes twice");
   }
   return synonyms;
@@ -58,14 +63,16 @@ std::map<std::string, int64_t> count_keywords(const std::vector<EmojiEntry>& ent
   return uses;
 }
 
-std::vector<std::string> paraphrase(const EmojiEntry& entry, const std::map<std::string, int64_t>& uses, uint64_t seed) {
+std::vector<std::string> paraphrase(const EmojiEntry& entry, const std::map<std::string, int64_t>& uses,
+                                    uint64_t seed) {
   if (Rng(seed, "emoji.paraphrase", hash_text(entry.name)).uniform() >= kShare) return {};
   const auto name = word_set(entry.name);
   std::vector<std::pair<int64_t, std::string>> candidates;
   for (const auto& keyword : entry.keywords) {
     const auto found = uses.find(keyword);
     const int64_t elsewhere = found == uses.end() ? 0 : found->second - 1;
-    if (!words_of(keyword).empty() && !shares_word(keyword, name)) candidates.emplace_back(elsewhere > 0 ? elsewhere : INT64_MAX, keyword);
+    if (!words_of(keyword).empty() && !shares_word(keyword, name))
+      candidates.emplace_back(elsewhere > 0 ? elsewhere : INT64_MAX, keyword);
   }
   std::sort(candidates.begin(), candidates.end());
   std::vector<std::string> chosen;

@@ -16,22 +16,27 @@ Adapter::Adapter(const AdapterContext& c)
       num_experts_(c.experts.second > 0 ? c.experts.second : c.spec.num_experts),
       total_experts_(c.spec.num_experts) {
   for (const int64_t l : config_.layers)
-    MOEGRAFT_CHECK_USAGE(l >= 0 && l < c.spec.num_layers, "adapters[", index_, "].layers must be in [0, ", c.spec.num_layers - 1, "], got ", l);
+    MOEGRAFT_CHECK_USAGE(l >= 0 && l < c.spec.num_layers, "adapters[", index_, "].layers must be in [0, ",
+                         c.spec.num_layers - 1, "], got ", l);
   std::vector<model::Site> wanted;
   for (const auto& name : config_.sites) {
     const model::Site site = parse_site(name);
-    MOEGRAFT_CHECK_USAGE(std::find(wanted.begin(), wanted.end(), site) == wanted.end(), "adapters[", index_, "].sites names ", name, " twice");
+    MOEGRAFT_CHECK_USAGE(std::find(wanted.begin(), wanted.end(), site) == wanted.end(), "adapters[", index_,
+                         "].sites names ", name, " twice");
     wanted.push_back(site);
   }
   for (int64_t l = 0; l < c.spec.num_layers; ++l) {
-    if (!config_.layers.empty() && std::find(config_.layers.begin(), config_.layers.end(), l) == config_.layers.end()) continue;
+    if (!config_.layers.empty() && std::find(config_.layers.begin(), config_.layers.end(), l) == config_.layers.end())
+      continue;
     for (const model::Site site : wanted)
       if (has_site(c.spec, l, site)) positions_.push_back({l, site});
   }
   MOEGRAFT_CHECK_USAGE(!positions_.empty(), "adapters[", index_, "] has no site on any layer");
 }
 
-std::string Adapter::name_of(const Position& p) const { return "adapters." + std::to_string(index_) + ".layers." + std::to_string(p.layer) + "." + site_name(p.site); }
+std::string Adapter::name_of(const Position& p) const {
+  return "adapters." + std::to_string(index_) + ".layers." + std::to_string(p.layer) + "." + site_name(p.site);
+}
 
 const std::vector<Adapter::Factor>& Adapter::factors() const {
   static const std::vector<Factor> none;
@@ -40,8 +45,10 @@ const std::vector<Adapter::Factor>& Adapter::factors() const {
 
 void Adapter::register_parameters(model::ParameterRegistry& registry) const {
   for (const Parameter& p : parameters()) {
-    const int64_t total = p.per_expert && num_experts_ < total_experts_ ? total_experts_ : 0, first = total > 0 ? first_expert_ : 0;
-    registry.add({p.name, p.leaf, "lora", modalities_, p.layer, p.per_expert ? model::Sharding::expert : model::Sharding::replicated, p.start, first, total});
+    const int64_t total = p.per_expert && num_experts_ < total_experts_ ? total_experts_ : 0,
+                  first = total > 0 ? first_expert_ : 0;
+    registry.add({p.name, p.leaf, "lora", modalities_, p.layer,
+                  p.per_expert ? model::Sharding::expert : model::Sharding::replicated, p.start, first, total});
   }
 }
 

@@ -7,8 +7,12 @@
 namespace moegraft::adapters {
 
 ModalityLora::ModalityLora(const AdapterContext& c)
-    : Adapter(c), scale_(c.config.use_rslora ? c.config.alpha / std::sqrt(double(c.config.rank)) : c.config.alpha / double(c.config.rank)) {
-  const auto leaf = [&](const std::vector<int64_t>& shape) { return at::zeros(shape, at::TensorOptions(at::kFloat).device(c.device)).set_requires_grad(true); };
+    : Adapter(c),
+      scale_(c.config.use_rslora ? c.config.alpha / std::sqrt(double(c.config.rank))
+                                 : c.config.alpha / double(c.config.rank)) {
+  const auto leaf = [&](const std::vector<int64_t>& shape) {
+    return at::zeros(shape, at::TensorOptions(at::kFloat).device(c.device)).set_requires_grad(true);
+  };
   for (const Position& p : positions()) {
     const auto [in, out] = site_shape(c.spec, p.site);
     std::vector<int64_t> a{c.config.rank, in}, b{out, c.config.rank};

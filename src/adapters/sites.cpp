@@ -44,7 +44,8 @@ bool has_site(const model::DecoderSpec& spec, int64_t layer, Site site) {
 }
 
 SiteShape site_shape(const model::DecoderSpec& s, Site site) {
-  const int64_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim, ffn = s.has_experts() ? s.moe_intermediate_size : s.intermediate_size;
+  const int64_t q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim,
+                ffn = s.has_experts() ? s.moe_intermediate_size : s.intermediate_size;
   switch (site) {
     case Site::q: return {s.hidden_size, q};
     case Site::k:

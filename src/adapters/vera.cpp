@@ -12,7 +12,8 @@ namespace {
 
 // torch's kaiming_uniform_ with gain sqrt(2): uniform in +-sqrt(6 / in).
 at::Tensor kaiming_uniform(int64_t out, int64_t in, int64_t seed, const char* name, at::Device device) {
-  const auto generator = at::make_generator<at::CPUGeneratorImpl>(Rng(uint64_t(seed), std::string("adapters.vera.") + name).derive_seed());
+  const auto generator =
+      at::make_generator<at::CPUGeneratorImpl>(Rng(uint64_t(seed), std::string("adapters.vera.") + name).derive_seed());
   const double bound = std::sqrt(6.0 / double(in));
   return at::empty({out, in}, at::kFloat).uniform_(-bound, bound, generator).to(device);
 }
@@ -33,12 +34,14 @@ Vera::Vera(const AdapterContext& c) : Adapter(c) {
   B_YP_ = kaiming_uniform(largest.out, P, c.config.projection_seed, "B", c.device);
   const auto leaf = [&](const Position& p, int64_t width) {
     const auto options = at::TensorOptions(at::kFloat).device(c.device);
-    return (is_per_expert(c.spec, p.site) ? at::zeros({num_experts(), width}, options) : at::zeros({width}, options)).set_requires_grad(true);
+    return (is_per_expert(c.spec, p.site) ? at::zeros({num_experts(), width}, options) : at::zeros({width}, options))
+        .set_requires_grad(true);
   };
   for (const Position& p : positions()) {
     const auto [in, out] = site_shape(c.spec, p.site);
     index_[{p.layer, p.site}] = sites_.size();
-    sites_.push_back({name_of(p), p.layer, leaf(p, P), leaf(p, out), A_PX_.narrow(1, 0, in), B_YP_.narrow(0, 0, out), {}, {}});
+    sites_.push_back(
+        {name_of(p), p.layer, leaf(p, P), leaf(p, out), A_PX_.narrow(1, 0, in), B_YP_.narrow(0, 0, out), {}, {}});
   }
 }
 

@@ -26,8 +26,10 @@ std::vector<int> parse_cpus(const std::string& list) {
     const auto dash = part.find('-');
     int first = 0, last = 0;
     if (!parse(std::string_view(part).substr(0, dash), first)) return {};
-    if (dash == std::string::npos) last = first;
-    else if (!parse(std::string_view(part).substr(dash + 1), last) || last < first) return {};
+    if (dash == std::string::npos)
+      last = first;
+    else if (!parse(std::string_view(part).substr(dash + 1), last) || last < first)
+      return {};
     for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
   }
   return cpus;
@@ -91,7 +93,8 @@ std::string arrange_numa(int64_t local_rank, int64_t local_world_size, const std
       for (const int cpu : node.cpus) CPU_SET(cpu, &cpus);
     if (sched_setaffinity(0, sizeof cpus, &cpus) == 0) done = "on NUMA node " + names(nodes);
   }
-  if (nodes.size() > 1 && interleave(nodes)) done += (done.empty() ? "" : ", ") + ("memory spread over NUMA nodes " + names(nodes));
+  if (nodes.size() > 1 && interleave(nodes))
+    done += (done.empty() ? "" : ", ") + ("memory spread over NUMA nodes " + names(nodes));
   return done;
 }
 

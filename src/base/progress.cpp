@@ -16,8 +16,10 @@ std::string format_seconds(double seconds) {
   if (!std::isfinite(seconds) || seconds < 0) return "?";
   const auto s = static_cast<int64_t>(seconds + 0.5);
   char buffer[32];
-  if (s >= 3600) std::snprintf(buffer, sizeof buffer, "%ld:%02ld:%02ld", long(s / 3600), long(s / 60 % 60), long(s % 60));
-  else std::snprintf(buffer, sizeof buffer, "%ld:%02ld", long(s / 60), long(s % 60));
+  if (s >= 3600)
+    std::snprintf(buffer, sizeof buffer, "%ld:%02ld:%02ld", long(s / 3600), long(s / 60 % 60), long(s % 60));
+  else
+    std::snprintf(buffer, sizeof buffer, "%ld:%02ld", long(s / 60), long(s % 60));
   return buffer;
 }
 
@@ -59,13 +61,15 @@ void Progress::draw(bool last) {
   const double share = total_ > 0 ? std::clamp(double(done_) / double(total_), 0.0, 1.0) : 1;
   const std::string time = last ? format_seconds(elapsed) : format_seconds(elapsed) + " < " + format_seconds(eta);
   if (!terminal_) {
-    log::info(title_, " ", done_, "/", total_, " (", int(share * 100), " %) ", time, status_.empty() ? "" : " · ", status_);
+    log::info(title_, " ", done_, "/", total_, " (", int(share * 100), " %) ", time, status_.empty() ? "" : " · ",
+              status_);
     return;
   }
   const int width = 24, filled = int(share * width);
   std::string bar;
   for (int i = 0; i < width; ++i) bar += i < filled ? "█" : "░";
-  std::fprintf(stderr, "\r\033[K%s %s %ld/%ld %s %s%s", title_.c_str(), bar.c_str(), long(done_), long(total_), time.c_str(), status_.c_str(), last ? "\n" : "");
+  std::fprintf(stderr, "\r\033[K%s %s %ld/%ld %s %s%s", title_.c_str(), bar.c_str(), long(done_), long(total_),
+               time.c_str(), status_.c_str(), last ? "\n" : "");
   std::fflush(stderr);
 }
 

@@ -23,7 +23,8 @@ std::string nearest_word(std::string_view word, const std::vector<std::string>& 
         diagonal = above;
       }
     }
-    const bool near = 2 * row.back() <= std::max(word.size(), candidate.size());  // or little but the length is alike: foo and ot
+    const bool near =
+        2 * row.back() <= std::max(word.size(), candidate.size());  // or little but the length is alike: foo and ot
     if (near && row.back() < best_distance) best_distance = row.back(), best = candidate;
   }
   return best;
@@ -65,8 +66,10 @@ std::vector<std::string> words_of(std::string_view text) {
   std::vector<std::string> words{""};
   for (const char c : lower_case(text)) {
     const bool letter = std::isalnum(static_cast<unsigned char>(c)) || static_cast<unsigned char>(c) >= 0x80;
-    if (letter) words.back() += c;
-    else if (!words.back().empty()) words.emplace_back();
+    if (letter)
+      words.back() += c;
+    else if (!words.back().empty())
+      words.emplace_back();
   }
   if (words.back().empty()) words.pop_back();
   return words;
@@ -86,16 +89,26 @@ std::string printable(std::string_view text) {
     unsigned c = length > 1 ? lead & (0x7Fu >> length) : lead;
     for (size_t k = 1; k < length; ++k) {
       const bool more = i + k < text.size() && (static_cast<unsigned char>(text[i + k]) & 0xC0) == 0x80;
-      if (!more) length = 0;
-      else c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3F);
+      if (!more)
+        length = 0;
+      else
+        c = c << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3F);
     }
-    if (length == 0) escape("\\x%02x", lead);
-    else if (c == '\n') out += "\\n";
-    else if (c == '\r') out += "\\r";
-    else if (c == '\t') out += "\\t";
-    else if (c < 0x20 || c == 0x7F) escape("\\x%02x", c);
-    else if ((c >= 0x80 && c < 0xA0) || (c >= 0x200E && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069)) escape("\\u%04x", c);
-    else out += text.substr(i, length);
+    if (length == 0)
+      escape("\\x%02x", lead);
+    else if (c == '\n')
+      out += "\\n";
+    else if (c == '\r')
+      out += "\\r";
+    else if (c == '\t')
+      out += "\\t";
+    else if (c < 0x20 || c == 0x7F)
+      escape("\\x%02x", c);
+    else if ((c >= 0x80 && c < 0xA0) || (c >= 0x200E && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
+             (c >= 0x2066 && c <= 0x2069))
+      escape("\\u%04x", c);
+    else
+      out += text.substr(i, length);
     i += std::max<size_t>(length, 1);
   }
   return out;
@@ -103,7 +116,9 @@ std::string printable(std::string_view text) {
 
 std::string shortened(std::string_view text, size_t most) {
   if (text.size() <= most) return printable(text);
-  const auto inside = [&](size_t at) { return at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80; };
+  const auto inside = [&](size_t at) {
+    return at < text.size() && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80;
+  };
   size_t head = most * 2 / 3, tail = text.size() - most / 4;
   while (head > 0 && inside(head)) --head;
   while (inside(tail)) ++tail;
@@ -116,8 +131,10 @@ int64_t json_depth(std::string_view text) {
   for (size_t i = 0; i < text.size(); ++i) {
     const char c = text[i];
     if (in_string) {
-      if (c == '\\') ++i;
-      else if (c == '"') in_string = false;
+      if (c == '\\')
+        ++i;
+      else if (c == '"')
+        in_string = false;
     } else if (c == '"') {
       in_string = true;
     } else if (c == '[' || c == '{') {

@@ -69,9 +69,11 @@ class Crowd {
   Crowd()
       : thread_(without_signals([this] {
 #pragma omp parallel num_threads(omp_get_num_procs() + 1)
-          asm volatile("");  // makes the threads, which then sleep until this one ends; an empty region would be optimised away
+          asm volatile(
+              "");  // makes the threads, which then sleep until this one ends; an empty region would be optimised away
           end_.wait();
-        })) {}
+        })) {
+  }
   ~Crowd() {
     end_.announce();
     thread_.join();
@@ -84,7 +86,9 @@ class Crowd {
 
 }  // namespace
 
-bool shares_cores(double cpu_ns, double delay_ns, bool before) { return delay_ns > (before ? 0.02 : 0.1) * (cpu_ns + delay_ns) && delay_ns > 1e6; }
+bool shares_cores(double cpu_ns, double delay_ns, bool before) {
+  return delay_ns > (before ? 0.02 : 0.1) * (cpu_ns + delay_ns) && delay_ns > 1e6;
+}
 
 struct WaitPolicy::Watch {
   Ending end;
@@ -99,8 +103,10 @@ struct WaitPolicy::Watch {
       const bool shared = shares_cores(now.cpu_ns - last.cpu_ns, now.delay_ns - last.delay_ns, crowd.has_value());
       last = now;
       quiet = shared ? 0 : quiet + 1;
-      if (shared && !crowd) crowd.emplace();
-      else if (quiet >= kQuietIntervals) crowd.reset();
+      if (shared && !crowd)
+        crowd.emplace();
+      else if (quiet >= kQuietIntervals)
+        crowd.reset();
     }
   }
 };

@@ -29,14 +29,13 @@ std::string find_damage(const fs::path& dir) {
       if (!fs::exists(dir / name)) return detail::concat(name, " is missing");
       const auto size = fs::file_size(dir / name);
       if (size != expected.size) return detail::concat(name, " has ", size, " bytes, expected ", expected.size);
-      if (describe_file(dir / name).checksum != expected.checksum) return detail::concat(name, ": its checksum differs from the manifest's");
+      if (describe_file(dir / name).checksum != expected.checksum)
+        return detail::concat(name, ": its checksum differs from the manifest's");
     }
     if (manifest.world_size > 1)
       for (const auto kind : {Kind::adapter, Kind::optimizer}) Assembly(dir, manifest, kind);
     return {};
-  } catch (const std::exception& e) {
-    return e.what();
-  }
+  } catch (const std::exception& e) { return e.what(); }
 }
 
 std::optional<fs::path> find_latest(const fs::path& root) {
@@ -46,10 +45,11 @@ std::optional<fs::path> find_latest(const fs::path& root) {
     const auto damage = find_damage(*dir);
     if (damage.empty()) return *dir;
     if (newest.empty()) newest = damage;
-    log::warning("the checkpoint ", dir->string(), " is damaged (", damage, ")", dir + 1 == dirs.rend() ? "" : "; trying the one before it");
+    log::warning("the checkpoint ", dir->string(), " is damaged (", damage, ")",
+                 dir + 1 == dirs.rend() ? "" : "; trying the one before it");
   }
-  MOEGRAFT_CHECK(dirs.empty(), "every checkpoint in ", root.string(), " is damaged (", dirs.back().filename().string(), ": ", newest,
-                 "): put one back from a copy, or move the folder away to start again from step 0");
+  MOEGRAFT_CHECK(dirs.empty(), "every checkpoint in ", root.string(), " is damaged (", dirs.back().filename().string(),
+                 ": ", newest, "): put one back from a copy, or move the folder away to start again from step 0");
   return {};
 }
 
@@ -58,7 +58,8 @@ std::optional<fs::path> find_best(const fs::path& root, bool lower_is_better) {
   double best_measure = 0;
   for (const auto& dir : list_checkpoints(root)) {
     const auto measure = recorded_measure(dir);
-    if (!measure || (best && !is_better(*measure, best_measure, lower_is_better)) || !find_damage(dir).empty()) continue;
+    if (!measure || (best && !is_better(*measure, best_measure, lower_is_better)) || !find_damage(dir).empty())
+      continue;
     best = dir, best_measure = *measure;
   }
   return best;
@@ -67,7 +68,8 @@ std::optional<fs::path> find_best(const fs::path& root, bool lower_is_better) {
 Checkpoint load(const fs::path& dir) {
   MOEGRAFT_CHECK(fs::is_directory(dir), "no checkpoint at ", dir.string());
   const auto damage = find_damage(dir);
-  MOEGRAFT_CHECK(damage.empty(), "the checkpoint ", dir.string(), " is damaged: ", damage, "; take an earlier one or --resume auto");
+  MOEGRAFT_CHECK(damage.empty(), "the checkpoint ", dir.string(), " is damaged: ", damage,
+                 "; take an earlier one or --resume auto");
   const auto manifest = read_manifest(dir);
   Checkpoint checkpoint;
   checkpoint.dir = dir;

@@ -44,7 +44,8 @@ void remove_checkpoint(const fs::path& dir) {
 
 void set_aside(const fs::path& dir) {
   fs::path aside = dir.parent_path() / ("damaged-" + dir.filename().string());
-  for (int64_t i = 2; fs::exists(aside); ++i) aside = dir.parent_path() / ("damaged-" + dir.filename().string() + "-" + std::to_string(i));
+  for (int64_t i = 2; fs::exists(aside); ++i)
+    aside = dir.parent_path() / ("damaged-" + dir.filename().string() + "-" + std::to_string(i));
   fs::rename(dir, aside);
   log::warning("moved ", dir.string(), " aside, to ", aside.filename().string());
 }
@@ -75,7 +76,8 @@ void remove_old(const fs::path& root, int64_t keep, bool keep_best, bool lower_i
   if (keep_best)
     for (const auto& dir : dirs) {
       const auto measure = recorded_measure(dir);
-      if (measure && (!best_measure || is_better(*measure, *best_measure, lower_is_better))) best = dir, best_measure = measure;
+      if (measure && (!best_measure || is_better(*measure, *best_measure, lower_is_better)))
+        best = dir, best_measure = measure;
     }
   try {
     for (size_t i = 0; i + keep < dirs.size(); ++i)

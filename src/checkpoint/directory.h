@@ -11,7 +11,7 @@ constexpr const char* kWriting = ".writing-";
 constexpr const char* kRemoving = ".removing-";
 
 std::optional<int64_t> step_of(const std::filesystem::path& dir);  // none: not a checkpoint's name
-void set_aside(const std::filesystem::path& dir);  // to a name that no longer lists it
+void set_aside(const std::filesystem::path& dir);                  // to a name that no longer lists it
 void remove_checkpoint(const std::filesystem::path& dir);
 void move_into_place(const std::filesystem::path& fresh, const std::filesystem::path& target);  // the target may exist
 void remove_leftovers(const std::filesystem::path& root);

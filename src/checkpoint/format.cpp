@@ -33,7 +33,8 @@ io::Json to_json(const std::map<std::string, Slice>& slices) {
 
 std::map<std::string, Slice> slices_of(const io::Json& json) {
   std::map<std::string, Slice> slices;
-  for (const auto& [name, slice] : json.items()) slices[name] = {slice.at("first").get<int64_t>(), slice.at("total").get<int64_t>()};
+  for (const auto& [name, slice] : json.items())
+    slices[name] = {slice.at("first").get<int64_t>(), slice.at("total").get<int64_t>()};
   return slices;
 }
 
@@ -41,7 +42,8 @@ std::map<std::string, Slice> slices_of(const io::Json& json) {
 
 std::string tensor_file(Kind kind, int64_t rank, int64_t world_size) {
   char text[64] = "";
-  if (world_size > 1) snprintf(text, sizeof text, "-%05lld-of-%05lld", static_cast<long long>(rank), static_cast<long long>(world_size));
+  if (world_size > 1)
+    snprintf(text, sizeof text, "-%05lld-of-%05lld", static_cast<long long>(rank), static_cast<long long>(world_size));
   return std::string(kind_name(kind)) + text + ".safetensors";
 }
 
@@ -53,7 +55,11 @@ void write_manifest(const fs::path& dir, const Manifest& manifest) {
     files[name] = {{"size", entry.size}, {"checksum", entry.checksum}};
     if (!entry.slices.empty()) files[name]["slices"] = to_json(entry.slices);
   }
-  io::Json json = {{"format", kFormat}, {"version", manifest.world_size > 1 ? 2 : 1}, {"step", manifest.step}, {"measure", nullptr}, {"files", files}};
+  io::Json json = {{"format", kFormat},
+                   {"version", manifest.world_size > 1 ? 2 : 1},
+                   {"step", manifest.step},
+                   {"measure", nullptr},
+                   {"files", files}};
   if (manifest.measure) json["measure"] = *manifest.measure;
   if (manifest.world_size > 1) json["world_size"] = manifest.world_size;
   json["checksum"] = io::checksum_hex(json.dump());
@@ -67,31 +73,31 @@ Manifest read_manifest(const fs::path& dir) {
     json.erase("checksum");
     MOEGRAFT_CHECK(io::checksum_hex(json.dump()) == own, kManifest, ": its own checksum differs");
     const auto version = json.at("version").get<int64_t>();
-    MOEGRAFT_CHECK(json.at("format") == kFormat && (version == 1 || version == 2), kManifest, ": not a moegraft checkpoint of version 1 or 2");
+    MOEGRAFT_CHECK(json.at("format") == kFormat && (version == 1 || version == 2), kManifest,
+                   ": not a moegraft checkpoint of version 1 or 2");
     Manifest manifest;
     manifest.step = json.at("step").get<int64_t>();
     if (!json.at("measure").is_null()) manifest.measure = json.at("measure").get<double>();
     if (version == 2) manifest.world_size = json.at("world_size").get<int64_t>();
     for (const auto& [name, entry] : json.at("files").items()) {
       MOEGRAFT_CHECK(fs::path(name).filename() == name, kManifest, ": ", name, " is not the name of a file beside it");
-      auto& file = manifest.files[name] = {entry.at("size").get<uint64_t>(), entry.at("checksum").get<std::string>(), {}};
+      auto& file =
+          manifest.files[name] = {entry.at("size").get<uint64_t>(), entry.at("checksum").get<std::string>(), {}};
       if (entry.contains("slices")) file.slices = slices_of(entry.at("slices"));
     }
     std::vector<std::string> required = {kState};
-    if (version == 1) required.insert(required.end(), {tensor_file(Kind::adapter, 0, 1), tensor_file(Kind::optimizer, 0, 1)});
-    for (const auto& name : required) MOEGRAFT_CHECK(manifest.files.contains(name), kManifest, ": it does not list ", name);
+    if (version == 1)
+      required.insert(required.end(), {tensor_file(Kind::adapter, 0, 1), tensor_file(Kind::optimizer, 0, 1)});
+    for (const auto& name : required)
+      MOEGRAFT_CHECK(manifest.files.contains(name), kManifest, ": it does not list ", name);
     return manifest;
-  } catch (const io::Json::exception& e) {
-    fail<UserError>(kManifest, " does not read as a manifest: ", e.what());
-  }
+  } catch (const io::Json::exception& e) { fail<UserError>(kManifest, " does not read as a manifest: ", e.what()); }
 }
 
 std::optional<double> recorded_measure(const fs::path& dir) {
   try {
     return read_manifest(dir).measure;
-  } catch (const std::exception&) {
-    return {};
-  }
+  } catch (const std::exception&) { return {}; }
 }
 
 std::map<std::string, std::string> slice_metadata(const std::map<std::string, Slice>& slices) {
@@ -115,22 +121,27 @@ Assembly::Assembly(const fs::path& dir, const Manifest& manifest, Kind kind) {
     if (!file_name.starts_with(kind_name(kind))) continue;
     const auto& file = files_.emplace_back(dir / file_name);
     names_.push_back(file_name);
-    for (const auto& [name, slice] : entry.slices) MOEGRAFT_CHECK(file.contains(name), file_name, " has no tensor ", name, ", of which ", kManifest, " names a slice");
+    for (const auto& [name, slice] : entry.slices)
+      MOEGRAFT_CHECK(file.contains(name), file_name, " has no tensor ", name, ", of which ", kManifest,
+                     " names a slice");
     for (const auto& name : file.names()) {
       Piece piece{files_.size() - 1, 0, 0, 0};
       if (const auto slice = entry.slices.find(name); slice != entry.slices.end()) {
         const auto shape = file.shape(name);
         const auto [first, total] = slice->second;
         const int64_t rows = shape.empty() ? -1 : shape[0];
-        MOEGRAFT_CHECK(rows >= 0 && total > 0 && first >= 0 && first <= total && rows <= total - first, file_name, ": rows ", first, " to ", first, " + ", rows, " of ", name,
-                       " do not lie in its ", total, " rows");
+        MOEGRAFT_CHECK(rows >= 0 && total > 0 && first >= 0 && first <= total && rows <= total - first, file_name,
+                       ": rows ", first, " to ", first, " + ", rows, " of ", name, " do not lie in its ", total,
+                       " rows");
         piece = {piece.file, first, rows, total};
       }
       pieces_[name].push_back(piece);
     }
   }
   for (auto& [name, pieces] : pieces_) {
-    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return std::pair(a.first, a.rows) < std::pair(b.first, b.rows); });
+    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+      return std::pair(a.first, a.rows) < std::pair(b.first, b.rows);
+    });
     check(name, pieces);
   }
 }
@@ -147,13 +158,16 @@ void Assembly::check(const std::string& name, const std::vector<Piece>& pieces) 
   const Piece* before = nullptr;
   for (const auto& piece : pieces) {
     const auto& file = names_[piece.file];
-    MOEGRAFT_CHECK(piece.total != 0 && head.total != 0, "the whole tensor ", name, " is in ", names_[pieces[0].file], " and again in ", names_[pieces[1].file]);
-    MOEGRAFT_CHECK(piece.total == head.total, name, " has ", head.total, " rows in ", names_[head.file], ", but ", piece.total, " in ", file);
-    MOEGRAFT_CHECK(shape_beyond_rows(piece) == shape_beyond_rows(head) && files_[piece.file].dtype(name) == files_[head.file].dtype(name), "the slices of ", name, " in ",
-                   names_[head.file], " and ", file, " differ in shape or dtype");
+    MOEGRAFT_CHECK(piece.total != 0 && head.total != 0, "the whole tensor ", name, " is in ", names_[pieces[0].file],
+                   " and again in ", names_[pieces[1].file]);
+    MOEGRAFT_CHECK(piece.total == head.total, name, " has ", head.total, " rows in ", names_[head.file], ", but ",
+                   piece.total, " in ", file);
+    MOEGRAFT_CHECK(shape_beyond_rows(piece) == shape_beyond_rows(head) &&
+                       files_[piece.file].dtype(name) == files_[head.file].dtype(name),
+                   "the slices of ", name, " in ", names_[head.file], " and ", file, " differ in shape or dtype");
     MOEGRAFT_CHECK(piece.first <= next, "rows ", next, " to ", piece.first - 1, " of ", name, " are in no file");
-    MOEGRAFT_CHECK(piece.first == next, "rows ", piece.first, " to ", std::min(next, piece.first + piece.rows) - 1, " of ", name, " are in ",
-                   before ? names_[before->file] : file, " and again in ", file);
+    MOEGRAFT_CHECK(piece.first == next, "rows ", piece.first, " to ", std::min(next, piece.first + piece.rows) - 1,
+                   " of ", name, " are in ", before ? names_[before->file] : file, " and again in ", file);
     next = piece.first + piece.rows;
     before = &piece;
   }

@@ -16,7 +16,8 @@ constexpr const char* kState = "state.json";
 constexpr const char* kManifest = "manifest.json";
 enum class Kind { adapter, optimizer };
 
-std::string tensor_file(Kind kind, int64_t rank, int64_t world_size);  // adapter.safetensors, adapter-00001-of-00004.safetensors
+std::string tensor_file(Kind kind, int64_t rank,
+                        int64_t world_size);  // adapter.safetensors, adapter-00001-of-00004.safetensors
 
 struct Slice {
   int64_t first = 0, total = 0;
@@ -44,8 +45,8 @@ std::optional<double> recorded_measure(const std::filesystem::path& dir);  // no
 std::map<std::string, std::string> slice_metadata(const std::map<std::string, Slice>& slices);
 std::map<std::string, Slice> read_slices(const std::filesystem::path& file);
 
-// The tensors of one kind, put together from the files that the manifest names. UserError: a tensor in two files, rows that are missing or in two files,
-// slices that do not fit each other.
+// The tensors of one kind, put together from the files that the manifest names. UserError: a tensor in two files, rows
+// that are missing or in two files, slices that do not fit each other.
 class Assembly {
  public:
   Assembly(const std::filesystem::path& dir, const Manifest& manifest, Kind kind);

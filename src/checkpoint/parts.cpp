@@ -18,11 +18,14 @@ Parts whole(const io::TensorMap& tensors) {
 Parts parameter_parts(const model::ParameterRegistry& registry) {
   Parts parts;
   for (const auto& p : registry.all())
-    parts.push_back({p.name, p.tensor.detach(), p.first_row, p.total_rows, p.total_rows > 0 ? Copies::data_group : Copies::everywhere});
+    parts.push_back({p.name, p.tensor.detach(), p.first_row, p.total_rows,
+                     p.total_rows > 0 ? Copies::data_group : Copies::everywhere});
   return parts;
 }
 
-Place place_in(const distributed::Mesh& mesh) { return {mesh.world->rank(), mesh.world->size(), mesh.data->rank(), mesh.data->size()}; }
+Place place_in(const distributed::Mesh& mesh) {
+  return {mesh.world->rank(), mesh.world->size(), mesh.data->rank(), mesh.data->size()};
+}
 
 Parts parts_to_write(const Parts& held, const Place& place) {
   std::vector<bool> mine(held.size());
@@ -32,7 +35,8 @@ Parts parts_to_write(const Parts& held, const Place& place) {
     std::vector<size_t> order;
     for (size_t i = 0; i < held.size(); ++i)
       if (held[i].copies == copies) order.push_back(i);
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return held[a].tensor.nbytes() > held[b].tensor.nbytes(); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return held[a].tensor.nbytes() > held[b].tensor.nbytes(); });
     std::vector<uint64_t> bytes(size);
     for (const size_t i : order) {
       const auto least = std::min_element(bytes.begin(), bytes.end());

@@ -42,7 +42,8 @@ TrainState state_from_json(const std::string& text) {
   }
 }
 
-std::vector<std::string> environment_differences(const std::map<std::string, std::string>& before, const std::map<std::string, std::string>& now) {
+std::vector<std::string> environment_differences(const std::map<std::string, std::string>& before,
+                                                 const std::map<std::string, std::string>& now) {
   std::vector<std::string> lines;
   for (const auto& [key, value] : now) {
     const auto was = before.find(key);

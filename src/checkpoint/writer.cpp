@@ -26,7 +26,8 @@ namespace moegraft::checkpoint {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// A writer that goes away (the training failed, most likely because a rank died) gives the others' last files this long.
+// A writer that goes away (the training failed, most likely because a rank died) gives the others' last files this
+// long.
 constexpr auto kGrace = std::chrono::seconds(5);
 constexpr const char* kDone = "done";
 
@@ -38,7 +39,7 @@ struct Save {
   std::string state;
   std::optional<double> measure;
   fs::path target, fresh;
-  std::string key;                // of this save's posts
+  std::string key;                 // of this save's posts
   std::vector<c10::Event> copied;  // one per device
   Clock::time_point start = Clock::now();
 };
@@ -55,9 +56,11 @@ void write_tensors(const fs::path& path, const Parts& parts, bool may_be_sliced)
   std::map<std::string, Slice> slices;
   for (const auto& part : parts) {
     tensors[part.name] = part.tensor;
-    if (part.total_rows > 0 && part.tensor.size(0) < part.total_rows) slices[part.name] = {part.first_row, part.total_rows};
+    if (part.total_rows > 0 && part.tensor.size(0) < part.total_rows)
+      slices[part.name] = {part.first_row, part.total_rows};
   }
-  MOEGRAFT_INVARIANT(may_be_sliced || slices.empty(), slices.begin()->first, " is a slice, and no other process writes the rest");
+  MOEGRAFT_INVARIANT(may_be_sliced || slices.empty(), slices.begin()->first,
+                     " is a slice, and no other process writes the rest");
   auto metadata = slice_metadata(slices);
   metadata["format"] = "pt";
   io::save_safetensors(path, tensors, metadata);
@@ -95,7 +98,10 @@ struct CheckpointWriter::Impl {
     return true;
   }
   // A process that is ending, since another one failed, waits only shortly.
-  std::string patience() const { return leaving ? "the moment that an ending process waits" : detail::concat(std::chrono::duration<double>(peers.timeout).count(), " s"); }
+  std::string patience() const {
+    return leaving ? "the moment that an ending process waits"
+                   : detail::concat(std::chrono::duration<double>(peers.timeout).count(), " s");
+  }
 
   void join() {
     if (thread.joinable()) thread.join();
@@ -108,10 +114,12 @@ struct CheckpointWriter::Impl {
       const at::Tensor from = part.tensor.detach();
       const bool pinned = !from.is_cpu();
       at::Tensor& copy = copies[part.name];
-      if (!copy.defined() || copy.sizes() != from.sizes() || copy.scalar_type() != from.scalar_type() || copy.is_pinned() != pinned)
+      if (!copy.defined() || copy.sizes() != from.sizes() || copy.scalar_type() != from.scalar_type() ||
+          copy.is_pinned() != pinned)
         copy = at::empty(from.sizes(), at::TensorOptions(from.scalar_type()).pinned_memory(pinned));
       copy.copy_(from, /*non_blocking=*/true);
-      if (pinned && std::find(devices.begin(), devices.end(), from.device()) == devices.end()) devices.push_back(from.device());
+      if (pinned && std::find(devices.begin(), devices.end(), from.device()) == devices.end())
+        devices.push_back(from.device());
       part.tensor = copy;
     }
   }
@@ -123,7 +131,8 @@ struct CheckpointWriter::Impl {
       else
         write_with_others(save);
     } catch (const std::exception& e) {
-      fail<UserError>("cannot save the checkpoint ", save.target.string(), ": ", e.what(), " (earlier checkpoints are untouched; mend the cause and continue with --resume auto)");
+      fail<UserError>("cannot save the checkpoint ", save.target.string(), ": ", e.what(),
+                      " (earlier checkpoints are untouched; mend the cause and continue with --resume auto)");
     }
     if (first()) remove_old(root, config.keep, config.keep_best, lower_is_better);
     write_seconds = seconds_since(save.start);
@@ -144,7 +153,8 @@ struct CheckpointWriter::Impl {
   std::map<std::string, FileEntry> write_files(Save& save) {
     for (const auto& event : save.copied) event.synchronize();
     std::map<std::string, FileEntry> files;
-    for (const auto& [kind, parts] : {std::pair(Kind::adapter, &save.parameters), std::pair(Kind::optimizer, &save.optimizer)}) {
+    for (const auto& [kind, parts] :
+         {std::pair(Kind::adapter, &save.parameters), std::pair(Kind::optimizer, &save.optimizer)}) {
       const auto name = tensor_file(kind, peers.rank, peers.size);
       write_tensors(save.fresh / name, *parts, peers.size > 1);
       files[name] = describe_file(save.fresh / name);
@@ -180,7 +190,8 @@ struct CheckpointWriter::Impl {
     }
     try {
       // Not before rank 0 has removed what an earlier attempt left: it would take this for a part of that.
-      MOEGRAFT_CHECK(wait_for([&] { return peers.look(prefix() + "ready").has_value(); }), "rank 0 was not ready to write within ", patience());
+      MOEGRAFT_CHECK(wait_for([&] { return peers.look(prefix() + "ready").has_value(); }),
+                     "rank 0 was not ready to write within ", patience());
       fs::create_directories(save.fresh);
       const auto files = write_files(save);
       io::sync_directory(save.fresh);
@@ -199,16 +210,12 @@ struct CheckpointWriter::Impl {
   void post(const std::string& key, const std::string& value) const {
     try {
       peers.post(key, value);
-    } catch (const std::exception& e) {
-      log::debug("checkpoint: cannot tell the other ranks: ", e.what());
-    }
+    } catch (const std::exception& e) { log::debug("checkpoint: cannot tell the other ranks: ", e.what()); }
   }
   std::optional<std::string> look(const std::string& key) const {
     try {
       return peers.look(key);
-    } catch (const std::exception&) {
-      return {};
-    }
+    } catch (const std::exception&) { return {}; }
   }
 
   void wait_for_publication(const Save& save) const {
@@ -240,7 +247,8 @@ struct CheckpointWriter::Impl {
         const auto json = io::Json::parse(*post);
         const auto error = json.at("error").get<std::string>();
         MOEGRAFT_CHECK(error.empty(), "rank ", *rank, ": ", error);
-        for (const auto& [name, file] : json.at("files").items()) files[name] = {file.at("size").get<uint64_t>(), file.at("checksum").get<std::string>(), {}};
+        for (const auto& [name, file] : json.at("files").items())
+          files[name] = {file.at("size").get<uint64_t>(), file.at("checksum").get<std::string>(), {}};
         rank = missing.erase(rank);
       }
       return missing.empty();
@@ -248,12 +256,15 @@ struct CheckpointWriter::Impl {
     if (!wait_for(take_posts)) {
       std::vector<std::string> names;
       for (const int64_t rank : missing) names.push_back(std::to_string(rank));
-      fail<UserError>(names.size() == 1 ? "rank " : "ranks ", moegraft::join(names, ", "), " did not finish writing within ", patience());
+      fail<UserError>(names.size() == 1 ? "rank " : "ranks ", moegraft::join(names, ", "),
+                      " did not finish writing within ", patience());
     }
     for (auto& [name, file] : files) {
       const auto path = save.fresh / name;
       std::error_code ignored;
-      MOEGRAFT_CHECK(fs::file_size(path, ignored) == file.size, path.string(), " was written by another rank and is not here: run.dir must lie on a file system that all machines share");
+      MOEGRAFT_CHECK(
+          fs::file_size(path, ignored) == file.size, path.string(),
+          " was written by another rank and is not here: run.dir must lie on a file system that all machines share");
       if (name != kState) file.slices = read_slices(path);
     }
     // A fault of the layout must show now, not when the run is to be resumed.
@@ -263,11 +274,14 @@ struct CheckpointWriter::Impl {
   }
 };
 
-CheckpointWriter::CheckpointWriter(fs::path root, CheckpointConfig config, bool lower_is_better, std::shared_ptr<distributed::World> world)
+CheckpointWriter::CheckpointWriter(fs::path root, CheckpointConfig config, bool lower_is_better,
+                                   std::shared_ptr<distributed::World> world)
     : CheckpointWriter(std::move(root), config, lower_is_better, peers_of(std::move(world))) {}
 
-CheckpointWriter::CheckpointWriter(fs::path root, CheckpointConfig config, bool lower_is_better, Peers peers) : impl_(std::make_unique<Impl>()) {
-  impl_->root = std::move(root), impl_->config = config, impl_->lower_is_better = lower_is_better, impl_->peers = std::move(peers);
+CheckpointWriter::CheckpointWriter(fs::path root, CheckpointConfig config, bool lower_is_better, Peers peers)
+    : impl_(std::make_unique<Impl>()) {
+  impl_->root = std::move(root), impl_->config = config, impl_->lower_is_better = lower_is_better,
+  impl_->peers = std::move(peers);
   std::error_code error;
   fs::create_directories(impl_->root, error);
   MOEGRAFT_CHECK(!error, "cannot make the folder ", impl_->root.string(), ": ", error.message());
@@ -280,12 +294,11 @@ CheckpointWriter::~CheckpointWriter() {
   impl_->leaving = true;
   try {
     impl_->join();
-  } catch (const std::exception& e) {
-    log::error(e.what());
-  }
+  } catch (const std::exception& e) { log::error(e.what()); }
 }
 
-fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Parts& optimizer, const std::string& state, std::optional<double> measure) {
+fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Parts& optimizer, const std::string& state,
+                                std::optional<double> measure) {
   const auto start = Clock::now();
   auto& w = *impl_;
   w.join();
@@ -294,7 +307,8 @@ fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Par
   save->step = step, save->parameters = parameters, save->optimizer = optimizer, save->state = state;
   save->target = w.root / step_name(step);
   save->key = detail::concat(w.prefix(), ++w.saves, "/", step, "/");
-  save->fresh = w.root / (kWriting + step_name(step) + (w.peers.size > 1 ? detail::concat("-", w.peers.attempt, "-", w.saves) : ""));
+  save->fresh = w.root / (kWriting + step_name(step) +
+                          (w.peers.size > 1 ? detail::concat("-", w.peers.attempt, "-", w.saves) : ""));
   w.bytes = 0;
   for (const auto* parts : {&parameters, &optimizer})
     for (const auto& part : *parts) w.bytes += int64_t(part.tensor.nbytes());
@@ -312,9 +326,7 @@ fs::path CheckpointWriter::save(int64_t step, const Parts& parameters, const Par
       kernels::make_current(device);
       try {
         w.run(*save);
-      } catch (...) {
-        w.error = std::current_exception();
-      }
+      } catch (...) { w.error = std::current_exception(); }
     });
   } else {
     w.run(*save);

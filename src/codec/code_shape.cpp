@@ -24,7 +24,8 @@ std::vector<int64_t> parse_positions(const std::string& text) {
   for (const auto& part : split(text, 'x')) {
     int64_t extent = 0;
     const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), extent);
-    if (error != std::errc() || end != part.data() + part.size() || extent < 1 || extent > INT32_MAX / product) return {};
+    if (error != std::errc() || end != part.data() + part.size() || extent < 1 || extent > INT32_MAX / product)
+      return {};
     positions.push_back(extent);
     product *= extent;
   }

@@ -9,7 +9,9 @@ namespace {
 
 constexpr int64_t kSpreadStartLimit = 2048;  // clusters; the spread start looks at every point once per cluster
 
-at::Tensor rows(const at::Tensor& points, const std::vector<int64_t>& picks) { return points.index_select(0, at::tensor(picks, at::kLong).to(points.device())); }
+at::Tensor rows(const at::Tensor& points, const std::vector<int64_t>& picks) {
+  return points.index_select(0, at::tensor(picks, at::kLong).to(points.device()));
+}
 
 at::Tensor random_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) {
   auto order = Rng(seed, "codec.kmeans").permutation(points.size(0));
@@ -18,7 +20,8 @@ at::Tensor random_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) 
   return rows(points, picks);
 }
 
-// Each next row with probability proportional to its squared distance from those drawn (k-means++; Arthur and Vassilvitskii, SODA 2007).
+// Each next row with probability proportional to its squared distance from those drawn (k-means++; Arthur and
+// Vassilvitskii, SODA 2007).
 at::Tensor spread_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) {
   Rng rng(seed, "codec.kmeans");
   std::vector<int64_t> picks = {int64_t(rng.below(uint64_t(points.size(0))))};
@@ -26,8 +29,11 @@ at::Tensor spread_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) 
   while (int64_t(picks.size()) < wanted) {
     const auto cumulative = distance.to(at::kDouble).cumsum(0);
     const double total = cumulative[-1].item<double>();
-    const int64_t pick = total > 0 ? std::min(at::searchsorted(cumulative, at::Scalar(rng.uniform() * total), false, /*right=*/true).item<int64_t>(), points.size(0) - 1)
-                                   : int64_t(rng.below(uint64_t(points.size(0))));
+    const int64_t pick =
+        total > 0 ? std::min(at::searchsorted(cumulative, at::Scalar(rng.uniform() * total), false, /*right=*/true)
+                                 .item<int64_t>(),
+                             points.size(0) - 1)
+                  : int64_t(rng.below(uint64_t(points.size(0))));
     picks.push_back(pick);
     distance = at::minimum(distance, (points - points[pick]).square().sum(1));
   }
@@ -71,7 +77,8 @@ at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterati
   at::NoGradGuard no_grad;
   const int64_t count = points_MZ.size(0);
   MOEGRAFT_CHECK(count >= 1, "k-means needs at least one point");
-  auto centres = clusters <= kSpreadStartLimit ? spread_rows(points_MZ, clusters, seed) : random_rows(points_MZ, clusters, seed);
+  auto centres =
+      clusters <= kSpreadStartLimit ? spread_rows(points_MZ, clusters, seed) : random_rows(points_MZ, clusters, seed);
   for (int64_t round = 0; round < iterations; ++round) {
     const auto ids = nearest_rows(points_MZ, centres);
     const auto counts = at::bincount(ids, {}, clusters);

@@ -19,12 +19,14 @@ double psnr_of(double mse) { return -10 * std::log10(std::max(mse, 1e-10)); }
 void CodecRunConfig::validate(const std::string& path) const {
   const std::string prefix = path.empty() ? "" : path + ".";
   MOEGRAFT_CHECK_USAGE(!dir.empty(), prefix, "dir must not be empty");
-  MOEGRAFT_CHECK_USAGE(!data.train.empty(), prefix, "data.train must list at least one source: - { path: pictures.jsonl }");
-  MOEGRAFT_CHECK_USAGE(train.warm_share <= train.freeze_share, prefix, "train.warm_share (", train.warm_share, ") must not exceed train.freeze_share (",
-                       train.freeze_share, ")");
+  MOEGRAFT_CHECK_USAGE(!data.train.empty(), prefix,
+                       "data.train must list at least one source: - { path: pictures.jsonl }");
+  MOEGRAFT_CHECK_USAGE(train.warm_share <= train.freeze_share, prefix, "train.warm_share (", train.warm_share,
+                       ") must not exceed train.freeze_share (", train.freeze_share, ")");
 }
 
-std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_u8, std::vector<double>* losses) {
+std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed,
+                                  const at::Tensor& pixels_u8, std::vector<double>* losses) {
   VqTrainer trainer(config, train, seed, pixels_u8);
   Progress progress("codec", train.steps);
   const auto start = std::chrono::steady_clock::now();
@@ -40,7 +42,10 @@ std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig
     if (losses) losses->push_back(report.loss);
     smooth_mse = step == 0 ? report.mse : 0.98 * smooth_mse + 0.02 * report.mse;
     char status[96];
-    std::snprintf(status, sizeof status, "loss %.4f · PSNR %.2f dB%s", report.loss, psnr_of(smooth_mse), report.frozen ? " · decoder only" : report.quantised ? "" : " · no codebook yet");
+    std::snprintf(status, sizeof status, "loss %.4f · PSNR %.2f dB%s", report.loss, psnr_of(smooth_mse),
+                  report.frozen      ? " · decoder only"
+                  : report.quantised ? ""
+                                     : " · no codebook yet");
     progress.update(step + 1, status);
   }
   progress.finish();

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kPointsPerCode = 32;  // encoder outputs that the k-means start looks at, per code
 constexpr int64_t kKmeansRounds = 12;
-// Pictures of a shard: as many as leave no thread without one, but products too small cost more than threads gain, and too large ones leave the cache.
+// Pictures of a shard: as many as leave no thread without one, but products too small cost more than threads gain, and
+// too large ones leave the cache.
 constexpr int64_t kSmallestShard = 8, kLargestShard = 32;
 
 // AdamW over float32 leaves, all in one fused call.
@@ -46,7 +47,8 @@ class AdamW {
         first.push_back(g.first[i]), second.push_back(g.second[i]), steps.push_back(g.steps[i]);
       }
       if (parameters.empty()) continue;
-      at::_fused_adamw_(parameters, gradients, first, second, {}, steps, lr, 0.9, 0.95, g.decay, 1e-8, /*amsgrad=*/false, /*maximize=*/false, {}, {});
+      at::_fused_adamw_(parameters, gradients, first, second, {}, steps, lr, 0.9, 0.95, g.decay, 1e-8,
+                        /*amsgrad=*/false, /*maximize=*/false, {}, {});
       for (auto& p : parameters) p.mutable_grad().reset();
     }
   }
@@ -97,7 +99,8 @@ at::Tensor start_codebook(const VqCodec& model, const at::Tensor& pixels_u8, uin
   const int64_t wanted = std::min(pixels_u8.size(0), (kPointsPerCode * codes + length - 1) / length);
   auto picks = Rng(seed, "codec.kmeans.pictures").permutation(pixels_u8.size(0));
   picks.resize(size_t(wanted));
-  const auto z = in_batches(pixels_u8.index_select(0, at::tensor(picks, at::kLong)), 64, [&](const at::Tensor& x) { return model.embed(x); });
+  const auto z = in_batches(pixels_u8.index_select(0, at::tensor(picks, at::kLong)), 64,
+                            [&](const at::Tensor& x) { return model.embed(x); });
   return kmeans(z.flatten(0, 1), codes, kKmeansRounds, seed);
 }
 
@@ -109,7 +112,8 @@ Loss reconstruction_loss(const CodecTrainConfig& train, const at::Tensor& error_
   const auto mse = error_B3HW.square().mean();
   auto total = mse * train.mse + error_B3HW.abs().mean() * train.l1;
   if (train.gradient > 0) {
-    const auto dx = error_B3HW.slice(3, 1) - error_B3HW.slice(3, 0, -1), dy = error_B3HW.slice(2, 1) - error_B3HW.slice(2, 0, -1);
+    const auto dx = error_B3HW.slice(3, 1) - error_B3HW.slice(3, 0, -1),
+               dy = error_B3HW.slice(2, 1) - error_B3HW.slice(2, 0, -1);
     total = total + (dx.abs().mean() + dy.abs().mean()) * (0.5 * train.gradient);
   }
   return {total, mse};
@@ -140,10 +144,22 @@ struct VqTrainer::State {
   Shard run(const at::Tensor& picks, const std::vector<at::Tensor>& leaves, double weight) const;
 };
 
-VqTrainer::VqTrainer(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_u8) {
+VqTrainer::VqTrainer(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed,
+                     const at::Tensor& pixels_u8) {
   MOEGRAFT_CHECK(pixels_u8.dim() == 4 && pixels_u8.size(0) > 0, "codec training needs at least one picture");
-  const bool bf16 = train.precision == "bf16" || (train.precision == "auto" && kernels::cpu_kernels().bfloat16_speed > 1);
-  state_.reset(new State{train, seed, pixels_u8, std::make_unique<VqCodec>(config, seed), {}, {}, {}, BatchOrder(pixels_u8.size(0), train.batch_size, seed), bf16 ? at::kBFloat16 : at::kFloat, nullptr, {}});
+  const bool bf16 =
+      train.precision == "bf16" || (train.precision == "auto" && kernels::cpu_kernels().bfloat16_speed > 1);
+  state_.reset(new State{train,
+                         seed,
+                         pixels_u8,
+                         std::make_unique<VqCodec>(config, seed),
+                         {},
+                         {},
+                         {},
+                         BatchOrder(pixels_u8.size(0), train.batch_size, seed),
+                         bf16 ? at::kBFloat16 : at::kFloat,
+                         nullptr,
+                         {}});
   state_->encoder = state_->model->encoder_parameters(), state_->decoder = state_->model->decoder_parameters();
   for (const auto* list : {&state_->encoder, &state_->decoder}) {
     for (const auto& [name, p] : *list) p.requires_grad_(true);
@@ -188,7 +204,8 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
     s.model->set_codebook(start_codebook(*s.model, s.pixels_u8, s.seed));
     s.ema = std::make_unique<EmaCodebook>(s.model->codebook_NZ(), train.ema_decay, train.revive_below);
   }
-  if (frozen && !s.frozen_ids_NL.defined()) s.frozen_ids_NL = in_batches(s.pixels_u8, 64, [&](const at::Tensor& x) { return s.model->encode(x); });
+  if (frozen && !s.frozen_ids_NL.defined())
+    s.frozen_ids_NL = in_batches(s.pixels_u8, 64, [&](const at::Tensor& x) { return s.model->encode(x); });
   s.model->set_compute(s.compute);
 
   std::vector<at::Tensor> masters, leaves;
@@ -197,7 +214,8 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
     for (const auto& [name, p] : *list) masters.push_back(p), leaves.push_back(s.model->working(name));
   }
   const auto picks = s.order.indices(step);
-  const int64_t threads = at::get_num_threads(), size = std::clamp((train.batch_size + threads - 1) / threads, kSmallestShard, kLargestShard);
+  const int64_t threads = at::get_num_threads(),
+                size = std::clamp((train.batch_size + threads - 1) / threads, kSmallestShard, kLargestShard);
   const int64_t count = (train.batch_size + size - 1) / size;
   std::vector<Shard> shards(static_cast<size_t>(count));
   run_shards(count, [&](int64_t i) {
@@ -207,15 +225,20 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
 
   Report report{0, 0, quantised, frozen};
   for (const auto& shard : shards) report.loss += shard.loss, report.mse += shard.mse;
-  MOEGRAFT_CHECK(std::isfinite(report.loss), "codec training: the loss is not finite at step ", step, "; lower train.lr (", train.lr, ")");
+  MOEGRAFT_CHECK(std::isfinite(report.loss), "codec training: the loss is not finite at step ", step,
+                 "; lower train.lr (", train.lr, ")");
   run_shards(int64_t(masters.size()), [&](int64_t p) {
     const at::NoGradGuard no_grad;
-    auto sum = shards[0].gradients[size_t(p)].to(at::kFloat).contiguous();  // a convolution's comes channels-last, and the optimizer reads memory
+    auto sum = shards[0]
+                   .gradients[size_t(p)]
+                   .to(at::kFloat)
+                   .contiguous();  // a convolution's comes channels-last, and the optimizer reads memory
     for (size_t i = 1; i < shards.size(); ++i) sum.add_(shards[i].gradients[size_t(p)]);
     masters[size_t(p)].mutable_grad() = sum;
   });
   const double warm = step < train.warmup ? double(step + 1) / double(train.warmup) : 1.0;
-  const double cosine = train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + std::cos(M_PI * std::min(done, 1.0)));
+  const double cosine =
+      train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + std::cos(M_PI * std::min(done, 1.0)));
   s.optimizer.step(train.lr * warm * cosine);
   if (quantised && !frozen) {
     std::vector<at::Tensor> z, ids;
@@ -229,7 +252,9 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
 std::unique_ptr<VqCodec> VqTrainer::finish() {
   State& s = *state_;
   s.model->set_compute(at::kFloat);
-  if (!s.ema) s.model->set_codebook(start_codebook(*s.model, s.pixels_u8, s.seed));  // stopped before the codebook started: still a valid codec
+  if (!s.ema)
+    s.model->set_codebook(
+        start_codebook(*s.model, s.pixels_u8, s.seed));  // stopped before the codebook started: still a valid codec
   for (const auto* list : {&s.encoder, &s.decoder})
     for (const auto& [name, p] : *list) p.requires_grad_(false);
   log::debug("codec: ", s.revived, " codes restarted");

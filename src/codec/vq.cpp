@@ -12,7 +12,7 @@
 namespace moegraft::codec {
 namespace {
 
-constexpr int64_t kExpand = 2;        // hidden width of a mixer block's two products, as a multiple of its input
+constexpr int64_t kExpand = 2;  // hidden width of a mixer block's two products, as a multiple of its input
 constexpr double kNormEpsilon = 1e-5;
 
 enum class Init { fan_in, branch, zero, one, half, position };
@@ -40,12 +40,14 @@ std::vector<Spec> parameter_specs(const VqConfig& c) {
     affine(name + ".conv", {width, width, 3, 3}, Init::fan_in);
     affine(name + ".out", {width, width}, Init::branch);
   };
-  const int64_t patch_values = 3 * c.patch * c.patch, levels = int64_t(c.channels.size()), length = c.shape().item_length(), wide = c.mixer_width;
+  const int64_t patch_values = 3 * c.patch * c.patch, levels = int64_t(c.channels.size()),
+                length = c.shape().item_length(), wide = c.mixer_width;
 
   affine("encoder.in", {c.channels[0], patch_values, 3, 3}, Init::fan_in);
   for (int64_t level = 0; level < levels; ++level) {
     const std::string at = "encoder.level." + std::to_string(level);
-    for (int64_t i = 0; i < c.encoder_blocks[level]; ++i) residual(at + ".block." + std::to_string(i), c.channels[level]);
+    for (int64_t i = 0; i < c.encoder_blocks[level]; ++i)
+      residual(at + ".block." + std::to_string(i), c.channels[level]);
     if (level + 1 < levels) affine(at + ".down", {c.channels[level + 1], c.channels[level], 3, 3}, Init::fan_in);
   }
   norm("encoder.norm", c.channels.back());
@@ -65,7 +67,8 @@ std::vector<Spec> parameter_specs(const VqConfig& c) {
   affine("decoder.grid", {c.channels.back(), wide}, Init::fan_in);
   for (int64_t level = levels - 1; level >= 0; --level) {
     const std::string at = "decoder.level." + std::to_string(level);
-    for (int64_t i = 0; i < c.decoder_blocks[level]; ++i) residual(at + ".block." + std::to_string(i), c.channels[level]);
+    for (int64_t i = 0; i < c.decoder_blocks[level]; ++i)
+      residual(at + ".block." + std::to_string(i), c.channels[level]);
     if (level > 0) affine(at + ".up", {4 * c.channels[level - 1], c.channels[level]}, Init::fan_in);
   }
   norm("decoder.norm", c.channels[0]);
@@ -79,7 +82,8 @@ at::Tensor initial(const Spec& spec, uint64_t seed) {
   int64_t fan_in = 1;
   for (size_t i = 1; i < spec.shape.size(); ++i) fan_in *= spec.shape[i];
   double scale = 1 / std::sqrt(double(fan_in));
-  if (spec.init == Init::branch) scale *= 0.2;  // residual branches start small, so that depth does not raise the variance
+  if (spec.init == Init::branch)
+    scale *= 0.2;  // residual branches start small, so that depth does not raise the variance
   if (spec.init == Init::position) scale = 0.2;
   auto generator = at::make_generator<at::CPUGeneratorImpl>(Rng(seed, "codec.init." + spec.name).derive_seed());
   return at::randn(spec.shape, generator).mul_(scale);
@@ -102,15 +106,19 @@ at::Tensor space_to_depth(const at::Tensor& x, int64_t r) {
 int64_t VqConfig::grid() const { return image_size / (patch << (channels.size() - 1)); }
 
 void VqConfig::validate(const std::string& path) const {
-  MOEGRAFT_CHECK_USAGE(!channels.empty() && channels.size() <= 8, path, ".channels must have 1 to 8 entries, got ", channels.size());
+  MOEGRAFT_CHECK_USAGE(!channels.empty() && channels.size() <= 8, path, ".channels must have 1 to 8 entries, got ",
+                       channels.size());
   for (const auto* list : {&encoder_blocks, &decoder_blocks}) {
     const char* name = list == &encoder_blocks ? ".encoder_blocks" : ".decoder_blocks";
-    MOEGRAFT_CHECK_USAGE(list->size() == channels.size(), path, name, " must have one entry per level as channels has (", channels.size(), "), got ", list->size());
+    MOEGRAFT_CHECK_USAGE(list->size() == channels.size(), path, name,
+                         " must have one entry per level as channels has (", channels.size(), "), got ", list->size());
     for (int64_t n : *list) MOEGRAFT_CHECK_USAGE(n >= 0 && n <= 64, path, name, " entries must be in [0, 64], got ", n);
   }
-  for (int64_t c : channels) MOEGRAFT_CHECK_USAGE(c >= 1 && c <= 8192, path, ".channels entries must be in [1, 8192], got ", c);
+  for (int64_t c : channels)
+    MOEGRAFT_CHECK_USAGE(c >= 1 && c <= 8192, path, ".channels entries must be in [1, 8192], got ", c);
   const int64_t cell = patch << (channels.size() - 1);
-  MOEGRAFT_CHECK_USAGE(image_size % cell == 0, path, ".image_size must be a multiple of patch * 2^(levels-1) = ", cell, ", got ", image_size);
+  MOEGRAFT_CHECK_USAGE(image_size % cell == 0, path, ".image_size must be a multiple of patch * 2^(levels-1) = ", cell,
+                       ", got ", image_size);
 }
 
 VqCodec::VqCodec(VqConfig config, uint64_t seed) : config_(std::move(config)) {
@@ -119,12 +127,15 @@ VqCodec::VqCodec(VqConfig config, uint64_t seed) : config_(std::move(config)) {
   codebook_NZ_ = initial({"codebook", {config_.codebook_size, config_.code_width}, Init::fan_in}, seed);
 }
 
-VqCodec::VqCodec(VqConfig config, const io::TensorMap& tensors, const std::string& source) : config_(std::move(config)) {
+VqCodec::VqCodec(VqConfig config, const io::TensorMap& tensors, const std::string& source)
+    : config_(std::move(config)) {
   config_.validate("codec");
-  for (const auto& spec : parameter_specs(config_)) parameters_[spec.name] = take_weight(tensors, spec.name, spec.shape, source);
+  for (const auto& spec : parameter_specs(config_))
+    parameters_[spec.name] = take_weight(tensors, spec.name, spec.shape, source);
   codebook_NZ_ = take_weight(tensors, "codebook", {config_.codebook_size, config_.code_width}, source);
   for (const auto& [name, tensor] : tensors)
-    MOEGRAFT_CHECK(parameters_.count(name) || name == "codebook", source, ": unexpected tensor ", name, "; config.json and weights do not belong together");
+    MOEGRAFT_CHECK(parameters_.count(name) || name == "codebook", source, ": unexpected tensor ", name,
+                   "; config.json and weights do not belong together");
 }
 
 const at::Tensor& VqCodec::parameter(const std::string& name) const {
@@ -177,7 +188,8 @@ at::Tensor VqCodec::residual(const std::string& name, const at::Tensor& x) const
 }
 
 at::Tensor VqCodec::mixer(const std::string& name, const at::Tensor& x_BLC) const {
-  const auto x = x_BLC + mix(name + ".position_out", at::silu(mix(name + ".position_in", norm(name + ".position_norm", x_BLC))));
+  const auto x =
+      x_BLC + mix(name + ".position_out", at::silu(mix(name + ".position_in", norm(name + ".position_norm", x_BLC))));
   return x + linear(name + ".channel_out", at::silu(linear(name + ".channel_in", norm(name + ".channel_norm", x))));
 }
 
@@ -206,7 +218,9 @@ at::Tensor VqCodec::nearest(const at::Tensor& z_BLZ) const {
 at::Tensor VqCodec::render(const at::Tensor& z_BLZ) const {
   auto x = linear("decoder.in", z_BLZ) + parameter("decoder.position");
   for (int64_t i = 0; i < config_.mixer_blocks; ++i) x = mixer("decoder.mixer." + std::to_string(i), x);
-  x = linear("decoder.grid", x).to(at::kFloat).view({x.size(0), config_.grid(), config_.grid(), config_.channels.back()});
+  x = linear("decoder.grid", x)
+          .to(at::kFloat)
+          .view({x.size(0), config_.grid(), config_.grid(), config_.channels.back()});
   for (int64_t level = int64_t(config_.channels.size()) - 1; level >= 0; --level) {
     const std::string at = "decoder.level." + std::to_string(level);
     for (int64_t i = 0; i < config_.decoder_blocks[level]; ++i) x = residual(at + ".block." + std::to_string(i), x);
@@ -257,9 +271,11 @@ std::unique_ptr<VqCodec> VqCodec::load(const std::filesystem::path& dir) {
   const io::Json json = io::read_json(path);
   VqConfig c;
   auto integer = [&](const char* key, int64_t& value) {
-    MOEGRAFT_CHECK(json.contains(key) && json[key].is_number_integer(), path.string(), ": \"", key, "\" is missing or no integer");
+    MOEGRAFT_CHECK(json.contains(key) && json[key].is_number_integer(), path.string(), ": \"", key,
+                   "\" is missing or no integer");
     value = json[key].get<int64_t>();
-    MOEGRAFT_CHECK(value >= 0 && value <= (1 << 20), path.string(), ": \"", key, "\" must be in [0, 1048576], got ", value);
+    MOEGRAFT_CHECK(value >= 0 && value <= (1 << 20), path.string(), ": \"", key, "\" must be in [0, 1048576], got ",
+                   value);
   };
   auto integers = [&](const char* key, std::vector<int64_t>& values) {
     MOEGRAFT_CHECK(json.contains(key) && json[key].is_array(), path.string(), ": \"", key, "\" is missing or no list");
@@ -269,13 +285,17 @@ std::unique_ptr<VqCodec> VqCodec::load(const std::filesystem::path& dir) {
       values.push_back(v.get<int64_t>());
     }
   };
-  integer("image_size", c.image_size), integer("patch", c.patch), integer("mixer_blocks", c.mixer_blocks), integer("mixer_width", c.mixer_width);
+  integer("image_size", c.image_size), integer("patch", c.patch), integer("mixer_blocks", c.mixer_blocks),
+      integer("mixer_width", c.mixer_width);
   integer("codebook_size", c.codebook_size), integer("code_width", c.code_width);
-  integers("channels", c.channels), integers("encoder_blocks", c.encoder_blocks), integers("decoder_blocks", c.decoder_blocks);
-  MOEGRAFT_CHECK(c.image_size >= 1 && c.image_size <= 1024 && c.patch >= 1 && c.patch <= 64 && c.codebook_size >= 1 && c.code_width >= 1 && c.code_width <= 4096 &&
-                     c.mixer_width >= 1 && c.mixer_width <= 8192 && c.mixer_blocks <= 64,
+  integers("channels", c.channels), integers("encoder_blocks", c.encoder_blocks),
+      integers("decoder_blocks", c.decoder_blocks);
+  MOEGRAFT_CHECK(c.image_size >= 1 && c.image_size <= 1024 && c.patch >= 1 && c.patch <= 64 && c.codebook_size >= 1 &&
+                     c.code_width >= 1 && c.code_width <= 4096 && c.mixer_width >= 1 && c.mixer_width <= 8192 &&
+                     c.mixer_blocks <= 64,
                  path.string(), ": a size is out of range");
-  MOEGRAFT_CHECK(json.contains("fit") && (json["fit"] == "pad" || json["fit"] == "crop"), path.string(), ": \"fit\" must be \"pad\" or \"crop\"");
+  MOEGRAFT_CHECK(json.contains("fit") && (json["fit"] == "pad" || json["fit"] == "crop"), path.string(),
+                 ": \"fit\" must be \"pad\" or \"crop\"");
   c.fit = json["fit"];
   return std::make_unique<VqCodec>(c, read_weights(dir), (dir / "model.safetensors").string());
 }
@@ -286,9 +306,17 @@ void VqCodec::save(const std::filesystem::path& dir) const {
   for (const auto& [name, tensor] : parameters_) tensors[name] = tensor.detach();
   tensors["codebook"] = codebook_NZ_;
   const auto& c = config_;
-  const io::Json json = {{"architecture", architecture()}, {"image_size", c.image_size}, {"patch", c.patch}, {"channels", c.channels},
-                         {"encoder_blocks", c.encoder_blocks}, {"decoder_blocks", c.decoder_blocks}, {"mixer_blocks", c.mixer_blocks},
-                         {"mixer_width", c.mixer_width}, {"codebook_size", c.codebook_size}, {"code_width", c.code_width}, {"fit", c.fit}};
+  const io::Json json = {{"architecture", architecture()},
+                         {"image_size", c.image_size},
+                         {"patch", c.patch},
+                         {"channels", c.channels},
+                         {"encoder_blocks", c.encoder_blocks},
+                         {"decoder_blocks", c.decoder_blocks},
+                         {"mixer_blocks", c.mixer_blocks},
+                         {"mixer_width", c.mixer_width},
+                         {"codebook_size", c.codebook_size},
+                         {"code_width", c.code_width},
+                         {"fit", c.fit}};
   // New weights never stand beside another codec's config.json.
   const auto path = dir / "config.json";
   if (std::filesystem::exists(path) && io::read_json(path) != json) std::filesystem::remove(path);

@@ -13,6 +13,7 @@ namespace moegraft::codec {
 io::TensorMap read_weights(const std::filesystem::path& dir);
 
 // tensors[name] as float32, own memory. UserError: absent (from source), or another shape.
-at::Tensor take_weight(const io::TensorMap& tensors, const std::string& name, const std::vector<int64_t>& shape, const std::string& source);
+at::Tensor take_weight(const io::TensorMap& tensors, const std::string& name, const std::vector<int64_t>& shape,
+                       const std::string& source);
 
 }  // namespace moegraft::codec

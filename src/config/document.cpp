@@ -37,7 +37,8 @@ class TreeBuilder : public YAML::EventHandler {
     if (it == anchors_.end()) error(mark, "an alias inside the value that it names");
     add(Tree(it->second), 0);
   }
-  void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, const std::string& value) override {
+  void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+                const std::string& value) override {
     Tree tree = leaf(mark);
     tree.quoted = tag == "!" || tag == "tag:yaml.org,2002:str";
     if (!tree.quoted && tag != "?" && !tag.empty()) error(mark, "the tag " + tag + " is not supported");
@@ -47,11 +48,13 @@ class TreeBuilder : public YAML::EventHandler {
     }
     add(std::move(tree), anchor);
   }
-  void OnSequenceStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t anchor, YAML::EmitterStyle::value) override {
+  void OnSequenceStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t anchor,
+                       YAML::EmitterStyle::value) override {
     open(mark, Tree::Kind::list, anchor);
   }
   void OnSequenceEnd() override { close(); }
-  void OnMapStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t anchor, YAML::EmitterStyle::value) override {
+  void OnMapStart(const YAML::Mark& mark, const std::string&, YAML::anchor_t anchor,
+                  YAML::EmitterStyle::value) override {
     open(mark, Tree::Kind::map, anchor);
   }
   void OnMapEnd() override { close(); }
@@ -95,7 +98,8 @@ class TreeBuilder : public YAML::EventHandler {
 
   void add(Tree tree, YAML::anchor_t anchor) {
     nodes_ += size(tree);
-    if (nodes_ > kMaxNodes) error_at(tree.line, "the document expands to more than " + std::to_string(kMaxNodes) + " values");
+    if (nodes_ > kMaxNodes)
+      error_at(tree.line, "the document expands to more than " + std::to_string(kMaxNodes) + " values");
     if (anchor != 0) anchors_[anchor] = tree;
     if (levels_.empty()) {
       root_ = std::move(tree);
@@ -131,10 +135,12 @@ Tree parse_yaml(const std::string& yaml, const std::string& source, bool with_li
     if (!parser.HandleNextDocument(builder)) return {};
     Tree root = builder.take();
     TreeBuilder second(source, with_lines);
-    if (parser.HandleNextDocument(second)) fail<UsageError>(source, ": holds more than one YAML document, expected one");
+    if (parser.HandleNextDocument(second))
+      fail<UsageError>(source, ": holds more than one YAML document, expected one");
     return root;
   } catch (const YAML::Exception& error) {
-    fail<UsageError>(source, with_lines ? ":" + std::to_string(error.mark.line + 1) : "", ": not valid YAML: ", error.msg);
+    fail<UsageError>(source, with_lines ? ":" + std::to_string(error.mark.line + 1) : "",
+                     ": not valid YAML: ", error.msg);
   }
 }
 
@@ -192,11 +198,11 @@ void apply_override(Tree& root, const std::string& text) {
   for (const Step& step : parse_path(path, text)) {
     const Tree::Kind needed = step.key.empty() ? Tree::Kind::list : Tree::Kind::map;
     if (at->kind == Tree::Kind::null) at->kind = needed;
-    MOEGRAFT_CHECK_USAGE(at->kind == needed, "--set ", text, ": ", walked.empty() ? "the document" : walked, " is ", kind_name(at->kind), ", expected ",
-                         kind_name(needed));
+    MOEGRAFT_CHECK_USAGE(at->kind == needed, "--set ", text, ": ", walked.empty() ? "the document" : walked, " is ",
+                         kind_name(at->kind), ", expected ", kind_name(needed));
     if (step.key.empty()) {
-      MOEGRAFT_CHECK_USAGE(step.index <= at->entries.size(), "--set ", text, ": ", walked, " has ", at->entries.size(), " items, index ", step.index,
-                           " would leave a hole");
+      MOEGRAFT_CHECK_USAGE(step.index <= at->entries.size(), "--set ", text, ": ", walked, " has ", at->entries.size(),
+                           " items, index ", step.index, " would leave a hole");
       if (step.index == at->entries.size()) at->entries.emplace_back();
       at = &at->entries[step.index].value;
       walked += "[" + std::to_string(step.index) + "]";
@@ -225,14 +231,17 @@ std::string read_text(const std::string& path) {
 
 }  // namespace
 
-Document Document::from_file(const std::string& path, const std::vector<std::string>& overrides) { return from_string(read_text(path), overrides, path); }
+Document Document::from_file(const std::string& path, const std::vector<std::string>& overrides) {
+  return from_string(read_text(path), overrides, path);
+}
 
-Document Document::from_string(const std::string& yaml, const std::vector<std::string>& overrides, const std::string& name) {
+Document Document::from_string(const std::string& yaml, const std::vector<std::string>& overrides,
+                               const std::string& name) {
   Document document;
   document.name_ = name;
   document.root_ = parse_yaml(yaml, name, true);
-  MOEGRAFT_CHECK_USAGE(document.root_.kind == Tree::Kind::map || document.root_.kind == Tree::Kind::null, name, ": expected a mapping of keys to values, got ",
-                       kind_name(document.root_.kind));
+  MOEGRAFT_CHECK_USAGE(document.root_.kind == Tree::Kind::map || document.root_.kind == Tree::Kind::null, name,
+                       ": expected a mapping of keys to values, got ", kind_name(document.root_.kind));
   for (const auto& text : overrides) apply_override(document.root_, text);
   return document;
 }

@@ -17,7 +17,10 @@ std::string type_text(const Key& key, const char* quote) {
   std::vector<std::string> names;
   for (const Choice& choice : key.choices) names.push_back(quote + choice.name + quote);
   const std::string range = detail::range_text(key.min, key.max);
-  return key.type + (range.empty() ? "" : " in " + range) + (names.empty() ? "" : names.size() == 1 ? ": " + names[0] : ": one of " + join(names, ", "));
+  return key.type + (range.empty() ? "" : " in " + range) +
+         (names.empty()       ? ""
+          : names.size() == 1 ? ": " + names[0]
+                              : ": one of " + join(names, ", "));
 }
 
 std::string cell(const std::string& text) {
@@ -30,8 +33,11 @@ std::string markdown_row(const Key& key) {
   std::string meaning = key.meaning;
   for (const Choice& choice : key.choices)
     if (!choice.meaning.empty()) meaning += "<br>`" + choice.name + "`: " + choice.meaning;
-  const std::string standard = key.required ? "**required**" : key.default_text.empty() ? "" : "`" + key.default_text + "`";
-  return "| `" + cell(key.path) + "` | " + cell(type_text(key, "`")) + " | " + cell(standard) + " | " + cell(meaning) + " |\n";
+  const std::string standard = key.required               ? "**required**"
+                               : key.default_text.empty() ? ""
+                                                          : "`" + key.default_text + "`";
+  return "| `" + cell(key.path) + "` | " + cell(type_text(key, "`")) + " | " + cell(standard) + " | " + cell(meaning) +
+         " |\n";
 }
 
 // "adapters[].rank" -> "adapters"
@@ -59,7 +65,8 @@ std::string to_markdown(const std::vector<Key>& keys) {
       out += markdown_row(key);
       continue;
     }
-    out += std::string(out.empty() ? "" : "\n") + "### " + key.path + "\n\n" + key.meaning + (key.required ? " Required." : "") + (key.type == "section" ? "" : " (" + key.type + ")") + "\n\n" + kHead;
+    out += std::string(out.empty() ? "" : "\n") + "### " + key.path + "\n\n" + key.meaning +
+           (key.required ? " Required." : "") + (key.type == "section" ? "" : " (" + key.type + ")") + "\n\n" + kHead;
   }
   return out;
 }
@@ -69,14 +76,16 @@ std::string to_yaml(const std::vector<Key>& keys) {
   std::set<std::string> begun;  // entries
   for (const Key& key : keys) {
     const size_t dot = key.path.rfind('.');
-    const std::string parent = dot == std::string::npos ? "" : key.path.substr(0, dot), name = key.path.substr(dot == std::string::npos ? 0 : dot + 1);
+    const std::string parent = dot == std::string::npos ? "" : key.path.substr(0, dot),
+                      name = key.path.substr(dot == std::string::npos ? 0 : dot + 1);
     const auto margin = [&](size_t depth) { return (key.in_entry ? "#" : "") + std::string(2 * depth, ' '); };
     const size_t depth = depth_in(parent);
     if (parent.ends_with("[]") && begun.insert(parent).second) out += margin(depth - 1) + "-\n";
     if (parent.ends_with(".<name>") && begun.insert(parent).second) out += margin(depth - 1) + "<name>:\n";
     const bool section = key.type == "section";
     if (depth == 0 && !out.empty()) out += "\n";
-    out += margin(depth) + "# " + key.meaning + (section ? "" : " (" + type_text(key, "") + (key.required ? ", required" : "") + ")") + "\n";
+    out += margin(depth) + "# " + key.meaning +
+           (section ? "" : " (" + type_text(key, "") + (key.required ? ", required" : "") + ")") + "\n";
     for (const Choice& choice : key.choices)
       if (!choice.meaning.empty()) out += margin(depth) + "#   " + choice.name + ": " + choice.meaning + "\n";
     out += margin(depth) + name + ":" + (section || key.required ? "" : " " + key.default_text) + "\n";

@@ -1,4 +1,5 @@
-// Keys that have gone to another place: refused in a user's file, migrated in what an earlier version of the program stored.
+// Keys that have gone to another place: refused in a user's file, migrated in what an earlier version of the program
+// stored.
 
 #include <utility>
 
@@ -10,7 +11,8 @@ namespace {
 // "train.precision" -> its section ("train") and its name.
 std::pair<std::string, std::string> split(const std::string& path) {
   const size_t dot = path.rfind('.');
-  return dot == std::string::npos ? std::pair(std::string(), path) : std::pair(path.substr(0, dot), path.substr(dot + 1));
+  return dot == std::string::npos ? std::pair(std::string(), path)
+                                  : std::pair(path.substr(0, dot), path.substr(dot + 1));
 }
 
 Cursor find(const Cursor& at, const std::string& path) {
@@ -39,7 +41,8 @@ void erase(Tree& root, const std::string& path) {
 // What the new key is to hold; null where the old one held nothing.
 Tree moved_value(const MovedKey& key, const Tree& old_value, const Tree* present) {
   Tree value = old_value;
-  if (key.value != nullptr && old_value.kind == Tree::Kind::scalar) value.text = key.value(old_value.text, present != nullptr ? present->text : "");
+  if (key.value != nullptr && old_value.kind == Tree::Kind::scalar)
+    value.text = key.value(old_value.text, present != nullptr ? present->text : "");
   return value;
 }
 
@@ -50,7 +53,8 @@ void refuse_moved(const Cursor& root, const std::vector<MovedKey>& moved) {
     const Cursor at = find(root, key.from);
     if (at.tree == nullptr) continue;
     const Tree value = moved_value(key, *at.tree, find(root, key.to).tree);
-    at.fail("has moved to " + key.to + ": write " + (value.kind == Tree::Kind::scalar ? key.to + ": " + to_flow(value) : "it there") + " instead");
+    at.fail("has moved to " + key.to + ": write " +
+            (value.kind == Tree::Kind::scalar ? key.to + ": " + to_flow(value) : "it there") + " instead");
   }
 }
 

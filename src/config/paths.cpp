@@ -9,11 +9,14 @@ namespace {
 
 std::string value_of(const std::string& name, const std::string& path, const std::string& key) {
   const char* value = std::getenv(name.c_str());
-  MOEGRAFT_CHECK_USAGE(value != nullptr && *value != '\0', key, ": the environment variable ", name, " is not set (in ", path, ")");
+  MOEGRAFT_CHECK_USAGE(value != nullptr && *value != '\0', key, ": the environment variable ", name, " is not set (in ",
+                       path, ")");
   return value;
 }
 
-bool is_name(char c, bool first) { return c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (!first && c >= '0' && c <= '9'); }
+bool is_name(char c, bool first) {
+  return c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (!first && c >= '0' && c <= '9');
+}
 
 }  // namespace
 
@@ -21,7 +24,8 @@ std::string expand_path(const std::string& path, const std::string& key) {
   std::string out;
   size_t i = 0;
   if (path == "~" || path.starts_with("~/")) out = value_of("HOME", path, key), i = 1;
-  MOEGRAFT_CHECK_USAGE(i > 0 || !path.starts_with("~"), key, ": ", path, ": only ~ and ~/… are expanded; write the other user's folder out");
+  MOEGRAFT_CHECK_USAGE(i > 0 || !path.starts_with("~"), key, ": ", path,
+                       ": only ~ and ~/… are expanded; write the other user's folder out");
   while (i < path.size()) {
     if (path[i] != '$') {
       out += path[i++];

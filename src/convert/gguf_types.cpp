@@ -1,4 +1,5 @@
-// The block types of GGUF that can be read. Layouts: ggml's ggml-common.h; values to the last bit those of the gguf package (float32 products and sums, each rounded).
+// The block types of GGUF that can be read. Layouts: ggml's ggml-common.h; values to the last bit those of the gguf
+// package (float32 products and sums, each rounded).
 #include <cstring>
 
 #include "moegraft/convert/gguf.h"
@@ -25,7 +26,8 @@ void bf16(const uint8_t* block, float* out) {
   std::memcpy(out, bytes, 4);
 }
 
-// 32 values: d [, m], 4 low bits of value i and i + 16 in byte i; fifth bits in a u32 before them; q - offset times d, or q d + m.
+// 32 values: d [, m], 4 low bits of value i and i + 16 in byte i; fifth bits in a u32 before them; q - offset times d,
+// or q d + m.
 void q4_0(const uint8_t* b, float* out) {
   const float d = half(b);
   for (int i = 0; i < 16; ++i) {
@@ -103,8 +105,10 @@ void q6_k(const uint8_t* b, float* out) {
 
 const std::vector<GgufType>& gguf_types() {
   static const std::vector<GgufType> table{
-      {0, "F32", 1, 4, f32},     {1, "F16", 1, 2, f16},        {30, "BF16", 1, 2, bf16},     {8, "Q8_0", 32, 34, q8_0},    {2, "Q4_0", 32, 18, q4_0},    {3, "Q4_1", 32, 20, q4_1},
-      {6, "Q5_0", 32, 22, q5_0}, {7, "Q5_1", 32, 24, q5_1},    {12, "Q4_K", 256, 144, q4_k}, {13, "Q5_K", 256, 176, q5_k}, {14, "Q6_K", 256, 210, q6_k},
+      {0, "F32", 1, 4, f32},        {1, "F16", 1, 2, f16},        {30, "BF16", 1, 2, bf16},
+      {8, "Q8_0", 32, 34, q8_0},    {2, "Q4_0", 32, 18, q4_0},    {3, "Q4_1", 32, 20, q4_1},
+      {6, "Q5_0", 32, 22, q5_0},    {7, "Q5_1", 32, 24, q5_1},    {12, "Q4_K", 256, 144, q4_k},
+      {13, "Q5_K", 256, 176, q5_k}, {14, "Q6_K", 256, 210, q6_k},
   };
   return table;
 }

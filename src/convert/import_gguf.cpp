@@ -45,7 +45,8 @@ const Architecture& find_architecture(const GgufFile& file) {
     if (name == a.gguf && experts == a.experts) return a;
     known.insert(std::string(a.gguf) + (a.experts ? " with experts" : ""));
   }
-  fail(file.path().string(), ": architecture \"", name, "\"", experts ? " with experts" : "", " cannot be imported; known: ", join({known.begin(), known.end()}, ", "));
+  fail(file.path().string(), ": architecture \"", name, "\"", experts ? " with experts" : "",
+       " cannot be imported; known: ", join({known.begin(), known.end()}, ", "));
 }
 
 struct Sizes {
@@ -55,14 +56,22 @@ struct Sizes {
 Sizes read_sizes(const GgufFile& file, const Architecture& a) {
   const std::string p = std::string(a.gguf) + ".", where = file.path().string() + ": ";
   Sizes s{};
-  s.layers = file.integer(p + "block_count"), s.D = file.integer(p + "embedding_length"), s.I = file.integer(p + "feed_forward_length", 0);
+  s.layers = file.integer(p + "block_count"), s.D = file.integer(p + "embedding_length"),
+  s.I = file.integer(p + "feed_forward_length", 0);
   s.H = file.integer(p + "attention.head_count"), s.G = file.integer(p + "attention.head_count_kv", s.H);
   s.positions = file.integer(p + "context_length");
-  MOEGRAFT_CHECK(s.layers > 0 && s.layers <= 100000 && s.D > 0 && s.H > 0 && s.G > 0 && s.H % s.G == 0, where, "impossible sizes: ", s.layers, " layers, width ", s.D, ", ", s.H, " heads, ", s.G, " key heads");
+  MOEGRAFT_CHECK(s.layers > 0 && s.layers <= 100000 && s.D > 0 && s.H > 0 && s.G > 0 && s.H % s.G == 0, where,
+                 "impossible sizes: ", s.layers, " layers, width ", s.D, ", ", s.H, " heads, ", s.G, " key heads");
   s.C = file.integer(p + "attention.key_length", s.D / s.H);
-  MOEGRAFT_CHECK(file.integer(p + "attention.value_length", s.C) == s.C, where, "values as wide as keys are expected, got ", p, "attention.value_length ", file.integer(p + "attention.value_length", s.C));
-  MOEGRAFT_CHECK(file.integer(p + "rope.dimension_count", s.C) == s.C, where, "rotary embedding of a part of the head (", file.integer(p + "rope.dimension_count", s.C), " of ", s.C, ") is not supported");
-  MOEGRAFT_CHECK(!file.contains("rope_freqs.weight"), where, "rope_freqs.weight: scaled rotary frequencies (Llama 3.1 and later) do not say which scaling made them; use the Hugging Face checkpoint");
+  MOEGRAFT_CHECK(file.integer(p + "attention.value_length", s.C) == s.C, where,
+                 "values as wide as keys are expected, got ", p, "attention.value_length ",
+                 file.integer(p + "attention.value_length", s.C));
+  MOEGRAFT_CHECK(file.integer(p + "rope.dimension_count", s.C) == s.C, where,
+                 "rotary embedding of a part of the head (", file.integer(p + "rope.dimension_count", s.C), " of ", s.C,
+                 ") is not supported");
+  MOEGRAFT_CHECK(!file.contains("rope_freqs.weight"), where,
+                 "rope_freqs.weight: scaled rotary frequencies (Llama 3.1 and later) do not say which scaling made "
+                 "them; use the Hugging Face checkpoint");
   if (a.experts) {
     s.E = file.integer(p + "expert_count"), s.K = file.integer(p + "expert_used_count");
     s.F = file.integer(p + "expert_feed_forward_length", s.I);
@@ -88,11 +97,13 @@ Json make_config(const GgufFile& file, const Architecture& a, const Sizes& s, bo
   const std::string p = std::string(a.gguf) + ".", where = file.path().string() + ": ";
   Json rope{{"rope_theta", shortest(file.number(p + "rope.freq_base", 10000.0))}, {"rope_type", "default"}};
   const std::string scaling = file.string(p + "rope.scaling.type", "none");
-  MOEGRAFT_CHECK(scaling == "none" || scaling == "linear" || scaling == "yarn", where, "rope scaling \"", scaling, "\" is not supported; known: none, linear, yarn");
+  MOEGRAFT_CHECK(scaling == "none" || scaling == "linear" || scaling == "yarn", where, "rope scaling \"", scaling,
+                 "\" is not supported; known: none, linear, yarn");
   if (scaling != "none") {
     rope["rope_type"] = scaling;
     rope["factor"] = shortest(file.number(p + "rope.scaling.factor"));
-    if (scaling == "yarn") rope["original_max_position_embeddings"] = file.integer(p + "rope.scaling.original_context_length", s.positions);
+    if (scaling == "yarn")
+      rope["original_max_position_embeddings"] = file.integer(p + "rope.scaling.original_context_length", s.positions);
   }
   const auto id = [&](const char* key) { return file.has(key) ? Json(file.integer(key)) : Json(nullptr); };
   Json c{{"model_type", a.model_type},
@@ -117,22 +128,29 @@ Json make_config(const GgufFile& file, const Architecture& a, const Sizes& s, bo
          {"pad_token_id", id("tokenizer.ggml.padding_token_id")}};
   const int64_t window = file.integer(p + "attention.sliding_window", 0);
   const std::string type = a.model_type;
-  if (type == "mixtral") c["num_local_experts"] = s.E, c["num_experts_per_tok"] = s.K, c["intermediate_size"] = s.F, c["sliding_window"] = window > 0 ? Json(window) : Json(nullptr);
+  if (type == "mixtral")
+    c["num_local_experts"] = s.E, c["num_experts_per_tok"] = s.K, c["intermediate_size"] = s.F,
+    c["sliding_window"] = window > 0 ? Json(window) : Json(nullptr);
   if (type == "olmoe") {
     c["num_experts"] = s.E, c["num_experts_per_tok"] = s.K, c["intermediate_size"] = s.F, c["norm_topk_prob"] = false;
     c["clip_qkv"] = file.has(p + "attention.clamp_kqv") ? Json(file.number(p + "attention.clamp_kqv")) : Json(nullptr);
   }
   if (type == "qwen3_moe") {
-    c["num_experts"] = s.E, c["num_experts_per_tok"] = s.K, c["moe_intermediate_size"] = s.F, c["norm_topk_prob"] = true;
+    c["num_experts"] = s.E, c["num_experts_per_tok"] = s.K, c["moe_intermediate_size"] = s.F,
+    c["norm_topk_prob"] = true;
     c["decoder_sparse_step"] = 1, c["mlp_only_layers"] = Json::array();
   }
-  MOEGRAFT_CHECK(window == 0 || type == "mixtral" || type == "llama", where, p, "attention.sliding_window is not supported with ", type);
-  if (type == "llama" && window > 0) c["model_type"] = "mistral", c["architectures"] = {"MistralForCausalLM"}, c["sliding_window"] = window;
+  MOEGRAFT_CHECK(window == 0 || type == "mixtral" || type == "llama", where, p,
+                 "attention.sliding_window is not supported with ", type);
+  if (type == "llama" && window > 0)
+    c["model_type"] = "mistral", c["architectures"] = {"MistralForCausalLM"}, c["sliding_window"] = window;
   return c;
 }
 
 // ggml's rows of a head go (0, C/2, 1, C/2 + 1, …) in Hugging Face's counting.
-at::Tensor undo_neighbours(const at::Tensor& w, int64_t heads) { return w.view({heads, w.size(0) / heads / 2, 2, -1}).transpose(1, 2).reshape(w.sizes()); }
+at::Tensor undo_neighbours(const at::Tensor& w, int64_t heads) {
+  return w.view({heads, w.size(0) / heads / 2, 2, -1}).transpose(1, 2).reshape(w.sizes());
+}
 
 // Reads a tensor once for all its slices.
 class StackedReader {
@@ -152,7 +170,8 @@ class StackedReader {
 // What the target holds, in order, and from which tensors of the file.
 class Plan {
  public:
-  Plan(const GgufFile& file, const Architecture& a, const Sizes& s) : file_(file), a_(a), s_(s), stacked_(std::make_shared<StackedReader>(file)) {
+  Plan(const GgufFile& file, const Architecture& a, const Sizes& s)
+      : file_(file), a_(a), s_(s), stacked_(std::make_shared<StackedReader>(file)) {
     add("model.embed_tokens.weight", "token_embd.weight", {s.V, s.D});
     if (file.contains("output.weight")) add("lm_head.weight", "output.weight", {s.V, s.D});
     add("model.norm.weight", "output_norm.weight", {s.D});
@@ -160,14 +179,16 @@ class Plan {
     std::vector<std::string> unused;
     for (const auto& name : file.names())
       if (!used_.contains(name)) unused.push_back(name);
-    MOEGRAFT_CHECK(unused.empty(), file.path().string(), ": ", unused.size(), " tensor(s) have no place in ", a.model_type, ", the first is ", unused.front());
+    MOEGRAFT_CHECK(unused.empty(), file.path().string(), ": ", unused.size(), " tensor(s) have no place in ",
+                   a.model_type, ", the first is ", unused.front());
   }
   std::vector<ModelTensor> take() { return std::move(tensors_); }
 
  private:
   void add(const std::string& name, const std::string& from, const std::vector<int64_t>& shape, int64_t heads = 0) {
     MOEGRAFT_CHECK(file_.contains(from), file_.path().string(), ": the tensor ", from, " is missing");
-    MOEGRAFT_CHECK(file_.shape(from) == shape, file_.path().string(), ": ", from, " must have shape ", shape, ", got ", file_.shape(from));
+    MOEGRAFT_CHECK(file_.shape(from) == shape, file_.path().string(), ": ", from, " must have shape ", shape, ", got ",
+                   file_.shape(from));
     file_.type(from);
     used_.insert(from);
     tensors_.push_back({name, shape, [this_file = &file_, from, heads] {
@@ -175,11 +196,15 @@ class Plan {
                           return heads ? undo_neighbours(w, heads) : w;
                         }});
   }
-  void expert(const std::string& name, const std::string& layer, const char* site, int64_t e, const std::vector<int64_t>& shape) {
-    const std::string stacked = layer + site + "_exps.weight", own = layer + site + "." + std::to_string(e) + ".weight";  // Mixtral files of 2023 hold one tensor per expert
+  void expert(const std::string& name, const std::string& layer, const char* site, int64_t e,
+              const std::vector<int64_t>& shape) {
+    const std::string stacked = layer + site + "_exps.weight",
+                      own = layer + site + "." + std::to_string(e) +
+                            ".weight";  // Mixtral files of 2023 hold one tensor per expert
     if (!file_.contains(stacked)) return add(name, own, shape);
     const std::vector<int64_t> all{s_.E, shape[0], shape[1]};
-    MOEGRAFT_CHECK(file_.shape(stacked) == all, file_.path().string(), ": ", stacked, " must have shape ", all, ", got ", file_.shape(stacked));
+    MOEGRAFT_CHECK(file_.shape(stacked) == all, file_.path().string(), ": ", stacked, " must have shape ", all,
+                   ", got ", file_.shape(stacked));
     file_.type(stacked);
     used_.insert(stacked);
     tensors_.push_back({name, shape, [reader = stacked_, stacked, e] { return reader->slice(stacked, e); }});
@@ -213,8 +238,10 @@ class Plan {
       std::vector<int64_t> shape;
     };
     // Site by site, so that a stacked tensor is read once.
-    for (const Part& part : {Part{a_.expert_gate, "ffn_gate", {s_.F, s_.D}}, Part{a_.expert_up, "ffn_up", {s_.F, s_.D}}, Part{a_.expert_down, "ffn_down", {s_.D, s_.F}}})
-      for (int64_t e = 0; e < s_.E; ++e) expert(moe + "experts." + std::to_string(e) + "." + part.name + ".weight", from, part.site, e, part.shape);
+    for (const Part& part : {Part{a_.expert_gate, "ffn_gate", {s_.F, s_.D}}, Part{a_.expert_up, "ffn_up", {s_.F, s_.D}},
+                             Part{a_.expert_down, "ffn_down", {s_.D, s_.F}}})
+      for (int64_t e = 0; e < s_.E; ++e)
+        expert(moe + "experts." + std::to_string(e) + "." + part.name + ".weight", from, part.site, e, part.shape);
   }
 
   const GgufFile& file_;
@@ -227,7 +254,8 @@ class Plan {
 
 }  // namespace
 
-ImportReport import_gguf(const std::filesystem::path& path, const std::filesystem::path& dir, const ImportOptions& options) {
+ImportReport import_gguf(const std::filesystem::path& path, const std::filesystem::path& dir,
+                         const ImportOptions& options) {
   const GgufFile file(path);
   const Architecture& a = find_architecture(file);
   const Sizes s = read_sizes(file, a);
@@ -246,7 +274,9 @@ ImportReport import_gguf(const std::filesystem::path& path, const std::filesyste
   } else {
     log::warning(path.string(), " holds no tokenizer: put the model's tokenizer.json into ", dir.string());
   }
-  Json generation{{"bos_token_id", config["bos_token_id"]}, {"eos_token_id", config["eos_token_id"]}, {"pad_token_id", config["pad_token_id"]}};
+  Json generation{{"bos_token_id", config["bos_token_id"]},
+                  {"eos_token_id", config["eos_token_id"]},
+                  {"pad_token_id", config["pad_token_id"]}};
   out.write_json("generation_config.json", generation);
   out.write_json("config.json", config);
   out.publish();

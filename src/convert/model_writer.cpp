@@ -14,7 +14,8 @@ namespace fs = std::filesystem;
 
 ModelDirectory::ModelDirectory(const fs::path& dir) : folder_(dir) {
   const fs::path& target = folder_.target();
-  MOEGRAFT_CHECK_USAGE(!fs::exists(target) || (fs::is_directory(target) && fs::is_empty(target)), dir.string(), " exists already: name another folder, or remove it first");
+  MOEGRAFT_CHECK_USAGE(!fs::exists(target) || (fs::is_directory(target) && fs::is_empty(target)), dir.string(),
+                       " exists already: name another folder, or remove it first");
 }
 
 void ModelDirectory::write_weights(const std::vector<ModelTensor>& tensors, const WriteOptions& options) {
@@ -37,7 +38,8 @@ void ModelDirectory::write_weights(const std::vector<ModelTensor>& tensors, cons
     io::TensorMap part;
     for (; i < ends[file]; ++i) {
       const at::Tensor t = tensors[i].make();
-      MOEGRAFT_CHECK(t.sizes() == at::IntArrayRef(tensors[i].shape), tensors[i].name, " must have shape ", at::IntArrayRef(tensors[i].shape), ", got ", t.sizes());
+      MOEGRAFT_CHECK(t.sizes() == at::IntArrayRef(tensors[i].shape), tensors[i].name, " must have shape ",
+                     at::IntArrayRef(tensors[i].shape), ", got ", t.sizes());
       part[tensors[i].name] = t.to(options.dtype).contiguous();
       map[tensors[i].name] = name;
       progress.update(int64_t(i) + 1);
@@ -45,13 +47,19 @@ void ModelDirectory::write_weights(const std::vector<ModelTensor>& tensors, cons
     io::save_safetensors(path() / name, part, {{"format", "pt"}});
   }
   progress.finish();
-  if (ends.size() > 1) io::write_json(path() / "model.safetensors.index.json", {{"metadata", {{"total_size", total}, {"total_parameters", parameters}}}, {"weight_map", map}});
+  if (ends.size() > 1)
+    io::write_json(path() / "model.safetensors.index.json",
+                   {{"metadata", {{"total_size", total}, {"total_parameters", parameters}}}, {"weight_map", map}});
 }
 
 void ModelDirectory::write_json(const std::string& name, const io::Json& j) { io::write_json(path() / name, j); }
 
-void ModelDirectory::copy(const fs::path& file) { io::write_file_atomic(path() / file.filename(), io::read_file(file)); }
+void ModelDirectory::copy(const fs::path& file) {
+  io::write_file_atomic(path() / file.filename(), io::read_file(file));
+}
 
-const char* dtype_name(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : dtype == at::kHalf ? "float16" : "bfloat16"; }
+const char* dtype_name(at::ScalarType dtype) {
+  return dtype == at::kFloat ? "float32" : dtype == at::kHalf ? "float16" : "bfloat16";
+}
 
 }  // namespace moegraft::convert

@@ -28,10 +28,12 @@ struct WriteOptions {
 
 class ModelDirectory {
  public:
-  // UsageError when `dir` exists and is not an empty folder. All is written beside it and appears under its name with publish().
+  // UsageError when `dir` exists and is not an empty folder. All is written beside it and appears under its name with
+  // publish().
   explicit ModelDirectory(const std::filesystem::path& dir);
 
-  // model.safetensors, or files and an index above max_shard_bytes. Tensors are made in the order given. UserError when one has another shape than it was said to have.
+  // model.safetensors, or files and an index above max_shard_bytes. Tensors are made in the order given. UserError when
+  // one has another shape than it was said to have.
   void write_weights(const std::vector<ModelTensor>& tensors, const WriteOptions& options);
   void write_json(const std::string& name, const io::Json& j);
   void copy(const std::filesystem::path& file);

@@ -13,7 +13,8 @@ class Collector {
   void add(const std::vector<int64_t>& ranks) {
     const int64_t sum = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
     if (sum == 0) return;
-    const double mean = double(sum) / double(ranks.size()), largest = double(*std::max_element(ranks.begin(), ranks.end()));
+    const double mean = double(sum) / double(ranks.size()),
+                 largest = double(*std::max_element(ranks.begin(), ranks.end()));
     sum_mean_ += mean, sum_largest_ += largest, sum_ratio_ += largest / mean;
     worst_ = std::max(worst_, largest / mean);
     ++steps_;

@@ -9,15 +9,18 @@ namespace moegraft::data {
 
 Deal deal(const std::vector<int64_t>& lengths, const Share& share, int64_t longest_allowed) {
   const auto parts = static_cast<size_t>(share.parts());
-  MOEGRAFT_INVARIANT(share.accumulation > 0 && share.rank >= 0 && share.rank < share.world_size, "rank ", share.rank, " of ", share.world_size, ", accumulation ", share.accumulation);
+  MOEGRAFT_INVARIANT(share.accumulation > 0 && share.rank >= 0 && share.rank < share.world_size, "rank ", share.rank,
+                     " of ", share.world_size, ", accumulation ", share.accumulation);
   const int64_t even = std::accumulate(lengths.begin(), lengths.end(), int64_t{0}) / share.parts();
   std::vector<size_t> longest_first(lengths.size());
   std::iota(longest_first.begin(), longest_first.end(), size_t{0});
-  std::stable_sort(longest_first.begin(), longest_first.end(), [&](size_t a, size_t b) { return lengths[a] > lengths[b]; });
+  std::stable_sort(longest_first.begin(), longest_first.end(),
+                   [&](size_t a, size_t b) { return lengths[a] > lengths[b]; });
 
   std::vector<int64_t> tokens(parts, 0), cost(parts, 0), part_of(lengths.size());
   for (const size_t s : longest_first) {
-    MOEGRAFT_INVARIANT(lengths[s] > 0 && lengths[s] <= longest_allowed, "a sequence of ", lengths[s], " tokens, at most ", longest_allowed);
+    MOEGRAFT_INVARIANT(lengths[s] > 0 && lengths[s] <= longest_allowed, "a sequence of ", lengths[s],
+                       " tokens, at most ", longest_allowed);
     // There is room: the part with the fewest tokens has at most an even share.
     size_t best = parts;
     for (size_t p = 0; p < parts; ++p)
@@ -37,7 +40,8 @@ Deal deal(const std::vector<int64_t>& lengths, const Share& share, int64_t longe
     std::iota(ranks.begin(), ranks.end(), size_t{0});
     std::stable_sort(ranks.begin(), ranks.end(), [&](size_t a, size_t b) { return rank_cost[a] < rank_cost[b]; });
     for (size_t r = 0; r < ranks.size(); ++r) {
-      const size_t from = dearest_first[static_cast<size_t>(i) * ranks.size() + r], to = ranks[r] * static_cast<size_t>(share.accumulation) + static_cast<size_t>(i);
+      const size_t from = dearest_first[static_cast<size_t>(i) * ranks.size() + r],
+                   to = ranks[r] * static_cast<size_t>(share.accumulation) + static_cast<size_t>(i);
       given[from] = to;
       out.tokens[to] = tokens[from];
       out.cost[to] = cost[from];

@@ -9,7 +9,8 @@
 
 namespace moegraft::data {
 
-std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary, const char* key) {
+std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary,
+                                 const char* key) {
   MOEGRAFT_CHECK_USAGE(!configs.empty(), key, " must name at least one source");
   std::vector<Source> sources;
   for (const auto& config : configs) sources.emplace_back(config.path, vocabulary);
@@ -22,11 +23,18 @@ std::vector<DataConfig> rules_of(const std::vector<SourceConfig>& sources, const
   return rules;
 }
 
-Draws::Draws(const std::vector<SourceConfig>& configs, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed)
-    : configs_(configs), sources_(open_sources(configs, vocabulary, "data.train")), rules_(rules_of(configs, config)), vocabulary_(vocabulary), seed_(seed) {
+Draws::Draws(const std::vector<SourceConfig>& configs, const DataConfig& config, const model::Vocabulary& vocabulary,
+             uint64_t seed)
+    : configs_(configs),
+      sources_(open_sources(configs, vocabulary, "data.train")),
+      rules_(rules_of(configs, config)),
+      vocabulary_(vocabulary),
+      seed_(seed) {
   for (size_t s = 0; s < sources_.size(); ++s)
     if (by_item(s) && epoch_size(s) == sources_[s].num_documents())
-      log::warning("data.train[", s, "].sample_by is item, but ", configs_[s].path, " says of no two documents that they are one item: it is sampled by document (sets made before items were stored are prepared again)");
+      log::warning("data.train[", s, "].sample_by is item, but ", configs_[s].path,
+                   " says of no two documents that they are one item: it is sampled by document (sets made before "
+                   "items were stored are prepared again)");
   double total = 0;
   for (const auto& source : configs) cumulative_.push_back(total += source.weight);
   MOEGRAFT_CHECK_USAGE(total > 0, "the weights of data.train must not all be 0");
@@ -53,7 +61,9 @@ int64_t Draws::reachable_documents() const {
   return sum;
 }
 
-int64_t Draws::epoch_size(size_t source) const { return by_item(source) ? sources_[source].shards().num_items() : sources_[source].num_documents(); }
+int64_t Draws::epoch_size(size_t source) const {
+  return by_item(source) ? sources_[source].shards().num_items() : sources_[source].num_documents();
+}
 
 int64_t Draws::pick_source() const {
   const double point = Rng(seed_, "data.source", static_cast<uint64_t>(cursor_.draws)).uniform() * cumulative_.back();
@@ -74,12 +84,14 @@ const Document& Draws::current() {
   int64_t index = order_[at][static_cast<size_t>(cursor_.taken[at] % n)];
   if (by_item(at)) {
     const Item item = sources_[at].shards().item(index);
-    index = item.first + (item.count > 1 ? Rng(seed_, "data.item", static_cast<uint64_t>(cursor_.draws)).below(item.count) : 0);
+    index = item.first +
+            (item.count > 1 ? Rng(seed_, "data.item", static_cast<uint64_t>(cursor_.draws)).below(item.count) : 0);
   }
   const auto segments = sources_[at].runs(index);
   const DataConfig& rules = rules_[at];
-  const bool drop = rules.caption_dropout > 0 && is_captioned_item(segments, vocabulary_) &&
-                    Rng(seed_, "data.caption_dropout", static_cast<uint64_t>(cursor_.draws)).uniform() < rules.caption_dropout;
+  const bool drop =
+      rules.caption_dropout > 0 && is_captioned_item(segments, vocabulary_) &&
+      Rng(seed_, "data.caption_dropout", static_cast<uint64_t>(cursor_.draws)).uniform() < rules.caption_dropout;
   document_ = {s, index, drop, outline(segments, vocabulary_, rules, drop), cursor_.draws};
   loaded_ = true;
   return document_;

@@ -14,12 +14,14 @@ struct DrawCursor {
   std::vector<int64_t> taken;
 };
 
-// Draw d picks a source by weight, Rng(seed, "data.source", d); source s walks an order of its documents (or items) that is reshuffled every epoch,
-// Rng(seed, "data.shuffle.<s>", epoch); which document of an item comes is Rng(seed, "data.item", d).
-// Captions are dropped by Rng(seed, "data.caption_dropout", d). Documents are known by their outlines: no id is read.
+// Draw d picks a source by weight, Rng(seed, "data.source", d); source s walks an order of its documents (or items)
+// that is reshuffled every epoch, Rng(seed, "data.shuffle.<s>", epoch); which document of an item comes is Rng(seed,
+// "data.item", d). Captions are dropped by Rng(seed, "data.caption_dropout", d). Documents are known by their outlines:
+// no id is read.
 class Draws {
  public:
-  Draws(const std::vector<SourceConfig>& configs, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed);
+  Draws(const std::vector<SourceConfig>& configs, const DataConfig& config, const model::Vocabulary& vocabulary,
+        uint64_t seed);
 
   const Document& current();
   void advance();
@@ -38,7 +40,7 @@ class Draws {
   int64_t pick_source() const;
   const std::vector<SourceConfig> configs_;
   std::vector<Source> sources_;
-  std::vector<double> cumulative_;  // weights
+  std::vector<double> cumulative_;       // weights
   const std::vector<DataConfig> rules_;  // of each source
   const model::Vocabulary& vocabulary_;
   uint64_t seed_;
@@ -53,6 +55,7 @@ class Draws {
 // `config` as it holds for each source.
 std::vector<DataConfig> rules_of(const std::vector<SourceConfig>& sources, const DataConfig& config);
 
-std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary, const char* key);
+std::vector<Source> open_sources(const std::vector<SourceConfig>& configs, const model::Vocabulary& vocabulary,
+                                 const char* key);
 
 }  // namespace moegraft::data

@@ -7,12 +7,19 @@
 namespace moegraft::data {
 namespace {
 
-// Letters of several scripts, numbers, runs of spaces, line ends, contractions, marks in both normal forms, emoji, code.
+// Letters of several scripts, numbers, runs of spaces, line ends, contractions, marks in both normal forms, emoji,
+// code.
 constexpr const char* kProbe =
-    "The red heart's  HTTPServer 'S 2024, 1,000.5e-3 ½ ②\n\n\tdef f(x): return x[i]+1  # ok\r\n das Mädchen Straße ẞ e\u0301té ﬁ красное 日本語 模型 नमस्ते ❤\uFE0F 👩‍👧 \u00a0x\u3000y <s></s><|im_end|>   ";
+    "The red heart's  HTTPServer 'S 2024, 1,000.5e-3 ½ ②\n\n\tdef f(x): return x[i]+1  # ok\r\n das Mädchen Straße ẞ "
+    "e\u0301té ﬁ красное 日本語 模型 नमस्ते ❤\uFE0F 👩‍👧 \u00a0x\u3000y "
+    "<s></s><|im_end|> "
+    " "
+    " ";
 
 std::string weights_fingerprint(const std::filesystem::path& dir) {
-  const auto counts = [](const std::string& name) { return name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json"); };
+  const auto counts = [](const std::string& name) {
+    return name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+  };
   MOEGRAFT_CHECK(std::filesystem::is_directory(dir), "the folder ", dir.string(), " does not exist");
   return io::fingerprint_folder(dir, counts);
 }
@@ -42,7 +49,8 @@ std::string tokenizer_fingerprint(const tokenizer::Tokenizer& tokenizer) {
 std::string codec_fingerprint(const std::filesystem::path& dir) { return weights_fingerprint(dir); }
 std::string base_fingerprint(const std::filesystem::path& dir) { return weights_fingerprint(dir); }
 std::string source_fingerprint(const std::filesystem::path& path) {
-  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(), " (make it with `moegraft data prepare shards`)");
+  MOEGRAFT_CHECK(std::filesystem::exists(path), "data source not found: ", path.string(),
+                 " (make it with `moegraft data prepare shards`)");
   return io::fingerprint_folder(path, [](const std::string& name) { return name.ends_with(".safetensors"); });
 }
 

@@ -28,7 +28,8 @@ class GroupFeed : public DocumentFeed {
   size_t at_ = 0;
 };
 
-std::vector<std::vector<PlannedSequence>> cut(const Group& group, Packer packer, int64_t budget, DocumentFeed* listener) {
+std::vector<std::vector<PlannedSequence>> cut(const Group& group, Packer packer, int64_t budget,
+                                              DocumentFeed* listener) {
   packer.budget = budget;
   GroupFeed feed(group, listener);
   std::vector<std::vector<PlannedSequence>> out;
@@ -56,21 +57,27 @@ int64_t even_budget(const Group& group, const Packer& packer) {
     else
       low = middle + 1;
   }
-  if (packer.stream) high = std::min((high + packer.sequence_length - 1) / packer.sequence_length * packer.sequence_length, packer.budget);
+  if (packer.stream)
+    high =
+        std::min((high + packer.sequence_length - 1) / packer.sequence_length * packer.sequence_length, packer.budget);
   return high;
 }
 
 }  // namespace
 
-std::vector<std::vector<PlannedSequence>> cut_mega_batches(const std::vector<Document>& documents, const Packer& packer, uint64_t seed, int64_t window, DocumentFeed& listener) {
+std::vector<std::vector<PlannedSequence>> cut_mega_batches(const std::vector<Document>& documents, const Packer& packer,
+                                                           uint64_t seed, int64_t window, DocumentFeed& listener) {
   std::map<uint64_t, Group> groups;
   for (const auto& document : documents) groups[document.outline.modalities].push_back(&document);
   std::vector<std::vector<PlannedSequence>> in_order, shuffled;
   for (auto& [modalities, group] : groups) {
-    std::stable_sort(group.begin(), group.end(), [](const Document* a, const Document* b) { return a->outline.stored_size < b->outline.stored_size; });
+    std::stable_sort(group.begin(), group.end(), [](const Document* a, const Document* b) {
+      return a->outline.stored_size < b->outline.stored_size;
+    });
     for (auto& batch : cut(group, packer, even_budget(group, packer), &listener)) in_order.push_back(std::move(batch));
   }
-  for (const int64_t at : Rng(seed, "data.mega_batch", static_cast<uint64_t>(window)).permutation(static_cast<int64_t>(in_order.size())))
+  for (const int64_t at :
+       Rng(seed, "data.mega_batch", static_cast<uint64_t>(window)).permutation(static_cast<int64_t>(in_order.size())))
     shuffled.push_back(std::move(in_order[static_cast<size_t>(at)]));
   return shuffled;
 }

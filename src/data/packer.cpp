@@ -75,8 +75,11 @@ Sequence Assembler::make(const PlannedSequence& planned) {
       add_noise("data.code_noise", rules_[source].code_noise, replace_codes);
       kept_ = piece;
     }
-    MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ", piece.begin + piece.count, " of a document of ", document_.size());
-    const auto copy = [&](std::vector<int64_t>& to, const std::vector<int64_t>& from) { to.insert(to.end(), from.begin() + piece.begin, from.begin() + piece.begin + piece.count); };
+    MOEGRAFT_INVARIANT(piece.begin + piece.count <= document_.size(), "a piece ends at token ",
+                       piece.begin + piece.count, " of a document of ", document_.size());
+    const auto copy = [&](std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+      to.insert(to.end(), from.begin() + piece.begin, from.begin() + piece.begin + piece.count);
+    };
     copy(out.ids, document_.ids);
     copy(out.modality, document_.modality);
     copy(out.labels, document_.labels);

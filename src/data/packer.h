@@ -50,7 +50,8 @@ struct Packer {
 class Assembler {
  public:
   // rules: of each source. What is replaced (data.caption_noise, data.code_noise) is drawn by Rng(seed, its key, draw).
-  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules, uint64_t seed)
+  Assembler(const std::vector<Source>& sources, const model::Vocabulary& vocabulary, std::vector<DataConfig> rules,
+            uint64_t seed)
       : sources_(sources), vocabulary_(vocabulary), rules_(std::move(rules)), seed_(seed) {}
   Sequence make(const PlannedSequence& planned);
 

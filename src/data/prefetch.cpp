@@ -50,7 +50,8 @@ struct PrefetchStream::Impl {
   bool stopping = false;
   std::thread worker;
 
-  Impl(std::unique_ptr<BatchFeed> source, int64_t ahead, bool page_locked) : feed(std::move(source)), depth(static_cast<size_t>(ahead)), pin(page_locked), handed_out(position_of(*feed)) {
+  Impl(std::unique_ptr<BatchFeed> source, int64_t ahead, bool page_locked)
+      : feed(std::move(source)), depth(static_cast<size_t>(ahead)), pin(page_locked), handed_out(position_of(*feed)) {
     feed->set_warn([this](const std::string& message) { warnings.push_back(message); });
   }
   ~Impl() { stop(); }
@@ -62,9 +63,7 @@ struct PrefetchStream::Impl {
       if (pin)
         for (auto& batch : item.step.micro_batches) batch = model::pin(batch);
       item.after = position_of(*feed);
-    } catch (...) {
-      item.error = std::current_exception();
-    }
+    } catch (...) { item.error = std::current_exception(); }
     item.warnings = std::exchange(warnings, {});
     return item;
   }
@@ -115,7 +114,8 @@ struct PrefetchStream::Impl {
 };
 
 PrefetchStream::PrefetchStream(std::unique_ptr<BatchFeed> feed, int64_t depth, bool pin) {
-  MOEGRAFT_INVARIANT(feed != nullptr && depth >= 0, "PrefetchStream needs a feed and a depth of at least 0, got ", depth);
+  MOEGRAFT_INVARIANT(feed != nullptr && depth >= 0, "PrefetchStream needs a feed and a depth of at least 0, got ",
+                     depth);
   impl_ = std::make_unique<Impl>(std::move(feed), depth, pin);
 }
 

@@ -25,8 +25,10 @@ namespace {
 // The first few of things that are skipped, each kind, are warnings; the rest is for who wants to know (-v).
 void tell_skipped(int64_t before, const std::string& why) {
   constexpr int64_t kNamed = 5;
-  if (before < kNamed) log::warning("skipped: ", why);
-  else log::debug("skipped: ", why);
+  if (before < kNamed)
+    log::warning("skipped: ", why);
+  else
+    log::debug("skipped: ", why);
 }
 using Codes = std::map<io::Picture, std::vector<int32_t>>;  // absent: the picture did not decode
 
@@ -40,34 +42,43 @@ struct Encoded {
 };
 
 void check_name(const std::string& name, const char* option) {
-  MOEGRAFT_CHECK_USAGE(!name.empty() && name != "text" && name.find_first_of(",\"\\\n") == std::string::npos, option, " must name the pictures' modality as the run's `modalities` does, other than text and without a comma, got \"", name, "\"");
+  MOEGRAFT_CHECK_USAGE(
+      !name.empty() && name != "text" && name.find_first_of(",\"\\\n") == std::string::npos, option,
+      " must name the pictures' modality as the run's `modalities` does, other than text and without a comma, got \"",
+      name, "\"");
 }
 
 // The modalities that the entries hold, the one of images without a name first, with their codecs.
 std::vector<Encoded> load_modalities(const std::vector<ManifestEntry>& entries, const ShardOptions& options) {
-  MOEGRAFT_CHECK_USAGE(!options.codecs.contains(options.modality), "--codec-of ", options.modality, " is given by --codec and --modality already; name another modality");
+  MOEGRAFT_CHECK_USAGE(!options.codecs.contains(options.modality), "--codec-of ", options.modality,
+                       " is given by --codec and --modality already; name another modality");
   std::map<std::string, std::set<io::Picture>> pictures;
   for (const auto& entry : entries)
     for (const auto& segment : entry.segments)
-      if (segment.is_image()) pictures[segment.modality.empty() ? options.modality : segment.modality].insert(segment.image);
+      if (segment.is_image())
+        pictures[segment.modality.empty() ? options.modality : segment.modality].insert(segment.image);
   std::vector<Encoded> modalities;
   const auto load = [&](const std::string& name, const std::filesystem::path& dir) {
     const auto found = pictures.find(name);
     if (found == pictures.end()) return;
-    modalities.push_back({name, dir, codec::load_codec(dir), std::vector<io::Picture>(found->second.begin(), found->second.end())});
+    modalities.push_back(
+        {name, dir, codec::load_codec(dir), std::vector<io::Picture>(found->second.begin(), found->second.end())});
     pictures.erase(found);
   };
-  MOEGRAFT_CHECK_USAGE(!pictures.contains(options.modality) || !options.codec.empty(), "the manifest holds images: name the folder of their codec with --codec");
+  MOEGRAFT_CHECK_USAGE(!pictures.contains(options.modality) || !options.codec.empty(),
+                       "the manifest holds images: name the folder of their codec with --codec");
   load(options.modality, options.codec);
   for (const auto& [name, dir] : options.codecs) load(name, dir);
   if (!pictures.empty()) {
     const std::string& name = pictures.begin()->first;
-    fail<UsageError>("the manifest holds images of the modality \"", name, "\": name the folder of their codec with --codec-of ", name, "=DIR");
+    fail<UsageError>("the manifest holds images of the modality \"", name,
+                     "\": name the folder of their codec with --codec-of ", name, "=DIR");
   }
   return modalities;
 }
 
-Codes encode_images(const std::vector<io::Picture>& pictures, const codec::ImageCodec& codec, int64_t batch_size, bool strict, ShardSummary& summary) {
+Codes encode_images(const std::vector<io::Picture>& pictures, const codec::ImageCodec& codec, int64_t batch_size,
+                    bool strict, ShardSummary& summary) {
   at::NoGradGuard no_grad;
   Codes codes;
   std::vector<io::Picture> places;
@@ -87,9 +98,7 @@ Codes encode_images(const std::vector<io::Picture>& pictures, const codec::Image
     std::optional<at::Tensor> pixels;
     try {
       pixels = codec.prepare(io::load_image(pictures[i]));
-    } catch (const io::SourceChanged&) {
-      throw;
-    } catch (const UserError& e) {
+    } catch (const io::SourceChanged&) { throw; } catch (const UserError& e) {
       if (strict) throw;
       tell_skipped(summary.skipped_images++, e.what());
     }
@@ -107,7 +116,8 @@ Codes encode_images(const std::vector<io::Picture>& pictures, const codec::Image
 
 class Encoder {
  public:
-  Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const std::vector<Encoded>& modalities, ShardWriter& writer, ShardSummary& summary)
+  Encoder(const ShardOptions& options, const tokenizer::Tokenizer& tokenizer, const std::vector<Encoded>& modalities,
+          ShardWriter& writer, ShardSummary& summary)
       : options_(options), tokenizer_(tokenizer), modalities_(modalities), writer_(writer), summary_(summary) {}
 
   // False: it is skipped.
@@ -167,9 +177,11 @@ class Encoder {
 }  // namespace
 
 ShardSummary prepare_shards(const ShardOptions& options) {
-  MOEGRAFT_CHECK_USAGE(!options.manifests.empty() || !options.texts.empty(), "nothing to prepare: give --manifest or --text");
+  MOEGRAFT_CHECK_USAGE(!options.manifests.empty() || !options.texts.empty(),
+                       "nothing to prepare: give --manifest or --text");
   MOEGRAFT_CHECK_USAGE(!options.output.empty(), "-o must name a folder to write");
-  MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ", options.captions);
+  MOEGRAFT_CHECK_USAGE(options.captions == "text" || options.captions == "all", "--captions must be text or all, got ",
+                       options.captions);
   MOEGRAFT_CHECK_USAGE(options.batch_size > 0, "--batch-size must be positive, got ", options.batch_size);
   MOEGRAFT_CHECK_USAGE(options.max_tokens > 0, "--max-tokens must be positive, got ", options.max_tokens);
   check_name(options.modality, "--modality");
@@ -177,12 +189,15 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
   for (const auto& path : options.texts) {
     MOEGRAFT_CHECK_USAGE(std::filesystem::is_regular_file(path), "text file not found: ", path.string());
-    MOEGRAFT_CHECK_USAGE(!io::is_row_format(path), path.string(), " is a data set, whose rows are not lines of text: name it by --manifest");
+    MOEGRAFT_CHECK_USAGE(!io::is_row_format(path), path.string(),
+                         " is a data set, whose rows are not lines of text: name it by --manifest");
   }
   ShardSummary summary;
   std::vector<ManifestEntry> entries;
   for (const auto& path : options.manifests) {
-    auto read = read_manifest(path, options.strict ? BadRow() : [&](const std::string& why) { tell_skipped(summary.bad_rows++, why); }, options.columns);
+    auto read = read_manifest(
+        path, options.strict ? BadRow() : [&](const std::string& why) { tell_skipped(summary.bad_rows++, why); },
+        options.columns);
     std::move(read.begin(), read.end(), std::back_inserter(entries));
   }
   std::vector<Encoded> modalities = load_modalities(entries, options);
@@ -193,7 +208,8 @@ ShardSummary prepare_shards(const ShardOptions& options) {
     schema.modalities.push_back({m.name, m.codec->num_codes(), shape.item_length(), shape.codebooks, shape.positions});
     made_with["fingerprint.codec." + m.name] = codec_fingerprint(m.dir);
   }
-  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens, made_with);  // before the pictures are encoded: a folder in use is said at once
+  ShardWriter writer(options.output, schema, options.overwrite, options.max_tokens,
+                     made_with);  // before the pictures are encoded: a folder in use is said at once
   for (auto& m : modalities) m.codes = encode_images(m.pictures, *m.codec, options.batch_size, options.strict, summary);
   Encoder encoder(options, *tokenizer, modalities, writer, summary);
   for (const auto& entry : entries) encoder.add(entry);
@@ -222,9 +238,16 @@ ShardSummary prepare_shards(const ShardOptions& options) {
   }
   const int64_t lost = summary.bad_rows + summary.skipped_documents;
   if (lost > 0)
-    log::warning(lost, " documents are skipped: ", summary.bad_rows, " rows that cannot be read, ", summary.skipped_documents, " with pictures that do not decode or without a token (moegraft -v names all of them, --strict ends at the first)");
-  MOEGRAFT_CHECK(lost <= writer.num_documents(), lost, " of ", lost + writer.num_documents(), " documents would be skipped, more than half: nothing is written; mend the data, or take the bad rows out");
-  writer.finish({{"counts.bad_rows", std::to_string(summary.bad_rows)}, {"counts.skipped_images", std::to_string(summary.skipped_images)}, {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
+    log::warning(lost, " documents are skipped: ", summary.bad_rows, " rows that cannot be read, ",
+                 summary.skipped_documents,
+                 " with pictures that do not decode or without a token (moegraft -v names all of them, --strict ends "
+                 "at the first)");
+  MOEGRAFT_CHECK(
+      lost <= writer.num_documents(), lost, " of ", lost + writer.num_documents(),
+      " documents would be skipped, more than half: nothing is written; mend the data, or take the bad rows out");
+  writer.finish({{"counts.bad_rows", std::to_string(summary.bad_rows)},
+                 {"counts.skipped_images", std::to_string(summary.skipped_images)},
+                 {"counts.skipped_documents", std::to_string(summary.skipped_documents)}});
   summary.documents = writer.num_documents();
   summary.tokens = writer.num_tokens();
   return summary;

@@ -19,7 +19,8 @@ const model::ModalityTokens& tokens_of(const model::Vocabulary& vocabulary, int6
 
 Source::Source(const std::string& path, const model::Vocabulary& vocabulary) : shards_(path) {
   const auto& schema = shards_.schema().modalities;
-  MOEGRAFT_CHECK(schema[0].num_codes <= vocabulary.text_size, path, ": its text has ids up to ", schema[0].num_codes - 1, ", the model's vocabulary has ", vocabulary.text_size,
+  MOEGRAFT_CHECK(schema[0].num_codes <= vocabulary.text_size, path, ": its text has ids up to ",
+                 schema[0].num_codes - 1, ", the model's vocabulary has ", vocabulary.text_size,
                  " (tokenise it with the model's own tokenizer)");
   modality_.push_back(0);
   for (size_t m = 1; m < schema.size(); ++m) {
@@ -29,12 +30,17 @@ Source::Source(const std::string& path, const model::Vocabulary& vocabulary) : s
       known.push_back(candidate.name);
       if (candidate.name == schema[m].name) tokens = &candidate;
     }
-    MOEGRAFT_CHECK(tokens != nullptr, path, " holds the modality \"", schema[m].name, "\", which the run does not have (its modalities: ", known.empty() ? "none" : join(known, ", "), ")");
-    MOEGRAFT_CHECK(tokens->num_codes == schema[m].num_codes, path, ": ", schema[m].name, " codes come from a codebook of ", schema[m].num_codes, ", the run's has ", tokens->num_codes,
+    MOEGRAFT_CHECK(tokens != nullptr, path, " holds the modality \"", schema[m].name,
+                   "\", which the run does not have (its modalities: ", known.empty() ? "none" : join(known, ", "),
+                   ")");
+    MOEGRAFT_CHECK(tokens->num_codes == schema[m].num_codes, path, ": ", schema[m].name,
+                   " codes come from a codebook of ", schema[m].num_codes, ", the run's has ", tokens->num_codes,
                    " (prepare the data with the run's codec)");
-    MOEGRAFT_CHECK(tokens->item_length == schema[m].item_length, path, ": a ", schema[m].name, " has ", schema[m].item_length, " codes, the run's has ", tokens->item_length,
+    MOEGRAFT_CHECK(tokens->item_length == schema[m].item_length, path, ": a ", schema[m].name, " has ",
+                   schema[m].item_length, " codes, the run's has ", tokens->item_length,
                    " (prepare the data with the run's codec)");
-    MOEGRAFT_CHECK(tokens->codebooks == schema[m].codebooks, path, ": ", schema[m].name, " codes come from ", schema[m].codebooks, " codebook(s) at each position, the run's from ", tokens->codebooks,
+    MOEGRAFT_CHECK(tokens->codebooks == schema[m].codebooks, path, ": ", schema[m].name, " codes come from ",
+                   schema[m].codebooks, " codebook(s) at each position, the run's from ", tokens->codebooks,
                    " (prepare the data with the run's codec)");
     modality_.push_back(tokens->modality);
   }
@@ -48,7 +54,8 @@ std::vector<Segment> Source::in_vocabulary(std::vector<Segment> segments) const 
   return segments;
 }
 
-Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption) {
+Sequence assemble(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config,
+                  bool drop_caption) {
   Sequence out;
   std::vector<bool> predicted;
   auto push = [&](int64_t id, int64_t modality, bool predict) {
@@ -85,7 +92,8 @@ void replace_caption(Sequence& sequence, const model::Vocabulary& vocabulary, do
   if (sequence.text_only) return;
   for (size_t t = 0; t < sequence.ids.size(); ++t) {
     int64_t& id = sequence.ids[t];
-    if (sequence.modality[t] != 0 || id == vocabulary.bos_id || id == vocabulary.eos_id || rng.uniform() >= share) continue;
+    if (sequence.modality[t] != 0 || id == vocabulary.bos_id || id == vocabulary.eos_id || rng.uniform() >= share)
+      continue;
     id = static_cast<int64_t>(rng.below(static_cast<uint64_t>(vocabulary.text_size)));
   }
 }
@@ -101,7 +109,8 @@ void replace_codes(Sequence& sequence, const model::Vocabulary& vocabulary, doub
   }
 }
 
-Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config, bool drop_caption) {
+Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& vocabulary, const DataConfig& config,
+                bool drop_caption) {
   Outline out;
   for (const auto& segment : segments) out.text_only &= segment.modality == 0;
   const bool predict_text = out.text_only || config.caption_labels;
@@ -120,7 +129,8 @@ Outline outline(const std::vector<Segment>& segments, const model::Vocabulary& v
     out.new_tokens += count + 2 * items;
     out.num_labels += count + items;
   }
-  if (!segments.empty() && segments.back().modality == 0 && !drop_caption && config.add_eos && vocabulary.eos_id >= 0) ++text;
+  if (!segments.empty() && segments.back().modality == 0 && !drop_caption && config.add_eos && vocabulary.eos_id >= 0)
+    ++text;
   // The first token of a sequence is predicted by none.
   const bool begins_in_text = !bos && !segments.empty() && segments.front().modality == 0 && !drop_caption;
   if (predict_text) out.num_labels += text - begins_in_text;
@@ -150,8 +160,10 @@ model::PackedBatch pack(const std::vector<Sequence>& sequences) {
   };
   at::Tensor positions_T = at::empty({cu_seqlens.back()}, at::kLong);
   auto* positions = positions_T.mutable_data_ptr<int64_t>();
-  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s) std::iota(positions + cu_seqlens[s], positions + cu_seqlens[s + 1], 0);
-  model::PackedBatch batch{lay_out(&Sequence::ids), lay_out(&Sequence::modality), positions_T, {}, lay_out(&Sequence::labels)};
+  for (size_t s = 0; s + 1 < cu_seqlens.size(); ++s)
+    std::iota(positions + cu_seqlens[s], positions + cu_seqlens[s + 1], 0);
+  model::PackedBatch batch{
+      lay_out(&Sequence::ids), lay_out(&Sequence::modality), positions_T, {}, lay_out(&Sequence::labels)};
   batch.cu_seqlens = std::move(cu_seqlens);
   return batch;
 }

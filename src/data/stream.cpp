@@ -17,7 +17,8 @@ using Json = nlohmann::json;
 
 Packer make_packer(const DataConfig& config) {
   const Packer packer{config.packing == Packing::stream, config.sequence_length, config.tokens_per_step};
-  MOEGRAFT_CHECK_USAGE(packer.stream || packer.budget >= config.sequence_length, "data.tokens_per_step must be at least data.sequence_length (", config.sequence_length,
+  MOEGRAFT_CHECK_USAGE(packer.stream || packer.budget >= config.sequence_length,
+                       "data.tokens_per_step must be at least data.sequence_length (", config.sequence_length,
                        ") so that every document fits, got ", packer.budget);
   return packer;
 }
@@ -66,8 +67,15 @@ struct BatchStream::Impl : DocumentFeed {
     int64_t tokens = 0;
   } window;
 
-  Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens, uint64_t run_seed, const Share& part)
-      : config(data), vocabulary(tokens), seed(run_seed), share(part), packer(make_packer(config)), draws(sources, config, vocabulary, seed), assembler(draws.sources(), vocabulary, rules_of(sources, config), seed) {
+  Impl(const std::vector<SourceConfig>& sources, const DataConfig& data, const model::Vocabulary& tokens,
+       uint64_t run_seed, const Share& part)
+      : config(data),
+        vocabulary(tokens),
+        seed(run_seed),
+        share(part),
+        packer(make_packer(config)),
+        draws(sources, config, vocabulary, seed),
+        assembler(draws.sources(), vocabulary, rules_of(sources, config), seed) {
     window.begin = draws.cursor();
   }
   bool by_modality() const { return config.batching == Batching::modality; }
@@ -79,16 +87,19 @@ struct BatchStream::Impl : DocumentFeed {
   }
   void on_truncated(const Document& document) override {
     if (counts.truncated++ == 0)
-      warn(moegraft::detail::concat("data: a text document of ", document.outline.size, " tokens is cut at data.sequence_length ", config.sequence_length,
+      warn(moegraft::detail::concat("data: a text document of ", document.outline.size,
+                                    " tokens is cut at data.sequence_length ", config.sequence_length,
                                     "; further ones are counted only"));
   }
   void on_skipped(const Document& document) override {
     const int64_t size = document.outline.size;
     if (counts.skipped++ == 0)
-      warn(moegraft::detail::concat("data: a document of ", size, " tokens with another modality is longer than data.sequence_length ", config.sequence_length,
-                                    " and is skipped; further ones are counted only"));
-    MOEGRAFT_CHECK(++skipped_in_a_row <= 2 * draws.total_documents() + 100, "data: no document fits in data.sequence_length ", config.sequence_length, "; the last one has ", size,
-                   " tokens (raise data.sequence_length)");
+      warn(moegraft::detail::concat("data: a document of ", size,
+                                    " tokens with another modality is longer than data.sequence_length ",
+                                    config.sequence_length, " and is skipped; further ones are counted only"));
+    MOEGRAFT_CHECK(++skipped_in_a_row <= 2 * draws.total_documents() + 100,
+                   "data: no document fits in data.sequence_length ", config.sequence_length, "; the last one has ",
+                   size, " tokens (raise data.sequence_length)");
   }
 
   std::vector<PlannedSequence> plan_step() {
@@ -109,9 +120,7 @@ struct BatchStream::Impl : DocumentFeed {
       for (const auto& sequence : step) window.tokens += sequence.tokens;
   }
 
-  void begin_window(int64_t number) {
-    window = {number, 0, draws.cursor(), counts, {}, 0};
-  }
+  void begin_window(int64_t number) { window = {number, 0, draws.cursor(), counts, {}, 0}; }
 
   std::vector<PlannedSequence> plan_mega_batch() {
     while (window.steps.empty()) {
@@ -122,7 +131,8 @@ struct BatchStream::Impl : DocumentFeed {
     }
     auto step = std::move(window.steps[static_cast<size_t>(window.used++)]);
     for (const auto& sequence : step)
-      counts.documents += std::count_if(sequence.pieces.begin(), sequence.pieces.end(), [](const Piece& piece) { return piece.begin == 0; });
+      counts.documents += std::count_if(sequence.pieces.begin(), sequence.pieces.end(),
+                                        [](const Piece& piece) { return piece.begin == 0; });
     if (window.used == static_cast<int64_t>(window.steps.size())) {
       counts.documents = draws.cursor().draws;  // with those that were skipped
       begin_window(window.number + 1);
@@ -133,13 +143,16 @@ struct BatchStream::Impl : DocumentFeed {
   // Draws the window again that is begun at the cursor, and passes over the steps that were used.
   void reopen_window(int64_t used, int64_t steps, int64_t tokens) {
     plan_window();
-    MOEGRAFT_CHECK(static_cast<int64_t>(window.steps.size()) == steps && window.tokens == tokens && used < steps, "the data cursor is at step ", used, " of a window of ", steps, " steps and ",
-                   tokens, " tokens, which has now ", window.steps.size(), " and ", window.tokens, " (the data and the `data` section may not change on resume)");
+    MOEGRAFT_CHECK(static_cast<int64_t>(window.steps.size()) == steps && window.tokens == tokens && used < steps,
+                   "the data cursor is at step ", used, " of a window of ", steps, " steps and ", tokens,
+                   " tokens, which has now ", window.steps.size(), " and ", window.tokens,
+                   " (the data and the `data` section may not change on resume)");
     while (window.used < used) plan_mega_batch();
   }
 };
 
-BatchStream::BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, uint64_t seed, const Share& share)
+BatchStream::BatchStream(const std::vector<SourceConfig>& sources, const DataConfig& config,
+                         const model::Vocabulary& vocabulary, uint64_t seed, const Share& share)
     : impl_(std::make_unique<Impl>(sources, config, vocabulary, seed, share)) {}
 
 BatchStream::~BatchStream() = default;
@@ -168,7 +181,8 @@ StepBatch BatchStream::next() {
   }
   MOEGRAFT_INVARIANT(labels_made == labels_planned, "planned ", labels_planned, " labels, made ", labels_made);
   step.rank_tokens.assign(static_cast<size_t>(s.share.world_size), 0);
-  for (size_t part = 0; part < dealt.tokens.size(); ++part) step.rank_tokens[part / static_cast<size_t>(s.share.accumulation)] += dealt.tokens[part];
+  for (size_t part = 0; part < dealt.tokens.size(); ++part)
+    step.rank_tokens[part / static_cast<size_t>(s.share.accumulation)] += dealt.tokens[part];
   return step;
 }
 
@@ -188,8 +202,14 @@ std::string BatchStream::state() const {
   const bool windows = s.by_modality();
   const DrawCursor& cursor = windows ? s.window.begin : s.draws.cursor();
   const StreamCounts& counts = windows ? s.window.counts : s.counts;
-  Json json{{"version", 1},           {"seed", s.seed},     {"draws", cursor.draws}, {"offset", s.offset}, {"taken", cursor.taken}, {"documents", s.draws.num_documents()},
-            {"truncated", counts.truncated}, {"skipped", counts.skipped}};
+  Json json{{"version", 1},
+            {"seed", s.seed},
+            {"draws", cursor.draws},
+            {"offset", s.offset},
+            {"taken", cursor.taken},
+            {"documents", s.draws.num_documents()},
+            {"truncated", counts.truncated},
+            {"skipped", counts.skipped}};
   if (windows) {
     json["version"] = 2;
     json["window"] = s.window.number;
@@ -209,21 +229,25 @@ void BatchStream::restore(const std::string& state) {
   try {
     if (json.is_object()) version = json.at("version");
     MOEGRAFT_CHECK(version == 1 || version == 2, "the data cursor is not one of version 1 or 2: ", state.substr(0, 80));
-    draws = json.at("draws"), offset = json.at("offset"), truncated = json.at("truncated"), skipped = json.at("skipped"), seed = json.at("seed");
+    draws = json.at("draws"), offset = json.at("offset"), truncated = json.at("truncated"),
+    skipped = json.at("skipped"), seed = json.at("seed");
     taken = json.at("taken").get<std::vector<int64_t>>();
     documents = json.at("documents").get<std::vector<int64_t>>();
-    if (version == 2) window = json.at("window"), used = json.at("window_used"), steps = json.at("window_steps"), tokens = json.at("window_tokens");
-  } catch (const Json::exception& e) {
-    fail("the data cursor is broken: ", e.what());
-  }
-  MOEGRAFT_CHECK(seed == s.seed, "the data cursor belongs to seed ", seed, ", the run has ", s.seed, " (run.seed may not change on resume)");
-  MOEGRAFT_CHECK((version == 2) == s.by_modality(), "the data cursor belongs to data.batching: ", version == 2 ? "modality" : "mixed", ", the run has ", config::name_of(s.config.batching),
-                 " (it may not change on resume)");
+    if (version == 2)
+      window = json.at("window"), used = json.at("window_used"), steps = json.at("window_steps"),
+      tokens = json.at("window_tokens");
+  } catch (const Json::exception& e) { fail("the data cursor is broken: ", e.what()); }
+  MOEGRAFT_CHECK(seed == s.seed, "the data cursor belongs to seed ", seed, ", the run has ", s.seed,
+                 " (run.seed may not change on resume)");
+  MOEGRAFT_CHECK((version == 2) == s.by_modality(),
+                 "the data cursor belongs to data.batching: ", version == 2 ? "modality" : "mixed", ", the run has ",
+                 config::name_of(s.config.batching), " (it may not change on resume)");
   const auto present = s.draws.num_documents();
-  MOEGRAFT_CHECK(documents == present && taken.size() == present.size(), "the data cursor belongs to sources of ", documents, " documents, data.train has ", present,
-                 " (data.train may not change on resume)");
+  MOEGRAFT_CHECK(documents == present && taken.size() == present.size(), "the data cursor belongs to sources of ",
+                 documents, " documents, data.train has ", present, " (data.train may not change on resume)");
   const bool counts_add_up = draws >= 0 && offset >= 0 && window >= 0 && used >= 0 && (version == 1 || offset == 0) &&
-                             std::all_of(taken.begin(), taken.end(), [](int64_t n) { return n >= 0; }) && std::accumulate(taken.begin(), taken.end(), int64_t{0}) == draws;
+                             std::all_of(taken.begin(), taken.end(), [](int64_t n) { return n >= 0; }) &&
+                             std::accumulate(taken.begin(), taken.end(), int64_t{0}) == draws;
   MOEGRAFT_CHECK(counts_add_up, "the data cursor is broken: its counts do not add up: ", state.substr(0, 200));
   s.draws.move_to({draws, taken});
   s.counts = {draws, truncated, skipped};
@@ -231,7 +255,9 @@ void BatchStream::restore(const std::string& state) {
   s.offset = 0;
   s.begin_window(window);
   if (used > 0) s.reopen_window(used, steps, tokens);
-  if (offset > 0) MOEGRAFT_CHECK(offset < s.current()->outline.size, "the data cursor is ", offset, " tokens into a document of ", s.current()->outline.size);
+  if (offset > 0)
+    MOEGRAFT_CHECK(offset < s.current()->outline.size, "the data cursor is ", offset, " tokens into a document of ",
+                   s.current()->outline.size);
   s.offset = offset;
 }
 
@@ -239,7 +265,9 @@ StreamCounts BatchStream::counts() const { return impl_->counts; }
 
 void BatchStream::set_warn(Warn warn) { impl_->warn = std::move(warn); }
 
-double BatchStream::epochs() const { return static_cast<double>(impl_->counts.documents) / static_cast<double>(impl_->draws.total_documents()); }
+double BatchStream::epochs() const {
+  return static_cast<double>(impl_->counts.documents) / static_cast<double>(impl_->draws.total_documents());
+}
 
 struct EvalStream::Impl : DocumentFeed {
   const DataConfig config;
@@ -255,14 +283,22 @@ struct EvalStream::Impl : DocumentFeed {
   bool loaded = false;
   Document document;
 
-  Impl(const std::vector<SourceConfig>& from, const DataConfig& data, const model::Vocabulary& tokens, int64_t max_tokens, const Share& part)
-      : config(data), vocabulary(tokens), share(part), sources(open_sources(from, vocabulary, "data.eval")), packer(make_packer(config)),
-        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0), rules(rules_of(from, without_noise(config))), assembler(sources, vocabulary, rules, 0) {}
+  Impl(const std::vector<SourceConfig>& from, const DataConfig& data, const model::Vocabulary& tokens,
+       int64_t max_tokens, const Share& part)
+      : config(data),
+        vocabulary(tokens),
+        share(part),
+        sources(open_sources(from, vocabulary, "data.eval")),
+        packer(make_packer(config)),
+        tokens_per_source(max_tokens > 0 ? std::max<int64_t>(1, max_tokens / static_cast<int64_t>(sources.size())) : 0),
+        rules(rules_of(from, without_noise(config))),
+        assembler(sources, vocabulary, rules, 0) {}
 
   const Document* current() override {
     while (!loaded && source < sources.size()) {
       if (index < sources[source].num_documents()) {
-        document = {static_cast<int64_t>(source), index, false, outline(sources[source].runs(index), vocabulary, rules[source]), index};
+        document = {static_cast<int64_t>(source), index, false,
+                    outline(sources[source].runs(index), vocabulary, rules[source]), index};
         if (index == 0 || tokens_per_source == 0 || used + document.outline.size <= tokens_per_source) {
           loaded = true;
           break;
@@ -280,7 +316,8 @@ struct EvalStream::Impl : DocumentFeed {
   }
 };
 
-EvalStream::EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config, const model::Vocabulary& vocabulary, int64_t max_tokens, const Share& share)
+EvalStream::EvalStream(const std::vector<SourceConfig>& sources, const DataConfig& config,
+                       const model::Vocabulary& vocabulary, int64_t max_tokens, const Share& share)
     : impl_(std::make_unique<Impl>(sources, config, vocabulary, max_tokens, share)) {}
 
 EvalStream::~EvalStream() = default;

@@ -54,7 +54,8 @@ struct Pending::Impl {
     }
     count();
   }
-  // A member whose neighbours are alive would not notice a death elsewhere before its own timeout: it looks in the store now and then.
+  // A member whose neighbours are alive would not notice a death elsewhere before its own timeout: it looks in the
+  // store now and then.
   void wait_for_work() {
     if (on_gpu) {
       work->wait();
@@ -90,7 +91,8 @@ Pending::~Pending() {
   if (impl_->group->failed) return;
   try {
     impl_->wait_for_work();
-  } catch (const std::exception&) {  // nobody asked for the result; the next collective of the group fails too and says why
+  } catch (
+      const std::exception&) {  // nobody asked for the result; the next collective of the group fails too and says why
   }
 }
 
@@ -102,11 +104,13 @@ void Pending::wait() {
 
 Communicator::~Communicator() = default;
 
-Communicator::Communicator(std::string name, std::vector<int64_t> ranks, int64_t rank, std::unique_ptr<Backends> backends)
+Communicator::Communicator(std::string name, std::vector<int64_t> ranks, int64_t rank,
+                           std::unique_ptr<Backends> backends)
     : name_(std::move(name)), ranks_(std::move(ranks)), rank_(rank), backends_(std::move(backends)) {}
 
 template <class Start>
-Pending Communicator::start(const char* operation, const std::string& what, int64_t bytes, std::vector<at::Tensor> tensors, const Start& start) {
+Pending Communicator::start(const char* operation, const std::string& what, int64_t bytes,
+                            std::vector<at::Tensor> tensors, const Start& start) {
   const auto& group = backends_->group;
   {
     const std::lock_guard lock(group->mutex);
@@ -115,7 +119,8 @@ Pending Communicator::start(const char* operation, const std::string& what, int6
   }
   const bool cuda = tensors.front().is_cuda();
   const auto& backend = cuda ? group->nccl : group->gloo;
-  MOEGRAFT_INVARIANT(backend, operation, " of \"", what, "\": group ", name_, " has no backend for ", tensors.front().device());
+  MOEGRAFT_INVARIANT(backend, operation, " of \"", what, "\": group ", name_, " has no backend for ",
+                     tensors.front().device());
   Pending pending;
   pending.impl_ = std::make_unique<Pending::Impl>();
   auto& impl = *pending.impl_;
@@ -132,9 +137,11 @@ Pending Communicator::start(const char* operation, const std::string& what, int6
   }
   if (cuda && group->shared->watch) {
     // The watch belongs to what it is given here: no cycle of owners.
-    group->shared->watch->add(impl.work, [group = std::weak_ptr<Group>(group), operation = impl.operation, call = impl.call](double seconds, const std::string& cause) {
+    group->shared->watch->add(impl.work, [group = std::weak_ptr<Group>(group), operation = impl.operation,
+                                          call = impl.call](double seconds, const std::string& cause) {
       const auto alive = group.lock();
-      return alive ? explain_failure(*alive, operation, call, seconds, first_line(cause)) : operation + " failed: " + first_line(cause);
+      return alive ? explain_failure(*alive, operation, call, seconds, first_line(cause))
+                   : operation + " failed: " + first_line(cause);
     });
   }
   return pending;
@@ -146,43 +153,54 @@ Pending Communicator::reduce(const char* operation, at::Tensor& tensor, const st
   std::vector<at::Tensor> tensors = {tensor.detach().view({-1})};
   c10d::AllreduceOptions options;
   options.reduceOp = least ? c10d::ReduceOp::MIN : c10d::ReduceOp::SUM;
-  return start(operation, what, static_cast<int64_t>(tensor.nbytes()), tensors, [&](c10d::Backend& b) { return b.allreduce(tensors, options); });
+  return start(operation, what, static_cast<int64_t>(tensor.nbytes()), tensors,
+               [&](c10d::Backend& b) { return b.allreduce(tensors, options); });
 }
 
-Pending Communicator::all_reduce(at::Tensor& sum, const std::string& what) { return reduce("all_reduce", sum, what, false); }
-Pending Communicator::all_reduce_min(at::Tensor& least, const std::string& what) { return reduce("all_reduce_min", least, what, true); }
+Pending Communicator::all_reduce(at::Tensor& sum, const std::string& what) {
+  return reduce("all_reduce", sum, what, false);
+}
+Pending Communicator::all_reduce_min(at::Tensor& least, const std::string& what) {
+  return reduce("all_reduce_min", least, what, true);
+}
 
 Pending Communicator::broadcast(at::Tensor& tensor, int64_t root, const std::string& what) {
   MOEGRAFT_INVARIANT(tensor.is_contiguous(), "broadcast of \"", what, "\": the tensor is not contiguous");
-  MOEGRAFT_INVARIANT(root >= 0 && root < size(), "broadcast of \"", what, "\": root ", root, " is not in group ", name_, " of ", size());
+  MOEGRAFT_INVARIANT(root >= 0 && root < size(), "broadcast of \"", what, "\": root ", root, " is not in group ", name_,
+                     " of ", size());
   if (!has_backend() || tensor.numel() == 0) return {};
   std::vector<at::Tensor> tensors = {as_bytes(tensor)};
   c10d::BroadcastOptions options;
   options.rootRank = root;
-  return start("broadcast", what, static_cast<int64_t>(tensor.nbytes()), tensors, [&](c10d::Backend& b) { return b.broadcast(tensors, options); });
+  return start("broadcast", what, static_cast<int64_t>(tensor.nbytes()), tensors,
+               [&](c10d::Backend& b) { return b.broadcast(tensors, options); });
 }
 
 Pending Communicator::all_gather(at::Tensor& out, const at::Tensor& in, const std::string& what) {
-  MOEGRAFT_INVARIANT(out.is_contiguous() && in.is_contiguous(), "all_gather of \"", what, "\": a tensor is not contiguous");
-  MOEGRAFT_INVARIANT(out.scalar_type() == in.scalar_type() && out.numel() == in.numel() * size(), "all_gather of \"", what, "\": ", out.sizes(), " cannot take ", size(),
-                     " times ", in.sizes());
+  MOEGRAFT_INVARIANT(out.is_contiguous() && in.is_contiguous(), "all_gather of \"", what,
+                     "\": a tensor is not contiguous");
+  MOEGRAFT_INVARIANT(out.scalar_type() == in.scalar_type() && out.numel() == in.numel() * size(), "all_gather of \"",
+                     what, "\": ", out.sizes(), " cannot take ", size(), " times ", in.sizes());
   if (in.numel() == 0) return {};
   if (!has_backend()) {
     out.view({-1}).copy_(in.view({-1}));
     return {};
   }
   at::Tensor to = as_bytes(out), from = as_bytes(in);
-  return start("all_gather", what, static_cast<int64_t>(in.nbytes()), {to, from}, [&](c10d::Backend& b) { return b._allgather_base(to, from); });
+  return start("all_gather", what, static_cast<int64_t>(in.nbytes()), {to, from},
+               [&](c10d::Backend& b) { return b._allgather_base(to, from); });
 }
 
-Pending Communicator::all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows, const std::vector<int64_t>& in_rows, const std::string& what) {
+Pending Communicator::all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows,
+                                 const std::vector<int64_t>& in_rows, const std::string& what) {
   const auto check = [&](const at::Tensor& t, const std::vector<int64_t>& rows, const char* side) {
     int64_t sum = 0;
     bool negative = false;
     for (const int64_t n : rows) sum += n, negative = negative || n < 0;
-    MOEGRAFT_INVARIANT(t.is_contiguous() && t.dim() >= 1, "all_to_all of \"", what, "\": ", side, " is not contiguous rows");
-    MOEGRAFT_INVARIANT(static_cast<int64_t>(rows.size()) == size() && !negative && sum == t.size(0), "all_to_all of \"", what, "\": ", side, " has ", t.size(0),
-                       " rows, the counts of ", size(), " members are ", rows);
+    MOEGRAFT_INVARIANT(t.is_contiguous() && t.dim() >= 1, "all_to_all of \"", what, "\": ", side,
+                       " is not contiguous rows");
+    MOEGRAFT_INVARIANT(static_cast<int64_t>(rows.size()) == size() && !negative && sum == t.size(0), "all_to_all of \"",
+                       what, "\": ", side, " has ", t.size(0), " rows, the counts of ", size(), " members are ", rows);
   };
   check(out, out_rows, "out");
   check(in, in_rows, "in");
@@ -192,7 +210,8 @@ Pending Communicator::all_to_all(at::Tensor& out, const at::Tensor& in, const st
     return bytes;
   };
   const int64_t bytes = row_bytes(in);
-  MOEGRAFT_INVARIANT(out.scalar_type() == in.scalar_type() && row_bytes(out) == bytes, "all_to_all of \"", what, "\": rows of ", out.sizes(), " and ", in.sizes(), " differ");
+  MOEGRAFT_INVARIANT(out.scalar_type() == in.scalar_type() && row_bytes(out) == bytes, "all_to_all of \"", what,
+                     "\": rows of ", out.sizes(), " and ", in.sizes(), " differ");
   if (bytes == 0) return {};
   if (!has_backend()) {
     out.view({-1}).copy_(in.view({-1}));
@@ -202,10 +221,12 @@ Pending Communicator::all_to_all(at::Tensor& out, const at::Tensor& in, const st
   for (int64_t& n : out_bytes) n *= bytes;
   for (int64_t& n : in_bytes) n *= bytes;
   at::Tensor to = as_bytes(out), from = as_bytes(in);
-  return start("all_to_all", what, static_cast<int64_t>(in.nbytes()), {to, from}, [&](c10d::Backend& b) { return b.alltoall_base(to, from, out_bytes, in_bytes); });
+  return start("all_to_all", what, static_cast<int64_t>(in.nbytes()), {to, from},
+               [&](c10d::Backend& b) { return b.alltoall_base(to, from, out_bytes, in_bytes); });
 }
 
-std::vector<std::vector<double>> Communicator::all_gather_numbers(const std::vector<double>& mine, const std::string& what) {
+std::vector<std::vector<double>> Communicator::all_gather_numbers(const std::vector<double>& mine,
+                                                                  const std::string& what) {
   const at::Tensor in = at::tensor(mine, at::kDouble);
   at::Tensor out = at::empty({size() * in.numel()}, at::kDouble);
   all_gather(out, in, what).wait();
@@ -217,7 +238,8 @@ std::vector<std::vector<double>> Communicator::all_gather_numbers(const std::vec
 
 std::vector<std::string> Communicator::all_gather_text(const std::string& mine, const std::string& what) {
   if (!has_backend()) return {mine};
-  at::Tensor length = at::full({1}, static_cast<int64_t>(mine.size()), at::kLong), lengths = at::empty({size()}, at::kLong);
+  at::Tensor length = at::full({1}, static_cast<int64_t>(mine.size()), at::kLong),
+             lengths = at::empty({size()}, at::kLong);
   all_gather(lengths, length, what).wait();
   const int64_t longest = std::max<int64_t>(lengths.max().item<int64_t>(), 1);
   at::Tensor text = at::zeros({longest}, at::kByte), texts = at::empty({size(), longest}, at::kByte);
@@ -225,7 +247,8 @@ std::vector<std::string> Communicator::all_gather_text(const std::string& mine, 
   all_gather(texts, text, what).wait();
   std::vector<std::string> all;
   for (int64_t r = 0; r < size(); ++r) {
-    all.emplace_back(static_cast<const char*>(texts.data_ptr()) + r * longest, static_cast<size_t>(lengths[r].item<int64_t>()));
+    all.emplace_back(static_cast<const char*>(texts.data_ptr()) + r * longest,
+                     static_cast<size_t>(lengths[r].item<int64_t>()));
   }
   return all;
 }

@@ -30,7 +30,8 @@ std::string address_towards(const std::string& master, int64_t port) {
     sockaddr_storage local{};
     socklen_t length = sizeof local;
     char text[NI_MAXHOST];
-    if (connect(fd, at->ai_addr, at->ai_addrlen) == 0 && getsockname(fd, reinterpret_cast<sockaddr*>(&local), &length) == 0 &&
+    if (connect(fd, at->ai_addr, at->ai_addrlen) == 0 &&
+        getsockname(fd, reinterpret_cast<sockaddr*>(&local), &length) == 0 &&
         getnameinfo(reinterpret_cast<sockaddr*>(&local), length, text, sizeof text, nullptr, 0, NI_NUMERICHOST) == 0) {
       own = text;
     }
@@ -45,7 +46,9 @@ std::string first_network_address() {
   std::string found;
   if (getifaddrs(&list) != 0) return found;
   for (const ifaddrs* at = list; at && found.empty(); at = at->ifa_next) {
-    if (!at->ifa_addr || at->ifa_addr->sa_family != AF_INET || !(at->ifa_flags & IFF_UP) || (at->ifa_flags & IFF_LOOPBACK)) continue;
+    if (!at->ifa_addr || at->ifa_addr->sa_family != AF_INET || !(at->ifa_flags & IFF_UP) ||
+        (at->ifa_flags & IFF_LOOPBACK))
+      continue;
     char text[INET_ADDRSTRLEN];
     if (inet_ntop(AF_INET, &reinterpret_cast<sockaddr_in*>(at->ifa_addr)->sin_addr, text, sizeof text)) found = text;
   }
@@ -54,7 +57,8 @@ std::string first_network_address() {
 }
 
 std::shared_ptr<::gloo::transport::Device> make_device(const GlooAddress& address) {
-  if (const char* interface = std::getenv("GLOO_SOCKET_IFNAME"); interface && *interface) return c10d::ProcessGroupGloo::createDeviceForInterface(interface);
+  if (const char* interface = std::getenv("GLOO_SOCKET_IFNAME"); interface && *interface)
+    return c10d::ProcessGroupGloo::createDeviceForInterface(interface);
   std::string own = address_towards(address.master, address.master_port);
   // Debian's /etc/hosts gives a machine's own name a loopback address: of no use to other machines.
   if (!address.one_machine && (own.empty() || is_loopback(own))) own = first_network_address();
@@ -64,7 +68,8 @@ std::shared_ptr<::gloo::transport::Device> make_device(const GlooAddress& addres
 
 }  // namespace
 
-c10::intrusive_ptr<c10d::Backend> make_gloo(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds timeout, const GlooAddress& address) {
+c10::intrusive_ptr<c10d::Backend> make_gloo(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                                            std::chrono::milliseconds timeout, const GlooAddress& address) {
   auto options = c10d::ProcessGroupGloo::Options::create(timeout);
   options->devices.push_back(make_device(address));
   options->threads = 2;

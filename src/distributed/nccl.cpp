@@ -8,7 +8,9 @@
 
 namespace moegraft::distributed {
 
-c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds timeout, const std::string& name, at::Device device) {
+c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                                            std::chrono::milliseconds timeout, const std::string& name,
+                                            at::Device device) {
   MOEGRAFT_INVARIANT(device.has_index(), "a group on ", device, " needs the GPU's number");
   auto options = c10d::ProcessGroupNCCL::Options::create();
   // Ours (watch.h) speaks first; this one is for a process that hangs so badly that ours cannot.

@@ -8,6 +8,8 @@
 
 namespace moegraft::distributed {
 
-c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, std::chrono::milliseconds timeout, const std::string& name, at::Device device);
+c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                                            std::chrono::milliseconds timeout, const std::string& name,
+                                            at::Device device);
 
 }  // namespace moegraft::distributed

@@ -5,9 +5,12 @@
 
 namespace moegraft::distributed {
 
-c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>&, int, int, std::chrono::milliseconds, const std::string&, at::Device) {
-  fail<UserError>("a run on several GPUs needs NCCL, which this build has none of: configure it with -DMOEGRAFT_CUDA=ON and nccl.h (tools/setup.sh --cuda, or -DMOEGRAFT_NCCL_INCLUDE=FOLDER with the "
-                  "wheel nvidia-nccl-cu13 unzipped), or take model.device: cpu");
+c10::intrusive_ptr<c10d::Backend> make_nccl(const c10::intrusive_ptr<c10d::Store>&, int, int, std::chrono::milliseconds,
+                                            const std::string&, at::Device) {
+  fail<UserError>(
+      "a run on several GPUs needs NCCL, which this build has none of: configure it with -DMOEGRAFT_CUDA=ON and nccl.h "
+      "(tools/setup.sh --cuda, or -DMOEGRAFT_NCCL_INCLUDE=FOLDER with the "
+      "wheel nvidia-nccl-cu13 unzipped), or take model.device: cpu");
 }
 
 }  // namespace moegraft::distributed

@@ -61,12 +61,14 @@ int loopback_socket(int64_t port) {
   if (bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 && listen(fd, SOMAXCONN) == 0) return fd;
   const int reason = errno;
   close(fd);
-  fail<UserError>("rank 0: cannot listen at 127.0.0.1:", port, " (", std::strerror(reason), "): set another MASTER_PORT");
+  fail<UserError>("rank 0: cannot listen at 127.0.0.1:", port, " (", std::strerror(reason),
+                  "): set another MASTER_PORT");
 }
 
 constexpr auto kSayEvery = 10s;  // who is waited for
 
-c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::chrono::milliseconds timeout, Clock::time_point deadline) {
+c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::chrono::milliseconds timeout,
+                                              Clock::time_point deadline) {
   const std::string place = detail::concat(e.master_address, ':', e.master_port);
   c10d::TCPStoreOptions options;
   options.port = static_cast<uint16_t>(e.master_port);
@@ -74,19 +76,26 @@ c10::intrusive_ptr<c10d::Store> connect_store(const LaunchEnvironment& e, std::c
   options.waitWorkers = false;
   options.timeout = timeout;
   // Where nobody else has to reach it, nobody else can.
-  if (options.isServer && e.local_world_size == e.world_size && is_loopback(e.master_address)) options.masterListenFd = loopback_socket(e.master_port);
+  if (options.isServer && e.local_world_size == e.world_size && is_loopback(e.master_address))
+    options.masterListenFd = loopback_socket(e.master_port);
   // The store's own client would log a stack for every failed attempt.
-  for (auto pause = 10ms; !options.isServer && !accepts(e.master_address, e.master_port); pause = std::min(pause * 2, 500ms)) {
-    MOEGRAFT_CHECK(Clock::now() < deadline, "rank ", e.rank, ": nobody answers at ", place, " after ", seconds(timeout), " s: ",
-                   e.agent_store ? "the launcher's agent should; start all ranks by one launcher" : "rank 0 should; check that it has started, MASTER_ADDR and MASTER_PORT, and firewalls");
+  for (auto pause = 10ms; !options.isServer && !accepts(e.master_address, e.master_port);
+       pause = std::min(pause * 2, 500ms)) {
+    MOEGRAFT_CHECK(
+        Clock::now() < deadline, "rank ", e.rank, ": nobody answers at ", place, " after ", seconds(timeout), " s: ",
+        e.agent_store ? "the launcher's agent should; start all ranks by one launcher"
+                      : "rank 0 should; check that it has started, MASTER_ADDR and MASTER_PORT, and firewalls");
     std::this_thread::sleep_for(pause);
   }
   try {
     return c10::make_intrusive<c10d::TCPStore>(options.masterListenFd ? "127.0.0.1" : e.master_address, options);
   } catch (const std::exception& error) {
     const std::string what = error.what();
-    if (options.isServer) fail<UserError>("rank 0: cannot serve the store at ", place, " (", what.substr(0, what.find('\n')), "): set another MASTER_PORT");
-    fail<UserError>("rank ", e.rank, ": the store at ", place, " does not answer (", what.substr(0, what.find('\n')), ")");
+    if (options.isServer)
+      fail<UserError>("rank 0: cannot serve the store at ", place, " (", what.substr(0, what.find('\n')),
+                      "): set another MASTER_PORT");
+    fail<UserError>("rank ", e.rank, ": the store at ", place, " does not answer (", what.substr(0, what.find('\n')),
+                    ")");
   }
 }
 
@@ -100,8 +109,9 @@ bool poll_until(Clock::time_point deadline, const Done& done) {
   }
 }
 
-// A server may outlive a start of the run (torchrun's agent keeps one through restarts), so that keys of dead processes are still in it, and restart counts
-// may differ between nodes. So rank 0 names the session, and tells it only to processes whose fresh random id it has seen.
+// A server may outlive a start of the run (torchrun's agent keeps one through restarts), so that keys of dead processes
+// are still in it, and restart counts may differ between nodes. So rank 0 names the session, and tells it only to
+// processes whose fresh random id it has seen.
 std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::time_point deadline) {
   const auto look = [&](const std::string& key) -> std::optional<std::string> {
     if (!store.check({key})) return {};
@@ -138,7 +148,9 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
         std::vector<int64_t> missing;
         for (int64_t r = 1; r < size; ++r)
           if (!ready[static_cast<size_t>(r)]) missing.push_back(r);
-        log::info("waiting for ", name_ranks(missing), " of ", size, ", ", std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin).count(), " s of ", seconds(shared.timeout));
+        log::info("waiting for ", name_ranks(missing), " of ", size, ", ",
+                  std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin).count(), " s of ",
+                  seconds(shared.timeout));
         say_at = Clock::now() + kSayEvery;
       }
       return count == size;
@@ -157,11 +169,12 @@ std::string agree_on_session(const Shared& shared, c10d::Store& store, Clock::ti
   std::optional<std::string> session;
   // Rank 0 speaks first where both came at the same time.
   const auto patience = deadline + std::min(shared.timeout / 4, std::chrono::milliseconds(10'000));
-  MOEGRAFT_CHECK(poll_until(patience, [&] { return (session = look("welcome/" + nonce)).has_value(); }), "rank ", rank, ": rank 0 of ", size, " did not come within ",
-                 seconds(shared.timeout), " s");
+  MOEGRAFT_CHECK(poll_until(patience, [&] { return (session = look("welcome/" + nonce)).has_value(); }), "rank ", rank,
+                 ": rank 0 of ", size, " did not come within ", seconds(shared.timeout), " s");
   store.set(*session + "/ready/" + std::to_string(rank), "1");
   std::optional<std::string> abort;
-  const bool all = poll_until(patience, [&] { return store.check({*session + "/all"}) || (abort = look(*session + "/abort")).has_value(); });
+  const bool all = poll_until(
+      patience, [&] { return store.check({*session + "/all"}) || (abort = look(*session + "/abort")).has_value(); });
   MOEGRAFT_CHECK(all && !abort, "rank ", rank, ": ", abort ? *abort : missing_line(*session));
   return *session;
 }
@@ -180,18 +193,21 @@ void meet(Shared& shared) {
   if (shared.guard) call.emplace(*shared.guard, shared.timeout + shared.patience());
   auto server = connect_store(shared.environment, shared.timeout, deadline);
   // Without the token nobody finds the keys of this run: see docs/cluster.md for what that does and does not protect.
-  if (!shared.environment.token.empty()) server = c10::make_intrusive<c10d::PrefixStore>(shared.environment.token, server);
+  if (!shared.environment.token.empty())
+    server = c10::make_intrusive<c10d::PrefixStore>(shared.environment.token, server);
   std::string session;
   try {
     session = agree_on_session(shared, *server, deadline);
     shared.store = c10::make_intrusive<c10d::PrefixStore>(session, server);
     shared.backend_store = c10::make_intrusive<c10d::PrefixStore>(session + "/groups", server->clone());
   } catch (const c10::Error&) {
-    fail<UserError>("rank ", shared.environment.rank, ": the store at ", shared.environment.master_address, ':', shared.environment.master_port, " was closed during the rendezvous: see rank 0's error");
+    fail<UserError>("rank ", shared.environment.rank, ": the store at ", shared.environment.master_address, ':',
+                    shared.environment.master_port, " was closed during the rendezvous: see rank 0's error");
   }
 }
 
-std::vector<std::string> collect(const Shared& shared, const std::string& prefix, const std::string& mine, const std::string& purpose) {
+std::vector<std::string> collect(const Shared& shared, const std::string& prefix, const std::string& mine,
+                                 const std::string& purpose) {
   const int64_t rank = shared.environment.rank, size = shared.environment.world_size;
   std::vector<std::string> values(static_cast<size_t>(size));
   std::vector<int64_t> missing;
@@ -208,7 +224,8 @@ std::vector<std::string> collect(const Shared& shared, const std::string& prefix
     });
     return missing.empty();
   });
-  MOEGRAFT_CHECK(missing.empty(), "rank ", rank, ": ", purpose, ": ", name_ranks(missing), " did not answer within ", seconds(shared.timeout), " s");
+  MOEGRAFT_CHECK(missing.empty(), "rank ", rank, ": ", purpose, ": ", name_ranks(missing), " did not answer within ",
+                 seconds(shared.timeout), " s");
   return values;
 }
 

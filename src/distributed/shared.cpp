@@ -17,13 +17,16 @@ std::string last_seen(const Shared& shared, int64_t rank) {
   if (!beat) return "not seen since the start";
   int64_t step = 0, at = 0;
   std::istringstream(*beat) >> step >> at;
-  const auto now = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  const auto now =
+      std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch())
+          .count();
   return detail::concat("last seen at step ", step, ", ", (now - at + 500) / 1000, " s ago");
 }
 
 [[noreturn]] void store_is_gone(const Shared& shared) {
   const auto& e = shared.environment;
-  fail<UserError>("rank ", e.rank, ": ", e.agent_store ? "the launcher's agent" : "rank 0", " has ended (its store at ", e.master_address, ':', e.master_port, " does not answer): see its error");
+  fail<UserError>("rank ", e.rank, ": ", e.agent_store ? "the launcher's agent" : "rank 0", " has ended (its store at ",
+                  e.master_address, ':', e.master_port, " does not answer): see its error");
 }
 
 }  // namespace
@@ -32,7 +35,9 @@ Shared::Shared() = default;
 Shared::~Shared() = default;
 
 // A server may be busy for seconds; longer than the timeout of collectives nobody waits.
-std::chrono::milliseconds Shared::patience() const { return std::clamp(timeout, std::chrono::milliseconds(2'000), std::chrono::milliseconds(120'000)); }
+std::chrono::milliseconds Shared::patience() const {
+  return std::clamp(timeout, std::chrono::milliseconds(2'000), std::chrono::milliseconds(120'000));
+}
 
 namespace {
 
@@ -46,9 +51,7 @@ void Shared::post(const std::string& key, const std::string& value) const {
   const auto call = guarded(*this);
   try {
     store->set(key, value);
-  } catch (const c10::Error&) {
-    store_is_gone(*this);
-  }
+  } catch (const c10::Error&) { store_is_gone(*this); }
 }
 
 std::optional<std::string> Shared::look(const std::string& key) const {
@@ -56,18 +59,14 @@ std::optional<std::string> Shared::look(const std::string& key) const {
   try {
     if (!store->check({key})) return {};  // get() alone would wait for the key, and hold every other thread's request
     return store->get_to_str(key);
-  } catch (const c10::Error&) {
-    store_is_gone(*this);
-  }
+  } catch (const c10::Error&) { store_is_gone(*this); }
 }
 
 bool Shared::trouble() const noexcept {
   const auto call = guarded(*this);
   try {
     return environment.distributed() && store->check({"trouble"});
-  } catch (const std::exception&) {
-    return true;
-  }
+  } catch (const std::exception&) { return true; }
 }
 
 void Shared::post_trouble() const { post("trouble", std::to_string(environment.rank)); }
@@ -86,12 +85,14 @@ std::string name_ranks(const std::vector<int64_t>& ranks) {
   return out.str();
 }
 
-std::string explain_failure(Group& group, const std::string& operation, int64_t call, double seconds, const std::string& cause) {
+std::string explain_failure(Group& group, const std::string& operation, int64_t call, double seconds,
+                            const std::string& cause) {
   const Shared& shared = *group.shared;
   group.failed = true;
   std::ostringstream out;
   out.precision(1);
-  out << std::fixed << "rank " << shared.environment.rank << ": " << operation << " in group " << group.name << " (" << name_ranks(group.ranks) << ") failed after " << seconds << " s: ";
+  out << std::fixed << "rank " << shared.environment.rank << ": " << operation << " in group " << group.name << " ("
+      << name_ranks(group.ranks) << ") failed after " << seconds << " s: ";
   try {
     const std::string here = detail::concat(group.name, ' ', call);
     shared.post("stuck/" + std::to_string(shared.environment.rank), here);
@@ -122,8 +123,11 @@ std::string explain_failure(Group& group, const std::string& operation, int64_t 
       if (silent.empty() || Clock::now() > deadline) break;
       std::this_thread::sleep_for(std::chrono::milliseconds(25));
     }
-    for (const int64_t r : silent) said += detail::concat(said.empty() ? "" : "; ", "rank ", r, " did not take part (", last_seen(shared, r), ")");
-    if (!waiting.empty()) said += detail::concat(said.empty() ? "" : "; ", name_ranks(waiting), waiting.size() == 1 ? " waits" : " wait", " in it too");
+    for (const int64_t r : silent)
+      said += detail::concat(said.empty() ? "" : "; ", "rank ", r, " did not take part (", last_seen(shared, r), ")");
+    if (!waiting.empty())
+      said += detail::concat(said.empty() ? "" : "; ", name_ranks(waiting), waiting.size() == 1 ? " waits" : " wait",
+                             " in it too");
     out << said;
   } catch (const std::exception&) {
     out << (shared.environment.agent_store ? "the launcher's agent" : "rank 0") << " has ended, see its error";

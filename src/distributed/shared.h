@@ -40,7 +40,8 @@ struct Shared {
   void post_trouble() const;
 };
 
-// One group and its backends, alive until the world ends: closing connections earlier would break a slower member's last collective.
+// One group and its backends, alive until the world ends: closing connections earlier would break a slower member's
+// last collective.
 struct Group {
   std::shared_ptr<Shared> shared;
   std::string name;
@@ -64,7 +65,9 @@ std::string name_ranks(const std::vector<int64_t>& ranks);
 constexpr auto kLookPause = std::chrono::milliseconds(200);
 constexpr auto kHearing = std::chrono::milliseconds(1000);
 
-// One line of why a collective of the group failed: what the members have said in the store. Takes up to kHearing. Marks the group as failed.
-std::string explain_failure(Group& group, const std::string& operation, int64_t call, double seconds, const std::string& cause);
+// One line of why a collective of the group failed: what the members have said in the store. Takes up to kHearing.
+// Marks the group as failed.
+std::string explain_failure(Group& group, const std::string& operation, int64_t call, double seconds,
+                            const std::string& cause);
 
 }  // namespace moegraft::distributed

@@ -19,10 +19,16 @@ void end_process(const std::string& line) {
 
 class StoppingStore : public c10d::Store {
  public:
-  StoppingStore(c10::intrusive_ptr<c10d::Store> store, std::function<bool()> trouble) : store_(std::move(store)), trouble_(std::move(trouble)) { timeout_ = store_->getTimeout(); }
-  c10::intrusive_ptr<c10d::Store> clone() override { return c10::make_intrusive<StoppingStore>(store_->clone(), trouble_); }
+  StoppingStore(c10::intrusive_ptr<c10d::Store> store, std::function<bool()> trouble)
+      : store_(std::move(store)), trouble_(std::move(trouble)) {
+    timeout_ = store_->getTimeout();
+  }
+  c10::intrusive_ptr<c10d::Store> clone() override {
+    return c10::make_intrusive<StoppingStore>(store_->clone(), trouble_);
+  }
   void set(const std::string& key, const std::vector<uint8_t>& value) override { store_->set(key, value); }
-  std::vector<uint8_t> compareSet(const std::string& key, const std::vector<uint8_t>& expected, const std::vector<uint8_t>& desired) override {
+  std::vector<uint8_t> compareSet(const std::string& key, const std::vector<uint8_t>& expected,
+                                  const std::vector<uint8_t>& desired) override {
     return store_->compareSet(key, expected, desired);
   }
   std::vector<uint8_t> get(const std::string& key) override {
@@ -53,7 +59,8 @@ class StoppingStore : public c10d::Store {
 
 }  // namespace
 
-StoreGuard::StoreGuard(std::string who, End end) : who_(std::move(who)), end_(end ? std::move(end) : end_process), thread_([this] { run(); }) {}
+StoreGuard::StoreGuard(std::string who, End end)
+    : who_(std::move(who)), end_(end ? std::move(end) : end_process), thread_([this] { run(); }) {}
 
 StoreGuard::~StoreGuard() {
   {
@@ -70,7 +77,8 @@ void StoreGuard::run() {
     for (const auto& [begin, limit] : calls_) {
       if (Clock::now() - begin <= limit) continue;
       lock.unlock();
-      end_(detail::concat(who_, " has not answered for ", double(limit.count()) / 1000, " s: it is frozen, or its machine cannot be reached"));
+      end_(detail::concat(who_, " has not answered for ", double(limit.count()) / 1000,
+                          " s: it is frozen, or its machine cannot be reached"));
       return;
     }
 }

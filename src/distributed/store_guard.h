@@ -1,6 +1,7 @@
 #pragma once
-// A store's client waits for its server without limit: a server that is frozen, or whose machine has gone, would hold every rank for ever. One thread per process looks
-// at calls that are under way, and ends the process when one outlives its limit.
+// A store's client waits for its server without limit: a server that is frozen, or whose machine has gone, would hold
+// every rank for ever. One thread per process looks at calls that are under way, and ends the process when one outlives
+// its limit.
 
 #include <chrono>
 #include <condition_variable>
@@ -16,7 +17,8 @@ namespace moegraft::distributed {
 class StoreGuard {
  public:
   using End = std::function<void(const std::string& line)>;
-  // who: the server, as an error names it. end: told once when a call has outlived its limit; the default logs the line and ends the process with 1.
+  // who: the server, as an error names it. end: told once when a call has outlived its limit; the default logs the line
+  // and ends the process with 1.
   explicit StoreGuard(std::string who, End end = {});
   ~StoreGuard();
 
@@ -45,7 +47,8 @@ class StoreGuard {
   std::thread thread_;
 };
 
-// A view of a store for backends that connect: waiting for a key ends when another rank has failed, and not only at the timeout. trouble(): whether one has.
+// A view of a store for backends that connect: waiting for a key ends when another rank has failed, and not only at the
+// timeout. trouble(): whether one has.
 c10::intrusive_ptr<c10d::Store> stop_at_trouble(c10::intrusive_ptr<c10d::Store> store, std::function<bool()> trouble);
 
 }  // namespace moegraft::distributed

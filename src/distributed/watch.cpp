@@ -19,7 +19,11 @@ void end_process(const std::string& line) {
 }  // namespace
 
 Watch::Watch(std::chrono::milliseconds timeout, Trouble trouble, End end, at::Device device)
-    : device_(device), timeout_(timeout), trouble_(std::move(trouble)), end_(end ? std::move(end) : end_process), thread_([this] { run(); }) {}
+    : device_(device),
+      timeout_(timeout),
+      trouble_(std::move(trouble)),
+      end_(end ? std::move(end) : end_process),
+      thread_([this] { run(); }) {}
 
 Watch::~Watch() {
   {
@@ -57,9 +61,7 @@ void Watch::run() {
         } else if (seconds > 1 && it == taken.begin() && trouble_ && trouble_()) {  // the oldest
           trouble = "stopped after another rank's trouble";
         }
-      } catch (const std::exception& e) {
-        trouble = std::string(e.what()).substr(0, std::string(e.what()).find('\n'));
-      }
+      } catch (const std::exception& e) { trouble = std::string(e.what()).substr(0, std::string(e.what()).find('\n')); }
       if (!trouble.empty()) {
         end_(it->explain(seconds, trouble));
         it = taken.erase(it);

@@ -1,5 +1,6 @@
 #pragma once
-// Collectives on a GPU do not hold the host, so nobody would notice that one never ends. One thread per process looks after those under way.
+// Collectives on a GPU do not hold the host, so nobody would notice that one never ends. One thread per process looks
+// after those under way.
 
 #include <chrono>
 #include <condition_variable>
@@ -14,8 +15,9 @@ namespace moegraft::distributed {
 
 class Watch {
  public:
-  // end: told when a collective has failed, or outlived the timeout: its explanation and what the backend said. It does not return to a host that may be
-  // waiting for the GPU for ever; the default logs the line and ends the process with 1.
+  // end: told when a collective has failed, or outlived the timeout: its explanation and what the backend said. It does
+  // not return to a host that may be waiting for the GPU for ever; the default logs the line and ends the process
+  // with 1.
   using End = std::function<void(const std::string& line)>;
   // trouble(): another rank has failed. Asked now and then while something has been under way for longer than a second.
   using Trouble = std::function<bool()>;

@@ -44,7 +44,8 @@ class BagOfWords : public Probe {
     for (const auto& [word, count] : words) index_.emplace(word, int64_t(index_.size()));
   }
   int64_t features() const override { return int64_t(index_.size()); }
-  // Sparse. A caption is scaled to unit length: what its words say is shared between them (without it a long caption counts for more).
+  // Sparse. A caption is scaled to unit length: what its words say is shared between them (without it a long caption
+  // counts for more).
   at::Tensor encode(const Captions& captions) const override {
     std::vector<int64_t> rows, columns;
     std::vector<double> values;
@@ -54,18 +55,21 @@ class BagOfWords : public Probe {
       for (const auto& word : words_of(captions[n]))
         if (const auto found = index_.find(word); found != index_.end()) ++counts[found->second];
       for (const auto& [column, count] : counts) norm += count * count;
-      for (const auto& [column, count] : counts) rows.push_back(int64_t(n)), columns.push_back(column), values.push_back(count / std::sqrt(norm));
+      for (const auto& [column, count] : counts)
+        rows.push_back(int64_t(n)), columns.push_back(column), values.push_back(count / std::sqrt(norm));
     }
     const at::Tensor places = at::stack({at::tensor(rows, at::kLong), at::tensor(columns, at::kLong)});
-    return at::sparse_coo_tensor(places, at::tensor(values, at::kDouble), {int64_t(captions.size()), features()}).coalesce();
+    return at::sparse_coo_tensor(places, at::tensor(values, at::kDouble), {int64_t(captions.size()), features()})
+        .coalesce();
   }
 
  private:
   std::map<std::string, int64_t> index_;
 };
 
-// Means over a caption's tokens of the last hidden states and of the embeddings, each scaled to unit length: on the quickstart's base the two together find 43 % of
-// compositions, states alone 10, embeddings alone 4. The graft's text runs the base's very code, so these are the base's.
+// Means over a caption's tokens of the last hidden states and of the embeddings, each scaled to unit length: on the
+// quickstart's base the two together find 43 % of compositions, states alone 10, embeddings alone 4. The graft's text
+// runs the base's very code, so these are the base's.
 class BaseStates : public Probe {
  public:
   explicit BaseStates(const graft::GraftedModel& model) : model_(model) {}
@@ -79,7 +83,8 @@ class BaseStates : public Probe {
     const auto flush = [&] {
       const model::PackedBatch packed = model::to_device(data::pack(batch), model_.device());
       const auto on_host = [](const at::Tensor& x_TD) { return x_TD.to(at::kCPU, at::kFloat); };
-      const at::Tensor hidden_TD = on_host(model_.decoder->forward(packed).hidden_TD), embedded_TD = on_host(kernels::embedding(embedding_VD, packed.ids_T, at::kFloat));
+      const at::Tensor hidden_TD = on_host(model_.decoder->forward(packed).hidden_TD),
+                       embedded_TD = on_host(kernels::embedding(embedding_VD, packed.ids_T, at::kFloat));
       int64_t first = 0;
       for (const auto& s : batch) {
         // BOS is no part of the caption, and its state says nothing of it.
@@ -147,7 +152,8 @@ std::vector<Task> read_tasks(const std::vector<RetrievalSection>& sections, cons
   for (const auto& section : sections) {
     const auto [gallery, prompts] = read_task(section, codec, kSide);
     Task task{section.name, {}, {}, gallery.stacked()};
-    for (const auto& prompt : prompts) task.prompts.push_back(prompt.captions.front()), task.target_N.push_back(prompt.picture);
+    for (const auto& prompt : prompts)
+      task.prompts.push_back(prompt.captions.front()), task.target_N.push_back(prompt.picture);
     tasks.push_back(std::move(task));
   }
   return tasks;
@@ -172,14 +178,16 @@ ProbeFit fit_probe(const Probe& probe, const std::string& name, const Rows& rows
   for (const auto& task : tasks) {
     const at::Tensor drawn_NP = chosen.ridge.predict(probe.encode(task.prompts));
     at::IntArrayRef shape = task.candidates_M3HW.sizes();
-    fit.rankings[task.name] = rank_pictures(drawn_NP.to(at::kFloat).view({-1, shape[1], shape[2], shape[3]}), task.candidates_M3HW, task.target_N);
+    fit.rankings[task.name] = rank_pictures(drawn_NP.to(at::kFloat).view({-1, shape[1], shape[2], shape[3]}),
+                                            task.candidates_M3HW, task.target_N);
   }
   return fit;
 }
 
 }  // namespace
 
-Baselines measure_baselines(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const BaselineSection& section, const std::vector<RetrievalSection>& tasks) {
+Baselines measure_baselines(const graft::GraftedModel& model, const model::ModalityTokens& tokens,
+                            const BaselineSection& section, const std::vector<RetrievalSection>& tasks) {
   const at::NoGradGuard no_grad;
   const auto start = std::chrono::steady_clock::now();
   const codec::ImageCodec& codec = codec_of(model, tokens);

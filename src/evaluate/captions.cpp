@@ -45,7 +45,8 @@ Sum sum_likelihood(const graft::GraftedModel& model, size_t set, const std::vect
 }
 
 // The picture of one item between the caption of another (or of none).
-data::Sequence sequence_of(const CaptionedItem& picture, const CaptionedItem* caption, const model::Vocabulary& vocabulary, int64_t modality, const data::DataConfig& rules) {
+data::Sequence sequence_of(const CaptionedItem& picture, const CaptionedItem* caption,
+                           const model::Vocabulary& vocabulary, int64_t modality, const data::DataConfig& rules) {
   std::vector<data::Segment> segments;
   if (caption && !caption->before.empty()) segments.push_back({0, caption->before});
   segments.push_back({modality, picture.codes});
@@ -53,16 +54,20 @@ data::Sequence sequence_of(const CaptionedItem& picture, const CaptionedItem* ca
   return data::assemble(segments, vocabulary, rules);
 }
 
-bool alike(const CaptionedItem& a, const CaptionedItem& b) { return a.codes == b.codes || (a.before == b.before && a.after == b.after); }
+bool alike(const CaptionedItem& a, const CaptionedItem& b) {
+  return a.codes == b.codes || (a.before == b.before && a.after == b.after);
+}
 
 }  // namespace
 
-std::vector<CaptionedItem> read_captioned_items(const std::string& shards, const model::Vocabulary& vocabulary, const model::ModalityTokens& tokens, int64_t max_items) {
+std::vector<CaptionedItem> read_captioned_items(const std::string& shards, const model::Vocabulary& vocabulary,
+                                                const model::ModalityTokens& tokens, int64_t max_items) {
   const data::Source source(shards, vocabulary);
   std::vector<int64_t> found;
   for (int64_t i = 0; i < source.num_documents(); ++i) {
     const auto segments = source.document(i);
-    const bool has = std::any_of(segments.begin(), segments.end(), [&](const data::Segment& s) { return s.modality == tokens.modality; });
+    const bool has = std::any_of(segments.begin(), segments.end(),
+                                 [&](const data::Segment& s) { return s.modality == tokens.modality; });
     if (has && data::is_captioned_item(segments, vocabulary)) found.push_back(i);
   }
   MOEGRAFT_CHECK(!found.empty(), shards, " holds no document with a caption and exactly one ", tokens.name);
@@ -86,7 +91,8 @@ std::vector<int64_t> borrow_captions(const std::vector<CaptionedItem>& items, ui
   for (int64_t i = 0; i < n; ++i)
     for (int64_t ahead = 1; ahead < n && lender[order[i]] < 0; ++ahead)
       if (const int64_t other = order[(i + ahead) % n]; !alike(items[order[i]], items[other])) lender[order[i]] = other;
-  for (const int64_t i : lender) MOEGRAFT_CHECK(i >= 0, "captions cannot be shuffled: all ", n, " pictures or captions are alike");
+  for (const int64_t i : lender)
+    MOEGRAFT_CHECK(i >= 0, "captions cannot be shuffled: all ", n, " pictures or captions are alike");
   return lender;
 }
 
@@ -106,7 +112,8 @@ double Unigram::nll(const std::vector<CaptionedItem>& items) const {
   return sum / double(labels);
 }
 
-Unigram count_codes(const std::vector<std::string>& shards, const model::Vocabulary& vocabulary, const model::ModalityTokens& tokens) {
+Unigram count_codes(const std::vector<std::string>& shards, const model::Vocabulary& vocabulary,
+                    const model::ModalityTokens& tokens) {
   Unigram unigram{std::vector<int64_t>(size_t(tokens.num_codes) + 1, 0)};
   for (const auto& path : shards) {
     const data::Source source(path, vocabulary);
@@ -121,7 +128,8 @@ Unigram count_codes(const std::vector<std::string>& shards, const model::Vocabul
   return unigram;
 }
 
-CaptionUse measure_captions(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const std::vector<CaptionedItem>& items, const data::DataConfig& rules, uint64_t seed) {
+CaptionUse measure_captions(const graft::GraftedModel& model, const model::ModalityTokens& tokens,
+                            const std::vector<CaptionedItem>& items, const data::DataConfig& rules, uint64_t seed) {
   data::DataConfig quiet = rules;
   quiet.caption_labels = false;
   const int64_t most = model.decoder->spec().max_positions;
@@ -137,10 +145,13 @@ CaptionUse measure_captions(const graft::GraftedModel& model, const model::Modal
     without.push_back(sequence_of(items[i], nullptr, model.vocabulary, tokens.modality, quiet));
     shuffled.push_back(sequence_of(items[i], &items[size_t(lender[i])], model.vocabulary, tokens.modality, quiet));
     const int64_t length = std::max(with.back().size(), shuffled.back().size());
-    MOEGRAFT_CHECK(most <= 0 || length <= most, "a caption and its ", tokens.name, " need ", length, " positions, the model has ", most);
+    MOEGRAFT_CHECK(most <= 0 || length <= most, "a caption and its ", tokens.name, " need ", length,
+                   " positions, the model has ", most);
   }
-  const Sum a = sum_likelihood(model, set, with), b = sum_likelihood(model, set, without), c = sum_likelihood(model, set, shuffled);
-  return {int64_t(items.size()), a.labels, a.nll / double(a.labels), b.nll / double(b.labels), c.nll / double(c.labels)};
+  const Sum a = sum_likelihood(model, set, with), b = sum_likelihood(model, set, without),
+            c = sum_likelihood(model, set, shuffled);
+  return {int64_t(items.size()), a.labels, a.nll / double(a.labels), b.nll / double(b.labels),
+          c.nll / double(c.labels)};
 }
 
 }  // namespace moegraft::evaluate

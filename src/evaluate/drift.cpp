@@ -15,7 +15,8 @@ namespace {
 at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed, const char* purpose) {
   Rng rng(seed, purpose);
   at::Tensor ids = at::empty(shape, at::kLong);
-  for (int64_t i = 0; i < ids.numel(); ++i) ids.data_ptr<int64_t>()[i] = static_cast<int64_t>(rng.below(static_cast<uint64_t>(vocab)));
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    ids.data_ptr<int64_t>()[i] = static_cast<int64_t>(rng.below(static_cast<uint64_t>(vocab)));
   return ids;
 }
 
@@ -40,10 +41,12 @@ struct Inputs {
 
   std::vector<at::Tensor> run(const model::Decoder& decoder, bool mark_text) const {
     const auto logits = [&](model::PackedBatch batch, model::ForwardOptions options = {}) {
-      if (mark_text) batch.modality_T = at::zeros_like(batch.ids_T);  // what a grafted run is given, the base is given none
+      if (mark_text)
+        batch.modality_T = at::zeros_like(batch.ids_T);  // what a grafted run is given, the base is given none
       return decoder.text_logits(decoder.forward(batch, options).hidden_TD).to(at::kCPU).contiguous();
     };
-    std::vector<at::Tensor> out{logits(model::pack_rows(one_11)), logits(model::pack_rows(block_BS)), logits(ragged(packed_T, lengths))};
+    std::vector<at::Tensor> out{logits(model::pack_rows(one_11)), logits(model::pack_rows(block_BS)),
+                                logits(ragged(packed_T, lengths))};
     model::KvCache cache(decoder.spec(), decode_BS.size(0), decode_BS.size(1), decoder.dtype(), decoder.device());
     model::ForwardOptions options;
     options.cache = &cache;
@@ -58,11 +61,15 @@ struct Inputs {
   }
 };
 
-double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
 
 }  // namespace
 
-Detached::Detached(graft::GraftedModel& model) : model_(model), rows_(model.decoder->rows()) { model.decoder->detach_all(); }
+Detached::Detached(graft::GraftedModel& model) : model_(model), rows_(model.decoder->rows()) {
+  model.decoder->detach_all();
+}
 
 Detached::~Detached() {
   for (auto& rows : rows_) model_.decoder->attach_rows(std::move(rows));
@@ -80,10 +87,12 @@ bool Drift::exact() const {
 }
 
 Drift measure_drift(graft::GraftedModel& model, uint64_t seed) {
-  MOEGRAFT_CHECK_USAGE(model.is_graft(), model.path.string(), " has no modality besides text: drift compares a grafted run with its base");
+  MOEGRAFT_CHECK_USAGE(model.is_graft(), model.path.string(),
+                       " has no modality besides text: drift compares a grafted run with its base");
   const at::NoGradGuard no_grad;
   const model::Decoder& decoder = *model.decoder;
-  const int64_t V = model.vocabulary.text_size, S = decoder.spec().max_positions > 0 ? std::min<int64_t>(37, decoder.spec().max_positions) : 37;
+  const int64_t V = model.vocabulary.text_size,
+                S = decoder.spec().max_positions > 0 ? std::min<int64_t>(37, decoder.spec().max_positions) : 37;
   Inputs in;
   in.lengths = {std::min<int64_t>(5, S), 1, std::min<int64_t>(17, S), S, 2};
   const int64_t total = std::accumulate(in.lengths.begin(), in.lengths.end(), int64_t{0});
@@ -101,12 +110,14 @@ Drift measure_drift(graft::GraftedModel& model, uint64_t seed) {
   const std::vector<std::string> names{"1x1", "3x" + std::to_string(S), "packed", "decode"};
   Drift drift;
   for (size_t i = 0; i < names.size(); ++i) {
-    const bool equal = base[i].sizes() == grafted[i].sizes() && std::memcmp(base[i].const_data_ptr(), grafted[i].const_data_ptr(), base[i].nbytes()) == 0;
+    const bool equal = base[i].sizes() == grafted[i].sizes() &&
+                       std::memcmp(base[i].const_data_ptr(), grafted[i].const_data_ptr(), base[i].nbytes()) == 0;
     drift.cases.push_back({names[i], distance(base[i], grafted[i]), equal});
   }
   model::ForwardOptions open;
   open.gate = model::Gate::all;
-  drift.gate_open = distance(base[1], decoder.text_logits(decoder.forward(model::pack_rows(in.block_BS), open).hidden_TD).to(at::kCPU));
+  drift.gate_open = distance(
+      base[1], decoder.text_logits(decoder.forward(model::pack_rows(in.block_BS), open).hidden_TD).to(at::kCPU));
   return drift;
 }
 

@@ -24,11 +24,10 @@ int64_t Gallery::add(const io::Picture& picture) {
   if (!fresh) return at->second;
   try {
     at::Tensor picture_3HW = codec_->prepare(io::load_image(picture)).contiguous();
-    if (most_side_ > 0 && most_side_ < picture_3HW.size(-1)) picture_3HW = at::adaptive_avg_pool2d(picture_3HW, {most_side_, most_side_});
+    if (most_side_ > 0 && most_side_ < picture_3HW.size(-1))
+      picture_3HW = at::adaptive_avg_pool2d(picture_3HW, {most_side_, most_side_});
     pictures_3HW_.push_back(std::move(picture_3HW));
-  } catch (const io::SourceChanged&) {
-    throw;
-  } catch (const UserError& e) {
+  } catch (const io::SourceChanged&) { throw; } catch (const UserError& e) {
     log::warning("skipped ", picture.name(), ": ", e.what());
     ++skipped_;
     return -1;
@@ -37,7 +36,8 @@ int64_t Gallery::add(const io::Picture& picture) {
   return at->second = size() - 1;
 }
 
-std::vector<CaptionedPicture> read_pictures(const fs::path& manifest, Gallery& gallery, int64_t max_entries, int64_t seed) {
+std::vector<CaptionedPicture> read_pictures(const fs::path& manifest, Gallery& gallery, int64_t max_entries,
+                                            int64_t seed) {
   std::vector<CaptionedPicture> pictures;
   const auto entries = data::read_manifest(manifest);
   auto chosen = Rng(uint64_t(seed), "evaluate.pictures").permutation(int64_t(entries.size()));

@@ -43,9 +43,10 @@ struct CaptionedPicture {
   int64_t picture = 0;                // in the gallery
 };
 
-// Captioned pictures of a manifest, in its order; all its pictures go to the gallery. Of more than max_entries (0: any number) those that seed draws. UserError when
-// there is none that decodes.
-std::vector<CaptionedPicture> read_pictures(const std::filesystem::path& manifest, Gallery& gallery, int64_t max_entries = 0, int64_t seed = 0);
+// Captioned pictures of a manifest, in its order; all its pictures go to the gallery. Of more than max_entries (0: any
+// number) those that seed draws. UserError when there is none that decodes.
+std::vector<CaptionedPicture> read_pictures(const std::filesystem::path& manifest, Gallery& gallery,
+                                            int64_t max_entries = 0, int64_t seed = 0);
 
 // A retrieval's prompts (their first captions), chosen by its seed, and all pictures that they choose among.
 struct RetrievalTask {

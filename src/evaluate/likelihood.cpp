@@ -21,7 +21,8 @@ double Likelihood::total() const {
   return count > 0 ? sum / count : NAN;
 }
 
-Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream, const model::ForwardOptions& options, const SumOverProcesses& sum) {
+Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream& stream,
+                              const model::ForwardOptions& options, const SumOverProcesses& sum) {
   at::NoGradGuard no_grad;
   const size_t sets = model.decoder->rows().size() + 1;
   std::vector<double> sums(2 * sets, 0.0);  // nll, then labels
@@ -31,7 +32,8 @@ Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream
     const model::PackedBatch b = model::to_device(*batch, model.device());
     const auto loss = model::cross_entropy_loss(*model.decoder, model.decoder->forward(b, options), b);
     const at::Tensor nll = loss.nll_sum_M.to(at::kCPU, at::kDouble);
-    for (size_t m = 0; m < sets; ++m) sums[m] += nll[int64_t(m)].item<double>(), sums[sets + m] += double(loss.count_M[m]);
+    for (size_t m = 0; m < sets; ++m)
+      sums[m] += nll[int64_t(m)].item<double>(), sums[sets + m] += double(loss.count_M[m]);
   }
   if (sum) sums = sum(sums);
   for (size_t m = 0; m < sets; ++m) out.labels_M[m] = int64_t(sums[sets + m]);
@@ -40,7 +42,8 @@ Likelihood measure_likelihood(const graft::GraftedModel& model, data::EvalStream
   return out;
 }
 
-std::vector<double> sequence_nll(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const std::vector<data::Sequence>& sequences) {
+std::vector<double> sequence_nll(const graft::GraftedModel& model, const model::ModalityTokens& tokens,
+                                 const std::vector<data::Sequence>& sequences) {
   const at::NoGradGuard no_grad;
   const auto& rows = model.decoder->rows();
   int64_t set = 0;
@@ -59,8 +62,10 @@ std::vector<double> sequence_nll(const graft::GraftedModel& model, const model::
   }
   std::vector<double> sums(sequences.size(), 0.0);
   if (positions.empty()) return sums;
-  const at::Tensor hidden_TD = model.decoder->forward(model::to_device(data::pack(sequences), model.device())).hidden_TD;
-  const at::Tensor hidden_XD = hidden_TD.index_select(0, at::tensor(positions, at::kLong).to(model.device())), labels_X1 = at::tensor(labels, at::kLong).to(model.device()).unsqueeze(1);
+  const at::Tensor hidden_TD =
+      model.decoder->forward(model::to_device(data::pack(sequences), model.device())).hidden_TD;
+  const at::Tensor hidden_XD = hidden_TD.index_select(0, at::tensor(positions, at::kLong).to(model.device())),
+                   labels_X1 = at::tensor(labels, at::kLong).to(model.device()).unsqueeze(1);
   std::vector<at::Tensor> parts;
   for (int64_t x = 0; x < hidden_XD.size(0); x += kLabelsAtOnce) {
     const int64_t count = std::min(kLabelsAtOnce, hidden_XD.size(0) - x);

@@ -26,12 +26,15 @@ struct Item {
   bool alike(const Item& other) const { return codes == other.codes || caption.ids == other.caption.ids; }
 };
 
-std::vector<Item> read_items(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const RankingSection& section) {
+std::vector<Item> read_items(const graft::GraftedModel& model, const model::ModalityTokens& tokens,
+                             const RankingSection& section) {
   const codec::ImageCodec& codec = codec_of(model, tokens);
   Gallery gallery(codec);
-  const auto pictures = read_pictures(section.manifest, gallery, kSpare * std::max(section.n, section.candidates), section.seed);
+  const auto pictures =
+      read_pictures(section.manifest, gallery, kSpare * std::max(section.n, section.candidates), section.seed);
   std::vector<at::Tensor> parts;
-  for (const auto& part : gallery.stacked().split(kEncodeBatch)) parts.push_back(codec.encode(part.to(model.device())).to(at::kCPU));
+  for (const auto& part : gallery.stacked().split(kEncodeBatch))
+    parts.push_back(codec.encode(part.to(model.device())).to(at::kCPU));
   const at::Tensor ids_ML = at::cat(parts).add_(tokens.code_id(0)).contiguous();
   const int64_t length = ids_ML.size(1), most = model.decoder->spec().max_positions;
   std::vector<Item> items;
@@ -39,13 +42,15 @@ std::vector<Item> read_items(const graft::GraftedModel& model, const model::Moda
     const int64_t* ids = ids_ML.const_data_ptr<int64_t>() + picture.picture * length;
     items.push_back({generate::tokenize(model, generate::text_prompt(picture.captions.front())), {ids, ids + length}});
     const int64_t needed = items.back().caption.size() + 1 + length;
-    MOEGRAFT_CHECK(most <= 0 || needed <= most, section.manifest, ": \"", picture.captions.front(), "\" and its ", tokens.name, " need ", needed, " positions, the model has ", most);
+    MOEGRAFT_CHECK(most <= 0 || needed <= most, section.manifest, ": \"", picture.captions.front(), "\" and its ",
+                   tokens.name, " need ", needed, " positions, the model has ", most);
   }
   return items;
 }
 
 // Caption, begin and codes; labels are the codes and end.
-data::Sequence sequence_of(const generate::PromptTokens& caption, const std::vector<int64_t>& codes, const model::ModalityTokens& tokens) {
+data::Sequence sequence_of(const generate::PromptTokens& caption, const std::vector<int64_t>& codes,
+                           const model::ModalityTokens& tokens) {
   data::Sequence s{caption.ids, caption.modality, std::vector<int64_t>(caption.ids.size(), model::kNoLabel), false};
   s.ids.push_back(tokens.begin_id());
   s.ids.insert(s.ids.end(), codes.begin(), codes.end());
@@ -58,7 +63,8 @@ data::Sequence sequence_of(const generate::PromptTokens& caption, const std::vec
 // Nats of a picture after a caption, by the indices of both; each pair is computed once.
 using Pairs = std::map<std::pair<int64_t, int64_t>, double>;
 
-void score(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const std::vector<Item>& items, const std::string& name, Pairs& pairs) {
+void score(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const std::vector<Item>& items,
+           const std::string& name, Pairs& pairs) {
   const generate::PromptTokens nothing = generate::unconditional(model);
   Progress progress("ranking " + name, int64_t(pairs.size()));
   std::vector<data::Sequence> batch;
@@ -83,7 +89,8 @@ void score(const graft::GraftedModel& model, const model::ModalityTokens& tokens
 }
 
 // What prompt i chooses among: itself first, then others in `order`, the same for all prompts so that pairs are shared.
-std::vector<int64_t> choose_candidates(const std::vector<Item>& items, const std::vector<int64_t>& order, int64_t i, int64_t most) {
+std::vector<int64_t> choose_candidates(const std::vector<Item>& items, const std::vector<int64_t>& order, int64_t i,
+                                       int64_t most) {
   std::vector<int64_t> chosen{i};
   for (size_t k = 0; k < order.size() && int64_t(chosen.size()) < most; ++k)
     if (!items[size_t(i)].alike(items[size_t(order[k])])) chosen.push_back(order[k]);
@@ -114,7 +121,8 @@ double LikelihoodRanking::chance(int64_t k) const {
   return sum / double(std::max<size_t>(1, candidates_N.size()));
 }
 
-LikelihoodRanking rank_likelihoods(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const RankingSection& section) {
+LikelihoodRanking rank_likelihoods(const graft::GraftedModel& model, const model::ModalityTokens& tokens,
+                                   const RankingSection& section) {
   const auto start = std::chrono::steady_clock::now();
   const auto items = read_items(model, tokens, section);
   const auto order = Rng(uint64_t(section.seed), "evaluate.ranking").permutation(int64_t(items.size()));
@@ -125,7 +133,8 @@ LikelihoodRanking rank_likelihoods(const graft::GraftedModel& model, const model
   for (const int64_t i : order) {
     if (int64_t(choices.size()) == section.n) break;
     choices.push_back(choose_candidates(items, order, i, section.candidates));
-    MOEGRAFT_CHECK(choices.back().size() > 1, section.manifest, " has nothing to choose among: all its captions or pictures are alike");
+    MOEGRAFT_CHECK(choices.back().size() > 1, section.manifest,
+                   " has nothing to choose among: all its captions or pictures are alike");
     for (const int64_t other : choices.back()) {
       if (to_caption) pairs[{other, i}] = 0;
       if (to_image) pairs[{i, other}] = pairs[{kNoCaption, other}] = 0;
@@ -141,7 +150,8 @@ LikelihoodRanking rank_likelihoods(const graft::GraftedModel& model, const model
     if (to_caption) rank_first(candidates, [&](int64_t c) { return pairs.at({c, i}); }, result.captions);
     if (!to_image) continue;
     rank_first(candidates, [&](int64_t c) { return pairs.at({i, c}); }, result.pictures);
-    rank_first(candidates, [&](int64_t c) { return pairs.at({i, c}) - pairs.at({kNoCaption, c}); }, result.pictures_pmi);
+    rank_first(
+        candidates, [&](int64_t c) { return pairs.at({i, c}) - pairs.at({kNoCaption, c}); }, result.pictures_pmi);
   }
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;

@@ -16,7 +16,7 @@
 namespace moegraft::evaluate {
 
 struct TextResult {
-  int64_t tokens = 0;              // predicted
+  int64_t tokens = 0;  // predicted
   std::string packing;
   int64_t sequence_length = 0;
   double nll = 0;

@@ -13,10 +13,14 @@ at::Tensor Ridge::predict(const at::Tensor& x_NF) const {
 }
 
 NormalEquations::NormalEquations(int64_t features, int64_t targets)
-    : x_F_(at::zeros({features}, at::kDouble)), y_P_(at::zeros({targets}, at::kDouble)), xx_FF_(at::zeros({features, features}, at::kDouble)), xy_FP_(at::zeros({features, targets}, at::kDouble)) {}
+    : x_F_(at::zeros({features}, at::kDouble)),
+      y_P_(at::zeros({targets}, at::kDouble)),
+      xx_FF_(at::zeros({features, features}, at::kDouble)),
+      xy_FP_(at::zeros({features, targets}, at::kDouble)) {}
 
 void NormalEquations::add(const at::Tensor& x_NF, const at::Tensor& y_NP) {
-  MOEGRAFT_INVARIANT(x_NF.size(0) == y_NP.size(0) && x_NF.size(1) == x_F_.size(0) && y_NP.size(1) == y_P_.size(0), "x ", x_NF.sizes().vec(), ", y ", y_NP.sizes().vec(), " for ", xy_FP_.sizes().vec());
+  MOEGRAFT_INVARIANT(x_NF.size(0) == y_NP.size(0) && x_NF.size(1) == x_F_.size(0) && y_NP.size(1) == y_P_.size(0), "x ",
+                     x_NF.sizes().vec(), ", y ", y_NP.sizes().vec(), " for ", xy_FP_.sizes().vec());
   const at::Tensor x = x_NF.to(at::kDouble), y = y_NP.to(at::kDouble), dense = x.is_sparse() ? x.to_dense() : x;
   count_ += x.size(0);
   x_F_ += dense.sum(0);
@@ -37,11 +41,14 @@ NormalEquations NormalEquations::operator+(const NormalEquations& other) const {
 
 NormalEquations::Centred NormalEquations::centred(const at::Tensor& mean_F, const at::Tensor& mean_P) const {
   const double n(count_);
-  return {xx_FF_ - at::outer(mean_F, x_F_) - at::outer(x_F_, mean_F) + n * at::outer(mean_F, mean_F), xy_FP_ - at::outer(mean_F, y_P_) - at::outer(x_F_, mean_P) + n * at::outer(mean_F, mean_P),
+  return {xx_FF_ - at::outer(mean_F, x_F_) - at::outer(x_F_, mean_F) + n * at::outer(mean_F, mean_F),
+          xy_FP_ - at::outer(mean_F, y_P_) - at::outer(x_F_, mean_P) + n * at::outer(mean_F, mean_P),
           yy_ - 2 * mean_P.dot(y_P_).item<double>() + n * mean_P.dot(mean_P).item<double>()};
 }
 
-double NormalEquations::mean_variance() const { return (xx_FF_.diagonal() - x_F_.square() / double(count_)).mean().item<double>(); }
+double NormalEquations::mean_variance() const {
+  return (xx_FF_.diagonal() - x_F_.square() / double(count_)).mean().item<double>();
+}
 
 Ridge NormalEquations::solve(double lambda) const {
   const at::Tensor mean_F = x_F_ / double(count_), mean_P = y_P_ / double(count_);
@@ -56,7 +63,8 @@ double NormalEquations::squared_error(const Ridge& ridge) const {
   return c.yy - 2 * (w * c.xy_FP).sum().item<double>() + (w * at::mm(c.xx_FF, w)).sum().item<double>();
 }
 
-ChosenRidge choose_ridge(const NormalEquations& rows, const NormalEquations& held_out, const std::vector<double>& ratios) {
+ChosenRidge choose_ridge(const NormalEquations& rows, const NormalEquations& held_out,
+                         const std::vector<double>& ratios) {
   ChosenRidge best;
   best.held_out_error = std::numeric_limits<double>::infinity();
   for (const double ratio : ratios) {

@@ -11,10 +11,12 @@ namespace moegraft::exporting {
 double common_scale(const std::vector<Target>& targets);
 
 // PEFT's LoraConfig. Every rank keeps alpha/rank = scale, so a reader that ignores the patterns scales right too.
-io::Json adapter_config(const graft::GraftedModel& model, const std::vector<Target>& targets, const std::string& base_name);
+io::Json adapter_config(const graft::GraftedModel& model, const std::vector<Target>& targets,
+                        const std::string& base_name);
 
 // What PEFT has no word for: the gate, the new ids, which ranks belong to which adapter and site.
-io::Json gating_marker(const graft::GraftedModel& model, const std::vector<Target>& targets, const std::string& base_name);
+io::Json gating_marker(const graft::GraftedModel& model, const std::vector<Target>& targets,
+                       const std::string& base_name);
 
 std::string readme(const graft::GraftedModel& model, const std::string& base_name);
 

@@ -16,7 +16,8 @@ struct Rows {
   std::string key() const;
 };
 
-// Embedding rows, and head rows unless the base ties them (PEFT then uses the embedding's for both). Empty without new rows.
+// Embedding rows, and head rows unless the base ties them (PEFT then uses the embedding's for both). Empty without new
+// rows.
 std::vector<Rows> new_rows(const graft::GraftedModel& model);
 
 }  // namespace moegraft::exporting

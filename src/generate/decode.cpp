@@ -9,7 +9,9 @@
 namespace moegraft::generate {
 namespace {
 
-at::Tensor on_device(const std::vector<int64_t>& values, at::Device device) { return at::tensor(at::ArrayRef<int64_t>(values), at::kLong).to(device); }
+at::Tensor on_device(const std::vector<int64_t>& values, at::Device device) {
+  return at::tensor(at::ArrayRef<int64_t>(values), at::kLong).to(device);
+}
 
 model::KvCache make_cache(const graft::GraftedModel& model, int64_t length) {
   return model::KvCache(model.decoder->spec(), 1, length, model.decoder->dtype(), model.device());
@@ -38,10 +40,16 @@ DecodeSteps decode_steps(DecodeSteps asked, at::Device device) {
   return device.is_cuda() ? DecodeSteps::fixed : DecodeSteps::plain;
 }
 
-Steps::Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how)
-    : model_(model), cache_(cache), modality_(modality), head_(std::move(head)), factors_(model::make_factor_caches(model.decoder->spec())) {
+Steps::Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head,
+             DecodeSteps how)
+    : model_(model),
+      cache_(cache),
+      modality_(modality),
+      head_(std::move(head)),
+      factors_(model::make_factor_caches(model.decoder->spec())) {
   how = decode_steps(how, model.device());
-  if (how != DecodeSteps::plain) fixed_.emplace(*model.decoder, cache, count, modality, head_, how == DecodeSteps::recorded);
+  if (how != DecodeSteps::plain)
+    fixed_.emplace(*model.decoder, cache, count, modality, head_, how == DecodeSteps::recorded);
 }
 
 at::Tensor Steps::operator()(const std::vector<int64_t>& ids) {
@@ -62,11 +70,14 @@ at::Tensor Steps::operator()(const std::vector<int64_t>& ids) {
   return head_(model_.decoder->forward(batch, options).hidden_TD);
 }
 
-void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more, const char* what) {
+void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more,
+                     const char* what) {
   const int64_t room = model.decoder->spec().max_positions;
   if (room <= 0) return;
-  MOEGRAFT_CHECK(prompt_tokens + more <= room, "prompt ", prompt, " has ", prompt_tokens, " tokens and ", what, " needs ", more, " more, but the model has ", room,
-                 " positions: shorten the prompt by ", prompt_tokens + more - room, " tokens", more > 1 && std::string_view(what) == "max_tokens" ? " or lower --max-tokens" : "");
+  MOEGRAFT_CHECK(prompt_tokens + more <= room, "prompt ", prompt, " has ", prompt_tokens, " tokens and ", what,
+                 " needs ", more, " more, but the model has ", room, " positions: shorten the prompt by ",
+                 prompt_tokens + more - room, " tokens",
+                 more > 1 && std::string_view(what) == "max_tokens" ? " or lower --max-tokens" : "");
 }
 
 uint64_t stream_index(const PromptTokens& tokens, int64_t index) {

@@ -25,7 +25,8 @@ DecodeSteps decode_steps(DecodeSteps asked, at::Device device);
 class Steps {
  public:
   using Head = model::FixedStep::Head;
-  Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head, DecodeSteps how);
+  Steps(const graft::GraftedModel& model, model::KvCache& cache, int64_t count, int64_t modality, Head head,
+        DecodeSteps how);
 
   // What head made of the hidden states of ids [count]; valid until the next call.
   at::Tensor operator()(const std::vector<int64_t>& ids);
@@ -40,9 +41,11 @@ class Steps {
 };
 
 // UserError when `needed` positions are more than the model has.
-void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more, const char* what);
+void check_positions(const graft::GraftedModel& model, int64_t prompt, int64_t prompt_tokens, int64_t more,
+                     const char* what);
 
-// The stream of sample `index` of a prompt: from its tokens, so that it does not depend on which other prompts there are.
+// The stream of sample `index` of a prompt: from its tokens, so that it does not depend on which other prompts there
+// are.
 uint64_t stream_index(const PromptTokens& tokens, int64_t index);
 
 }  // namespace moegraft::generate

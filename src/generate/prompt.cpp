@@ -27,13 +27,15 @@ bool is_name(std::string_view text) {
   return !text.empty();
 }
 
-// What was probably meant as a picture: <imag:x.png>, or <image:x.png without its end. "a <b: c" is text like any other.
+// What was probably meant as a picture: <imag:x.png>, or <image:x.png without its end. "a <b: c" is text like any
+// other.
 bool looks_like_picture(const std::string& piece, const model::Vocabulary& vocabulary) {
   std::vector<std::string> names;
   for (const auto& tokens : vocabulary.modalities) names.push_back(tokens.name);
   const size_t colon = piece.find(':');
   const std::string name = trim(std::string_view(piece).substr(1, colon == std::string::npos ? 0 : colon - 1));
-  return !names.empty() && is_name(name) && (!nearest_word(lower_case(name), names).empty() || io::has_picture_extension(trim(piece.substr(colon + 1))));
+  return !names.empty() && is_name(name) &&
+         (!nearest_word(lower_case(name), names).empty() || io::has_picture_extension(trim(piece.substr(colon + 1))));
 }
 
 data::DataConfig token_rules(const graft::GraftedModel& model) {
@@ -44,15 +46,19 @@ data::DataConfig token_rules(const graft::GraftedModel& model) {
 
 at::Tensor codes_of(const graft::GraftedModel& model, const model::ModalityTokens& tokens, const PromptPart& part) {
   if (part.codes_L.defined()) {
-    MOEGRAFT_CHECK(part.codes_L.dim() == 1 && part.codes_L.size(0) == tokens.item_length && part.codes_L.scalar_type() == at::kLong, "codes of an ", tokens.name,
-                   " must be int64 [", tokens.item_length, "], got ", c10::toString(part.codes_L.scalar_type()), " ", part.codes_L.sizes().vec());
+    MOEGRAFT_CHECK(part.codes_L.dim() == 1 && part.codes_L.size(0) == tokens.item_length &&
+                       part.codes_L.scalar_type() == at::kLong,
+                   "codes of an ", tokens.name, " must be int64 [", tokens.item_length, "], got ",
+                   c10::toString(part.codes_L.scalar_type()), " ", part.codes_L.sizes().vec());
     return part.codes_L.to(at::kCPU).contiguous();
   }
   const codec::ImageCodec* codec = graft::find_image_codec(model, tokens.name);
-  MOEGRAFT_CHECK(codec, "the prompt holds ", part.image.string(), ", but the model was opened without the codec of ", tokens.name);
+  MOEGRAFT_CHECK(codec, "the prompt holds ", part.image.string(), ", but the model was opened without the codec of ",
+                 tokens.name);
   const at::Tensor pixels = codec->prepare(io::load_image(part.image)).unsqueeze(0).to(model.device());
   const at::Tensor codes = codec->encode(pixels).to(at::kCPU).reshape({-1}).contiguous();
-  MOEGRAFT_CHECK(codes.size(0) == tokens.item_length, "the codec of ", tokens.name, " makes ", codes.size(0), " codes of a picture, the model expects ", tokens.item_length);
+  MOEGRAFT_CHECK(codes.size(0) == tokens.item_length, "the codec of ", tokens.name, " makes ", codes.size(0),
+                 " codes of a picture, the model expects ", tokens.item_length);
   return codes;
 }
 
@@ -71,23 +77,27 @@ Prompt parse_prompt(const std::string& text, const model::Vocabulary& vocabulary
   while (at < text.size()) {
     const size_t close = text[at] == '<' ? text.find('>', at) : std::string::npos;
     const size_t colon = close == std::string::npos ? close : text.find(':', at);
-    const std::string name = colon != std::string::npos && colon < close ? text.substr(at + 1, colon - at - 1) : std::string();
+    const std::string name =
+        colon != std::string::npos && colon < close ? text.substr(at + 1, colon - at - 1) : std::string();
     const bool known = is_name(name) && has_modality(vocabulary, name);
     if (!known) {
-      MOEGRAFT_CHECK_USAGE(name != "image", "the prompt holds ", text.substr(at, close + 1 - at), ", but the model has no modality \"image\"",
+      MOEGRAFT_CHECK_USAGE(name != "image", "the prompt holds ", text.substr(at, close + 1 - at),
+                           ", but the model has no modality \"image\"",
                            vocabulary.modalities.empty() ? ": it has text only" : "");
       if (text[at] == '<') {
         const size_t end = std::min({close, text.find('<', at + 1), text.size()});
         const bool closed = end == close;
         const std::string piece = text.substr(at, end - at);
         if (looks_like_picture(piece, vocabulary))
-          log::warning("the prompt holds ", shortened(piece), closed ? ">" : "", " as text: a picture is written <", vocabulary.modalities.front().name, ":picture.png>", closed ? "" : ", with its >");
+          log::warning("the prompt holds ", shortened(piece), closed ? ">" : "", " as text: a picture is written <",
+                       vocabulary.modalities.front().name, ":picture.png>", closed ? "" : ", with its >");
       }
       pending += text[at++];
       continue;
     }
     const std::string file = trim(std::string_view(text).substr(colon + 1, close - colon - 1));
-    MOEGRAFT_CHECK_USAGE(!file.empty(), "the prompt holds <", name, ":> without a file name: write <", name, ":picture.png>");
+    MOEGRAFT_CHECK_USAGE(!file.empty(), "the prompt holds <", name, ":> without a file name: write <", name,
+                         ":picture.png>");
     flush(true);
     prompt.push_back({name, "", file, {}});
     at = close + 1;
@@ -103,10 +113,12 @@ PromptTokens tokenize(const graft::GraftedModel& model, const Prompt& prompt) {
     auto& ids = storage.emplace_back();
     if (part.modality.empty()) {
       if (part.text.empty()) continue;
-      MOEGRAFT_CHECK(model.tokenizer != nullptr, model.path.string(), " has no tokenizer (tokenizer.json or tokenizer.model), so prompts cannot be read");
+      MOEGRAFT_CHECK(model.tokenizer != nullptr, model.path.string(),
+                     " has no tokenizer (tokenizer.json or tokenizer.model), so prompts cannot be read");
       for (const int64_t id : model.tokenizer->encode(part.text)) {
         // An id beyond the embedding would be taken for one of the new modality's.
-        MOEGRAFT_CHECK(id >= 0 && id < model.vocabulary.text_size, "the tokenizer gives id ", id, " for \"", part.text, "\", the model's text vocabulary has ", model.vocabulary.text_size,
+        MOEGRAFT_CHECK(id >= 0 && id < model.vocabulary.text_size, "the tokenizer gives id ", id, " for \"", part.text,
+                       "\", the model's text vocabulary has ", model.vocabulary.text_size,
                        " ids: tokenizer and model do not belong together");
         ids.push_back(static_cast<int32_t>(id));
       }
@@ -118,7 +130,8 @@ PromptTokens tokenize(const graft::GraftedModel& model, const Prompt& prompt) {
     for (int64_t i = 0; i < codes.size(0); ++i) {
       const int64_t code = codes.const_data_ptr<int64_t>()[i];
       const int64_t first = tokens.first_code(i), end = first + tokens.codebook_size();
-      MOEGRAFT_CHECK(code >= first && code < end, "code ", code, " of ", tokens.name, " is outside [", first, ", ", end, ")", tokens.codebooks > 1 ? detail::concat(", the codebook of place ", i) : "");
+      MOEGRAFT_CHECK(code >= first && code < end, "code ", code, " of ", tokens.name, " is outside [", first, ", ", end,
+                     ")", tokens.codebooks > 1 ? detail::concat(", the codebook of place ", i) : "");
       ids.push_back(static_cast<int32_t>(code));
     }
     segments.push_back({tokens.modality, ids});
@@ -139,8 +152,11 @@ const model::ModalityTokens& find_modality(const graft::GraftedModel& model, con
     if (tokens.name == name || (name.empty() && (all.size() == 1 || tokens.name == "image"))) return tokens;
     known.push_back(tokens.name);
   }
-  MOEGRAFT_CHECK_USAGE(!all.empty(), "no modality \"", name.empty() ? "image" : name, "\" in ", model.path.string(), ": this model has text only, so it cannot draw (use --text)");
-  fail<UsageError>(name.empty() ? std::string("name the modality to draw") : "no modality \"" + name + "\" in " + model.path.string(), "; the model has ", join(known, ", "));
+  MOEGRAFT_CHECK_USAGE(!all.empty(), "no modality \"", name.empty() ? "image" : name, "\" in ", model.path.string(),
+                       ": this model has text only, so it cannot draw (use --text)");
+  fail<UsageError>(name.empty() ? std::string("name the modality to draw")
+                                : "no modality \"" + name + "\" in " + model.path.string(),
+                   "; the model has ", join(known, ", "));
 }
 
 }  // namespace moegraft::generate

@@ -16,8 +16,8 @@ int64_t largest(std::span<const float> logits) {
   MOEGRAFT_CHECK(!logits.empty(), "sampling: no logits");
   int64_t best = 0;
   for (size_t i = 0; i < logits.size(); ++i) {
-    MOEGRAFT_CHECK(!std::isnan(logits[i]) && logits[i] != std::numeric_limits<float>::infinity(), "sampling: logit ", i, " is ", logits[i],
-                   "; the model's weights or its dtype do not fit (try --dtype float32)");
+    MOEGRAFT_CHECK(!std::isnan(logits[i]) && logits[i] != std::numeric_limits<float>::infinity(), "sampling: logit ", i,
+                   " is ", logits[i], "; the model's weights or its dtype do not fit (try --dtype float32)");
     if (logits[i] > logits[best]) best = static_cast<int64_t>(i);
   }
   MOEGRAFT_CHECK(logits[best] != kRemoved, "sampling: every id is masked");
@@ -38,7 +38,8 @@ double exponentials(const std::vector<float>& scores, std::vector<double>& out) 
   const double top = *std::max_element(scores.begin(), scores.end());
   double sum = 0;
   out.resize(scores.size());
-  for (size_t i = 0; i < scores.size(); ++i) sum += out[i] = scores[i] == kRemoved ? 0.0 : std::exp(double(scores[i]) - top);
+  for (size_t i = 0; i < scores.size(); ++i)
+    sum += out[i] = scores[i] == kRemoved ? 0.0 : std::exp(double(scores[i]) - top);
   return sum;
 }
 
@@ -50,7 +51,8 @@ void keep_top_p(std::vector<float>& scores, double top_p) {
   for (size_t i = 0; i < scores.size(); ++i)
     if (scores[i] != kRemoved) order.push_back(static_cast<int64_t>(i));
   // Least likely first; among equals the lowest id is kept longest, as in greedy.
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] < scores[b] : a > b; });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return scores[a] != scores[b] ? scores[a] < scores[b] : a > b; });
   double below = 0;
   for (size_t i = 0; i + 1 < order.size(); ++i) {  // the most likely id always stays
     below += mass[order[i]] / sum;
@@ -62,7 +64,8 @@ void keep_top_p(std::vector<float>& scores, double top_p) {
 }  // namespace
 
 void SamplingOptions::validate() const {
-  MOEGRAFT_CHECK_USAGE(std::isfinite(temperature) && temperature >= 0, "temperature must be a number of at least 0 (0: greedy), got ", temperature);
+  MOEGRAFT_CHECK_USAGE(std::isfinite(temperature) && temperature >= 0,
+                       "temperature must be a number of at least 0 (0: greedy), got ", temperature);
   MOEGRAFT_CHECK_USAGE(top_k >= 0, "top_k must be at least 0 (0: off), got ", top_k);
   MOEGRAFT_CHECK_USAGE(top_p > 0 && top_p <= 1, "top_p must be in (0, 1] (1: off), got ", top_p);
 }
@@ -77,7 +80,8 @@ std::vector<double> probabilities(std::span<const float> logits, const SamplingO
     return out;
   }
   std::vector<float> scores(logits.begin(), logits.end());
-  keep_top_k(scores, options.top_k);  // before scaling: the order is the same, and scaling may round neighbours to a tie
+  keep_top_k(scores,
+             options.top_k);  // before scaling: the order is the same, and scaling may round neighbours to a tie
   // The largest is subtracted first, so that a small temperature cannot overflow.
   for (float& s : scores) s = (s - logits[best]) / static_cast<float>(options.temperature);
   keep_top_p(scores, options.top_p);

@@ -11,7 +11,8 @@
 namespace moegraft::generate {
 namespace {
 
-// True when the last character may still change with the next token: a replacement character, or a UTF-8 sequence cut short.
+// True when the last character may still change with the next token: a replacement character, or a UTF-8 sequence cut
+// short.
 bool ends_open(std::string_view text) {
   if (text.ends_with("\xEF\xBF\xBD")) return true;
   for (size_t back = 1; back <= std::min<size_t>(4, text.size()); ++back) {
@@ -22,10 +23,12 @@ bool ends_open(std::string_view text) {
   return false;
 }
 
-// Turns ids into text as they come. What an id reads as depends on its neighbours (spaces, byte pieces), so a short window is decoded again each time.
+// Turns ids into text as they come. What an id reads as depends on its neighbours (spaces, byte pieces), so a short
+// window is decoded again each time.
 class TextStream {
  public:
-  TextStream(const tokenizer::Tokenizer& tokenizer, std::vector<int64_t> context) : tokenizer_(tokenizer), ids_(std::move(context)), emitted_(ids_.size()) {}
+  TextStream(const tokenizer::Tokenizer& tokenizer, std::vector<int64_t> context)
+      : tokenizer_(tokenizer), ids_(std::move(context)), emitted_(ids_.size()) {}
 
   std::string push(int64_t id) {
     ids_.push_back(id);
@@ -35,7 +38,8 @@ class TextStream {
 
  private:
   std::string take(bool last) {
-    const std::string before = tokenizer_.decode({ids_.begin() + window_, ids_.begin() + emitted_}), all = tokenizer_.decode({ids_.begin() + window_, ids_.end()});
+    const std::string before = tokenizer_.decode({ids_.begin() + window_, ids_.begin() + emitted_}),
+                      all = tokenizer_.decode({ids_.begin() + window_, ids_.end()});
     if (all.size() <= before.size() || (!last && ends_open(all))) return {};
     window_ = emitted_;
     emitted_ = static_cast<int64_t>(ids_.size());
@@ -56,12 +60,14 @@ std::vector<int64_t> trailing_text(const PromptTokens& tokens) {
 
 }  // namespace
 
-std::vector<TextResult> generate_text(const graft::GraftedModel& model, const std::vector<Prompt>& prompts, const TextOptions& options) {
+std::vector<TextResult> generate_text(const graft::GraftedModel& model, const std::vector<Prompt>& prompts,
+                                      const TextOptions& options) {
   MOEGRAFT_CHECK_USAGE(!prompts.empty(), "no prompts: give at least one");
   MOEGRAFT_CHECK_USAGE(options.n >= 1, "n must be at least 1 continuation per prompt, got ", options.n);
   MOEGRAFT_CHECK_USAGE(options.max_tokens >= 1, "max_tokens must be at least 1, got ", options.max_tokens);
   options.sampling.validate();
-  MOEGRAFT_CHECK(model.tokenizer != nullptr, model.path.string(), " has no tokenizer (tokenizer.json or tokenizer.model), so text cannot be written");
+  MOEGRAFT_CHECK(model.tokenizer != nullptr, model.path.string(),
+                 " has no tokenizer (tokenizer.json or tokenizer.model), so text cannot be written");
   const at::NoGradGuard no_grad;
   std::vector<PromptTokens> prefixes;
   for (size_t p = 0; p < prompts.size(); ++p) {
@@ -73,13 +79,16 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
   std::vector<int64_t> stops = model::read_eos_ids(model.base_path);
   stops.insert(stops.end(), {model.vocabulary.eos_id, model.tokenizer->eos_id()});
   const auto ends = [&](int64_t id) { return std::find(stops.begin(), stops.end(), id) != stops.end(); };
-  const auto head = [&](const at::Tensor& hidden_1D) { return model.decoder->text_logits(hidden_1D).narrow(1, 0, known); };
+  const auto head = [&](const at::Tensor& hidden_1D) {
+    return model.decoder->text_logits(hidden_1D).narrow(1, 0, known);
+  };
   const auto on_host = [](const at::Tensor& logits) { return logits.to(at::kCPU, at::kFloat).contiguous(); };
 
   std::vector<TextResult> results;
   for (size_t p = 0; p < prompts.size(); ++p) {
     const Prefix prefix = prefill(model, prefixes[p]);
-    model::KvCache cache(model.decoder->spec(), 1, prefixes[p].size() + options.max_tokens, model.decoder->dtype(), model.device());
+    model::KvCache cache(model.decoder->spec(), 1, prefixes[p].size() + options.max_tokens, model.decoder->dtype(),
+                         model.device());
     Steps step(model, cache, 1, 0, head, options.steps);
     for (int64_t index = 0; index < options.n; ++index) {
       TextResult result{static_cast<int64_t>(p), index, {}, {}, false};
@@ -92,7 +101,8 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
       cache.copy_sequence(0, prefix.cache, 0);
       at::Tensor logits = on_host(head(prefix.hidden_1D));
       while (true) {
-        const int64_t id = sample({logits.const_data_ptr<float>(), static_cast<size_t>(known)}, options.sampling, stream);
+        const int64_t id =
+            sample({logits.const_data_ptr<float>(), static_cast<size_t>(known)}, options.sampling, stream);
         result.ended = ends(id);
         if (result.ended) break;
         result.ids.push_back(id);
@@ -107,7 +117,8 @@ std::vector<TextResult> generate_text(const graft::GraftedModel& model, const st
   return results;
 }
 
-std::vector<TextResult> generate_text(const graft::GraftedModel& model, const std::vector<std::string>& prompts, const TextOptions& options) {
+std::vector<TextResult> generate_text(const graft::GraftedModel& model, const std::vector<std::string>& prompts,
+                                      const TextOptions& options) {
   std::vector<Prompt> parsed;
   for (const auto& text : prompts) parsed.push_back(text_prompt(text));
   return generate_text(model, parsed, options);

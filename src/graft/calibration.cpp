@@ -15,7 +15,8 @@ namespace {
 
 model::Site stored(model::Site site) { return site == model::Site::up ? model::Site::gate : site; }
 
-constexpr int64_t kRows = 256;  // beyond them subspaces of the ranks in use hardly change, and a solver's time grows with their square
+constexpr int64_t kRows =
+    256;  // beyond them subspaces of the ranks in use hardly change, and a solver's time grows with their square
 
 // Three digits that are enough when they are typed.
 double round_up(double x) {
@@ -26,8 +27,11 @@ double round_up(double x) {
 }  // namespace
 
 bool needs_calibration(const adapters::AdapterConfig& a) {
-  const bool on_ffn = std::any_of(a.sites.begin(), a.sites.end(), [](const std::string& name) { return adapters::is_ffn_site(adapters::parse_site(name)); });  // attention's A is Kaiming's
-  return on_ffn && a.kind == adapters::AdapterKind::modality_lora && a.init_from.empty() && config::row_of(a.init).needs_calibration;
+  const bool on_ffn = std::any_of(a.sites.begin(), a.sites.end(), [](const std::string& name) {
+    return adapters::is_ffn_site(adapters::parse_site(name));
+  });  // attention's A is Kaiming's
+  return on_ffn && a.kind == adapters::AdapterKind::modality_lora && a.init_from.empty() &&
+         config::row_of(a.init).needs_calibration;
 }
 
 int64_t CalibrationPlan::num_solves() const {
@@ -44,7 +48,9 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   for (size_t i = 0; i < config.adapters.size(); ++i) {
     const auto& a = config.adapters[i];
     if (!needs_calibration(a)) continue;
-    const auto is_in = [&](int64_t layer) { return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end(); };
+    const auto is_in = [&](int64_t layer) {
+      return a.layers.empty() || std::find(a.layers.begin(), a.layers.end(), layer) != a.layers.end();
+    };
     int64_t layers = 0;
     for (int64_t l = 0; l < spec.num_layers; ++l) layers += adapters::has_site(spec, l, model::Site::gate) && is_in(l);
     std::vector<model::Site> seen;
@@ -54,7 +60,8 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
       seen.push_back(site);
       if (layers == 0) continue;
       if (a.rank > rank) rank = a.rank, largest = i;
-      if (config::row_of(a.init).needs_ot) plan.solves.push_back({layers * experts, adapters::site_shape(spec, site).in, a.rank});
+      if (config::row_of(a.init).needs_ot)
+        plan.solves.push_back({layers * experts, adapters::site_shape(spec, site).in, a.rank});
     }
   }
   if (rank == 0) return plan;  // no adapter asks for inputs
@@ -62,12 +69,15 @@ CalibrationPlan plan_calibration(const model::DecoderSpec& spec, const run::RunC
   int64_t layers = 0;
   for (int64_t l = 0; l < spec.num_layers; ++l) layers += adapters::has_site(spec, l, model::Site::gate);
   const auto width = int64_t(c10::elementSize(parse_dtype(config.model.dtype)));
-  const int64_t row_of_all = layers * experts * (1 + int64_t(config.modalities.size())) * (spec.hidden_size + adapters::site_shape(spec, model::Site::down).in) * width;
+  const int64_t row_of_all = layers * experts * (1 + int64_t(config.modalities.size())) *
+                             (spec.hidden_size + adapters::site_shape(spec, model::Site::down).in) * width;
   const double bound = config.ot.calibration_gib * double(int64_t{1} << 30);
   plan.wanted = std::max(kRows, rank);
   plan.rows = int64_t(std::min(double(plan.wanted), bound / double(row_of_all)));
-  MOEGRAFT_CHECK_USAGE(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows, " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
-                       round_up(double(rank * row_of_all) / double(int64_t{1} << 30)), " at least, or use adapters[", largest, "].init: ", config::name_of(adapters::FactorInit::kaiming_zero));
+  MOEGRAFT_CHECK_USAGE(plan.rows >= rank, "ot.calibration_gib: ", config.ot.calibration_gib, " GiB hold ", plan.rows,
+                       " rows of each expert's inputs, and adapters of rank ", rank, " need as many: set it to ",
+                       round_up(double(rank * row_of_all) / double(int64_t{1} << 30)), " at least, or use adapters[",
+                       largest, "].init: ", config::name_of(adapters::FactorInit::kaiming_zero));
   plan.bytes = plan.rows * row_of_all;
   return plan;
 }
@@ -76,20 +86,27 @@ Calibration::Calibration(int64_t rows_per_key, uint64_t seed) : rows_per_key_(ro
   MOEGRAFT_CHECK(rows_per_key >= 1, "calibration must keep at least one row per expert, got ", rows_per_key);
 }
 
-void Calibration::observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX, const std::vector<int64_t>& offsets, int64_t num_modalities) {
+void Calibration::observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX,
+                                  const std::vector<int64_t>& offsets, int64_t num_modalities) {
   at::NoGradGuard no_grad;
-  MOEGRAFT_INVARIANT(num_modalities >= 1 && (int64_t(offsets.size()) - 1) % num_modalities == 0, "offsets of ", offsets.size(), " entries for ", num_modalities, " modalities");
+  MOEGRAFT_INVARIANT(num_modalities >= 1 && (int64_t(offsets.size()) - 1) % num_modalities == 0, "offsets of ",
+                     offsets.size(), " entries for ", num_modalities, " modalities");
   const int64_t groups = int64_t(offsets.size()) - 1;
-  std::vector<int64_t> picked;                           // rows to fetch, in one copy from the device
-  std::vector<std::pair<Reservoir*, int64_t>> targets;   // where each goes
+  std::vector<int64_t> picked;                          // rows to fetch, in one copy from the device
+  std::vector<std::pair<Reservoir*, int64_t>> targets;  // where each goes
   for (int64_t g = 0; g < groups; ++g) {
     if (offsets[g] == offsets[g + 1]) continue;
     const int64_t expert = g / num_modalities, modality = g % num_modalities;
     const Key key{layer, stored(site), expert, modality};
     auto found = reservoirs_.find(key);
     if (found == reservoirs_.end()) {
-      const uint64_t index = ((uint64_t(layer) * 64 + uint64_t(stored(site))) << 32) + uint64_t(expert) * 1024 + uint64_t(modality);
-      found = reservoirs_.emplace(key, Reservoir{Rng(seed_, "graft.calibration", index), 0, at::empty({rows_per_key_, rows_RX.size(1)}, rows_RX.options().device(at::kCPU))}).first;
+      const uint64_t index =
+          ((uint64_t(layer) * 64 + uint64_t(stored(site))) << 32) + uint64_t(expert) * 1024 + uint64_t(modality);
+      found =
+          reservoirs_
+              .emplace(key, Reservoir{Rng(seed_, "graft.calibration", index), 0,
+                                      at::empty({rows_per_key_, rows_RX.size(1)}, rows_RX.options().device(at::kCPU))})
+              .first;
     }
     Reservoir& r = found->second;
     for (int64_t row = offsets[g]; row < offsets[g + 1]; ++row, ++r.seen) {
@@ -100,7 +117,8 @@ void Calibration::observe_experts(int64_t layer, model::Site site, const at::Ten
     }
   }
   if (picked.empty()) return;
-  const at::Tensor rows = rows_RX.detach().index_select(0, at::tensor(picked, at::kLong).to(rows_RX.device())).cpu().contiguous();
+  const at::Tensor rows =
+      rows_RX.detach().index_select(0, at::tensor(picked, at::kLong).to(rows_RX.device())).cpu().contiguous();
   const size_t row = size_t(rows.size(1)) * rows.element_size();
   const auto* from = static_cast<const char*>(rows.const_data_ptr());
   for (size_t i = 0; i < picked.size(); ++i) {
@@ -109,7 +127,8 @@ void Calibration::observe_experts(int64_t layer, model::Site site, const at::Ten
   }
 }
 
-const Calibration::Reservoir* Calibration::find(int64_t layer, model::Site site, int64_t expert, int64_t modality) const {
+const Calibration::Reservoir* Calibration::find(int64_t layer, model::Site site, int64_t expert,
+                                                int64_t modality) const {
   const auto found = reservoirs_.find({layer, stored(site), expert, modality});
   return found == reservoirs_.end() ? nullptr : &found->second;
 }
@@ -122,7 +141,8 @@ at::Tensor Calibration::rows(int64_t layer, model::Site site, int64_t expert, in
 at::Tensor Calibration::pool(int64_t layer, model::Site site, int64_t modality) const {
   std::vector<at::Tensor> parts;
   for (const auto& [key, r] : reservoirs_) {
-    if (std::get<0>(key) == layer && std::get<1>(key) == stored(site) && std::get<3>(key) == modality) parts.push_back(r.rows_NX.slice(0, 0, std::min(r.seen, rows_per_key_)));
+    if (std::get<0>(key) == layer && std::get<1>(key) == stored(site) && std::get<3>(key) == modality)
+      parts.push_back(r.rows_NX.slice(0, 0, std::min(r.seen, rows_per_key_)));
   }
   if (parts.empty()) return {};
   const at::Tensor all = at::cat(parts);

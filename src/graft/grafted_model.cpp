@@ -28,7 +28,8 @@ model::DecoderSpec spec_from_init(const model::InitConfig& init, const tokenizer
   model::DecoderSpec s;
   s.family = init.family;
   s.vocab_size = init.vocab_size > 0 ? init.vocab_size : tokenizer.size();
-  MOEGRAFT_CHECK_USAGE(s.vocab_size >= tokenizer.size(), "model.init.vocab_size must be at least the tokenizer's size ", tokenizer.size(), ", got ", s.vocab_size);
+  MOEGRAFT_CHECK_USAGE(s.vocab_size >= tokenizer.size(), "model.init.vocab_size must be at least the tokenizer's size ",
+                       tokenizer.size(), ", got ", s.vocab_size);
   s.hidden_size = init.hidden_size;
   s.num_layers = init.num_layers;
   s.num_heads = init.num_heads;
@@ -61,7 +62,8 @@ void add_rows(GraftedModel& m) {
   const int64_t D = m.decoder->spec().hidden_size;
   const auto options = at::TensorOptions(at::kFloat).device(m.device());
   for (const auto& tokens : m.vocabulary.modalities) {
-    model::ModalityRows rows{tokens.modality, tokens.first_id, at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true), {}};
+    model::ModalityRows rows{
+        tokens.modality, tokens.first_id, at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true), {}};
     // New rows follow the base's tying of embedding and head.
     const bool tied = m.decoder->spec().tie_word_embeddings;
     rows.head_ND = tied ? rows.embedding_ND : at::zeros({tokens.num_rows(), D}, options).set_requires_grad(true);
@@ -71,11 +73,13 @@ void add_rows(GraftedModel& m) {
   }
 }
 
-void add_adapters(GraftedModel& m, const std::vector<adapters::AdapterConfig>& configs, std::pair<int64_t, int64_t> experts) {
+void add_adapters(GraftedModel& m, const std::vector<adapters::AdapterConfig>& configs,
+                  std::pair<int64_t, int64_t> experts) {
   if (configs.empty()) return;
   m.adapters = std::make_shared<adapters::AdapterStack>();
   for (size_t i = 0; i < configs.size(); ++i) {
-    auto adapter = adapters::make_adapter({m.decoder->spec(), configs[i], int64_t(i), modality_ids(m.vocabulary, configs[i].modality), m.device(), experts});
+    auto adapter = adapters::make_adapter({m.decoder->spec(), configs[i], int64_t(i),
+                                           modality_ids(m.vocabulary, configs[i].modality), m.device(), experts});
     adapter->register_parameters(*m.registry);
     m.adapters->add(std::move(adapter));
   }
@@ -90,7 +94,8 @@ void add_vocabulary(GraftedModel& m, const std::map<std::string, ModalityConfig>
   m.vocabulary.eos_id = s.eos_id;
   const auto stored = m.path.empty() ? std::nullopt : read_vocabulary(m.path);
   if (stored) {
-    MOEGRAFT_CHECK(stored->text_size == s.vocab_size, (m.path / "vocabulary.json").string(), " belongs to a base with ", stored->text_size, " text ids; ", m.base_path.string(), " has ", s.vocab_size);
+    MOEGRAFT_CHECK(stored->text_size == s.vocab_size, (m.path / "vocabulary.json").string(), " belongs to a base with ",
+                   stored->text_size, " text ids; ", m.base_path.string(), " has ", s.vocab_size);
     m.vocabulary = *stored;
   }
   int64_t next = s.vocab_size, modality = 0;
@@ -99,12 +104,15 @@ void add_vocabulary(GraftedModel& m, const std::map<std::string, ModalityConfig>
     if (stored && !with_codecs) continue;
     std::shared_ptr<codec::Codec> codec = codec::load_codec(section.codec);
     codec->to(m.device());
-    model::ModalityTokens tokens{name, modality, next, codec->num_codes(), codec->item_length(), codec->shape().codebooks};
+    model::ModalityTokens tokens{
+        name, modality, next, codec->num_codes(), codec->item_length(), codec->shape().codebooks};
     if (stored) {
       const auto& was = m.vocabulary.by_name(name);
-      MOEGRAFT_CHECK(was.num_codes == tokens.num_codes && was.item_length == tokens.item_length && was.codebooks == tokens.codebooks, "modalities.", name, ".codec: the run was trained with ",
-                     was.num_codes, " codes in ", was.codebooks, " codebook(s) and ", was.item_length, " per item, ", section.codec, " has ", tokens.num_codes, " in ", tokens.codebooks, " and ",
-                     tokens.item_length);
+      MOEGRAFT_CHECK(was.num_codes == tokens.num_codes && was.item_length == tokens.item_length &&
+                         was.codebooks == tokens.codebooks,
+                     "modalities.", name, ".codec: the run was trained with ", was.num_codes, " codes in ",
+                     was.codebooks, " codebook(s) and ", was.item_length, " per item, ", section.codec, " has ",
+                     tokens.num_codes, " in ", tokens.codebooks, " and ", tokens.item_length);
     } else {
       m.vocabulary.modalities.push_back(tokens);
     }
@@ -116,15 +124,23 @@ void add_vocabulary(GraftedModel& m, const std::map<std::string, ModalityConfig>
 fs::path find_checkpoint(const fs::path& root, const std::string& which) {
   std::optional<fs::path> found;
   int64_t step = 0;
-  if (which == "latest") found = checkpoint::find_latest(root);
-  else if (which == "best") found = checkpoint::find_best(root);
-  else if (auto [end, error] = std::from_chars(which.data(), which.data() + which.size(), step); error == std::errc() && end == which.data() + which.size())
+  if (which == "latest")
+    found = checkpoint::find_latest(root);
+  else if (which == "best")
+    found = checkpoint::find_best(root);
+  else if (auto [end, error] = std::from_chars(which.data(), which.data() + which.size(), step);
+           error == std::errc() && end == which.data() + which.size())
     found = root / checkpoint::step_name(step);
-  else found = fs::path(which);
+  else
+    found = fs::path(which);
   if (found && fs::is_directory(*found)) return *found;
   std::vector<std::string> known;
   for (const auto& dir : checkpoint::list_checkpoints(root)) known.push_back(dir.filename().string());
-  fail("no checkpoint '", shortened(which), "' in ", root.string(), known.empty() ? ": the run has saved none yet" : which == "best" ? ": none was measured; it holds " : ": it holds ", join(known, ", "));
+  fail("no checkpoint '", shortened(which), "' in ", root.string(),
+       known.empty()     ? ": the run has saved none yet"
+       : which == "best" ? ": none was measured; it holds "
+                         : ": it holds ",
+       join(known, ", "));
 }
 
 }  // namespace
@@ -133,14 +149,16 @@ const codec::ImageCodec* find_image_codec(const GraftedModel& m, const std::stri
   const auto found = m.codecs.find(modality);
   if (found == m.codecs.end() || !found->second) return nullptr;
   const auto* images = dynamic_cast<const codec::ImageCodec*>(found->second.get());
-  MOEGRAFT_CHECK(images, "the codec of ", modality, " (", found->second->architecture(), ") is not one of images: name a modality of images");
+  MOEGRAFT_CHECK(images, "the codec of ", modality, " (", found->second->architecture(),
+                 ") is not one of images: name a modality of images");
   return images;
 }
 
 at::Device device_of(config::Device device) {
   if (device == config::Device::cpu) return at::kCPU;
   const bool available = torch::cuda::is_available();
-  MOEGRAFT_CHECK(device == config::Device::automatic || available, "device cuda was asked for, but this build or machine has none; use cpu or auto");
+  MOEGRAFT_CHECK(device == config::Device::automatic || available,
+                 "device cuda was asked for, but this build or machine has none; use cpu or auto");
   if (available) kernels::set_device_numerics();
   return available ? kernels::current_device(at::kCUDA) : at::Device(at::kCPU);
 }
@@ -149,7 +167,9 @@ at::Device choose_device(config::Device choice, int64_t local_rank, int64_t loca
   const at::Device device = device_of(choice);
   if (!device.is_cuda()) return device;
   const int64_t present = int64_t(torch::cuda::device_count());
-  MOEGRAFT_CHECK(local_world_size <= present, local_world_size, " processes on this machine need a GPU each, there are ", present, "; start fewer, or set model.device: cpu");
+  MOEGRAFT_CHECK(local_world_size <= present, local_world_size,
+                 " processes on this machine need a GPU each, there are ", present,
+                 "; start fewer, or set model.device: cpu");
   const at::Device own(at::kCUDA, c10::DeviceIndex(local_rank));
   kernels::make_current(own);
   return own;
@@ -170,10 +190,13 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
   const at::ScalarType dtype = options.dtype.value_or(parse_dtype(config.model.dtype));
   std::pair<int64_t, int64_t> experts{0, 0};  // here; all
   const bool base_trains = config.train.base_weights == train::BaseWeights::full;
-  MOEGRAFT_CHECK_USAGE(!base_trains || (dtype == at::kFloat && device == at::kCPU), "a base that trains runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
+  MOEGRAFT_CHECK_USAGE(
+      !base_trains || (dtype == at::kFloat && device == at::kCPU),
+      "a base that trains runs in float32 on the CPU for now; open its model folder for other dtypes and devices");
   if (config.model.init) {
     m.tokenizer = tokenizer::load_tokenizer(config.model.init->tokenizer);
-    model::BaseModel base = model::init_base(spec_from_init(*config.model.init, *m.tokenizer), {config.model.init->embedding_std, uint64_t(config.run.seed)});
+    model::BaseModel base = model::init_base(spec_from_init(*config.model.init, *m.tokenizer),
+                                             {config.model.init->embedding_std, uint64_t(config.run.seed)});
     model::register_base(base, *m.registry);
     m.decoder = std::make_unique<model::Decoder>(std::move(base));
   } else if (base_trains) {
@@ -184,7 +207,10 @@ GraftedModel assemble_model(const run::RunConfig& config, const OpenOptions& opt
     m.tokenizer = tokenizer::load_tokenizer(config.model.path);
   } else {
     m.base_path = config.model.path;
-    model::LoadOptions load{dtype, device, options.experts.value_or(config.model.offload == model::Offload::experts ? model::Experts::offloaded : model::Experts::resident)};
+    model::LoadOptions load{
+        dtype, device,
+        options.experts.value_or(config.model.offload == model::Offload::experts ? model::Experts::offloaded
+                                                                                 : model::Experts::resident)};
     load.quantise = model::weight_format(options.quantize.value_or(config.model.quantize));
     if (options.mesh) {
       parallel::Part part = parallel::load_part(config.model.path, load, *options.mesh, config.parallel.shard_base);
@@ -209,7 +235,9 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
     run::RunConfig config = run::load_run_config(path);
     config.run.dir = path.string();  // the folder may have been moved
     if (options.check_identity)
-      run::check_identity(path, run::take_fingerprints(config, options.with_codecs ? run::Parts::model_and_codecs : run::Parts::model), config);
+      run::check_identity(
+          path, run::take_fingerprints(config, options.with_codecs ? run::Parts::model_and_codecs : run::Parts::model),
+          config);
     const fs::path from = find_checkpoint(path / "checkpoints", options.checkpoint);
     GraftedModel m = assemble_model(config, options);
     const checkpoint::Checkpoint saved = checkpoint::load(from);
@@ -217,17 +245,21 @@ GraftedModel open_model(const fs::path& path, const OpenOptions& options) {
     m.step = saved.step;
     return m;
   }
-  MOEGRAFT_CHECK(fs::exists(path / "config.json"), path.string(), " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
-  MOEGRAFT_CHECK_USAGE(options.checkpoint == "latest", path.string(), " is a model, not a run: it has no checkpoint \"", options.checkpoint, "\"; leave --checkpoint out");
+  MOEGRAFT_CHECK(fs::exists(path / "config.json"), path.string(),
+                 " is neither a run (config.yaml) nor a Hugging Face model (config.json)");
+  MOEGRAFT_CHECK_USAGE(options.checkpoint == "latest", path.string(), " is a model, not a run: it has no checkpoint \"",
+                       options.checkpoint, "\"; leave --checkpoint out");
   GraftedModel m;
   m.path = m.base_path = path;
   m.registry = std::make_unique<model::ParameterRegistry>();
-  model::LoadOptions load{options.dtype.value_or(at::kFloat), device_of(options.device.value_or(config::Device::automatic))};
+  model::LoadOptions load{options.dtype.value_or(at::kFloat),
+                          device_of(options.device.value_or(config::Device::automatic))};
   load.quantise = model::weight_format(options.quantize.value_or(model::Quantize::none));
   m.decoder = std::make_unique<model::Decoder>(model::load_base(path, load));
   const auto& s = m.decoder->spec();
   m.vocabulary = {s.vocab_size, s.bos_id, s.eos_id, {}};
-  if (fs::exists(path / "tokenizer.json") || fs::exists(path / "tokenizer.model")) m.tokenizer = tokenizer::load_tokenizer(path);
+  if (fs::exists(path / "tokenizer.json") || fs::exists(path / "tokenizer.model"))
+    m.tokenizer = tokenizer::load_tokenizer(path);
   return m;
 }
 

@@ -22,10 +22,12 @@ namespace {
 
 using adapters::FactorInit;
 
-constexpr double kRidge = 1e-2;            // of the mean squared singular value
-constexpr int64_t kIterationsPerEpsilon = 20;  // a subspace needs no exact plan, and there are layers x sites x experts of them
+constexpr double kRidge = 1e-2;  // of the mean squared singular value
+constexpr int64_t kIterationsPerEpsilon =
+    20;  // a subspace needs no exact plan, and there are layers x sites x experts of them
 constexpr int64_t kSharpen = 2;
-constexpr int64_t kFactored = 2048;        // width from which the ridge solution is kept as two factors: as a matrix it takes 1.6 GB a thread at 14,336
+constexpr int64_t kFactored =
+    2048;  // width from which the ridge solution is kept as two factors: as a matrix it takes 1.6 GB a thread at 14,336
 
 // Rows that the data cannot decide (fewer states than P, or a null direction) fall back to Kaiming's.
 at::Tensor scaled_rows(const at::Tensor& rows_KD, int64_t rank, uint64_t seed, int64_t* directions) {
@@ -45,7 +47,8 @@ at::Tensor scaled_rows(const at::Tensor& rows_KD, int64_t rank, uint64_t seed, i
   return a_PD.to(at::kFloat);
 }
 
-// Top right singular vectors as rows [min(P, n, D), D], leaving out directions below rounding. Signs fixed: the largest entry is positive.
+// Top right singular vectors as rows [min(P, n, D), D], leaving out directions below rounding. Signs fixed: the largest
+// entry is positive.
 at::Tensor top_right_vectors(const at::Tensor& x_ND, int64_t rank) {
   const auto [u, s, vh] = at::linalg_svd(x_ND, /*full_matrices=*/false);
   const double floor = s[0].item<double>() * 1e-10;
@@ -56,7 +59,9 @@ at::Tensor top_right_vectors(const at::Tensor& x_ND, int64_t rank) {
 }
 
 at::Tensor checked_states(const at::Tensor& x, const char* name) {
-  MOEGRAFT_CHECK(x.defined() && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name, " must be a matrix [rows, width] with rows, got ", x.defined() ? x.sizes().vec() : std::vector<int64_t>{});
+  MOEGRAFT_CHECK(x.defined() && x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name,
+                 " must be a matrix [rows, width] with rows, got ",
+                 x.defined() ? x.sizes().vec() : std::vector<int64_t>{});
   const at::Tensor d = x.detach().to(at::kCPU, at::kDouble);
   MOEGRAFT_CHECK(d.isfinite().all().item<bool>(), name, " holds NaN or Inf: the base produced them during calibration");
   return d;
@@ -93,18 +98,22 @@ struct FactorInitialiser {
 };
 constexpr FactorInitialiser kInitialisers[] = {
     {FactorInit::kaiming_zero, nullptr},
-    {FactorInit::gw_subspace, [](const FactorContext& in) { return gw_subspace_A(in.x_v, in.x_t, in.rank, in.ot, in.seed, &in.report); }},
+    {FactorInit::gw_subspace,
+     [](const FactorContext& in) { return gw_subspace_A(in.x_v, in.x_t, in.rank, in.ot, in.seed, &in.report); }},
     {FactorInit::activation_svd, [](const FactorContext& in) { return activation_svd_A(in.x_v, in.rank, in.seed); }},
 };
-static_assert(std::ranges::equal(kInitialisers, adapters::kFactorInits, {}, &FactorInitialiser::init, &adapters::FactorInitRow::value), "a function for each row of adapters/config.h's table, in its order");
+static_assert(std::ranges::equal(kInitialisers, adapters::kFactorInits, {}, &FactorInitialiser::init,
+                                 &adapters::FactorInitRow::value),
+              "a function for each row of adapters/config.h's table, in its order");
 
 struct SiteInit {
   at::Tensor A_EPX;
   io::Json report;
 };
 
-SiteInit expert_site(FactorInit method, const Calibration& calibration, int64_t layer, model::Site site, at::IntArrayRef shape, int64_t modality, const ot::OtConfig& ot,
-                     uint64_t seed, const std::string& name, Solved& solved) {
+SiteInit expert_site(FactorInit method, const Calibration& calibration, int64_t layer, model::Site site,
+                     at::IntArrayRef shape, int64_t modality, const ot::OtConfig& ot, uint64_t seed,
+                     const std::string& name, Solved& solved) {
   const int64_t experts = shape[0], rank = shape[1];
   const bool couples = config::row_of(method).needs_ot;  // reads text's inputs too
   SiteInit init{kaiming_A(shape, seed, name), {}};
@@ -130,7 +139,9 @@ SiteInit expert_site(FactorInit method, const Calibration& calibration, int64_t 
   at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
     at::NoGradGuard no_grad;
     for (int64_t e = first; e < last; ++e, solved.one()) {
-      if (is_complete(e)) init.A_EPX[e].copy_(kInitialisers[size_t(method)].A_PX({x_v[e], x_t[e], rank, ot, seed + uint64_t(e), reports[e]}));
+      if (is_complete(e))
+        init.A_EPX[e].copy_(
+            kInitialisers[size_t(method)].A_PX({x_v[e], x_t[e], rank, ot, seed + uint64_t(e), reports[e]}));
     }
   });
   init.report = {{"from_pool", pooled}, {"kaiming_fallback", fallback}};
@@ -153,10 +164,13 @@ at::Tensor kaiming_A(at::IntArrayRef shape, uint64_t seed, const std::string& na
   return at::rand(shape, generator, at::TensorOptions(at::kFloat)).mul_(2.0 * bound).sub_(bound);
 }
 
-at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_given, int64_t rank, const ot::OtConfig& ot, uint64_t seed, GwSubspaceReport* report) {
+at::Tensor gw_subspace_A(const at::Tensor& x_v_given, const at::Tensor& x_t_given, int64_t rank, const ot::OtConfig& ot,
+                         uint64_t seed, GwSubspaceReport* report) {
   at::NoGradGuard no_grad;
-  const at::Tensor x_v = checked_states(x_v_given, "gw_subspace: x_v"), x_t = checked_states(x_t_given, "gw_subspace: x_t");
-  MOEGRAFT_CHECK(x_v.size(1) == x_t.size(1), "gw_subspace: x_v and x_t must have one width, got ", x_v.size(1), " and ", x_t.size(1));
+  const at::Tensor x_v = checked_states(x_v_given, "gw_subspace: x_v"),
+                   x_t = checked_states(x_t_given, "gw_subspace: x_t");
+  MOEGRAFT_CHECK(x_v.size(1) == x_t.size(1), "gw_subspace: x_v and x_t must have one width, got ", x_v.size(1), " and ",
+                 x_t.size(1));
   MOEGRAFT_CHECK(rank >= 1, "gw_subspace: rank must be at least 1, got ", rank);
   ot::Settings settings = solver_settings(ot, x_v.size(0), x_t.size(0));
   settings.max_iterations = std::min(settings.max_iterations, kIterationsPerEpsilon);
@@ -202,16 +216,20 @@ double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& o
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) gw_subspace_A(states[0], states[1], s.rank, ot, uint64_t(i));
     });
-    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() * double(s.count) / double(threads);
+    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() * double(s.count) /
+               double(threads);
   }
   return seconds;
 }
 
-std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const Calibration* calibration, int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
+std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const Calibration* calibration,
+                            int64_t modality, const ot::OtConfig& ot, uint64_t seed) {
   at::NoGradGuard no_grad;
   adapter.initialise();
   if (adapter.factors().empty()) return io::Json{{"kind", config::name_of(adapter.config().kind)}}.dump();
-  const bool calibrated = config::row_of(method).needs_calibration && std::any_of(adapter.factors().begin(), adapter.factors().end(), [](const auto& f) { return adapters::is_ffn_site(f.site); });
+  const bool calibrated = config::row_of(method).needs_calibration &&
+                          std::any_of(adapter.factors().begin(), adapter.factors().end(),
+                                      [](const auto& f) { return adapters::is_ffn_site(f.site); });
   MOEGRAFT_INVARIANT(!calibrated || calibration, "initialise_lora: ", config::name_of(method), " needs a calibration");
   const auto start = std::chrono::steady_clock::now();
   io::Json report = {{"method", config::name_of(method)}, {"sites", io::Json::object()}};
@@ -224,9 +242,12 @@ std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const
     if (shape.size() == 2) shape.insert(shape.begin(), 1);
     return shape;
   };
-  const auto key_of = [](const auto& factor) { return std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site}; };
+  const auto key_of = [](const auto& factor) {
+    return std::pair{factor.layer, factor.site == model::Site::up ? model::Site::gate : factor.site};
+  };
   for (const auto& factor : adapter.factors())
-    if (calibrated && adapters::is_ffn_site(factor.site) && sites.insert(key_of(factor)).second) experts += expert_shape(factor).front();
+    if (calibrated && adapters::is_ffn_site(factor.site) && sites.insert(key_of(factor)).second)
+      experts += expert_shape(factor).front();
   std::optional<Solved> solved;
   if (experts > 0) solved.emplace("initialise adapters (" + config::name_of(method) + "), experts", experts);
   for (const auto& factor : adapter.factors()) {
@@ -238,7 +259,9 @@ std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const
     auto found = done.find(key);
     if (found == done.end()) {
       std::erase_if(done, [&](const auto& earlier) { return earlier.first.first != factor.layer; });
-      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, expert_shape(factor), modality, ot, seed, factor.name, *solved)).first;
+      found = done.emplace(key, expert_site(method, *calibration, factor.layer, key.second, expert_shape(factor),
+                                            modality, ot, seed, factor.name, *solved))
+                  .first;
       report["sites"][factor.name] = found->second.report;
     }
     factor.A.copy_(found->second.A_EPX.view(factor.A.sizes()));

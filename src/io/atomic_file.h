@@ -1,5 +1,6 @@
 #pragma once
-// A file that appears under its name only when complete: temporary name in the same folder, fsync, rename, fsync of the folder.
+// A file that appears under its name only when complete: temporary name in the same folder, fsync, rename, fsync of the
+// folder.
 
 #include <cstddef>
 #include <filesystem>

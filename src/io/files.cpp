@@ -36,7 +36,8 @@ struct Descriptor {
 std::string reason(int error) { return std::strerror(error); }
 
 int open_for_reading(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block for ever
+  const int fd =
+      ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer would block for ever
   if (fd < 0) fail("cannot read ", path.string(), ": ", reason(errno));
   return fd;
 }
@@ -79,7 +80,8 @@ AtomicFile::~AtomicFile() {
 
 void AtomicFile::fail_errno(const char* what) const {
   const int error = errno;
-  fail("cannot ", what, " ", path_.string(), ": ", reason(error), error == ENOSPC ? " (free some space; what was there before is kept)" : "");
+  fail("cannot ", what, " ", path_.string(), ": ", reason(error),
+       error == ENOSPC ? " (free some space; what was there before is kept)" : "");
 }
 
 void AtomicFile::write(const void* data, size_t bytes) {
@@ -104,10 +106,11 @@ void AtomicFile::commit() {
 
 std::string read_file(const fs::path& path) {
   const Descriptor file(open_for_reading(path));
-  struct stat info {};
+  struct stat info{};
   if (::fstat(file.fd, &info) != 0) fail("cannot read ", path.string(), ": ", reason(errno));
   MOEGRAFT_CHECK(!S_ISDIR(info.st_mode), "cannot read ", path.string(), ": it is a directory, expected a file");
-  MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(), ": it is a pipe or a device, expected a regular file");
+  MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(),
+                 ": it is a pipe or a device, expected a regular file");
   // Files of /proc report size 0: read until the end, and one byte beyond the size to notice it.
   std::string bytes;
   size_t done = 0;

@@ -16,12 +16,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr uint64_t kWhole = uint64_t{16} << 20, kPage = 4096, kMostTensors = 65536, kPages = 4096, kStride = uint64_t{4} << 20, kMostPages = 8192, kMostHeader = 100'000'000;
+constexpr uint64_t kWhole = uint64_t{16} << 20, kPage = 4096, kMostTensors = 65536, kPages = 4096,
+                   kStride = uint64_t{4} << 20, kMostPages = 8192, kMostHeader = 100'000'000;
 
 class Sampler {
  public:
   explicit Sampler(const fs::path& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-    struct stat info {};
+    struct stat info{};
     if (fd_ < 0 || ::fstat(fd_, &info) != 0) fail("cannot read ", path.string(), ": ", std::strerror(errno));
     MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(), ": not a regular file");
     size_ = uint64_t(info.st_size);
@@ -62,7 +63,9 @@ std::vector<std::pair<uint64_t, uint64_t>> tensor_ranges(const Sampler& file, st
   if (!j.is_object()) return {};
   for (const auto& [name, entry] : j.items()) {
     const auto offsets = entry.is_object() ? entry.find("data_offsets") : entry.end();
-    if (!entry.is_object() || offsets == entry.end() || !offsets->is_array() || offsets->size() != 2 || !(*offsets)[0].is_number_unsigned() || !(*offsets)[1].is_number_unsigned()) continue;
+    if (!entry.is_object() || offsets == entry.end() || !offsets->is_array() || offsets->size() != 2 ||
+        !(*offsets)[0].is_number_unsigned() || !(*offsets)[1].is_number_unsigned())
+      continue;
     const uint64_t begin = (*offsets)[0].get<uint64_t>(), end = (*offsets)[1].get<uint64_t>();
     if (begin < end && end <= file.size() - 8 - length) ranges.emplace_back(8 + length + begin, 8 + length + end);
   }
@@ -81,7 +84,8 @@ std::string fingerprint_file(const fs::path& path) {
     return hash.hex();
   }
   std::string header;
-  auto ranges = path.extension() == ".safetensors" ? tensor_ranges(file, header) : std::vector<std::pair<uint64_t, uint64_t>>{};
+  auto ranges =
+      path.extension() == ".safetensors" ? tensor_ranges(file, header) : std::vector<std::pair<uint64_t, uint64_t>>{};
   add(header);
   if (ranges.empty())
     for (uint64_t i = 0; i < kPages; ++i) add(file.read(file.size() / kPages * i, kPage));
@@ -89,7 +93,8 @@ std::string fingerprint_file(const fs::path& path) {
   const uint64_t part = std::max(kStride, file.size() / kMostPages);
   for (size_t i = 0; i < ranges.size(); i += stride) {
     const auto [begin, end] = ranges[i];
-    const uint64_t parts = (end - begin + part - 1) / part, length = (end - begin) / parts, bytes = std::min(kPage, length);
+    const uint64_t parts = (end - begin + part - 1) / part, length = (end - begin) / parts,
+                   bytes = std::min(kPage, length);
     for (uint64_t p = 0; p < parts; ++p) add(file.read(begin + p * length + (length - bytes) / 2, bytes));
   }
   add(file.read(0, kPage));
@@ -99,7 +104,8 @@ std::string fingerprint_file(const fs::path& path) {
 
 std::string fingerprint_files(std::vector<fs::path> files) {
   if (files.empty()) return {};
-  std::sort(files.begin(), files.end(), [](const fs::path& a, const fs::path& b) { return a.filename() < b.filename(); });
+  std::sort(files.begin(), files.end(),
+            [](const fs::path& a, const fs::path& b) { return a.filename() < b.filename(); });
   std::string text;
   for (const auto& file : files) text += file.filename().string() + " " + fingerprint_file(file) + "\n";
   return checksum_hex(text);

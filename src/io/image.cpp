@@ -18,10 +18,11 @@ constexpr int kJpegQuality = 95;
 constexpr int64_t kMaxAspect = 16;
 
 void check_image(const at::Tensor& image, const char* what) {
-  MOEGRAFT_CHECK(image.defined() && image.dim() == 3 && image.size(0) == 3 && image.numel() > 0, what, ": expected a picture of shape [3, H, W], got ",
+  MOEGRAFT_CHECK(image.defined() && image.dim() == 3 && image.size(0) == 3 && image.numel() > 0, what,
+                 ": expected a picture of shape [3, H, W], got ",
                  image.defined() ? image.sizes().vec() : std::vector<int64_t>{});
-  MOEGRAFT_CHECK(image.scalar_type() == at::kByte || image.is_floating_point(), what, ": expected a uint8 or floating picture, got ",
-                 c10::toString(image.scalar_type()));
+  MOEGRAFT_CHECK(image.scalar_type() == at::kByte || image.is_floating_point(), what,
+                 ": expected a uint8 or floating picture, got ", c10::toString(image.scalar_type()));
 }
 
 at::Tensor to_float(const at::Tensor& image) {
@@ -46,11 +47,14 @@ at::Tensor orient(at::Tensor image_3HW, int orientation) {
 at::Tensor resize(const at::Tensor& image_3HW, int64_t height, int64_t width) {
   if (image_3HW.size(1) == height && image_3HW.size(2) == width) return image_3HW.clone();
   // Bicubic weights are partly negative: the result may overshoot the input's range.
-  return at::_upsample_bicubic2d_aa(image_3HW.unsqueeze(0).contiguous(), {height, width}, /*align_corners=*/false).squeeze(0).clamp_(0.0, 1.0);
+  return at::_upsample_bicubic2d_aa(image_3HW.unsqueeze(0).contiguous(), {height, width}, /*align_corners=*/false)
+      .squeeze(0)
+      .clamp_(0.0, 1.0);
 }
 
 int64_t scaled(int64_t side, int64_t numerator, int64_t denominator) {
-  return std::max<int64_t>(1, std::llround(static_cast<double>(side) * static_cast<double>(numerator) / static_cast<double>(denominator)));
+  return std::max<int64_t>(
+      1, std::llround(static_cast<double>(side) * static_cast<double>(numerator) / static_cast<double>(denominator)));
 }
 
 bool starts_with(std::string_view bytes, std::string_view magic) { return bytes.substr(0, magic.size()) == magic; }
@@ -75,7 +79,8 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
   } else if (auto other = decode_other(bytes, name)) {
     pixels = std::move(*other);
   } else {
-    fail(name, bytes.empty() ? ": the file is empty, expected a picture" : ": not a PNG, JPEG, WebP, GIF, BMP or TIFF picture");
+    fail(name, bytes.empty() ? ": the file is empty, expected a picture"
+                             : ": not a PNG, JPEG, WebP, GIF, BMP or TIFF picture");
   }
   const auto interleaved = at::from_blob(pixels.rgb.data(), {pixels.height, pixels.width, 3}, at::kByte);
   // clone, not contiguous(): a picture of one pixel is contiguous already and would keep pointing into `pixels`.
@@ -84,7 +89,8 @@ at::Tensor decode_image(std::string_view bytes, const std::string& name) {
 
 bool has_picture_extension(std::string_view name) {
   const std::string lower = lower_case(name);
-  for (const char* extension : {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"})
+  for (const char* extension :
+       {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"})
     if (lower.ends_with(extension)) return true;
   return false;
 }
@@ -113,7 +119,10 @@ at::Tensor resize_and_crop(const at::Tensor& image_3HW, int64_t size) {
     image = image.narrow(dim, (image.size(dim) - kept) / 2, kept);
   }
   const int64_t height = scaled(image.size(1), size, shorter), width = scaled(image.size(2), size, shorter);
-  return resize(to_float(image), height, width).narrow(1, (height - size) / 2, size).narrow(2, (width - size) / 2, size).contiguous();
+  return resize(to_float(image), height, width)
+      .narrow(1, (height - size) / 2, size)
+      .narrow(2, (width - size) / 2, size)
+      .contiguous();
 }
 
 at::Tensor resize_and_pad(const at::Tensor& image_3HW, int64_t size) {
@@ -122,22 +131,29 @@ at::Tensor resize_and_pad(const at::Tensor& image_3HW, int64_t size) {
   const int64_t longer = std::max(image_3HW.size(1), image_3HW.size(2));
   const int64_t height = scaled(image_3HW.size(1), size, longer), width = scaled(image_3HW.size(2), size, longer);
   at::Tensor padded = at::ones({3, size, size}, at::kFloat);
-  padded.narrow(1, (size - height) / 2, height).narrow(2, (size - width) / 2, width).copy_(resize(to_float(image_3HW), height, width));
+  padded.narrow(1, (size - height) / 2, height)
+      .narrow(2, (size - width) / 2, width)
+      .copy_(resize(to_float(image_3HW), height, width));
   return padded;
 }
 
 at::Tensor contact_sheet(const std::vector<at::Tensor>& images_3HW, int64_t columns, int64_t border) {
-  MOEGRAFT_CHECK(!images_3HW.empty() && columns > 0 && border >= 0, "contact_sheet: expected at least one picture and one column, got ", images_3HW.size(),
-                 " pictures, ", columns, " columns, border ", border);
+  MOEGRAFT_CHECK(!images_3HW.empty() && columns > 0 && border >= 0,
+                 "contact_sheet: expected at least one picture and one column, got ", images_3HW.size(), " pictures, ",
+                 columns, " columns, border ", border);
   for (const auto& image : images_3HW) check_image(image, "contact_sheet");
-  const int64_t height = images_3HW[0].size(1), width = images_3HW[0].size(2), count = static_cast<int64_t>(images_3HW.size());
+  const int64_t height = images_3HW[0].size(1), width = images_3HW[0].size(2),
+                count = static_cast<int64_t>(images_3HW.size());
   const int64_t rows = (count + columns - 1) / columns;
-  at::Tensor sheet = at::full({3, border + rows * (height + border), border + columns * (width + border)}, 255, at::kByte);
+  at::Tensor sheet =
+      at::full({3, border + rows * (height + border), border + columns * (width + border)}, 255, at::kByte);
   for (int64_t i = 0; i < count; ++i) {
     const at::Tensor& image = images_3HW[static_cast<size_t>(i)];
-    MOEGRAFT_CHECK(image.size(1) == height && image.size(2) == width, "contact_sheet: picture ", i, " is ", image.size(1), " x ", image.size(2),
-                   ", the first one ", height, " x ", width);
-    sheet.narrow(1, border + i / columns * (height + border), height).narrow(2, border + i % columns * (width + border), width).copy_(to_bytes(image));
+    MOEGRAFT_CHECK(image.size(1) == height && image.size(2) == width, "contact_sheet: picture ", i, " is ",
+                   image.size(1), " x ", image.size(2), ", the first one ", height, " x ", width);
+    sheet.narrow(1, border + i / columns * (height + border), height)
+        .narrow(2, border + i % columns * (width + border), width)
+        .copy_(to_bytes(image));
   }
   return sheet;
 }

@@ -1,4 +1,5 @@
-// The libraries report errors by longjmp: every function that calls setjmp holds only plain data, and what needs a destructor lives in its caller.
+// The libraries report errors by longjmp: every function that calls setjmp holds only plain data, and what needs a
+// destructor lives in its caller.
 
 #include "image_codec.h"
 
@@ -84,7 +85,8 @@ void jpeg_on_error(j_common_ptr info) {
   std::longjmp(errors->jump, 1);
 }
 void jpeg_on_message(j_common_ptr info, int level) {
-  // libjpeg paints what is missing grey and only warns; half a picture is damage here. Other warnings (stray bytes) are harmless.
+  // libjpeg paints what is missing grey and only warns; half a picture is damage here. Other warnings (stray bytes) are
+  // harmless.
   const int code = info->err->msg_code;
   if (level < 0 && (code == JWRN_JPEG_EOF || code == JWRN_HIT_MARKER)) jpeg_on_error(info);
 }
@@ -127,13 +129,16 @@ bool jpeg_read_pixels(JpegReader& reader, uint8_t* pixels, size_t row_bytes) {
 }
 
 // An EXIF block of a JPEG file lies behind "Exif\0\0".
-int exif_orientation(const uint8_t* data, size_t size) { return size < 6 || std::memcmp(data, "Exif\0\0", 6) != 0 ? 1 : tiff_orientation(data + 6, size - 6); }
+int exif_orientation(const uint8_t* data, size_t size) {
+  return size < 6 || std::memcmp(data, "Exif\0\0", 6) != 0 ? 1 : tiff_orientation(data + 6, size - 6);
+}
 
 // PNG's chunk eXIf is an EXIF block alone.
 int png_orientation(std::string_view bytes) {
   const auto* data = reinterpret_cast<const uint8_t*>(bytes.data());
   for (size_t at = 8; at + 12 <= bytes.size();) {
-    const uint64_t length = uint64_t(data[at]) << 24 | uint64_t(data[at + 1]) << 16 | uint64_t(data[at + 2]) << 8 | data[at + 3];
+    const uint64_t length =
+        uint64_t(data[at]) << 24 | uint64_t(data[at + 1]) << 16 | uint64_t(data[at + 2]) << 8 | data[at + 3];
     if (length > bytes.size() - at - 12) return 1;
     if (bytes.substr(at + 4, 4) == "eXIf") return tiff_orientation(data + at + 8, length);
     at += 12 + length;
@@ -166,7 +171,8 @@ bool jpeg_write(JpegWriter& writer, const Pixels& pixels, int quality) {
   jpeg_set_quality(&writer.info, quality, TRUE);
   jpeg_start_compress(&writer.info, TRUE);
   while (writer.info.next_scanline < writer.info.image_height) {
-    auto* row = const_cast<JSAMPROW>(pixels.rgb.data() + writer.info.next_scanline * static_cast<size_t>(pixels.width) * 3);
+    auto* row =
+        const_cast<JSAMPROW>(pixels.rgb.data() + writer.info.next_scanline * static_cast<size_t>(pixels.width) * 3);
     jpeg_write_scanlines(&writer.info, &row, 1);
   }
   jpeg_finish_compress(&writer.info);
@@ -176,13 +182,16 @@ bool jpeg_write(JpegWriter& writer, const Pixels& pixels, int quality) {
 }  // namespace
 
 void check_picture_size(int64_t width, int64_t height, const std::string& name) {
-  MOEGRAFT_CHECK(width > 0 && height > 0 && width <= kMaxPixels / height, name, ": picture of ", width, " x ", height, " pixels, at most ", kMaxPixels, " pixels are read");
+  MOEGRAFT_CHECK(width > 0 && height > 0 && width <= kMaxPixels / height, name, ": picture of ", width, " x ", height,
+                 " pixels, at most ", kMaxPixels, " pixels are read");
 }
 
 int tiff_orientation(const uint8_t* tiff, size_t size) {
   if (size < 10 || (std::memcmp(tiff, "II*\0", 4) != 0 && std::memcmp(tiff, "MM\0*", 4) != 0)) return 1;
   const bool little = tiff[0] == 'I';
-  const auto u16 = [&](uint64_t at) { return uint64_t(little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1]); };
+  const auto u16 = [&](uint64_t at) {
+    return uint64_t(little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1]);
+  };
   const auto u32 = [&](uint64_t at) { return little ? u16(at) | u16(at + 2) << 16 : u16(at) << 16 | u16(at + 2); };
   const uint64_t directory = u32(4);
   if (directory + 2 > size) return 1;
@@ -248,12 +257,14 @@ Pixels decode_jpeg(std::string_view bytes, const std::string& name) {
     pixels.rgb = std::move(samples);
     return pixels;
   }
-  // Without a colour profile: paper showing through two inks. Adobe's files hold the paper (255 - ink) instead of the ink.
+  // Without a colour profile: paper showing through two inks. Adobe's files hold the paper (255 - ink) instead of the
+  // ink.
   const uint8_t flip = reader.info.saw_Adobe_marker ? 0 : 255;
   pixels.rgb.resize(count * 3);
   for (size_t i = 0; i < count; ++i)
     for (size_t c = 0; c < 3; ++c)
-      pixels.rgb[3 * i + c] = divide_by_255(static_cast<unsigned>(samples[4 * i + c] ^ flip) * static_cast<unsigned>(samples[4 * i + 3] ^ flip));
+      pixels.rgb[3 * i + c] = divide_by_255(static_cast<unsigned>(samples[4 * i + c] ^ flip) *
+                                            static_cast<unsigned>(samples[4 * i + 3] ^ flip));
   return pixels;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
-// Bytes of pictures <-> interleaved 8-bit RGB: PNG, JPEG and TIFF through libpng, libjpeg and libtiff, what else is read through libgd. Without Torch: setjmp needs plain functions.
+// Bytes of pictures <-> interleaved 8-bit RGB: PNG, JPEG and TIFF through libpng, libjpeg and libtiff, what else is
+// read through libgd. Without Torch: setjmp needs plain functions.
 
 #include <cstdint>
 #include <optional>
@@ -15,7 +16,8 @@ struct Pixels {
   int orientation = 1;       // EXIF: 1..8, how to turn the picture before showing it
 };
 
-// Alpha is composited on white, 16 bits are scaled to 8, CMYK becomes RGB. UserError names `name` and the decoder's reason.
+// Alpha is composited on white, 16 bits are scaled to 8, CMYK becomes RGB. UserError names `name` and the decoder's
+// reason.
 Pixels decode_png(std::string_view bytes, const std::string& name);
 Pixels decode_jpeg(std::string_view bytes, const std::string& name);
 bool is_tiff(std::string_view bytes);

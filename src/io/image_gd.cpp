@@ -80,10 +80,13 @@ std::optional<Pixels> decode_other(std::string_view bytes, const std::string& na
     if (!format.is(bytes)) continue;
     const Size size = format.size(bytes);
     check_picture_size(size.width, size.height, name);
-    MOEGRAFT_CHECK(bytes.size() <= size_t(INT_MAX), name, ": a ", format.name, " file of ", bytes.size(), " bytes is not read");
+    MOEGRAFT_CHECK(bytes.size() <= size_t(INT_MAX), name, ": a ", format.name, " file of ", bytes.size(),
+                   " bytes is not read");
     gdSetErrorMethod(silent);
-    const std::unique_ptr<gdImage, decltype(&gdImageDestroy)> image(format.decode(int(bytes.size()), const_cast<char*>(bytes.data())), gdImageDestroy);
-    MOEGRAFT_CHECK(image != nullptr, name, ": not a whole ", format.name, " picture, or of a kind that is not read (animated?)");
+    const std::unique_ptr<gdImage, decltype(&gdImageDestroy)> image(
+        format.decode(int(bytes.size()), const_cast<char*>(bytes.data())), gdImageDestroy);
+    MOEGRAFT_CHECK(image != nullptr, name, ": not a whole ", format.name,
+                   " picture, or of a kind that is not read (animated?)");
     Pixels pixels{gdImageSX(image), gdImageSY(image), {}, format.orientation(bytes)};
     pixels.rgb.resize(size_t(3 * pixels.width * pixels.height));
     uint8_t* out = pixels.rgb.data();

@@ -1,5 +1,5 @@
-// TIFF through libtiff, whose RGBA interface makes 8-bit pixels of every common kind (bilevel, palette, 16 bits, CMYK, YCbCr, tiles). libgd reads TIFF too, but
-// inverts bilevel pictures and multiplies by alpha twice.
+// TIFF through libtiff, whose RGBA interface makes 8-bit pixels of every common kind (bilevel, palette, 16 bits, CMYK,
+// YCbCr, tiles). libgd reads TIFF too, but inverts bilevel pictures and multiplies by alpha twice.
 #include <tiffio.h>
 
 #include <algorithm>
@@ -40,7 +40,9 @@ toff_t size_of(thandle_t handle) { return memory_of(handle).bytes.size(); }
 
 // libtiff's handlers belong to the process and know no file: the last message of this thread is kept, none is printed.
 thread_local char last_error[200];
-void keep_error(const char*, const char* format, va_list arguments) { std::vsnprintf(last_error, sizeof last_error, format, arguments); }
+void keep_error(const char*, const char* format, va_list arguments) {
+  std::vsnprintf(last_error, sizeof last_error, format, arguments);
+}
 void handle_messages() {
   static const bool done = [] {
     TIFFSetErrorHandler(keep_error);
@@ -54,14 +56,17 @@ void handle_messages() {
 
 bool is_tiff(std::string_view bytes) {
   const auto magic = bytes.substr(0, 4);
-  return magic == std::string_view("II*\0", 4) || magic == std::string_view("MM\0*", 4) || magic == std::string_view("II+\0", 4) || magic == std::string_view("MM\0+", 4);
+  return magic == std::string_view("II*\0", 4) || magic == std::string_view("MM\0*", 4) ||
+         magic == std::string_view("II+\0", 4) || magic == std::string_view("MM\0+", 4);
 }
 
 Pixels decode_tiff(std::string_view bytes, const std::string& name) {
   handle_messages();
   std::snprintf(last_error, sizeof last_error, "damaged");
   Memory memory{bytes};
-  const std::unique_ptr<TIFF, decltype(&TIFFClose)> tiff(TIFFClientOpen("", "rm", &memory, read_bytes, write_nothing, seek, close_nothing, size_of, nullptr, nullptr), TIFFClose);
+  const std::unique_ptr<TIFF, decltype(&TIFFClose)> tiff(
+      TIFFClientOpen("", "rm", &memory, read_bytes, write_nothing, seek, close_nothing, size_of, nullptr, nullptr),
+      TIFFClose);
   MOEGRAFT_CHECK(tiff != nullptr, name, ": cannot decode TIFF: ", last_error);
   uint32_t width = 0, height = 0, tile_width = 1, tile_height = 1;
   uint16_t samples = 1, bits = 1, orientation = 1;
@@ -75,12 +80,15 @@ Pixels decode_tiff(std::string_view bytes, const std::string& name) {
   }
   TIFFGetFieldDefaulted(tiff.get(), TIFFTAG_SAMPLESPERPIXEL, &samples);
   TIFFGetFieldDefaulted(tiff.get(), TIFFTAG_BITSPERSAMPLE, &bits);
-  MOEGRAFT_CHECK(uint64_t(samples) * bits <= kMostBits, name, ": TIFF with ", samples, " samples of ", bits, " bits a pixel, at most ", kMostBits, " bits are read");
+  MOEGRAFT_CHECK(uint64_t(samples) * bits <= kMostBits, name, ": TIFF with ", samples, " samples of ", bits,
+                 " bits a pixel, at most ", kMostBits, " bits are read");
   TIFFGetFieldDefaulted(tiff.get(), TIFFTAG_ORIENTATION, &orientation);
 
   // Asked for the orientation it has, libtiff turns nothing: the rows come as they are stored.
   std::vector<uint32_t> rgba(size_t(width) * height);
-  MOEGRAFT_CHECK(TIFFReadRGBAImageOriented(tiff.get(), width, height, rgba.data(), orientation, /*stop_on_error=*/1) != 0, name, ": cannot decode TIFF: ", last_error);
+  MOEGRAFT_CHECK(
+      TIFFReadRGBAImageOriented(tiff.get(), width, height, rgba.data(), orientation, /*stop_on_error=*/1) != 0, name,
+      ": cannot decode TIFF: ", last_error);
   Pixels pixels{width, height, {}, orientation >= 1 && orientation <= 8 ? orientation : 1};
   pixels.rgb.resize(3 * rgba.size());
   for (size_t i = 0; i < rgba.size(); ++i) {

@@ -10,7 +10,8 @@ namespace moegraft::io {
 
 Json read_json(const std::filesystem::path& path) {
   const std::string text = read_file(path);
-  MOEGRAFT_CHECK(json_depth(text) <= kMostJsonDepth, path.string(), ": brackets nest ", json_depth(text), " deep, expected ", kMostJsonDepth, " at most");
+  MOEGRAFT_CHECK(json_depth(text) <= kMostJsonDepth, path.string(), ": brackets nest ", json_depth(text),
+                 " deep, expected ", kMostJsonDepth, " at most");
   try {
     return Json::parse(text);
   } catch (const Json::parse_error& error) {
@@ -22,7 +23,10 @@ Json read_json(const std::filesystem::path& path) {
     std::string what = error.what();
     if (const size_t cut = what.find(": "); cut != std::string::npos) what = what.substr(cut + 2);
     const bool pointer = text.starts_with("version https://git-lfs");
-    fail(path.string(), ":", line, ":", column, ": not valid JSON: ", text.empty() ? "the file is empty" : pointer ? "it is a git-lfs pointer: fetch the file itself with git lfs pull" : what);
+    fail(path.string(), ":", line, ":", column, ": not valid JSON: ",
+         text.empty() ? "the file is empty"
+         : pointer    ? "it is a git-lfs pointer: fetch the file itself with git lfs pull"
+                      : what);
   } catch (const Json::exception& error) {  // a number out of range
     std::string what = error.what();
     if (const size_t cut = what.find("] "); cut != std::string::npos) what = what.substr(cut + 2);

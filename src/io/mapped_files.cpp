@@ -11,7 +11,8 @@
 namespace moegraft::io {
 namespace {
 
-// Read by a signal handler: no locks, no allocation. A slot is taken while `base` is set, which is the last thing written and the first thing cleared.
+// Read by a signal handler: no locks, no allocation. A slot is taken while `base` is set, which is the last thing
+// written and the first thing cleared.
 struct Slot {
   std::atomic<const char*> base{nullptr};
   size_t bytes = 0;
@@ -56,7 +57,7 @@ void forget_mapping(const void* base) {
 }
 
 void name_file_on_bus_error() {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_bus_error;
   action.sa_flags = SA_SIGINFO;
   ::sigaction(SIGBUS, &action, nullptr);

@@ -47,11 +47,14 @@ class File {
 
  private:
   struct stat status() const {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd_, &info) != 0) fail("cannot read ", path_.string(), ": ", std::strerror(errno));
     return info;
   }
-  [[noreturn]] void fail_short(int64_t needed) const { fail(path_.string(), " has ", status().st_size, " bytes, ", needed, " are needed: it was cut short while it is in use"); }
+  [[noreturn]] void fail_short(int64_t needed) const {
+    fail(path_.string(), " has ", status().st_size, " bytes, ", needed,
+         " are needed: it was cut short while it is in use");
+  }
 
   std::filesystem::path path_;
   int fd_;
@@ -65,10 +68,13 @@ struct Request {
 };
 
 // Pieces in the order of the files, as many to a round as a buffer holds.
-std::vector<Request> plan(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers, int64_t piece_bytes, std::map<std::filesystem::path, File>& files) {
+std::vector<Request> plan(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers,
+                          int64_t piece_bytes, std::map<std::filesystem::path, File>& files) {
   std::vector<size_t> order(ranges.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::tie(ranges[a].file, ranges[a].offset) < std::tie(ranges[b].file, ranges[b].offset); });
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return std::tie(ranges[a].file, ranges[a].offset) < std::tie(ranges[b].file, ranges[b].offset);
+  });
   const int64_t room = buffers.front().numel(), most = std::min(piece_bytes, room);
   std::vector<Request> out;
   size_t round = 0;
@@ -87,7 +93,8 @@ std::vector<Request> plan(const std::vector<FileRange>& ranges, const std::vecto
           continue;
         }
       }
-      out.push_back({&file, range.offset + begin, round, {r, begin, buffers[round % buffers.size()].narrow(0, filled, bytes)}});
+      out.push_back(
+          {&file, range.offset + begin, round, {r, begin, buffers[round % buffers.size()].narrow(0, filled, bytes)}});
       begin += bytes;
       filled = std::min(room, (filled + bytes + kAlignment - 1) / kAlignment * kAlignment);
     }
@@ -95,13 +102,15 @@ std::vector<Request> plan(const std::vector<FileRange>& ranges, const std::vecto
   return out;
 }
 
-// The threads and what they share with the caller. A round may be read once the one before it in its buffer has been used.
+// The threads and what they share with the caller. A round may be read once the one before it in its buffer has been
+// used.
 class Readers {
  public:
   Readers(std::vector<Request>& requests, size_t buffers, int64_t threads) : requests_(requests), open_(buffers) {
     left_.resize(requests.empty() ? 0 : requests.back().round + 1);
     for (const Request& r : requests) ++left_[r.round];
-    for (int64_t i = 0; i < std::min<int64_t>(threads, int64_t(requests.size())); ++i) threads_.emplace_back([this] { work(); });
+    for (int64_t i = 0; i < std::min<int64_t>(threads, int64_t(requests.size())); ++i)
+      threads_.emplace_back([this] { work(); });
   }
   ~Readers() {
     {
@@ -138,9 +147,7 @@ class Readers {
       std::exception_ptr error;
       try {
         r.file->read(r.offset, r.piece.bytes.numel(), static_cast<char*>(r.piece.bytes.mutable_data_ptr()));
-      } catch (...) {
-        error = std::current_exception();
-      }
+      } catch (...) { error = std::current_exception(); }
       const std::lock_guard lock(mutex_);
       if (error && !error_) error_ = error;
       if (--left_[r.round] == 0 || error) changed_.notify_all();
@@ -160,11 +167,16 @@ class Readers {
 
 }  // namespace
 
-void read_ahead(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers, const ReadAheadOptions& options, const std::function<void(const std::vector<ReadPiece>&)>& use) {
-  MOEGRAFT_INVARIANT(buffers.size() >= 2 && options.threads >= 1 && options.piece_bytes >= kAlignment && options.piece_bytes % kAlignment == 0, "read_ahead: ", buffers.size(), " buffers, ", options.threads,
-                     " threads, pieces of ", options.piece_bytes, " bytes");
+void read_ahead(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers,
+                const ReadAheadOptions& options, const std::function<void(const std::vector<ReadPiece>&)>& use) {
+  MOEGRAFT_INVARIANT(buffers.size() >= 2 && options.threads >= 1 && options.piece_bytes >= kAlignment &&
+                         options.piece_bytes % kAlignment == 0,
+                     "read_ahead: ", buffers.size(), " buffers, ", options.threads, " threads, pieces of ",
+                     options.piece_bytes, " bytes");
   for (const auto& b : buffers)
-    MOEGRAFT_INVARIANT(b.is_cpu() && b.is_contiguous() && b.scalar_type() == at::kByte && b.numel() >= kAlignment && b.numel() % kAlignment == 0 && b.numel() == buffers.front().numel(), "read_ahead: a buffer ", b.sizes());
+    MOEGRAFT_INVARIANT(b.is_cpu() && b.is_contiguous() && b.scalar_type() == at::kByte && b.numel() >= kAlignment &&
+                           b.numel() % kAlignment == 0 && b.numel() == buffers.front().numel(),
+                       "read_ahead: a buffer ", b.sizes());
   std::map<std::filesystem::path, File> files;
   std::vector<Request> requests = plan(ranges, buffers, options.piece_bytes, files);
   Readers readers(requests, buffers.size(), options.threads);

@@ -29,8 +29,10 @@ std::vector<std::string> expand_range(std::string_view text, const std::string& 
     return error == std::errc() && end == digits.data() + digits.size() && value >= 0 && digits[0] != '-';
   };
   if (from.empty() || to.empty() || !number(from, first) || !number(to, last)) return {};
-  MOEGRAFT_CHECK(first <= last, whole, ": {", std::string(text), "} counts down; write {", std::string(to), "..", std::string(from), "}");
-  MOEGRAFT_CHECK(uint64_t(last - first) < kMostFiles, whole, ": {", std::string(text), "} is more than ", kMostFiles, " files");
+  MOEGRAFT_CHECK(first <= last, whole, ": {", std::string(text), "} counts down; write {", std::string(to), "..",
+                 std::string(from), "}");
+  MOEGRAFT_CHECK(uint64_t(last - first) < kMostFiles, whole, ": {", std::string(text), "} is more than ", kMostFiles,
+                 " files");
   const bool padded = (from.size() > 1 && from[0] == '0') || (to.size() > 1 && to[0] == '0');
   const size_t width = padded ? std::max(from.size(), to.size()) : 0;
   std::vector<std::string> out;
@@ -47,8 +49,10 @@ std::vector<std::string> split_outside_braces(std::string_view text) {
   int depth = 0;
   for (const char c : text) {
     depth += (c == '{') - (c == '}');
-    if (c == ',' && depth == 0) parts.emplace_back();
-    else parts.back() += c;
+    if (c == ',' && depth == 0)
+      parts.emplace_back();
+    else
+      parts.back() += c;
   }
   return parts;
 }
@@ -64,7 +68,8 @@ std::vector<std::string> expand(const std::string& text, const std::string& whol
   const std::string inside = text.substr(open + 1, close - open - 1);
   auto choices = expand_range(inside, whole);
   if (choices.empty()) choices = split_outside_braces(inside);
-  MOEGRAFT_CHECK(choices.size() > 1 || inside.find("..") != std::string::npos, whole, ": {", inside, "} is neither a range such as {000..123} nor a list such as {a,b}");
+  MOEGRAFT_CHECK(choices.size() > 1 || inside.find("..") != std::string::npos, whole, ": {", inside,
+                 "} is neither a range such as {000..123} nor a list such as {a,b}");
   std::vector<std::string> out;
   const auto ends = expand(text.substr(close + 1), whole, depth + 1);
   for (const auto& choice : choices)
@@ -76,11 +81,14 @@ std::vector<std::string> expand(const std::string& text, const std::string& whol
   return out;
 }
 
-// The split that a file's name tells, by the words of the Hub (docs/hub/datasets-file-names-and-splits); "" when it tells none.
+// The split that a file's name tells, by the words of the Hub (docs/hub/datasets-file-names-and-splits); "" when it
+// tells none.
 std::string split_of(const fs::path& file) {
-  static const std::map<std::string, std::string> words{{"train", "train"}, {"training", "train"},     {"validation", "validation"}, {"valid", "validation"},
-                                                        {"val", "validation"}, {"dev", "validation"}, {"test", "test"},             {"testing", "test"},
-                                                        {"eval", "test"},      {"evaluation", "test"}};
+  static const std::map<std::string, std::string> words{
+      {"train", "train"},      {"training", "train"}, {"validation", "validation"},
+      {"valid", "validation"}, {"val", "validation"}, {"dev", "validation"},
+      {"test", "test"},        {"testing", "test"},   {"eval", "test"},
+      {"evaluation", "test"}};
   for (const std::string& word : words_of(file.filename().string())) {
     std::string letters;
     for (const char c : word)
@@ -98,7 +106,9 @@ std::vector<fs::path> expand_braces(const fs::path& path) {
   std::error_code error;
   std::vector<fs::path> files;
   for (auto& name : expand(text, text)) files.emplace_back(std::move(name));
-  for (const auto& file : files) MOEGRAFT_CHECK(fs::exists(file, error), text, " stands for ", files.size(), " files, of which ", file.string(), " is not there");
+  for (const auto& file : files)
+    MOEGRAFT_CHECK(fs::exists(file, error), text, " stands for ", files.size(), " files, of which ", file.string(),
+                   " is not there");
   return files;
 }
 
@@ -110,37 +120,48 @@ void check_one_split(const fs::path& folder, const std::vector<fs::path>& files)
   std::vector<std::string> names;
   for (const auto& [name, its] : splits) names.push_back(name);
   const auto& first = splits.contains("train") ? splits.at("train") : splits.begin()->second;
-  fail(folder.string(), " holds the splits ", join(names, ", "), ", which do not belong together: name the files of one, such as ", first.front().string(),
+  fail(folder.string(), " holds the splits ", join(names, ", "),
+       ", which do not belong together: name the files of one, such as ", first.front().string(),
        first.size() > 1 ? " (several by braces: x-{00000.." + std::to_string(first.size() - 1) + "}…)" : "");
 }
 
 void check_numbering(const std::vector<fs::path>& files) {
-  std::map<std::pair<std::string, int64_t>, std::set<std::string>> present;  // by what such names have in common, "train-?-of-00002.parquet", and the number of files that it tells
+  std::map<std::pair<std::string, int64_t>, std::set<std::string>>
+      present;  // by what such names have in common, "train-?-of-00002.parquet", and the number of files that it tells
   for (const auto& file : files) {
     const std::string name = file.filename().string();
-    const size_t of = name.rfind("-of-"), dash = of == std::string::npos || of == 0 ? of : name.find_last_of("-", of - 1), first = dash == std::string::npos ? 0 : dash + 1;
+    const size_t of = name.rfind("-of-"),
+                 dash = of == std::string::npos || of == 0 ? of : name.find_last_of("-", of - 1),
+                 first = dash == std::string::npos ? 0 : dash + 1;
     int64_t number = 0, count = 0;
     if (of == std::string::npos || first >= of) continue;
     const auto [number_end, bad_number] = std::from_chars(name.data() + first, name.data() + of, number);
     const auto [count_end, bad_count] = std::from_chars(name.data() + of + 4, name.data() + name.size(), count);
-    if (bad_number == std::errc() && bad_count == std::errc() && number_end == name.data() + of) present[{name.substr(0, first) + "?" + name.substr(of), count}].insert(name.substr(first, of - first));
+    if (bad_number == std::errc() && bad_count == std::errc() && number_end == name.data() + of)
+      present[{name.substr(0, first) + "?" + name.substr(of), count}].insert(name.substr(first, of - first));
   }
   for (const auto& [named, numbers] : present) {
     const auto& [name, expected] = named;
-    MOEGRAFT_CHECK(int64_t(numbers.size()) >= expected, files.front().parent_path().string(), " holds ", numbers.size(), " of the ", expected, " files ", name, " that their names speak of: fetch the rest, or name those that are meant");
+    MOEGRAFT_CHECK(int64_t(numbers.size()) >= expected, files.front().parent_path().string(), " holds ", numbers.size(),
+                   " of the ", expected, " files ", name,
+                   " that their names speak of: fetch the rest, or name those that are meant");
   }
 }
 
 std::vector<fs::path> files_of_state(const fs::path& folder) {
   const fs::path file = folder / "state.json";
   const Json state = read_json(file);
-  MOEGRAFT_CHECK(state.is_object() && state.contains("_data_files") && state["_data_files"].is_array() && !state["_data_files"].empty(), file.string(), " lists no \"_data_files\": ", folder.string(),
+  MOEGRAFT_CHECK(state.is_object() && state.contains("_data_files") && state["_data_files"].is_array() &&
+                     !state["_data_files"].empty(),
+                 file.string(), " lists no \"_data_files\": ", folder.string(),
                  " is not what datasets' save_to_disk leaves, or is empty");
   std::vector<fs::path> files;
   for (const auto& item : state["_data_files"]) {
-    MOEGRAFT_CHECK(item.is_object() && item.contains("filename") && item["filename"].is_string(), file.string(), ": an entry of \"_data_files\" has no \"filename\"");
+    MOEGRAFT_CHECK(item.is_object() && item.contains("filename") && item["filename"].is_string(), file.string(),
+                   ": an entry of \"_data_files\" has no \"filename\"");
     const fs::path name = item["filename"].get<std::string>();
-    MOEGRAFT_CHECK(!name.empty() && name == name.filename(), file.string(), ": \"", shortened(name.string()), "\" must be a file of this folder");
+    MOEGRAFT_CHECK(!name.empty() && name == name.filename(), file.string(), ": \"", shortened(name.string()),
+                   "\" must be a file of this folder");
     files.push_back(folder / name);
   }
   return files;

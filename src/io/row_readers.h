@@ -24,7 +24,8 @@ struct OpenFiles {
 
 class Rows {
  public:
-  Rows(const TakeRow& take, const RefuseRow& refuse) : take_(take), refuse_(refuse), open_(std::make_shared<OpenFiles>()) {}
+  Rows(const TakeRow& take, const RefuseRow& refuse)
+      : take_(take), refuse_(refuse), open_(std::make_shared<OpenFiles>()) {}
   // Makes a row and hands it on; what is wrong with it is told.
   void add(const std::string& where, const std::function<Row()>& make);
   void refuse(const std::string& why) const;
@@ -38,13 +39,16 @@ class Rows {
 
 void read_lines(const std::filesystem::path& path, Rows& rows);
 void read_csv(const std::filesystem::path& path, Rows& rows);
-void read_labels(const std::filesystem::path& folder, Rows& rows);  // a folder for each label, which is the text of its pictures
+void read_labels(const std::filesystem::path& folder,
+                 Rows& rows);  // a folder for each label, which is the text of its pictures
 void read_tar(const std::filesystem::path& path, Rows& rows);
 void read_parquet(const std::filesystem::path& path, Rows& rows);
 void read_arrow(const std::filesystem::path& path, Rows& rows);
 
 // "." where the name has none: what rows name lies there.
-inline std::filesystem::path folder_of(const std::filesystem::path& file) { return file.has_parent_path() ? file.parent_path() : "."; }
+inline std::filesystem::path folder_of(const std::filesystem::path& file) {
+  return file.has_parent_path() ? file.parent_path() : ".";
+}
 
 // JSON that nests no deeper than its parser and printers stand.
 Json parse_row(const std::string& text, const std::string& where);

@@ -1,4 +1,5 @@
-// WebDataset: files with one key are a sample (github.com/webdataset/webdataset, tariterators.py: base_plus_ext, group_by_keys).
+// WebDataset: files with one key are a sample (github.com/webdataset/webdataset, tariterators.py: base_plus_ext,
+// group_by_keys).
 #include <algorithm>
 #include <unordered_map>
 
@@ -17,10 +18,10 @@ constexpr int64_t kMostText = 16 << 20;  // bytes of one .txt or .json: held in 
 constexpr int64_t kMostPicture = 1 << 30;
 
 struct Sample {
-  std::string key, problem;                 // problem: the first one; empty: none
-  std::vector<std::string> suffixes;        // of all its files
-  std::vector<int64_t> pictures;            // in the store
-  std::vector<std::string> texts;           // .txt, .text, .caption
+  std::string key, problem;           // problem: the first one; empty: none
+  std::vector<std::string> suffixes;  // of all its files
+  std::vector<int64_t> pictures;      // in the store
+  std::vector<std::string> texts;     // .txt, .text, .caption
   std::string json;
 };
 
@@ -35,21 +36,25 @@ bool split_name(const std::string& name, std::string& key, std::string& suffix) 
 // "__init__", "__meta__/x": WebDataset's own; it passes them over too (tar_file_iterator: skip_meta).
 bool is_metadata(const std::string& name) {
   const std::string base = name.substr(name.find_last_of('/') + 1);
-  return (name.starts_with("__") || name.find("/__") != std::string::npos) && (base.ends_with("__") || name.find("__/") != std::string::npos);
+  return (name.starts_with("__") || name.find("/__") != std::string::npos) &&
+         (base.ends_with("__") || name.find("__/") != std::string::npos);
 }
 
 std::string last_suffix(const std::string& suffix) { return suffix.substr(suffix.find_last_of('.') + 1); }
 
 class SampleReader {
  public:
-  SampleReader(const std::filesystem::path& path, Rows& rows) : path_(path), rows_(rows), tar_(path), store_(std::make_shared<TarStore>(path, tar_)) {}
+  SampleReader(const std::filesystem::path& path, Rows& rows)
+      : path_(path), rows_(rows), tar_(path), store_(std::make_shared<TarStore>(path, tar_)) {}
 
   void read() {
     while (tar_.next()) {
       if (tar_.is_folder() || is_metadata(tar_.name())) continue;
       std::string key, suffix;
-      if (split_name(tar_.name(), key, suffix)) read_member(sample_of(key), suffix);
-      else ++rows_.open()->passed_over["without an extension"];
+      if (split_name(tar_.name(), key, suffix))
+        read_member(sample_of(key), suffix);
+      else
+        ++rows_.open()->passed_over["without an extension"];
     }
     for (const auto& sample : samples_) {
       const std::string where = path_.string() + ": " + shortened(sample.key);
@@ -63,7 +68,9 @@ class SampleReader {
     if (fresh) samples_.push_back({key, {}, {}, {}, {}, {}});
     Sample& sample = samples_[at->second];
     if (!fresh && at->second + 1 != samples_.size() && sample.problem.empty())
-      sample.problem = "its files do not follow each other: another key lies between them; pack the files in the order of their names (tar --sort=name)";
+      sample.problem =
+          "its files do not follow each other: another key lies between them; pack the files in the order of their "
+          "names (tar --sort=name)";
     return sample;
   }
 
@@ -72,18 +79,26 @@ class SampleReader {
       if (sample.problem.empty()) sample.problem = why;
     };
     if (const std::string why = tar_.strange(); !why.empty()) return wrong(shortened(tar_.name()) + " " + why);
-    if (std::find(sample.suffixes.begin(), sample.suffixes.end(), suffix) != sample.suffixes.end()) return wrong("it has two files ." + shortened(suffix, 40));
+    if (std::find(sample.suffixes.begin(), sample.suffixes.end(), suffix) != sample.suffixes.end())
+      return wrong("it has two files ." + shortened(suffix, 40));
     sample.suffixes.push_back(suffix);
     const std::string kind = last_suffix(suffix);
     if (has_picture_extension("." + kind)) {
-      if (tar_.size() > kMostPicture) return wrong(detail::concat(".", suffix, " is a picture of ", tar_.size(), " bytes, at most ", kMostPicture, " are read"));
+      if (tar_.size() > kMostPicture)
+        return wrong(detail::concat(".", suffix, " is a picture of ", tar_.size(), " bytes, at most ", kMostPicture,
+                                    " are read"));
       sample.pictures.push_back(add_picture());
     } else if (kind == "json" || kind == "txt" || kind == "text" || kind == "caption") {
-      if (tar_.size() > kMostText) return wrong(detail::concat(".", suffix, " is a text of ", tar_.size(), " bytes, at most ", kMostText, " are read"));
+      if (tar_.size() > kMostText)
+        return wrong(
+            detail::concat(".", suffix, " is a text of ", tar_.size(), " bytes, at most ", kMostText, " are read"));
       const std::string text = tar_.read_text(kMostText);
-      if (kind != "json") sample.texts.push_back(text);
-      else if (sample.json.empty()) sample.json = text;
-      else wrong("it has several .json files");
+      if (kind != "json")
+        sample.texts.push_back(text);
+      else if (sample.json.empty())
+        sample.json = text;
+      else
+        wrong("it has several .json files");
     } else {
       ++rows_.open()->passed_over["." + kind];
     }
@@ -94,7 +109,8 @@ class SampleReader {
     auto& spool = rows_.open()->spool;
     if (!spool) {
       spool = std::make_shared<Spool>();
-      log::info(path_.string(), " is compressed: its pictures go to a temporary file, at most ", Spool::kMostBytes >> 30, " GiB of them");
+      log::info(path_.string(), " is compressed: its pictures go to a temporary file, at most ",
+                Spool::kMostBytes >> 30, " GiB of them");
     }
     const int64_t offset = spool->size();
     tar_.spool(*spool);
@@ -103,7 +119,8 @@ class SampleReader {
 
   Row row_of(const Sample& sample, const std::string& where) const {
     MOEGRAFT_CHECK(sample.problem.empty(), where, ": ", sample.problem);
-    MOEGRAFT_CHECK(!sample.pictures.empty(), where, ": no picture among its files (.", shortened(join(sample.suffixes, ", ."), 80), ")");
+    MOEGRAFT_CHECK(!sample.pictures.empty(), where, ": no picture among its files (.",
+                   shortened(join(sample.suffixes, ", ."), 80), ")");
     Row row;
     row.where = where, row.number = int64_t(&sample - samples_.data()) + 1;
     row.json = sample.json.empty() ? Json::object() : parse_row(sample.json, where);
@@ -112,7 +129,8 @@ class SampleReader {
     for (const int64_t index : sample.pictures) {
       const std::string& member = store_->member(index);
       names.push_back(member);
-      for (const size_t begin : {size_t(0), member.find_last_of('/') + 1, sample.key.size() + 1}) row.pictures[member.substr(begin)] = Picture(store_, index);
+      for (const size_t begin : {size_t(0), member.find_last_of('/') + 1, sample.key.size() + 1})
+        row.pictures[member.substr(begin)] = Picture(store_, index);
     }
     name_pictures(row, names);
     add_texts(row.json, sample.texts, where);
@@ -126,12 +144,18 @@ class SampleReader {
     const bool one = names.size() == 1;
     if (json.contains("segments")) return;
     if (chat) {
-      if (!json.contains("image") && !json.contains("images")) json["images"] = names;
-      else if (one && json.contains("image")) json["image"] = names[0];
-      else if (one && json["images"].is_array() && json["images"].size() == 1) json["images"] = names;
+      if (!json.contains("image") && !json.contains("images"))
+        json["images"] = names;
+      else if (one && json.contains("image"))
+        json["image"] = names[0];
+      else if (one && json["images"].is_array() && json["images"].size() == 1)
+        json["images"] = names;
       return;
     }
-    MOEGRAFT_CHECK(one || json.contains("image") || json.contains("images") || json.contains("file_name"), row.where, ": it has ", names.size(), " pictures, and no .json with \"image\", \"segments\" or \"messages\" says which one or where each belongs");
+    MOEGRAFT_CHECK(
+        one || json.contains("image") || json.contains("images") || json.contains("file_name"), row.where, ": it has ",
+        names.size(),
+        " pictures, and no .json with \"image\", \"segments\" or \"messages\" says which one or where each belongs");
     if (one) json.erase("file_name"), json.erase("images"), json["image"] = names[0];
   }
 
@@ -144,8 +168,10 @@ class SampleReader {
     for (const char* key : {"text", "caption"})
       if (json.contains(key)) others.push_back(json[key]), json.erase(key);
     json["text"] = trim(texts.front());
-    if (json.contains("captions") && json["captions"].is_array()) others.insert(others.end(), json["captions"].begin(), json["captions"].end());
-    else if (json.contains("captions")) return;  // refused by who reads it
+    if (json.contains("captions") && json["captions"].is_array())
+      others.insert(others.end(), json["captions"].begin(), json["captions"].end());
+    else if (json.contains("captions"))
+      return;  // refused by who reads it
     if (!others.empty()) json["captions"] = others;
   }
 

@@ -10,7 +10,9 @@
 namespace moegraft::io {
 namespace {
 
-std::string_view without_byte_order_mark(std::string_view text) { return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text; }
+std::string_view without_byte_order_mark(std::string_view text) {
+  return text.starts_with("\xEF\xBB\xBF") ? text.substr(3) : text;
+}
 
 Row row_of_line(const std::filesystem::path& file, int64_t number, const std::string& where) {
   Row row;
@@ -18,7 +20,8 @@ Row row_of_line(const std::filesystem::path& file, int64_t number, const std::st
   return row;
 }
 
-// Fields of a row of comma-separated values: a quote that opens a field makes it hold commas, line ends and doubled quotes (RFC 4180); within a field it is a character (as Python's csv reads it).
+// Fields of a row of comma-separated values: a quote that opens a field makes it hold commas, line ends and doubled
+// quotes (RFC 4180); within a field it is a character (as Python's csv reads it).
 std::vector<std::string> read_csv_row(std::string_view& rest, const std::string& where) {
   std::vector<std::string> fields(1);
   bool quoted = false, begins = true;
@@ -26,9 +29,12 @@ std::vector<std::string> read_csv_row(std::string_view& rest, const std::string&
     const char c = rest[0];
     const bool opens = std::exchange(begins, false) && c == '"';
     if (quoted) {
-      if (c != '"') fields.back() += c;
-      else if (rest.size() > 1 && rest[1] == '"') fields.back() += '"', rest.remove_prefix(1);
-      else quoted = false;
+      if (c != '"')
+        fields.back() += c;
+      else if (rest.size() > 1 && rest[1] == '"')
+        fields.back() += '"', rest.remove_prefix(1);
+      else
+        quoted = false;
     } else if (opens) {
       quoted = true;
     } else if (c == ',') {
@@ -40,7 +46,8 @@ std::vector<std::string> read_csv_row(std::string_view& rest, const std::string&
       fields.back() += c;
     }
   }
-  MOEGRAFT_CHECK(!quoted, where, ": a quote opens in this row and never closes: where the next row begins cannot be told");
+  MOEGRAFT_CHECK(!quoted, where,
+                 ": a quote opens in this row and never closes: where the next row begins cannot be told");
   return fields;
 }
 
@@ -62,9 +69,12 @@ void check_utf8(const std::string& text, const std::string& where) {
 void read_lines(const std::filesystem::path& path, Rows& rows) {
   const std::string text = read_file(path);
   std::string_view rest = without_byte_order_mark(text);
-  MOEGRAFT_CHECK(!rest.starts_with("\x1f\x8b") && !rest.starts_with("\x28\xb5\x2f\xfd"), path.string(), " is compressed, and neither a tar nor Parquet: unpack it first (gunzip, unzstd)");
+  MOEGRAFT_CHECK(!rest.starts_with("\x1f\x8b") && !rest.starts_with("\x28\xb5\x2f\xfd"), path.string(),
+                 " is compressed, and neither a tar nor Parquet: unpack it first (gunzip, unzstd)");
   const size_t first = rest.find_first_not_of(" \t\r\n");
-  MOEGRAFT_CHECK(first == std::string_view::npos || rest[first] != '[', path.string(), " is one JSON list; one object a line is expected (JSONL): jq -c '.[]' ", path.string(), " > NEW.jsonl");
+  MOEGRAFT_CHECK(first == std::string_view::npos || rest[first] != '[', path.string(),
+                 " is one JSON list; one object a line is expected (JSONL): jq -c '.[]' ", path.string(),
+                 " > NEW.jsonl");
   for (int64_t number = 1; !rest.empty(); ++number) {
     const size_t end = std::min(rest.find('\n'), rest.size());
     const std::string line = trim(rest.substr(0, end));
@@ -88,7 +98,8 @@ void read_csv(const std::filesystem::path& path, Rows& rows) {
     const auto fields = read_csv_row(rest, where);
     if (fields.size() == 1 && trim(fields[0]).empty()) continue;
     rows.add(where, [&] {
-      MOEGRAFT_CHECK(fields.size() == keys.size(), where, ": ", fields.size(), " fields, the first row names ", keys.size());
+      MOEGRAFT_CHECK(fields.size() == keys.size(), where, ": ", fields.size(), " fields, the first row names ",
+                     keys.size());
       Row row = row_of_line(path, number, where);
       row.json = Json::object();
       for (size_t i = 0; i < keys.size(); ++i) {
@@ -114,7 +125,8 @@ void read_labels(const std::filesystem::path& folder, Rows& rows) {
     if (item.path().filename().string().starts_with(".")) continue;  // thumbnails and the like
     for (const auto& inner : std::filesystem::directory_iterator(item)) {
       const std::string name = inner.path().filename().string();
-      MOEGRAFT_CHECK(!inner.is_directory() && name != "metadata.jsonl" && name != "metadata.csv", folder.string(), " holds ImageFolders (splits?), not a folder for each label: name one of them, such as ",
+      MOEGRAFT_CHECK(!inner.is_directory() && name != "metadata.jsonl" && name != "metadata.csv", folder.string(),
+                     " holds ImageFolders (splits?), not a folder for each label: name one of them, such as ",
                      item.path().string());
       take(inner.path());
     }

@@ -27,7 +27,8 @@ fs::path follow_links(fs::path path) {
   std::error_code error;
   if (!fs::is_symlink(path, error)) return path;
   for (int links = 0; fs::is_symlink(path, error); ++links) {
-    MOEGRAFT_CHECK(links < kMostLinks, path.string(), " is a link that leads to itself; remove it or name another folder");
+    MOEGRAFT_CHECK(links < kMostLinks, path.string(),
+                   " is a link that leads to itself; remove it or name another folder");
     path = path.parent_path() / fs::read_symlink(path, error);
     if (!path.has_filename()) path = path.parent_path();
   }
@@ -48,7 +49,8 @@ bool is_staged_name(const std::string& name, const std::string& prefix) {
   return !number.empty() && number[0] != '0' && number.find_first_not_of("0123456789") == std::string::npos;
 }
 
-// The lock that a process holds on what it stages ends with the process, however that ends; -1: another holds it, or this file system has none for folders.
+// The lock that a process holds on what it stages ends with the process, however that ends; -1: another holds it, or
+// this file system has none for folders.
 int lock(const fs::path& folder) {
   const int fd = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0 || ::flock(fd, LOCK_EX | LOCK_NB) == 0) return fd;
@@ -60,7 +62,8 @@ void remove_abandoned(const fs::path& parent, const std::string& prefix) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(parent, error)) {
     const std::string name = entry.path().filename().string();
-    if (!is_staged_name(name, prefix) || fs::exists(entry.path().string() + kOld) || !entry.is_directory(error)) continue;
+    if (!is_staged_name(name, prefix) || fs::exists(entry.path().string() + kOld) || !entry.is_directory(error))
+      continue;
     const int fd = lock(entry.path());
     if (fd < 0) continue;
     fs::remove_all(entry.path(), error);
@@ -73,8 +76,10 @@ void remove_abandoned(const fs::path& parent, const std::string& prefix) {
 StagedFolder::StagedFolder(fs::path target) : target_(fs::absolute(target).lexically_normal()) {
   if (!target_.has_filename()) target_ = target_.parent_path();  // "dir/"
   target_ = follow_links(target_);
-  MOEGRAFT_CHECK_USAGE(!holds_current_directory(target_), target_.string(), " is the current directory or holds it, and would be replaced as a whole; name a folder of its own, such as ",
-                       (target_ / "NAME").string());
+  MOEGRAFT_CHECK_USAGE(
+      !holds_current_directory(target_), target_.string(),
+      " is the current directory or holds it, and would be replaced as a whole; name a folder of its own, such as ",
+      (target_ / "NAME").string());
   const std::string prefix = "." + target_.filename().string() + ".part-";
   staged_ = target_.parent_path() / (prefix + std::to_string(::getpid()));
   std::error_code error;
@@ -101,10 +106,13 @@ void StagedFolder::publish(const std::function<void()>& check_replace) {
   const int reason = errno;
   const bool taken = reason == EEXIST || reason == ENOTEMPTY || reason == ENOTDIR;
   MOEGRAFT_CHECK(taken, "cannot put ", target_.string(), " in place: ", std::strerror(reason));
-  MOEGRAFT_CHECK(check_replace, target_.string(), " has been made by something else in the meantime, and is left as it is: name another folder, or remove it first");
+  MOEGRAFT_CHECK(check_replace, target_.string(),
+                 " has been made by something else in the meantime, and is left as it is: name another folder, or "
+                 "remove it first");
   check_replace();
   if (::renameat2(AT_FDCWD, staged_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0) {
-    // File systems without this flag (some network ones): two steps, the first of which is undone when the second fails.
+    // File systems without this flag (some network ones): two steps, the first of which is undone when the second
+    // fails.
     std::error_code error;
     const fs::path old = staged_.string() + kOld;
     const bool replace = fs::exists(target_);
@@ -122,7 +130,9 @@ void StagedFolder::publish(const std::function<void()>& check_replace) {
 
 std::string find_foreign(const fs::path& folder, const std::vector<std::string>& ours) {
   for (const auto& entry : fs::directory_iterator(folder))
-    if (const std::string name = entry.path().filename().string(); std::find(ours.begin(), ours.end(), name) == ours.end()) return name;
+    if (const std::string name = entry.path().filename().string();
+        std::find(ours.begin(), ours.end(), name) == ours.end())
+      return name;
   return {};
 }
 

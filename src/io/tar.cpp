@@ -20,7 +20,9 @@ namespace fs = std::filesystem;
 
 constexpr size_t kBlock = 1 << 16;
 
-int64_t nanoseconds(const struct stat& info) { return int64_t(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec; }
+int64_t nanoseconds(const struct stat& info) {
+  return int64_t(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec;
+}
 
 void read_at(int fd, char* into, int64_t bytes, int64_t offset, const std::string& name) {
   while (bytes > 0) {
@@ -57,7 +59,8 @@ fs::path spool_folder() {
 Spool::Spool() : folder_(spool_folder()) {
   std::string pattern = (folder_ / "moegraft-tar-XXXXXX").string();
   fd_ = ::mkostemp(pattern.data(), O_CLOEXEC);
-  MOEGRAFT_CHECK(fd_ >= 0, "cannot make a temporary file in ", folder_.string(), ": ", std::strerror(errno), " (TMPDIR names another folder)");
+  MOEGRAFT_CHECK(fd_ >= 0, "cannot make a temporary file in ", folder_.string(), ": ", std::strerror(errno),
+                 " (TMPDIR names another folder)");
   ::unlink(pattern.c_str());  // gone with its last descriptor, however the process ends
 }
 
@@ -66,18 +69,21 @@ Spool::~Spool() {
 }
 
 void Spool::append(const void* data, size_t bytes, const std::string& whose) {
-  MOEGRAFT_CHECK(int64_t(bytes) <= kMostBytes - size_, whose, ": the pictures of compressed tars take more than ", kMostBytes >> 30, " GiB here; unpack them once where there is room: gunzip -k (or unzstd), and name the .tar");
+  MOEGRAFT_CHECK(int64_t(bytes) <= kMostBytes - size_, whose, ": the pictures of compressed tars take more than ",
+                 kMostBytes >> 30,
+                 " GiB here; unpack them once where there is room: gunzip -k (or unzstd), and name the .tar");
   const char* at = static_cast<const char*>(data);
   while (bytes > 0) {
     const ssize_t n = ::pwrite(fd_, at, bytes, off_t(size_));
     if (n < 0 && errno == EINTR) continue;
-    MOEGRAFT_CHECK(n > 0, whose, ": no room for its pictures in ", folder_.string(), ": ", std::strerror(errno), "; free some, set TMPDIR, or unpack it (gunzip -k, unzstd) and name the .tar");
+    MOEGRAFT_CHECK(n > 0, whose, ": no room for its pictures in ", folder_.string(), ": ", std::strerror(errno),
+                   "; free some, set TMPDIR, or unpack it (gunzip -k, unzstd) and name the .tar");
     at += n, size_ += n, bytes -= size_t(n);
   }
 }
 
 TarReader::TarReader(const fs::path& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-  struct stat info {};
+  struct stat info{};
   if (fd_ < 0 || ::fstat(fd_, &info) != 0) fail("cannot read ", path.string(), ": ", std::strerror(errno));
   try {
     MOEGRAFT_CHECK(S_ISREG(info.st_mode), "cannot read ", path.string(), ": not a regular file");
@@ -104,18 +110,24 @@ TarReader::~TarReader() {
 }
 
 void TarReader::damaged(const std::string& why) const {
-  if (members_ == 0) fail(path_.string(), " is no tar that can be read: ", shortened(why), "; copy it again, or leave it out");
-  fail(path_.string(), " is damaged or cut short at ", shortened(last_), ", its member ", members_, ": ", shortened(why), "; copy it again, or leave it out");
+  if (members_ == 0)
+    fail(path_.string(), " is no tar that can be read: ", shortened(why), "; copy it again, or leave it out");
+  fail(path_.string(), " is damaged or cut short at ", shortened(last_), ", its member ", members_, ": ",
+       shortened(why), "; copy it again, or leave it out");
 }
 
 bool TarReader::next() {
   const int result = ::archive_read_next_header(archive_, &entry_);
   if (result == ARCHIVE_EOF) {
-    // The end mark is a block of zeros behind the last member: without it the copy may have stopped between two members, which nothing else tells.
+    // The end mark is a block of zeros behind the last member: without it the copy may have stopped between two
+    // members, which nothing else tells.
     if (::archive_filter_bytes(archive_, 0) <= end_)
       log::warning(path_.string(), " has no end mark behind its ", members_, " members: it may be cut short");
-    if (::archive_filter_code(archive_, 0) == ARCHIVE_FILTER_NONE && holds_more(fd_, ::archive_filter_bytes(archive_, 0)))
-      log::warning(path_.string(), " goes on behind its end mark, which is not read: tars that were joined (cat a.tar b.tar) are to be named each by itself");
+    if (::archive_filter_code(archive_, 0) == ARCHIVE_FILTER_NONE &&
+        holds_more(fd_, ::archive_filter_bytes(archive_, 0)))
+      log::warning(path_.string(),
+                   " goes on behind its end mark, which is not read: tars that were joined (cat a.tar b.tar) are to be "
+                   "named each by itself");
     return false;
   }
   if (result != ARCHIVE_OK && result != ARCHIVE_WARN) damaged(reason(archive_));
@@ -129,15 +141,18 @@ bool TarReader::next() {
   compressed_ = ::archive_filter_code(archive_, 0) != ARCHIVE_FILTER_NONE;
   offset_ = ::archive_filter_bytes(archive_, 0);  // what the tar reader has taken so far: all headers of this member
   if (size_ < 0) damaged("a negative size");
-  const bool holes = ::archive_entry_sparse_count(entry_) > 0;  // fewer bytes lie there than it says; refused by who takes it (strange)
+  const bool holes = ::archive_entry_sparse_count(entry_) >
+                     0;  // fewer bytes lie there than it says; refused by who takes it (strange)
   end_ = holes ? offset_ : offset_ + (size_ + 511) / 512 * 512;
   // libarchive seeks over what is not asked for, beyond the end too.
-  if (!compressed_ && !holes && size_ > file_bytes_ - offset_) damaged(detail::concat("it says ", size_, " bytes, ", std::max<int64_t>(0, file_bytes_ - offset_), " are there"));
+  if (!compressed_ && !holes && size_ > file_bytes_ - offset_)
+    damaged(detail::concat("it says ", size_, " bytes, ", std::max<int64_t>(0, file_bytes_ - offset_), " are there"));
   return true;
 }
 
 std::string TarReader::strange() const {
-  if (::archive_entry_hardlink(entry_) != nullptr || type_ == AE_IFLNK) return "is a link, not a file; pack the files themselves (tar --dereference --hard-dereference)";
+  if (::archive_entry_hardlink(entry_) != nullptr || type_ == AE_IFLNK)
+    return "is a link, not a file; pack the files themselves (tar --dereference --hard-dereference)";
   if (type_ != AE_IFREG && type_ != AE_IFDIR) return "is a device or a pipe, not a file";
   if (::archive_entry_sparse_count(entry_) > 0) return "is stored with holes; pack it without tar --sparse";
   if (name_.starts_with("/")) return "is an absolute path; pack it relative to a folder";
@@ -147,7 +162,8 @@ std::string TarReader::strange() const {
 }
 
 std::string TarReader::read_text(int64_t most) {
-  MOEGRAFT_CHECK(size_ <= most, path_.string(), ": ", shortened(name_), " is a text of ", size_, " bytes, at most ", most, " are read");
+  MOEGRAFT_CHECK(size_ <= most, path_.string(), ": ", shortened(name_), " is a text of ", size_, " bytes, at most ",
+                 most, " are read");
   std::string text(size_t(size_), '\0');
   for (size_t done = 0; done < text.size();) {
     const auto n = ::archive_read_data(archive_, text.data() + done, text.size() - done);
@@ -190,8 +206,9 @@ std::string TarStore::read(int64_t index) const {
     int fd;
     ~Close() { ::close(fd); }
   } close{fd};
-  struct stat info {};
-  if (::fstat(fd, &info) != 0 || info.st_size != file_bytes_ || nanoseconds(info) != modified_ns_) fail<SourceChanged>(path().string(), " was changed while it is in use: start again");
+  struct stat info{};
+  if (::fstat(fd, &info) != 0 || info.st_size != file_bytes_ || nanoseconds(info) != modified_ns_)
+    fail<SourceChanged>(path().string(), " was changed while it is in use: start again");
   read_at(fd, bytes.data(), member.bytes, member.offset, name(index));
   return bytes;
 }

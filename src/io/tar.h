@@ -16,7 +16,8 @@ namespace moegraft::io {
 // An unlinked temporary file for what compressed tars hold: they cannot be read from the middle.
 class Spool {
  public:
-  static constexpr int64_t kMostBytes = int64_t{4} << 30;  // of one data set; a larger one is unpacked by its owner, who knows where there is room
+  static constexpr int64_t kMostBytes =
+      int64_t{4} << 30;  // of one data set; a larger one is unpacked by its owner, who knows where there is room
   Spool();
   ~Spool();
   Spool(const Spool&) = delete;
@@ -46,9 +47,9 @@ class TarReader {
   std::string strange() const;  // why it is no plain file ("is a link", …); empty: it is one
   int64_t size() const { return size_; }
   bool compressed() const { return compressed_; }
-  int64_t offset() const { return offset_; }       // of its bytes in the file, unless compressed
-  std::string read_text(int64_t most);             // UserError: longer
-  void spool(Spool& into);                         // appends its bytes
+  int64_t offset() const { return offset_; }  // of its bytes in the file, unless compressed
+  std::string read_text(int64_t most);        // UserError: longer
+  void spool(Spool& into);                    // appends its bytes
   int64_t file_bytes() const { return file_bytes_; }
   int64_t modified_ns() const { return modified_ns_; }
 
@@ -67,7 +68,8 @@ class TarReader {
 // The pictures of one tar: places in the file, or in the spool.
 class TarStore : public PictureStore {
  public:
-  TarStore(const std::filesystem::path& path, const TarReader& reader) : PictureStore(path), file_bytes_(reader.file_bytes()), modified_ns_(reader.modified_ns()) {}
+  TarStore(const std::filesystem::path& path, const TarReader& reader)
+      : PictureStore(path), file_bytes_(reader.file_bytes()), modified_ns_(reader.modified_ns()) {}
   int64_t add(std::string member, int64_t offset, int64_t bytes, std::shared_ptr<Spool> spool);
   const std::string& member(int64_t index) const { return members_[size_t(index)].name; }
   std::string name(int64_t index) const override { return path().string() + ": " + member(index); }

@@ -1,5 +1,6 @@
 #pragma once
-// XXH64 (Collet, "xxHash fast digest algorithm", seed 0): about memory speed, and stable across versions because it is a published format.
+// XXH64 (Collet, "xxHash fast digest algorithm", seed 0): about memory speed, and stable across versions because it is
+// a published format.
 
 #include <algorithm>
 #include <array>
@@ -55,8 +56,8 @@ class Xxh64 {
   }
 
  private:
-  static constexpr uint64_t kP1 = 0x9E3779B185EBCA87ULL, kP2 = 0xC2B2AE3D27D4EB4FULL, kP3 = 0x165667B19E3779F9ULL, kP4 = 0x85EBCA77C2B2AE63ULL,
-                            kP5 = 0x27D4EB2F165667C5ULL;
+  static constexpr uint64_t kP1 = 0x9E3779B185EBCA87ULL, kP2 = 0xC2B2AE3D27D4EB4FULL, kP3 = 0x165667B19E3779F9ULL,
+                            kP4 = 0x85EBCA77C2B2AE63ULL, kP5 = 0x27D4EB2F165667C5ULL;
   static constexpr size_t kStripe = 32;
 
   template <class T>

@@ -1,6 +1,7 @@
 #pragma once
-// The arithmetic of the 8-bit AdamW step, one source for the CPU loop and the CUDA kernel (C++17). Sums of products are written as fma and no other
-// product meets a sum, so neither compiler has a contraction left to choose and both sides give the same bits.
+// The arithmetic of the 8-bit AdamW step, one source for the CPU loop and the CUDA kernel (C++17). Sums of products are
+// written as fma and no other product meets a sum, so neither compiler has a contraction left to choose and both sides
+// give the same bits.
 
 #include <cmath>
 #include <cstdint>
@@ -15,23 +16,25 @@ namespace moegraft::kernels::adamw8 {
 
 constexpr int kBlock = 256;
 
-// Decade i of the map, [10^(i-7), 10^(i-6)), has 2^(i + kShift) bins. Signed: kShift 0, its 127 bins exist twice. Unsigned: kShift 1, 254 bins.
-// A magnitude's index counts from 0 for zero through the bins to kBins + 1 for one.
+// Decade i of the map, [10^(i-7), 10^(i-6)), has 2^(i + kShift) bins. Signed: kShift 0, its 127 bins exist twice.
+// Unsigned: kShift 1, 254 bins. A magnitude's index counts from 0 for zero through the bins to kBins + 1 for one.
 constexpr int kDecades = 7;
 constexpr double kTop[kDecades] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0};
 template <int kShift>
 constexpr int kBins = (1 << (kShift + kDecades)) - (1 << kShift);
 
-// In decade i, n + (bin within the decade), not yet rounded down: 2n at its top, where the next decade starts with that count.
+// In decade i, n + (bin within the decade), not yet rounded down: 2n at its top, where the next decade starts with that
+// count.
 template <int kShift, int i>
 MOEGRAFT_HOST_DEVICE float position(float x) {
-  constexpr float kPerUnit = float(double(1 << (i + kShift)) / (0.9 * kTop[i])), kStart = float(double(1 << (i + kShift)) * (8.0 / 9.0));
+  constexpr float kPerUnit = float(double(1 << (i + kShift)) / (0.9 * kTop[i])),
+                  kStart = float(double(1 << (i + kShift)) * (8.0 / 9.0));
   return std::fma(x, kPerUnit, kStart);
 }
 MOEGRAFT_HOST_DEVICE float smaller(float a, float b) { return a < b ? a : b; }
 
-// Index of the bin that holds the magnitude x in [0, 1]; 0 below the first. Each decade's line is flatter than the one before it, so the lines join to a
-// concave curve, which is the least of them: no search and no branch.
+// Index of the bin that holds the magnitude x in [0, 1]; 0 below the first. Each decade's line is flatter than the one
+// before it, so the lines join to a concave curve, which is the least of them: no search and no branch.
 template <int kShift>
 MOEGRAFT_HOST_DEVICE int32_t index_of(float x) {
   constexpr int kEnd = 1 << (kShift + kDecades);
@@ -63,14 +66,17 @@ MOEGRAFT_HOST_DEVICE float value_of_index(int32_t index) {
 
 // Codes of x in [-1, 1]: 127 is zero; of x in [0, 1]: 0 is zero, and no positive x has it.
 MOEGRAFT_HOST_DEVICE int32_t signed_code(float x) {
-  const int32_t index = index_of<0>(std::fabs(x)), negative = x < 0.0f ? -1 : 0, most = 128 + negative;  // -1 is not in the map
+  const int32_t index = index_of<0>(std::fabs(x)), negative = x < 0.0f ? -1 : 0,
+                most = 128 + negative;  // -1 is not in the map
   return 127 + (((index < most ? index : most) ^ negative) - negative);
 }
 MOEGRAFT_HOST_DEVICE int32_t unsigned_code(float x) {
   const int32_t index = index_of<1>(x), least = int32_t(x > 0.0f);
   return index > least ? index : least;
 }
-MOEGRAFT_HOST_DEVICE float signed_value(int32_t code) { return code < 127 ? -value_of_index<0>(127 - code) : value_of_index<0>(code - 127); }
+MOEGRAFT_HOST_DEVICE float signed_value(int32_t code) {
+  return code < 127 ? -value_of_index<0>(127 - code) : value_of_index<0>(code - 127);
+}
 MOEGRAFT_HOST_DEVICE float unsigned_value(int32_t code) { return value_of_index<1>(code); }
 
 // A block is divided by its scale before coding. A scale below float32's normal range counts as 0.

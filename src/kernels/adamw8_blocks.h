@@ -30,11 +30,13 @@ template <bool kSigned>
 void quantize_block(const float* x, uint8_t* codes, float* scale, int64_t n) {
   *scale = usable_scale(largest_magnitude(x, n));
   const float inverse = inverse_scale(*scale);
-  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(kSigned ? signed_code(x[i] * inverse) : unsigned_code(x[i] * inverse));
+  for (int64_t i = 0; i < n; ++i)
+    codes[i] = uint8_t(kSigned ? signed_code(x[i] * inverse) : unsigned_code(x[i] * inverse));
 }
 
 // Block b of the arrays.
-inline void step_block(const Factors& f, const Arrays& a, int64_t b, const float* signed_map, const float* unsigned_map) {
+inline void step_block(const Factors& f, const Arrays& a, int64_t b, const float* signed_map,
+                       const float* unsigned_map) {
   const int64_t at = b * kBlock, n = kBlock < a.numel - at ? kBlock : a.numel - at;
   alignas(64) float exp_avg[kBlock], root[kBlock];
   dequantize_block(a.exp_avg_codes + at, a.exp_avg_scales[b], signed_map, exp_avg, n);

@@ -1,6 +1,6 @@
-// Linear layers of the frozen base with low-rank terms on some of their rows. The host composes ATen operations; the device's path is one autograd function
-// over all layers that share the input: all factors rounded in one launch, one thin product for all terms of a group, and their sums written into the base's
-// outputs and gradients in place.
+// Linear layers of the frozen base with low-rank terms on some of their rows. The host composes ATen operations; the
+// device's path is one autograd function over all layers that share the input: all factors rounded in one launch, one
+// thin product for all terms of a group, and their sums written into the base's outputs and gradients in place.
 
 #include <algorithm>
 
@@ -51,7 +51,8 @@ std::vector<at::Tensor> compose(const AdaptedCall& call) {
   return out;
 }
 
-// A term where it acts: its layer, its number among all terms, and the columns of the group's thin product that are its own.
+// A term where it acts: its layer, its number among all terms, and the columns of the group's thin product that are its
+// own.
 struct Acting {
   size_t layer, term;
   int64_t first_column, rank;
@@ -64,12 +65,13 @@ struct Node : torch::CustomClassHolder {
   };
   std::vector<FrozenLinearWeight> weights;
   std::vector<Term> terms;
-  std::vector<at::Tensor> rows_of_group;      // of the groups on which something acts; undefined: every row
-  std::vector<std::vector<Acting>> acting;    // of each of them
+  std::vector<at::Tensor> rows_of_group;    // of the groups on which something acts; undefined: every row
+  std::vector<std::vector<Acting>> acting;  // of each of them
   int64_t columns(size_t group) const { return acting[group].back().first_column + acting[group].back().rank; }
 };
 
-c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
+c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers,
+                                  const std::vector<at::Tensor>& rows_of_group) {
   auto node = c10::make_intrusive<Node>();
   node->weights = base_of(layers);
   std::vector<std::vector<Acting>> acting(rows_of_group.size());
@@ -77,7 +79,8 @@ c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers, cons
     for (const LinearLowRank& term : layers[i].terms) {
       for (const int64_t g : term.groups) {
         auto& here = acting[size_t(g)];
-        here.push_back({i, node->terms.size(), here.empty() ? 0 : here.back().first_column + here.back().rank, term.A_PK.size(0)});
+        here.push_back(
+            {i, node->terms.size(), here.empty() ? 0 : here.back().first_column + here.back().rank, term.A_PK.size(0)});
       }
       node->terms.push_back({i, term.A_PK.detach(), term.B_NP.detach(), term.scale});
     }
@@ -92,17 +95,22 @@ c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers, cons
 at::Tensor rows_of(const at::Tensor& x, const at::Tensor& rows) { return rows.defined() ? x.index_select(0, rows) : x; }
 // y[rows] += factor * a b, or all of y.
 void add_product(const at::Tensor& y, const at::Tensor& rows, const at::Tensor& a, const at::Tensor& b, double factor) {
-  if (rows.defined()) cuda::add_rows(at::mm(a, b), rows, y, factor);
-  else at::Tensor(y).addmm_(a, b, 1, factor);
+  if (rows.defined())
+    cuda::add_rows(at::mm(a, b), rows, y, factor);
+  else
+    at::Tensor(y).addmm_(a, b, 1, factor);
 }
 
-// What a backward pass wants beside the weights: of each group its rows of x, their thin products and the stacked A; then each term's B.
+// What a backward pass wants beside the weights: of each group its rows of x, their thin products and the stacked A;
+// then each term's B.
 struct Forward {
   std::vector<at::Tensor> out, saved;
 };
 Forward forward_device(const at::Tensor& x, const Node& node) {
   Forward f;
-  for (const auto& w : node.weights) f.out.push_back(at::linear(x, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  for (const auto& w : node.weights)
+    f.out.push_back(
+        at::linear(x, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
   std::vector<at::Tensor> B, stacked_A, to, from;
   for (const auto& term : node.terms) {
     B.push_back(at::empty(term.B_NP.sizes(), x.options()));
@@ -110,13 +118,15 @@ Forward forward_device(const at::Tensor& x, const Node& node) {
   }
   for (size_t g = 0; g < node.acting.size(); ++g) {
     stacked_A.push_back(at::empty({node.columns(g), x.size(1)}, x.options()));
-    for (const Acting& a : node.acting[g]) to.push_back(stacked_A.back().narrow(0, a.first_column, a.rank)), from.push_back(node.terms[a.term].A_PK);
+    for (const Acting& a : node.acting[g])
+      to.push_back(stacked_A.back().narrow(0, a.first_column, a.rank)), from.push_back(node.terms[a.term].A_PK);
   }
   at::_foreach_copy_(to, from);
   for (size_t g = 0; g < node.acting.size(); ++g) {
     const at::Tensor& rows = node.rows_of_group[g];
     const at::Tensor x_g = rows_of(x, rows), t = at::mm(x_g, stacked_A[g].t());
-    for (const Acting& a : node.acting[g]) add_product(f.out[a.layer], rows, t.narrow(1, a.first_column, a.rank), B[a.term].t(), node.terms[a.term].scale);
+    for (const Acting& a : node.acting[g])
+      add_product(f.out[a.layer], rows, t.narrow(1, a.first_column, a.rank), B[a.term].t(), node.terms[a.term].scale);
     f.saved.insert(f.saved.end(), {x_g, t, stacked_A[g]});
   }
   f.saved.insert(f.saved.end(), B.begin(), B.end());
@@ -124,18 +134,22 @@ Forward forward_device(const at::Tensor& x, const Node& node) {
 }
 
 // Undefined gradients count as zero.
-variable_list backward_device(const Node& node, const variable_list& saved, const variable_list& dy, bool need_x, const std::vector<bool>& need_term) {
+variable_list backward_device(const Node& node, const variable_list& saved, const variable_list& dy, bool need_x,
+                              const std::vector<bool>& need_term) {
   at::Tensor dx;
   for (size_t i = 0; need_x && i < dy.size(); ++i) {
     if (!dy[i].defined()) continue;
-    if (dx.defined()) dx.addmm_(dy[i], node.weights[i].weight_NK.tensor());
-    else dx = at::mm(dy[i], node.weights[i].weight_NK.tensor());
+    if (dx.defined())
+      dx.addmm_(dy[i], node.weights[i].weight_NK.tensor());
+    else
+      dx = at::mm(dy[i], node.weights[i].weight_NK.tensor());
   }
   std::vector<at::Tensor> dA(node.terms.size()), dB(node.terms.size());
   const auto keep = [](at::Tensor& sum, const at::Tensor& part) { sum = sum.defined() ? sum + part : part; };
   const at::Tensor* B = saved.data() + 3 * node.acting.size();
   for (size_t g = 0; g < node.acting.size(); ++g) {
-    const at::Tensor &x_g = saved[3 * g], &t = saved[3 * g + 1], &stacked_A = saved[3 * g + 2], &rows = node.rows_of_group[g];
+    const at::Tensor &x_g = saved[3 * g], &t = saved[3 * g + 1], &stacked_A = saved[3 * g + 2],
+                     &rows = node.rows_of_group[g];
     const at::Tensor dt = at::empty_like(t);
     variable_list dy_g(dy.size());
     bool any_term = false;
@@ -146,15 +160,19 @@ variable_list backward_device(const Node& node, const variable_list& saved, cons
         continue;
       }
       if (!dy_g[a.layer].defined()) dy_g[a.layer] = rows_of(dy[a.layer], rows);
-      at::addmm_out(dt_a, dt_a, dy_g[a.layer], B[a.term], /*beta=*/0, /*alpha=*/node.terms[a.term].scale);  // beta 0: what dt_a held is not read
+      at::addmm_out(dt_a, dt_a, dy_g[a.layer], B[a.term], /*beta=*/0,
+                    /*alpha=*/node.terms[a.term].scale);  // beta 0: what dt_a held is not read
       if (!need_term[a.term]) continue;
       any_term = true;
-      keep(dB[a.term], at::mm(dy_g[a.layer].t(), t.narrow(1, a.first_column, a.rank)).to(node.terms[a.term].B_NP.scalar_type()).mul_(node.terms[a.term].scale));
+      keep(dB[a.term], at::mm(dy_g[a.layer].t(), t.narrow(1, a.first_column, a.rank))
+                           .to(node.terms[a.term].B_NP.scalar_type())
+                           .mul_(node.terms[a.term].scale));
     }
     if (any_term) {
       const at::Tensor stacked = at::mm(dt.t(), x_g).to(node.terms[node.acting[g][0].term].A_PK.scalar_type());
       for (const Acting& a : node.acting[g])
-        if (dB[a.term].defined()) keep(dA[a.term], stacked.narrow(0, a.first_column, a.rank).to(node.terms[a.term].A_PK.scalar_type()));
+        if (dB[a.term].defined())
+          keep(dA[a.term], stacked.narrow(0, a.first_column, a.rank).to(node.terms[a.term].A_PK.scalar_type()));
     }
     if (dx.defined()) add_product(dx, rows, dt, stacked_A, 1.0);
   }
@@ -178,7 +196,8 @@ class AdaptedLinearFunction : public torch::autograd::Function<AdaptedLinearFunc
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
     std::vector<bool> need_term;
-    for (size_t i = 0; i < node->terms.size(); ++i) need_term.push_back(ctx->needs_input_grad(1 + 2 * i) || ctx->needs_input_grad(2 + 2 * i));
+    for (size_t i = 0; i < node->terms.size(); ++i)
+      need_term.push_back(ctx->needs_input_grad(1 + 2 * i) || ctx->needs_input_grad(2 + 2 * i));
     for (at::Tensor& dy : grads)
       if (dy.defined()) dy = dy.contiguous();
     variable_list out = backward_device(*node, ctx->get_saved_variables(), grads, ctx->needs_input_grad(0), need_term);
@@ -191,7 +210,9 @@ bool has_no_terms(const AdaptedCall& c) {
   return std::all_of(c.layers.begin(), c.layers.end(), [](const AdaptedLinear& l) { return l.terms.empty(); });
 }
 bool device_serves(const AdaptedCall& c) {
-  const bool frozen = std::none_of(c.layers.begin(), c.layers.end(), [](const AdaptedLinear& l) { return !l.base.weight_NK.quantised() && recorded(l.base.weight_NK.tensor(), l.base.bias_N); });
+  const bool frozen = std::none_of(c.layers.begin(), c.layers.end(), [](const AdaptedLinear& l) {
+    return !l.base.weight_NK.quantised() && recorded(l.base.weight_NK.tensor(), l.base.bias_N);
+  });
   return frozen && cuda::serves(c.x_XK) && c.x_XK.dim() == 2;
 }
 std::vector<at::Tensor> run_device(const AdaptedCall& c) {
@@ -220,7 +241,8 @@ constexpr Implementation kImplementations[]{
 
 }  // namespace
 
-std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers, const std::vector<at::Tensor>& rows_of_group) {
+std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers,
+                                       const std::vector<at::Tensor>& rows_of_group) {
   const AdaptedCall call{x_XK, layers, rows_of_group};
   return choose(kImplementations, call).run(call);
 }

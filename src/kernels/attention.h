@@ -1,6 +1,7 @@
 #pragma once
-// Packed attention behind its autograd function. Sequence i has queries cu_q[i]..cu_q[i+1] and keys cu_kv[i]..cu_kv[i+1]; its queries are the last of its
-// keys, so query j sits at position keys - queries + j and sees the keys up to itself, at most `window` of them when window > 0.
+// Packed attention behind its autograd function. Sequence i has queries cu_q[i]..cu_q[i+1] and keys
+// cu_kv[i]..cu_kv[i+1]; its queries are the last of its keys, so query j sits at position keys - queries + j and sees
+// the keys up to itself, at most `window` of them when window > 0.
 
 #include <vector>
 
@@ -46,12 +47,14 @@ struct StepAttention {
 
 // The library's functions (attention_aten.cpp), on a CPU, and differentiated by the library on whatever device.
 AttentionOutput attention_forward_aten(const AttentionProblem& problem);
-AttentionGradients attention_backward_aten(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+AttentionGradients attention_backward_aten(const AttentionProblem& problem, const AttentionOutput& output,
+                                           const at::Tensor& dout_THC);
 at::Tensor attention_differentiable_aten(const AttentionProblem& problem);
 at::Tensor attention_cached_aten(const CachedAttention& call);
 at::Tensor attention_step_aten(const StepAttention& call);
 
-// CPU: one query for each of a cache's first sequences, and queries of any number by block products (attention_cache.cpp). float32 and bfloat16.
+// CPU: one query for each of a cache's first sequences, and queries of any number by block products
+// (attention_cache.cpp). float32 and bfloat16.
 bool attention_decode_serves(const CachedAttention& call);
 at::Tensor attention_decode(const CachedAttention& call);
 bool attention_cached_blocks_serve(const CachedAttention& call);
@@ -60,17 +63,22 @@ at::Tensor attention_cached_blocks(const CachedAttention& call);
 // CPU block products (attention_blocks.cpp).
 bool attention_blocks_serve(const AttentionProblem& problem);
 AttentionOutput attention_forward_blocks(const AttentionProblem& problem);
-AttentionGradients attention_backward_blocks(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+AttentionGradients attention_backward_blocks(const AttentionProblem& problem, const AttentionOutput& output,
+                                             const at::Tensor& dout_THC);
 
-// The library's flash kernels on a GPU from Ampere on: bfloat16 or half, heads of a multiple of 8 up to 256 (cuda/attention.cpp). Never waits for the device.
+// The library's flash kernels on a GPU from Ampere on: bfloat16 or half, heads of a multiple of 8 up to 256
+// (cuda/attention.cpp). Never waits for the device.
 bool attention_cuda_serves(const at::Tensor& q_THC);
 AttentionOutput attention_forward_cuda(const AttentionProblem& problem);
 // Deterministic: the flash kernel's other form adds to dq with float atomics.
-AttentionGradients attention_backward_cuda(const AttentionProblem& problem, const AttentionOutput& output, const at::Tensor& dout_THC);
+AttentionGradients attention_backward_cuda(const AttentionProblem& problem, const AttentionOutput& output,
+                                           const at::Tensor& dout_THC);
 // cached_attention of ops.h.
-at::Tensor attention_cached_cuda(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const std::vector<int64_t>& cu_seqlens,
-                                 const std::vector<int64_t>& kv_lengths, int64_t window, double scale);
+at::Tensor attention_cached_cuda(const at::Tensor& q_THC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC,
+                                 const std::vector<int64_t>& cu_seqlens, const std::vector<int64_t>& kv_lengths,
+                                 int64_t window, double scale);
 // step_attention of ops.h.
-at::Tensor attention_step_cuda(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC, const at::Tensor& lengths_B, int64_t window, double scale);
+at::Tensor attention_step_cuda(const at::Tensor& q_BHC, const at::Tensor& keys_BSGC, const at::Tensor& values_BSGC,
+                               const at::Tensor& lengths_B, int64_t window, double scale);
 
 }  // namespace moegraft::kernels

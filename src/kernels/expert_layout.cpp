@@ -14,7 +14,9 @@ struct ExpertMatrices::State {
   at::Tensor stacked;
 };
 
-ExpertMatrices::ExpertMatrices(std::vector<at::Tensor> list) : state_(std::make_shared<State>()) { state_->list = std::move(list); }
+ExpertMatrices::ExpertMatrices(std::vector<at::Tensor> list) : state_(std::make_shared<State>()) {
+  state_->list = std::move(list);
+}
 
 const std::vector<at::Tensor>& ExpertMatrices::list() const {
   static const std::vector<at::Tensor> none;
@@ -38,10 +40,12 @@ std::vector<at::Tensor>& ExpertMatrices::own() {
 
 void join_experts(ExpertMatrices& gate_FD, ExpertMatrices& up_FD, ExpertMatrices& down_DF) {
   if (gate_FD.empty()) return;
-  MOEGRAFT_INVARIANT(up_FD.size() == gate_FD.size() && down_DF.size() == gate_FD.size(), "join_experts: ", gate_FD.size(), " gates, ", up_FD.size(), " ups, ", down_DF.size(), " downs");
+  MOEGRAFT_INVARIANT(up_FD.size() == gate_FD.size() && down_DF.size() == gate_FD.size(),
+                     "join_experts: ", gate_FD.size(), " gates, ", up_FD.size(), " ups, ", down_DF.size(), " downs");
   at::NoGradGuard no_grad;
   const int64_t E = int64_t(gate_FD.size()), F = gate_FD.front().size(0), D = gate_FD.front().size(1);
-  if (!gate_FD.stacked().defined() || !up_FD.stacked().defined() || !cuda::joined_view(gate_FD.stacked(), up_FD.stacked()).defined()) {
+  if (!gate_FD.stacked().defined() || !up_FD.stacked().defined() ||
+      !cuda::joined_view(gate_FD.stacked(), up_FD.stacked()).defined()) {
     const at::Tensor both = at::empty({E, 2 * F, D}, gate_FD.front().options());
     const auto place = [&](ExpertMatrices& matrices, int64_t row) {
       std::vector<at::Tensor>& list = matrices.own();

@@ -10,12 +10,14 @@ namespace moegraft::kernels {
 
 class FactorCache {
  public:
-  // What `make` made for these very terms: the same tensors, scales and groups, in the same dtype. Anything else is made anew.
+  // What `make` made for these very terms: the same tensors, scales and groups, in the same dtype. Anything else is
+  // made anew.
   template <class Content, class Make>
   Content& content(const MoeProblem& p, const Make& make) {
     Signature now{typeid(Content), p.x_XD.scalar_type(), p.dispatch.num_groups, {}};
     for (int s = 0; s < kSites; ++s)
-      for (const ExpertLowRank& term : p.terms[s]) now.terms.push_back({s, term.A_EPX.const_data_ptr(), term.B_EXP.const_data_ptr(), term.scale, term.acts});
+      for (const ExpertLowRank& term : p.terms[s])
+        now.terms.push_back({s, term.A_EPX.const_data_ptr(), term.B_EXP.const_data_ptr(), term.scale, term.acts});
     if (!content_ || !(now == signature_)) {
       content_ = std::shared_ptr<Content>(make());
       signature_ = std::move(now);

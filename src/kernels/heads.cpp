@@ -1,5 +1,5 @@
-// Queries and keys made ready for attention: their norm and their rotation in one pass over each token on the CPU, with the bits of rms_norm and rotary one after
-// the other; elsewhere those two.
+// Queries and keys made ready for attention: their norm and their rotation in one pass over each token on the CPU, with
+// the bits of rms_norm and rotary one after the other; elsewhere those two.
 
 #include "cpu/block_product.h"
 #include "cpu/cpu.h"
@@ -16,7 +16,8 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kTokenGrain = 4;
 
-// One projection's rows: `norms` norms per token (none, one for all heads, or one for each head), each of `width` elements.
+// One projection's rows: `norms` norms per token (none, one for all heads, or one for each head), each of `width`
+// elements.
 struct Part {
   at::Tensor x, norm, rstd;  // rstd [T * norms]; without norms x is not kept
   int64_t heads = 0, norms = 0, width = 0;
@@ -46,13 +47,16 @@ void rotate_token(const Node& node, int64_t t, int64_t heads, const T* from, flo
 template <class T>
 variable_list forward_cpu(const Node& node, double eps) {
   variable_list out;
-  for (const Part& p : node.parts) out.push_back(at::empty({p.x.size(0), p.heads, 2 * node.cos.size(1)}, p.x.options()));
+  for (const Part& p : node.parts)
+    out.push_back(at::empty({p.x.size(0), p.heads, 2 * node.cos.size(1)}, p.x.options()));
   for_each_token(node, [&](size_t i, int64_t t) {
     const Part& p = node.parts[i];
     const int64_t row = t * p.x.size(1);
     const T* x = data<T>(p.x) + row;
     T* y = mutable_data<T>(out[i]) + row;
-    for (int64_t n = 0; n < p.norms; ++n) mutable_data<float>(p.rstd)[t * p.norms + n] = loops<T>().rms_norm(x + n * p.width, data<T>(p.norm), float(eps), y + n * p.width, p.width);
+    for (int64_t n = 0; n < p.norms; ++n)
+      mutable_data<float>(p.rstd)[t * p.norms + n] =
+          loops<T>().rms_norm(x + n * p.width, data<T>(p.norm), float(eps), y + n * p.width, p.width);
     rotate_token(node, t, p.heads, p.norms ? y : x, 1.0f, y);
   });
   return out;
@@ -63,7 +67,9 @@ variable_list backward_cpu(const Node& node, const variable_list& grads) {
   variable_list dy, dx;
   for (size_t i = 0; i < node.parts.size(); ++i) {
     dy.push_back(grads[i].defined() ? grads[i].contiguous() : grads[i]);
-    dx.push_back(grads[i].defined() ? at::empty({grads[i].size(0), grads[i].size(1) * grads[i].size(2)}, grads[i].options()) : at::Tensor());
+    dx.push_back(grads[i].defined()
+                     ? at::empty({grads[i].size(0), grads[i].size(1) * grads[i].size(2)}, grads[i].options())
+                     : at::Tensor());
   }
   for_each_token(node, [&](size_t i, int64_t t) {
     if (!dy[i].defined()) return;
@@ -73,7 +79,8 @@ variable_list backward_cpu(const Node& node, const variable_list& grads) {
     rotate_token(node, t, p.heads, data<T>(dy[i]) + row, -1.0f, to);
     for (int64_t n = 0; n < p.norms; ++n) {
       const int64_t at = n * p.width;
-      loops<T>().rms_norm_backward(to + at, data<T>(p.x) + row + at, data<T>(p.norm), data<float>(p.rstd)[t * p.norms + n], to + at, p.width);
+      loops<T>().rms_norm_backward(to + at, data<T>(p.x) + row + at, data<T>(p.norm),
+                                   data<float>(p.rstd)[t * p.norms + n], to + at, p.width);
     }
   });
   return dx;
@@ -81,13 +88,15 @@ variable_list backward_cpu(const Node& node, const variable_list& grads) {
 
 class NormRotary : public torch::autograd::Function<NormRotary> {
  public:
-  static variable_list forward(AutogradContext* ctx, at::TensorList x, const c10::intrusive_ptr<Node>& node, double eps) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList x, const c10::intrusive_ptr<Node>& node,
+                               double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
     ctx->saved_data["float32"] = x.front().scalar_type() == at::kFloat;
     for (size_t i = 0; i < x.size(); ++i) node->parts[i].x = x[i].detach();
-    variable_list out = x.front().scalar_type() == at::kFloat ? forward_cpu<float>(*node, eps) : forward_cpu<bf16>(*node, eps);
+    variable_list out =
+        x.front().scalar_type() == at::kFloat ? forward_cpu<float>(*node, eps) : forward_cpu<bf16>(*node, eps);
     for (Part& p : node->parts)
       if (p.norms == 0) p.x.reset();
     return out;
@@ -95,7 +104,8 @@ class NormRotary : public torch::autograd::Function<NormRotary> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
-    variable_list out = ctx->saved_data["float32"].toBool() ? backward_cpu<float>(*node, grads) : backward_cpu<bf16>(*node, grads);
+    variable_list out =
+        ctx->saved_data["float32"].toBool() ? backward_cpu<float>(*node, grads) : backward_cpu<bf16>(*node, grads);
     out.insert(out.end(), 2, at::Tensor());
     return out;
   }
@@ -110,7 +120,8 @@ struct HeadsCall {
 bool one_pass_serves(const HeadsCall& c) {
   bool serves = c.clip <= 0;
   for (const HeadRows& r : c.rows) {
-    serves &= has_cpu_path(r.x_TX) && !cuda::serves(r.x_TX) && r.x_TX.scalar_type() == c.rows.front().x_TX.scalar_type();
+    serves &=
+        has_cpu_path(r.x_TX) && !cuda::serves(r.x_TX) && r.x_TX.scalar_type() == c.rows.front().x_TX.scalar_type();
     if (r.norm.defined()) serves &= r.norm.scalar_type() == r.x_TX.scalar_type() && !r.norm.requires_grad();
   }
   return serves;
@@ -159,12 +170,15 @@ constexpr Implementation kImplementations[]{{one_pass_serves, in_one_pass}, {kAl
 
 }  // namespace
 
-std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC, const at::Tensor& sin_TC, double eps, double clip) {
+std::vector<at::Tensor> norm_rotary(const std::vector<HeadRows>& rows, const at::Tensor& cos_TC,
+                                    const at::Tensor& sin_TC, double eps, double clip) {
   RECORD_FUNCTION("moegraft::norm_rotary", {});
   const int64_t T = cos_TC.size(0), C = 2 * cos_TC.size(1);
   for (const HeadRows& r : rows) {
-    MOEGRAFT_INVARIANT(r.x_TX.dim() == 2 && r.x_TX.size(0) == T && r.x_TX.size(1) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", cos ", cos_TC.sizes(), ", ", r.num_heads, " heads");
-    MOEGRAFT_INVARIANT(!r.norm.defined() || r.norm.size(0) == C || r.norm.size(0) == r.num_heads * C, "norm_rotary: x ", r.x_TX.sizes(), ", norm ", r.norm.sizes());
+    MOEGRAFT_INVARIANT(r.x_TX.dim() == 2 && r.x_TX.size(0) == T && r.x_TX.size(1) == r.num_heads * C, "norm_rotary: x ",
+                       r.x_TX.sizes(), ", cos ", cos_TC.sizes(), ", ", r.num_heads, " heads");
+    MOEGRAFT_INVARIANT(!r.norm.defined() || r.norm.size(0) == C || r.norm.size(0) == r.num_heads * C, "norm_rotary: x ",
+                       r.x_TX.sizes(), ", norm ", r.norm.sizes());
   }
   const HeadsCall call{rows, cos_TC, sin_TC, eps, clip};
   return choose(kImplementations, call).run(call);

@@ -1,14 +1,14 @@
 #pragma once
-// How an operation finds what computes it: a list of implementations in the order of preference. The first that serves a call runs; the last serves every call
-// and is the plain one, as a rule of ATen's operations. Which implementation serves depends on devices, dtypes, shapes and the CPU's path alone, so that
-// equal calls take equal ways.
+// How an operation finds what computes it: a list of implementations in the order of preference. The first that serves
+// a call runs; the last serves every call and is the plain one, as a rule of ATen's operations. Which implementation
+// serves depends on devices, dtypes, shapes and the CPU's path alone, so that equal calls take equal ways.
 //
 //   struct Implementation {
 //     bool (*serves)(const Call&);
 //     at::Tensor (*run)(const Call&);
 //   };
-//   constexpr Implementation kImplementations[]{{cuda_serves, run_cuda}, {blocks_serve, run_blocks}, {kAlways, run_aten}};
-//   … choose(kImplementations, call).run(call) …
+//   constexpr Implementation kImplementations[]{{cuda_serves, run_cuda}, {blocks_serve, run_blocks}, {kAlways,
+//   run_aten}}; … choose(kImplementations, call).run(call) …
 
 #include <cstddef>
 

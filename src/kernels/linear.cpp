@@ -1,5 +1,5 @@
-// Linear layers of the frozen base that share their input (q, k, v; gate and up). On the CPU one pass of block products over the input makes all outputs;
-// elsewhere ATen.
+// Linear layers of the frozen base that share their input (q, k, v; gate and up). On the CPU one pass of block products
+// over the input makes all outputs; elsewhere ATen.
 
 #include <algorithm>
 
@@ -35,12 +35,15 @@ std::pair<const T*, int64_t> left_operand(const T* rows, int64_t K, int64_t coun
 // Blocks of rows, and of columns where the rows alone would leave threads without work.
 struct Cut {
   int64_t rows, panels, parts;  // all rows; all panels of 64 columns, and in how many parts
-  Cut(int64_t rows, int64_t panels) : rows(rows), panels(panels), parts(std::clamp<int64_t>(2 * at::get_num_threads() / row_blocks(), 1, panels)) {}
+  Cut(int64_t rows, int64_t panels)
+      : rows(rows), panels(panels), parts(std::clamp<int64_t>(2 * at::get_num_threads() / row_blocks(), 1, panels)) {}
   int64_t row_blocks() const { return (rows + kRows - 1) / kRows; }
   int64_t tasks() const { return row_blocks() * parts; }
   int64_t begin(int64_t task) const { return task / parts * kRows; }
   int64_t count(int64_t task) const { return std::min(kRows, rows - begin(task)); }
-  std::pair<int64_t, int64_t> range(int64_t task) const { return {task % parts * panels / parts, (task % parts + 1) * panels / parts}; }
+  std::pair<int64_t, int64_t> range(int64_t task) const {
+    return {task % parts * panels / parts, (task % parts + 1) * panels / parts};
+  }
 };
 
 // y_i = x W_i^T for frozen W_i with panels; no bias.
@@ -69,7 +72,8 @@ std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
       const auto [w, j] = places[i];
       const Term<T> term{in, ld_in, &panels[w], j};
       const Range next = i + 1 < last ? panel_range(panels[places[i + 1].weight], places[i + 1].panel) : Range();
-      sum_of_products(count, &term, 1, mutable_data<T>(out[w]) + begin * panels[w].n + j * kPanel, panels[w].n, panels[w].columns(j), room, ahead(next));
+      sum_of_products(count, &term, 1, mutable_data<T>(out[w]) + begin * panels[w].n + j * kPanel, panels[w].n,
+                      panels[w].columns(j), room, ahead(next));
     }
   });
   return out;
@@ -77,7 +81,8 @@ std::vector<at::Tensor> forward_blocks(const at::Tensor& x, const Node& node) {
 
 // dx = sum_i dy_i W_i; undefined dy_i count as zero.
 template <class T>
-at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t rows, int64_t K, const at::TensorOptions& options) {
+at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t rows, int64_t K,
+                           const at::TensorOptions& options) {
   std::vector<Panels<T>> panels;
   std::vector<at::Tensor> in;
   for (size_t w = 0; w < node.panels.size(); ++w) {
@@ -99,7 +104,8 @@ at::Tensor backward_blocks(const variable_list& dy, const Node& node, int64_t ro
     const auto [first, last] = cut.range(task);
     for (int64_t j = first; j < last; ++j) {
       for (auto& term : terms) term.j = j;
-      sum_of_products(count, terms.data(), int64_t(terms.size()), mutable_data<T>(dx) + begin * K + j * kPanel, K, std::min(kPanel, K - j * kPanel), room,
+      sum_of_products(count, terms.data(), int64_t(terms.size()), mutable_data<T>(dx) + begin * K + j * kPanel, K,
+                      std::min(kPanel, K - j * kPanel), room,
                       j + 1 < last ? ahead(panel_range(panels[0], j + 1)) : Ahead());
     }
   });
@@ -122,7 +128,8 @@ class FrozenLinear : public torch::autograd::Function<FrozenLinear> {
     const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
     const auto dtype = at::ScalarType(ctx->saved_data["dtype"].toInt());
     const int64_t rows = ctx->saved_data["rows"].toInt(), depth = ctx->saved_data["depth"].toInt();
-    return {dtype == at::kFloat ? backward_blocks<float>(grads, *node, rows, depth, at::TensorOptions(dtype)) : backward_blocks<bf16>(grads, *node, rows, depth, at::TensorOptions(dtype)),
+    return {dtype == at::kFloat ? backward_blocks<float>(grads, *node, rows, depth, at::TensorOptions(dtype))
+                                : backward_blocks<bf16>(grads, *node, rows, depth, at::TensorOptions(dtype)),
             at::Tensor()};
   }
 };
@@ -134,7 +141,8 @@ struct LinearCall {
 
 bool blocks_serve(const LinearCall& c) {
   bool serve = c.x_XK.dim() == 2 && c.x_XK.size(0) > 0;
-  for (const auto& w : c.weights) serve &= c.x_XK.is_cpu() && w.weight_NK.packed() && w.weight_NK.packed()->serve(c.x_XK.scalar_type());
+  for (const auto& w : c.weights)
+    serve &= c.x_XK.is_cpu() && w.weight_NK.packed() && w.weight_NK.packed()->serve(c.x_XK.scalar_type());
   return serve;
 }
 std::vector<at::Tensor> run_blocks(const LinearCall& c) {
@@ -142,8 +150,10 @@ std::vector<at::Tensor> run_blocks(const LinearCall& c) {
   auto node = c10::make_intrusive<Node>();
   for (const auto& w : c.weights) node->panels.push_back(w.weight_NK.packed());
   const at::Tensor x = c.x_XK.contiguous();
-  if (recorded(x)) out = FrozenLinear::apply(x, node);
-  else out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
+  if (recorded(x))
+    out = FrozenLinear::apply(x, node);
+  else
+    out = x.scalar_type() == at::kFloat ? forward_blocks<float>(x, *node) : forward_blocks<bf16>(x, *node);
   for (size_t i = 0; i < c.weights.size(); ++i)
     if (c.weights[i].bias_N.defined()) out[i] = out[i] + c.weights[i].bias_N;
   return out;
@@ -151,7 +161,9 @@ std::vector<at::Tensor> run_blocks(const LinearCall& c) {
 
 std::vector<at::Tensor> run_aten(const LinearCall& c) {
   std::vector<at::Tensor> out;
-  for (const auto& w : c.weights) out.push_back(at::linear(c.x_XK, w.weight_NK.tensor(), w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
+  for (const auto& w : c.weights)
+    out.push_back(at::linear(c.x_XK, w.weight_NK.tensor(),
+                             w.bias_N.defined() ? std::optional<at::Tensor>(w.bias_N) : std::nullopt));
   return out;
 }
 

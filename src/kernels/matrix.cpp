@@ -26,7 +26,8 @@ at::Tensor Matrix::dense(at::ScalarType dtype) const { return (quantised() ? pac
 Matrix pack_weight(Matrix m, OnPacked on_packed) {
   const at::Tensor& w = m.data_;
   if (!w.defined() || w.requires_grad() || !w.is_cpu() || !has_block_products(w.scalar_type())) return m;
-  m.packed_ = std::make_shared<WeightPanels>(w.stride(1) == 1 ? w.detach() : w.detach().contiguous(), std::move(on_packed));
+  m.packed_ =
+      std::make_shared<WeightPanels>(w.stride(1) == 1 ? w.detach() : w.detach().contiguous(), std::move(on_packed));
   return m;
 }
 
@@ -35,7 +36,9 @@ bool quantised_products() { return has_block_products(at::kFloat) && has_block_p
 
 Matrix quantise(const at::Tensor& weight_NK, WeightFormat format) {
   const BlockFormat* blocks = block_format(format);
-  MOEGRAFT_INVARIANT(blocks && weight_NK.is_cpu() && weight_NK.dim() == 2 && at::isFloatingType(weight_NK.scalar_type()), "quantise: ", weight_NK.toString(), " ", weight_NK.sizes());
+  MOEGRAFT_INVARIANT(
+      blocks && weight_NK.is_cpu() && weight_NK.dim() == 2 && at::isFloatingType(weight_NK.scalar_type()),
+      "quantise: ", weight_NK.toString(), " ", weight_NK.sizes());
   Matrix m;
   m.rows_ = weight_NK.size(0), m.columns_ = weight_NK.size(1);
   m.format_ = format;

@@ -1,5 +1,6 @@
 #pragma once
-// The expert FFN behind its autograd function: one problem, several implementations (ATen everywhere, block products on the CPU, CUDA).
+// The expert FFN behind its autograd function: one problem, several implementations (ATen everywhere, block products on
+// the CPU, CUDA).
 
 #include <array>
 
@@ -22,8 +23,8 @@ struct MoeProblem {
   int64_t expert_width() const { return weights.expert_width(); }
 };
 struct MoeForward {
-  at::Tensor out_XD, hidden_RF;    // hidden only when asked for
-  std::vector<at::Tensor> saved;   // what the same implementation's backward wants; empty when nothing is differentiated
+  at::Tensor out_XD, hidden_RF;   // hidden only when asked for
+  std::vector<at::Tensor> saved;  // what the same implementation's backward wants; empty when nothing is differentiated
 };
 // Undefined where not needed. Factor gradients have the factors' shapes and dtypes.
 struct MoeGradients {
@@ -41,18 +42,21 @@ at::Tensor rows_of_slots(const at::Tensor& y_RD, const Dispatch& dispatch);
 at::Tensor slots_to_rows(const at::Tensor& slots_XK, const Dispatch& dispatch);
 
 MoeForward moe_forward_aten(const MoeProblem& problem, bool save, bool keep_hidden);
-MoeGradients moe_backward_aten(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+MoeGradients moe_backward_aten(const MoeProblem& problem, const std::vector<at::Tensor>& saved,
+                               const at::Tensor& dout_XD, const MoeNeeds& needs);
 
 // Frozen experts on a CPU with block products (float32, bfloat16).
 bool moe_blocks_serve(const MoeProblem& problem);
 MoeForward moe_forward_blocks(const MoeProblem& problem, bool save, bool keep_hidden);
-MoeGradients moe_backward_blocks(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+MoeGradients moe_backward_blocks(const MoeProblem& problem, const std::vector<at::Tensor>& saved,
+                                 const at::Tensor& dout_XD, const MoeNeeds& needs);
 
 // Frozen experts on a GPU (cuda/). Never waits for the device.
 bool moe_cuda_serves(const MoeProblem& problem);
 bool moe_cuda_runs_on(int generation);  // compute capability, major
 bool moe_cuda_fits(int64_t num_experts, int64_t model_width, int64_t expert_width);
 MoeForward moe_forward_cuda(const MoeProblem& problem, bool save, bool keep_hidden);
-MoeGradients moe_backward_cuda(const MoeProblem& problem, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs);
+MoeGradients moe_backward_cuda(const MoeProblem& problem, const std::vector<at::Tensor>& saved,
+                               const at::Tensor& dout_XD, const MoeNeeds& needs);
 
 }  // namespace moegraft::kernels

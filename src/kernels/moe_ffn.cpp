@@ -16,7 +16,8 @@ using torch::autograd::variable_list;
 struct Implementation {
   bool (*serves)(const MoeProblem&);
   MoeForward (*forward)(const MoeProblem&, bool save, bool keep_hidden);
-  MoeGradients (*backward)(const MoeProblem&, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds&);
+  MoeGradients (*backward)(const MoeProblem&, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD,
+                           const MoeNeeds&);
 };
 constexpr Implementation kImplementations[]{
     {moe_cuda_serves, moe_forward_cuda, moe_backward_cuda},
@@ -51,7 +52,8 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
     MoeNeeds needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2), {}};
     size_t input = kFactorInputs;
     for (int s = 0; s < kSites; ++s)
-      for (size_t i = 0; i < p.terms[s].size(); ++i, input += 2) needs.factors[s].push_back(ctx->needs_input_grad(input) || ctx->needs_input_grad(input + 1));
+      for (size_t i = 0; i < p.terms[s].size(); ++i, input += 2)
+        needs.factors[s].push_back(ctx->needs_input_grad(input) || ctx->needs_input_grad(input + 1));
     const MoeGradients g = node->implementation->backward(p, ctx->get_saved_variables(), grads[0].contiguous(), needs);
     variable_list out{g.x_XD, g.weights_XK, g.gate_EFD, g.up_EFD, g.down_EDF};
     for (int s = 0; s < kSites; ++s)
@@ -61,16 +63,21 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
   }
 };
 
-const std::vector<ExpertLowRank>& site_list(const ExpertFfnAdapters& adapters, int site) { return site == kGate ? adapters.gate : site == kUp ? adapters.up : adapters.down; }
+const std::vector<ExpertLowRank>& site_list(const ExpertFfnAdapters& adapters, int site) {
+  return site == kGate ? adapters.gate : site == kUp ? adapters.up : adapters.down;
+}
 
 }  // namespace
 
 std::shared_ptr<FactorCache> make_factor_cache() { return std::make_shared<FactorCache>(); }
 
-at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
+at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& dispatch,
+                   const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters, at::Tensor* hidden_RF) {
   RECORD_FUNCTION("moegraft::moe_ffn", {});
-  MOEGRAFT_INVARIANT(weights.num_experts() == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) && weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
-                     "moe_ffn: ", weights.num_experts(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(), ", weights ", weights_XK.sizes(), ", slots ", dispatch.row_of_slot_TK.sizes());
+  MOEGRAFT_INVARIANT(weights.num_experts() == dispatch.num_experts && dispatch.row_of_slot_TK.size(0) == x_XD.size(0) &&
+                         weights_XK.sizes() == dispatch.row_of_slot_TK.sizes(),
+                     "moe_ffn: ", weights.num_experts(), " experts for ", dispatch.num_experts, ", x ", x_XD.sizes(),
+                     ", weights ", weights_XK.sizes(), ", slots ", dispatch.row_of_slot_TK.sizes());
   const auto wide = x_XD.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor routing = weights_XK.to(wide);
   auto node = c10::make_intrusive<Node>();
@@ -88,16 +95,19 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
   for (auto* list : {&p.weights.gate_FD, &p.weights.up_FD, &p.weights.down_DF})
     if (std::any_of(list->begin(), list->end(), [](const at::Tensor& t) { return t.requires_grad(); }))
       for (auto& t : list->own()) t = t.detach();
-  std::vector<at::Tensor> inputs{x_XD, routing, stacked(p.weights.gate_EFD), stacked(p.weights.up_EFD), stacked(p.weights.down_EDF)};
+  std::vector<at::Tensor> inputs{x_XD, routing, stacked(p.weights.gate_EFD), stacked(p.weights.up_EFD),
+                                 stacked(p.weights.down_EDF)};
   for (int s = 0; s < kSites; ++s)
     for (const auto& term : site_list(adapters, s)) {
-      MOEGRAFT_INVARIANT(int64_t(term.acts.size()) == dispatch.num_groups, "moe_ffn: ", term.acts.size(), " flags for ", dispatch.num_groups, " groups");
+      MOEGRAFT_INVARIANT(int64_t(term.acts.size()) == dispatch.num_groups, "moe_ffn: ", term.acts.size(), " flags for ",
+                         dispatch.num_groups, " groups");
       inputs.push_back(term.A_EPX);
       inputs.push_back(term.B_EXP);
       p.terms[s].push_back({term.A_EPX.detach().contiguous(), term.B_EXP.detach().contiguous(), term.scale, term.acts});
     }
   node->implementation = &choose(kImplementations, p);
-  MOEGRAFT_INVARIANT(node->implementation->forward != moe_forward_aten || !p.weights.gate_FD.empty(), "moe_ffn: no path for quantised experts with x ", p.x_XD.toString(),
+  MOEGRAFT_INVARIANT(node->implementation->forward != moe_forward_aten || !p.weights.gate_FD.empty(),
+                     "moe_ffn: no path for quantised experts with x ", p.x_XD.toString(),
                      " and factors that are no float32 masters");
   node->keep_hidden = hidden_RF != nullptr;
   for (const auto& t : inputs) node->save |= t.requires_grad();
@@ -114,7 +124,8 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
   return outputs[0];
 }
 
-at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& d, const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters) {
+at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_XK, const Dispatch& d,
+                             const ExpertFfnWeights& weights, const ExpertFfnAdapters& adapters) {
   const auto dtype = x_XD.scalar_type();
   const auto offsets = d.host_offsets();
   const at::Tensor x_RD = x_XD.index_select(0, d.token_of_row_R);
@@ -122,14 +133,18 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
   for (int64_t e = 0; e < d.num_experts; ++e)
     for (int64_t m = 0; m < d.num_groups; ++m) {
       const int64_t begin = offsets[e * d.num_groups + m], count = offsets[e * d.num_groups + m + 1] - begin;
-      const auto project = [&](const at::Tensor& in, const at::Tensor& stacked, const std::vector<at::Tensor>& list, const std::vector<ExpertLowRank>& terms) {
+      const auto project = [&](const at::Tensor& in, const at::Tensor& stacked, const std::vector<at::Tensor>& list,
+                               const std::vector<ExpertLowRank>& terms) {
         at::Tensor out = at::matmul(in, (stacked.defined() ? stacked[e] : list[e]).t());
         for (const auto& term : terms)
-          if (term.acts[m]) out = out + term.scale * at::matmul(at::matmul(in, term.A_EPX[e].to(dtype).t()), term.B_EXP[e].to(dtype).t());
+          if (term.acts[m])
+            out =
+                out + term.scale * at::matmul(at::matmul(in, term.A_EPX[e].to(dtype).t()), term.B_EXP[e].to(dtype).t());
         return out;
       };
       const at::Tensor x = x_RD.narrow(0, begin, count);
-      const at::Tensor h = at::silu(project(x, weights.gate_EFD, weights.gate_FD, adapters.gate)) * project(x, weights.up_EFD, weights.up_FD, adapters.up);
+      const at::Tensor h = at::silu(project(x, weights.gate_EFD, weights.gate_FD, adapters.gate)) *
+                           project(x, weights.up_EFD, weights.up_FD, adapters.up);
       parts.push_back(project(h, weights.down_EDF, weights.down_DF, adapters.down));
     }
   return (rows_of_slots(at::cat(parts, 0), d) * weights_XK.to(dtype).unsqueeze(-1)).sum(1);

@@ -1,4 +1,5 @@
-// RMSNorm and rotary embedding: one pass over each row on a GPU (cuda/) and on the CPU; elsewhere composed of ATen operations.
+// RMSNorm and rotary embedding: one pass over each row on a GPU (cuda/) and on the CPU; elsewhere composed of ATen
+// operations.
 
 #include "cpu/block_product.h"
 #include "cpu/cpu.h"
@@ -16,19 +17,24 @@ using torch::autograd::variable_list;
 constexpr int64_t kRowGrain = 16;
 
 template <class T>
-void rms_forward_cpu(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y, const at::Tensor& rstd, double eps) {
+void rms_forward_cpu(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y, const at::Tensor& rstd,
+                     double eps) {
   const int64_t rows = rstd.numel(), width = x.size(-1);
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) mutable_data<float>(rstd)[r] = loops<T>().rms_norm(data<T>(x) + r * width, data<T>(w), float(eps), mutable_data<T>(y) + r * width, width);
+    for (int64_t r = begin; r < end; ++r)
+      mutable_data<float>(rstd)[r] =
+          loops<T>().rms_norm(data<T>(x) + r * width, data<T>(w), float(eps), mutable_data<T>(y) + r * width, width);
   });
 }
 
 template <class T>
-void rms_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd, const at::Tensor& dx) {
+void rms_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd,
+                      const at::Tensor& dx) {
   const int64_t rows = rstd.numel(), width = x.size(-1);
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      loops<T>().rms_norm_backward(data<T>(dy) + r * width, data<T>(x) + r * width, data<T>(w), data<float>(rstd)[r], mutable_data<T>(dx) + r * width, width);
+      loops<T>().rms_norm_backward(data<T>(dy) + r * width, data<T>(x) + r * width, data<T>(w), data<float>(rstd)[r],
+                                   mutable_data<T>(dx) + r * width, width);
   });
 }
 
@@ -38,7 +44,8 @@ struct Normed {
 struct RmsNormImplementation {
   bool (*serves)(const at::Tensor& x);
   Normed (*forward)(const at::Tensor& x, const at::Tensor& weight, double eps);
-  std::pair<at::Tensor, at::Tensor> (*backward)(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, bool need_dw);  // dx, dw
+  std::pair<at::Tensor, at::Tensor> (*backward)(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                                const at::Tensor& rstd, bool need_dw);  // dx, dw
 };
 int64_t rows_of(const at::Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
 
@@ -46,30 +53,45 @@ Normed rms_norm_cuda(const at::Tensor& x, const at::Tensor& weight, double eps) 
   const cuda::Norm n = cuda::rms_norm_forward(x, {}, weight, eps, x.scalar_type(), false);
   return {n.y, n.rstd};
 }
-std::pair<at::Tensor, at::Tensor> rms_norm_backward_cuda(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, bool need_dw) {
+std::pair<at::Tensor, at::Tensor> rms_norm_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
+                                                         const at::Tensor& weight, const at::Tensor& rstd,
+                                                         bool need_dw) {
   const cuda::NormGradients g = cuda::rms_norm_backward(dy, {}, {}, x, weight, rstd, need_dw);
   return {g.dx, g.dw};
 }
 
 Normed rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor y = at::empty_like(x), rstd = at::empty({rows_of(x)}, x.options().dtype(at::kFloat));
-  if (x.scalar_type() == at::kFloat) rms_forward_cpu<float>(x, weight, y, rstd, eps);
-  else rms_forward_cpu<bf16>(x, weight, y, rstd, eps);
+  if (x.scalar_type() == at::kFloat)
+    rms_forward_cpu<float>(x, weight, y, rstd, eps);
+  else
+    rms_forward_cpu<bf16>(x, weight, y, rstd, eps);
   return {y, rstd};
 }
-std::pair<at::Tensor, at::Tensor> rms_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, bool need_dw) {
+std::pair<at::Tensor, at::Tensor> rms_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x,
+                                                        const at::Tensor& weight, const at::Tensor& rstd,
+                                                        bool need_dw) {
   const at::Tensor dx = at::empty_like(x);
-  if (x.scalar_type() == at::kFloat) rms_backward_cpu<float>(dy, x, weight, rstd, dx);
-  else rms_backward_cpu<bf16>(dy, x, weight, rstd, dx);
+  if (x.scalar_type() == at::kFloat)
+    rms_backward_cpu<float>(dy, x, weight, rstd, dx);
+  else
+    rms_backward_cpu<bf16>(dy, x, weight, rstd, dx);
   if (!need_dw) return {dx, {}};
-  return {dx, (dy.to(at::kFloat) * x.to(at::kFloat)).view({rows_of(x), x.size(-1)}).mul_(rstd.unsqueeze(-1)).sum(0).to(weight.scalar_type())};
+  return {dx, (dy.to(at::kFloat) * x.to(at::kFloat))
+                  .view({rows_of(x), x.size(-1)})
+                  .mul_(rstd.unsqueeze(-1))
+                  .sum(0)
+                  .to(weight.scalar_type())};
 }
 
 Normed rms_norm_aten(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  const at::Tensor wide = x.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), rstd = at::rsqrt(wide.square().mean(-1, true) + eps);
+  const at::Tensor wide = x.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
+                   rstd = at::rsqrt(wide.square().mean(-1, true) + eps);
   return {weight * (wide * rstd).to(x.scalar_type()), rstd};
 }
-std::pair<at::Tensor, at::Tensor> rms_norm_backward_aten(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd, bool need_dw) {
+std::pair<at::Tensor, at::Tensor> rms_norm_backward_aten(const at::Tensor& dy, const at::Tensor& x,
+                                                         const at::Tensor& weight, const at::Tensor& rstd,
+                                                         bool need_dw) {
   const auto wide = rstd.scalar_type();
   const at::Tensor xf = x.to(wide), wdy = dy.to(wide) * weight.to(wide);
   const at::Tensor dx = (rstd * wdy - xf * rstd.pow(3) * (wdy * xf).mean(-1, true)).to(x.scalar_type());
@@ -97,40 +119,48 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
-    const auto [dx, dw] = choose(kRmsNorm, x).backward(grads[0].contiguous(), x, weight, rstd, ctx->needs_input_grad(1));
+    const auto [dx, dw] =
+        choose(kRmsNorm, x).backward(grads[0].contiguous(), x, weight, rstd, ctx->needs_input_grad(1));
     return {dx, dw, at::Tensor()};
   }
 };
 
 // The residual stream's add and norm in one pass over the row.
 template <class T>
-variable_list residual_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w, double eps, bool also_float, at::Tensor& rstd) {
+variable_list residual_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& w, double eps,
+                               bool also_float, at::Tensor& rstd) {
   const int64_t rows = x.size(0), width = x.size(1);
-  const at::Tensor x_out = delta.defined() ? at::empty_like(x) : x, y = at::empty(x.sizes(), x.options().dtype(kTypeOf<T>)), y_float = also_float ? at::empty_like(x) : at::Tensor();
+  const at::Tensor x_out = delta.defined() ? at::empty_like(x) : x,
+                   y = at::empty(x.sizes(), x.options().dtype(kTypeOf<T>)),
+                   y_float = also_float ? at::empty_like(x) : at::Tensor();
   rstd = at::empty({rows}, x.options());
   const float *xp = data<float>(x), *wp = data<float>(w);
   const T* dp = delta.defined() ? data<T>(delta) : nullptr;
-  float *op = delta.defined() ? mutable_data<float>(x_out) : nullptr, *fp = also_float ? mutable_data<float>(y_float) : nullptr, *rp = mutable_data<float>(rstd);
+  float *op = delta.defined() ? mutable_data<float>(x_out) : nullptr,
+        *fp = also_float ? mutable_data<float>(y_float) : nullptr, *rp = mutable_data<float>(rstd);
   T* yp = mutable_data<T>(y);
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * width;
-      rp[r] = loops<T>().residual_norm(xp + at, dp ? dp + at : nullptr, op ? op + at : nullptr, wp, float(eps), yp + at, fp ? fp + at : nullptr, width);
+      rp[r] = loops<T>().residual_norm(xp + at, dp ? dp + at : nullptr, op ? op + at : nullptr, wp, float(eps), yp + at,
+                                       fp ? fp + at : nullptr, width);
     }
   });
   return {x_out, y, y_float};
 }
 
 template <class T>
-void residual_backward(const at::Tensor& dx_out, const at::Tensor& dy, const at::Tensor& dy_float, const at::Tensor& x, const at::Tensor& w, const at::Tensor& rstd, const at::Tensor& dx,
-                       const at::Tensor& ddelta) {
+void residual_backward(const at::Tensor& dx_out, const at::Tensor& dy, const at::Tensor& dy_float, const at::Tensor& x,
+                       const at::Tensor& w, const at::Tensor& rstd, const at::Tensor& dx, const at::Tensor& ddelta) {
   const int64_t rows = x.size(0), width = x.size(1);
   const auto at_row = [&](const at::Tensor& t, int64_t at) { return t.defined() ? data<float>(t) + at : nullptr; };
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * width;
-      loops<T>().residual_norm_backward(at_row(dx_out, at), dy.defined() ? data<T>(dy) + at : nullptr, at_row(dy_float, at), data<float>(x) + at, data<float>(w), data<float>(rstd)[r],
-                                        mutable_data<float>(dx) + at, ddelta.defined() ? mutable_data<T>(ddelta) + at : nullptr, width);
+      loops<T>().residual_norm_backward(at_row(dx_out, at), dy.defined() ? data<T>(dy) + at : nullptr,
+                                        at_row(dy_float, at), data<float>(x) + at, data<float>(w), data<float>(rstd)[r],
+                                        mutable_data<float>(dx) + at,
+                                        ddelta.defined() ? mutable_data<T>(ddelta) + at : nullptr, width);
     }
   });
 }
@@ -167,17 +197,21 @@ ResidualGradients residual_norm_backward_cuda(const ResidualBackward& b) {
 ResidualNormed residual_norm_cpu(const ResidualCall& c) {
   ResidualNormed out;
   out.w = c.weight.to(at::kFloat).contiguous();
-  const variable_list made = c.dtype == at::kFloat ? residual_forward<float>(c.x, c.delta, out.w, c.eps, c.also_float, out.rstd)
-                                                   : residual_forward<bf16>(c.x, c.delta, out.w, c.eps, c.also_float, out.rstd);
+  const variable_list made = c.dtype == at::kFloat
+                                 ? residual_forward<float>(c.x, c.delta, out.w, c.eps, c.also_float, out.rstd)
+                                 : residual_forward<bf16>(c.x, c.delta, out.w, c.eps, c.also_float, out.rstd);
   out.sum = made[0], out.y = made[1], out.y_float = made[2];
   return out;
 }
 ResidualGradients residual_norm_backward_cpu(const ResidualBackward& b) {
   ResidualGradients g;
   g.dx = at::empty_like(b.sum);
-  if (b.need_delta && b.dtype == at::kBFloat16) g.ddelta = at::empty(b.sum.sizes(), b.sum.options().dtype(at::kBFloat16));
-  if (b.dtype == at::kBFloat16) residual_backward<bf16>(b.dx_out, b.dy, b.dy_float, b.sum, b.w, b.rstd, g.dx, g.ddelta);
-  else residual_backward<float>(b.dx_out, b.dy, b.dy_float, b.sum, b.w, b.rstd, g.dx, g.ddelta);
+  if (b.need_delta && b.dtype == at::kBFloat16)
+    g.ddelta = at::empty(b.sum.sizes(), b.sum.options().dtype(at::kBFloat16));
+  if (b.dtype == at::kBFloat16)
+    residual_backward<bf16>(b.dx_out, b.dy, b.dy_float, b.sum, b.w, b.rstd, g.dx, g.ddelta);
+  else
+    residual_backward<float>(b.dx_out, b.dy, b.dy_float, b.sum, b.w, b.rstd, g.dx, g.ddelta);
   if (b.need_dw) {
     at::Tensor total = b.dy.defined() ? b.dy.to(at::kFloat) : at::zeros_like(b.sum);
     if (b.dy_float.defined()) total = total + b.dy_float;
@@ -199,7 +233,8 @@ constexpr ResidualImplementation kResidualNorm[]{
 class ResidualNormFunction : public torch::autograd::Function<ResidualNormFunction> {
  public:
   // delta_or_none: one-dimensional when there is none (autograd takes no undefined inputs).
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& delta_or_none, const at::Tensor& weight, double eps, at::ScalarType dtype, bool also_float) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& delta_or_none,
+                               const at::Tensor& weight, double eps, at::ScalarType dtype, bool also_float) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const at::Tensor delta = delta_or_none.dim() == 2 ? delta_or_none : at::Tensor();
     ctx->set_materialize_grads(false);
@@ -219,10 +254,13 @@ class ResidualNormFunction : public torch::autograd::Function<ResidualNormFuncti
     const auto saved = ctx->get_saved_variables();
     const bool has_delta = ctx->saved_data["delta"].toBool(), low = ctx->saved_data["bf16"].toBool();
     const auto dense = [](const at::Tensor& t) { return t.defined() ? t.contiguous() : t; };
-    const ResidualGradients g = choose(kResidualNorm, saved[0])
-                                    .backward({dense(grads[0]), has_delta ? dense(grads[1]) : at::Tensor(), grads.size() > size_t(has_delta) + 1 ? dense(grads[has_delta + 1]) : at::Tensor(),
-                                               saved[0], saved[1], saved[2], low ? at::kBFloat16 : at::kFloat, at::ScalarType(ctx->saved_data["weight"].toInt()),
-                                               has_delta && low && ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    const ResidualGradients g =
+        choose(kResidualNorm, saved[0])
+            .backward({dense(grads[0]), has_delta ? dense(grads[1]) : at::Tensor(),
+                       grads.size() > size_t(has_delta) + 1 ? dense(grads[has_delta + 1]) : at::Tensor(), saved[0],
+                       saved[1], saved[2], low ? at::kBFloat16 : at::kFloat,
+                       at::ScalarType(ctx->saved_data["weight"].toInt()), has_delta && low && ctx->needs_input_grad(1),
+                       ctx->needs_input_grad(2)});
     return {g.dx, has_delta ? (low ? g.ddelta : g.dx) : at::Tensor(), g.dw, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -235,7 +273,8 @@ ResidualNorm residual_in_one_pass(const ResidualCall& c) {
     const ResidualNormed n = choose(kResidualNorm, x).forward({x, delta, c.weight, c.eps, c.dtype, twice});
     return {n.sum, n.y, twice ? n.y_float : c.also_float ? n.y : at::Tensor()};
   }
-  const variable_list result = ResidualNormFunction::apply(x, delta.defined() ? delta : at::empty({0}), c.weight, c.eps, c.dtype, twice);
+  const variable_list result =
+      ResidualNormFunction::apply(x, delta.defined() ? delta : at::empty({0}), c.weight, c.eps, c.dtype, twice);
   ResidualNorm out;
   out.y_XD = result[0];
   out.x_XD = delta.defined() ? result[1] : c.x;
@@ -257,7 +296,8 @@ struct ResidualOperation {
 };
 constexpr ResidualOperation kResidualOperations[]{
     {[](const ResidualCall& c) {
-       return (c.x.is_cpu() || cuda::serves(c.x)) && c.x.scalar_type() == at::kFloat && (c.dtype == at::kFloat || c.dtype == at::kBFloat16) &&
+       return (c.x.is_cpu() || cuda::serves(c.x)) && c.x.scalar_type() == at::kFloat &&
+              (c.dtype == at::kFloat || c.dtype == at::kBFloat16) &&
               (!c.delta.defined() || c.delta.scalar_type() == c.dtype);
      },
      residual_in_one_pass},
@@ -271,7 +311,8 @@ void rotary_cpu(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
     for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t at = (t * heads + h) * width;
-        loops<T>().rotate(data<T>(x) + at, data<float>(cos) + t * half, data<float>(sin) + t * half, sign, mutable_data<T>(y) + at, half);
+        loops<T>().rotate(data<T>(x) + at, data<float>(cos) + t * half, data<float>(sin) + t * half, sign,
+                          mutable_data<T>(y) + at, half);
       }
   });
 }
@@ -282,8 +323,10 @@ struct Rotation {
 };
 at::Tensor rotate_cpu(const Rotation& r) {
   const at::Tensor x = r.x_THC.contiguous(), y = at::empty_like(x);
-  if (x.scalar_type() == at::kFloat) rotary_cpu<float>(x, r.cos_TC, r.sin_TC, y, r.sign);
-  else rotary_cpu<bf16>(x, r.cos_TC, r.sin_TC, y, r.sign);
+  if (x.scalar_type() == at::kFloat)
+    rotary_cpu<float>(x, r.cos_TC, r.sin_TC, y, r.sign);
+  else
+    rotary_cpu<bf16>(x, r.cos_TC, r.sin_TC, y, r.sign);
   return y;
 }
 at::Tensor rotate_aten(const Rotation& r) {
@@ -297,7 +340,8 @@ struct RotaryImplementation {
   at::Tensor (*run)(const Rotation&);
 };
 constexpr RotaryImplementation kRotary[]{
-    {[](const Rotation& r) { return cuda::serves(r.x_THC); }, [](const Rotation& r) { return cuda::rotary(r.x_THC, r.cos_TC, r.sin_TC, r.sign); }},
+    {[](const Rotation& r) { return cuda::serves(r.x_THC); },
+     [](const Rotation& r) { return cuda::rotary(r.x_THC, r.cos_TC, r.sin_TC, r.sign); }},
     {[](const Rotation& r) { return has_cpu_path(r.x_THC); }, rotate_cpu},
     {kAlways, rotate_aten},
 };
@@ -321,20 +365,24 @@ class Rotary : public torch::autograd::Function<Rotary> {
 
 at::Tensor rms_norm(const at::Tensor& x_XD, const at::Tensor& weight_D, double eps) {
   RECORD_FUNCTION("moegraft::rms_norm", {});
-  MOEGRAFT_INVARIANT(weight_D.dim() == 1 && x_XD.size(-1) == weight_D.size(0), "rms_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
+  MOEGRAFT_INVARIANT(weight_D.dim() == 1 && x_XD.size(-1) == weight_D.size(0), "rms_norm: x ", x_XD.sizes(),
+                     ", weight ", weight_D.sizes());
   return RmsNorm::apply(x_XD, weight_D.contiguous(), eps);
 }
 
-ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps, at::ScalarType dtype, bool also_float) {
+ResidualNorm residual_norm(const at::Tensor& x_XD, const at::Tensor& delta_XD, const at::Tensor& weight_D, double eps,
+                           at::ScalarType dtype, bool also_float) {
   RECORD_FUNCTION("moegraft::residual_norm", {});
-  MOEGRAFT_INVARIANT(x_XD.dim() == 2 && weight_D.dim() == 1 && x_XD.size(1) == weight_D.size(0), "residual_norm: x ", x_XD.sizes(), ", weight ", weight_D.sizes());
+  MOEGRAFT_INVARIANT(x_XD.dim() == 2 && weight_D.dim() == 1 && x_XD.size(1) == weight_D.size(0), "residual_norm: x ",
+                     x_XD.sizes(), ", weight ", weight_D.sizes());
   const ResidualCall call{x_XD, delta_XD, weight_D, eps, dtype, also_float};
   return choose(kResidualOperations, call).run(call);
 }
 
 at::Tensor rotary(const at::Tensor& x_THC, const at::Tensor& cos_TC, const at::Tensor& sin_TC) {
   RECORD_FUNCTION("moegraft::rotary", {});
-  MOEGRAFT_INVARIANT(x_THC.dim() == 3 && cos_TC.size(0) == x_THC.size(0) && 2 * cos_TC.size(1) == x_THC.size(2), "rotary: x ", x_THC.sizes(), ", cos ", cos_TC.sizes());
+  MOEGRAFT_INVARIANT(x_THC.dim() == 3 && cos_TC.size(0) == x_THC.size(0) && 2 * cos_TC.size(1) == x_THC.size(2),
+                     "rotary: x ", x_THC.sizes(), ", cos ", cos_TC.sizes());
   return Rotary::apply(x_THC, cos_TC, sin_TC);
 }
 

@@ -14,7 +14,8 @@ namespace moegraft::kernels {
 namespace {
 
 struct Call {
-  const at::Tensor &sums_MX, &probs_TE, &topk_ids_TK, &modality_T;  // probabilities in float32; modality_T undefined: all 0
+  const at::Tensor &sums_MX, &probs_TE, &topk_ids_TK,
+      &modality_T;  // probabilities in float32; modality_T undefined: all 0
 };
 
 void add_aten(const Call& c) {
@@ -30,7 +31,8 @@ void add_aten(const Call& c) {
     return;
   }
   // A product with the one-hot modalities: float32 counts are exact below 2^24 tokens a call.
-  const auto one_hot_MT = (c.modality_T.unsqueeze(0) == at::arange(num_modalities, c.modality_T.options()).unsqueeze(1)).to(at::kFloat);
+  const auto one_hot_MT =
+      (c.modality_T.unsqueeze(0) == at::arange(num_modalities, c.modality_T.options()).unsqueeze(1)).to(at::kFloat);
   c.sums_MX.add_(at::mm(one_hot_MT, rows_TX));
 }
 
@@ -39,16 +41,20 @@ struct Implementation {
   void (*run)(const Call&);
 };
 constexpr Implementation kImplementations[]{
-    {[](const Call& c) { return cuda::serves(c.probs_TE); }, [](const Call& c) { cuda::add_routing_sums(c.sums_MX, c.probs_TE, c.topk_ids_TK, c.modality_T); }},
+    {[](const Call& c) { return cuda::serves(c.probs_TE); },
+     [](const Call& c) { cuda::add_routing_sums(c.sums_MX, c.probs_TE, c.topk_ids_TK, c.modality_T); }},
     {kAlways, add_aten},
 };
 
 }  // namespace
 
-void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& modality_T) {
+void add_routing_sums(const at::Tensor& sums_MX, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK,
+                      const at::Tensor& modality_T) {
   RECORD_FUNCTION("moegraft::routing_sums", {});
-  MOEGRAFT_INVARIANT(sums_MX.size(1) == 2 * probs_TE.size(1) + 3 && sums_MX.scalar_type() == at::kDouble && topk_ids_TK.size(0) == probs_TE.size(0), "routing sums: ", sums_MX.sizes(),
-                     ", probabilities ", probs_TE.sizes(), ", ids ", topk_ids_TK.sizes());
+  MOEGRAFT_INVARIANT(sums_MX.size(1) == 2 * probs_TE.size(1) + 3 && sums_MX.scalar_type() == at::kDouble &&
+                         topk_ids_TK.size(0) == probs_TE.size(0),
+                     "routing sums: ", sums_MX.sizes(), ", probabilities ", probs_TE.sizes(), ", ids ",
+                     topk_ids_TK.sizes());
   const at::Tensor p_TE = probs_TE.to(at::kFloat), modality = sums_MX.size(0) > 1 ? modality_T : at::Tensor();
   const Call call{sums_MX, p_TE, topk_ids_TK, modality};
   choose(kImplementations, call).run(call);

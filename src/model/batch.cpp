@@ -38,18 +38,24 @@ int64_t set_of(const std::vector<int64_t>& bounds, int64_t id) {
 
 at::Tensor on_host(const at::Tensor& t) { return t.defined() ? t.to(at::kCPU).contiguous() : t; }
 // Without the positions: only a cut needs them.
-PackedBatch on_host(const PackedBatch& batch) { return {on_host(batch.ids_T), on_host(batch.modality_T), {}, batch.cu_seqlens, on_host(batch.labels_T)}; }
+PackedBatch on_host(const PackedBatch& batch) {
+  return {on_host(batch.ids_T), on_host(batch.modality_T), {}, batch.cu_seqlens, on_host(batch.labels_T)};
+}
 
 // Of a batch on the host, but for `split`; index tensors land on `device`.
 BatchFacts describe(const PackedBatch& batch, std::vector<int64_t> id_bounds, at::Device device) {
   const int64_t T = batch.num_tokens();
-  MOEGRAFT_INVARIANT(id_bounds.size() >= 2 && id_bounds[0] == 0 && std::is_sorted(id_bounds.begin(), id_bounds.end()), "id bounds ", id_bounds);
-  MOEGRAFT_INVARIANT(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
+  MOEGRAFT_INVARIANT(id_bounds.size() >= 2 && id_bounds[0] == 0 && std::is_sorted(id_bounds.begin(), id_bounds.end()),
+                     "id bounds ", id_bounds);
+  MOEGRAFT_INVARIANT(!batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T,
+                     " tokens");
   const int64_t sets = int64_t(id_bounds.size()) - 1, vocabulary = id_bounds.back();
   BatchFacts facts;
 
   const int64_t* ids = batch.ids_T.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < T; ++t) MOEGRAFT_CHECK(ids[t] >= 0 && ids[t] < vocabulary, "token id ", ids[t], " is outside the vocabulary [0, ", vocabulary, ")");
+  for (int64_t t = 0; t < T; ++t)
+    MOEGRAFT_CHECK(ids[t] >= 0 && ids[t] < vocabulary, "token id ", ids[t], " is outside the vocabulary [0, ",
+                   vocabulary, ")");
   facts.id_tokens = group(T, sets, device, [&](int64_t t) { return set_of(id_bounds, ids[t]); });
 
   if (batch.labels_T.defined()) {
@@ -58,7 +64,8 @@ BatchFacts describe(const PackedBatch& batch, std::vector<int64_t> id_bounds, at
       MOEGRAFT_CHECK(labels[t] < vocabulary, "label ", labels[t], " is outside the vocabulary [0, ", vocabulary, ")");
       facts.num_labels += labels[t] >= 0;
     }
-    facts.label_tokens = group(T, sets, device, [&](int64_t t) { return labels[t] < 0 ? -1 : set_of(id_bounds, labels[t]); });
+    facts.label_tokens =
+        group(T, sets, device, [&](int64_t t) { return labels[t] < 0 ? -1 : set_of(id_bounds, labels[t]); });
   }
 
   const int64_t* modality = batch.modality_T.defined() ? batch.modality_T.const_data_ptr<int64_t>() : nullptr;
@@ -84,14 +91,17 @@ BatchFacts describe(const PackedBatch& batch, std::vector<int64_t> id_bounds, at
 }
 
 // The given tokens of a batch on the host.
-PackedBatch take(const PackedBatch& batch, const BatchFacts& whole, const std::vector<int64_t>& tokens, std::vector<int64_t> cu_seqlens) {
+PackedBatch take(const PackedBatch& batch, const BatchFacts& whole, const std::vector<int64_t>& tokens,
+                 std::vector<int64_t> cu_seqlens) {
   const auto taken = [&](const at::Tensor& from) {
     if (!from.defined()) return from;
     at::Tensor to = at::empty({int64_t(tokens.size())}, at::kLong);
-    for (size_t i = 0; i < tokens.size(); ++i) to.mutable_data_ptr<int64_t>()[i] = from.const_data_ptr<int64_t>()[tokens[i]];
+    for (size_t i = 0; i < tokens.size(); ++i)
+      to.mutable_data_ptr<int64_t>()[i] = from.const_data_ptr<int64_t>()[tokens[i]];
     return to;
   };
-  PackedBatch part{taken(batch.ids_T), taken(batch.modality_T), taken(batch.positions_T), std::move(cu_seqlens), taken(batch.labels_T)};
+  PackedBatch part{taken(batch.ids_T), taken(batch.modality_T), taken(batch.positions_T), std::move(cu_seqlens),
+                   taken(batch.labels_T)};
   BatchFacts facts = describe(part, whole.id_bounds, at::kCPU);
   facts.longest = whole.longest;  // of the whole sequence: some rotary scalings ask for it
   part.facts = std::make_shared<const BatchFacts>(std::move(facts));
@@ -109,8 +119,12 @@ SplitBatch split(const PackedBatch& batch, PackedBatch host, const BatchFacts& f
     cu_prefix.push_back(int64_t(prefix.size()));
     cu_rest.push_back(int64_t(rest.size()));
   }
-  const auto indices = [](const std::vector<int64_t>& tokens) { return at::tensor(at::ArrayRef<int64_t>(tokens), at::kLong); };
-  return to_device({take(host, facts, prefix, std::move(cu_prefix)), take(host, facts, rest, std::move(cu_rest)), indices(prefix), indices(rest)}, batch.ids_T.device());
+  const auto indices = [](const std::vector<int64_t>& tokens) {
+    return at::tensor(at::ArrayRef<int64_t>(tokens), at::kLong);
+  };
+  return to_device({take(host, facts, prefix, std::move(cu_prefix)), take(host, facts, rest, std::move(cu_rest)),
+                    indices(prefix), indices(rest)},
+                   batch.ids_T.device());
 }
 
 }  // namespace
@@ -118,7 +132,8 @@ SplitBatch split(const PackedBatch& batch, PackedBatch host, const BatchFacts& f
 BatchFacts describe_batch(const PackedBatch& batch, std::vector<int64_t> id_bounds) {
   const PackedBatch host = on_host(batch);
   BatchFacts facts = describe(host, std::move(id_bounds), batch.ids_T.device());
-  if (host.labels_T.defined() && prefix_is_worth_it(facts, host.num_tokens())) facts.split = std::make_shared<const SplitBatch>(split(batch, host, facts));
+  if (host.labels_T.defined() && prefix_is_worth_it(facts, host.num_tokens()))
+    facts.split = std::make_shared<const SplitBatch>(split(batch, host, facts));
   return facts;
 }
 

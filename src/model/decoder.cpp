@@ -16,7 +16,8 @@ namespace moegraft::model {
 namespace k = kernels;
 
 PackedBatch pack_rows(const at::Tensor& ids_BS) {
-  MOEGRAFT_CHECK(ids_BS.dim() == 2 && ids_BS.scalar_type() == at::kLong, "input_ids must be int64 [B,S], got ", c10::toString(ids_BS.scalar_type()), " ", ids_BS.sizes().vec());
+  MOEGRAFT_CHECK(ids_BS.dim() == 2 && ids_BS.scalar_type() == at::kLong, "input_ids must be int64 [B,S], got ",
+                 c10::toString(ids_BS.scalar_type()), " ", ids_BS.sizes().vec());
   const int64_t B = ids_BS.size(0), S = ids_BS.size(1);
   PackedBatch batch;
   batch.ids_T = ids_BS.reshape({-1}).contiguous();
@@ -25,7 +26,8 @@ PackedBatch pack_rows(const at::Tensor& ids_BS) {
   return batch;
 }
 
-KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_length, at::ScalarType dtype, at::Device device)
+KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_length, at::ScalarType dtype,
+                 at::Device device)
     : lengths_(num_sequences, 0), max_length_(max_length) {
   const auto options = at::TensorOptions(dtype).device(device);
   for (int64_t l = 0; l < spec.num_layers; ++l) {
@@ -36,7 +38,8 @@ KvCache::KvCache(const DecoderSpec& spec, int64_t num_sequences, int64_t max_len
 
 void KvCache::copy_sequence(int64_t target, const KvCache& other, int64_t source) {
   const int64_t length = other.lengths_.at(source);
-  MOEGRAFT_INVARIANT(length <= max_length_, "KvCache::copy_sequence: ", length, " positions into room for ", max_length_);
+  MOEGRAFT_INVARIANT(length <= max_length_, "KvCache::copy_sequence: ", length, " positions into room for ",
+                     max_length_);
   for (size_t l = 0; l < keys.size(); ++l) {
     keys[l][target].narrow(0, 0, length).copy_(other.keys[l][source].narrow(0, 0, length));
     values[l][target].narrow(0, 0, length).copy_(other.values[l][source].narrow(0, 0, length));
@@ -61,12 +64,16 @@ void Decoder::attach(std::shared_ptr<const AdapterSites> adapters) {
   if (!adapters_) return;
   for (int64_t l = 0; l < spec().num_layers; ++l)
     for (const Site site : kAllSites)
-      for (const LowRank& term : adapters_->at(l, site)) text_is_frozen_ &= std::find(term.modalities.begin(), term.modalities.end(), 0) == term.modalities.end();
+      for (const LowRank& term : adapters_->at(l, site))
+        text_is_frozen_ &= std::find(term.modalities.begin(), term.modalities.end(), 0) == term.modalities.end();
 }
 
 void Decoder::attach_rows(ModalityRows rows) {
-  MOEGRAFT_INVARIANT(rows.first_id == total_vocab(), "new rows must continue the vocabulary at ", total_vocab(), ", got ", rows.first_id);
-  MOEGRAFT_INVARIANT(rows.embedding_ND.size(1) == spec().hidden_size && rows.head_ND.sizes() == rows.embedding_ND.sizes(), "new rows ", rows.embedding_ND.sizes(), ", ", rows.head_ND.sizes());
+  MOEGRAFT_INVARIANT(rows.first_id == total_vocab(), "new rows must continue the vocabulary at ", total_vocab(),
+                     ", got ", rows.first_id);
+  MOEGRAFT_INVARIANT(
+      rows.embedding_ND.size(1) == spec().hidden_size && rows.head_ND.sizes() == rows.embedding_ND.sizes(), "new rows ",
+      rows.embedding_ND.sizes(), ", ", rows.head_ND.sizes());
   rows_.push_back(std::move(rows));
 }
 
@@ -91,19 +98,23 @@ namespace {
 
 at::Tensor embed(const Decoder& decoder, WeightProvider& weights, const PackedBatch& batch) {
   const auto& tokens = batch.facts->id_tokens;
-  if (tokens[0].size(0) == batch.num_tokens()) return k::embedding(weights.embedding_VD(), batch.ids_T, weights.dtype());
-  at::Tensor x = k::embedding(weights.embedding_VD(), batch.ids_T.masked_fill(batch.ids_T >= decoder.spec().vocab_size, 0), weights.dtype());
+  if (tokens[0].size(0) == batch.num_tokens())
+    return k::embedding(weights.embedding_VD(), batch.ids_T, weights.dtype());
+  at::Tensor x = k::embedding(weights.embedding_VD(),
+                              batch.ids_T.masked_fill(batch.ids_T >= decoder.spec().vocab_size, 0), weights.dtype());
   for (size_t i = 0; i < decoder.rows().size(); ++i) {
     if (tokens[i + 1].size(0) == 0) continue;
     const auto& rows = decoder.rows()[i];
-    const at::Tensor picked = at::embedding(rows.embedding_ND, batch.ids_T.index_select(0, tokens[i + 1]) - rows.first_id);
+    const at::Tensor picked =
+        at::embedding(rows.embedding_ND, batch.ids_T.index_select(0, tokens[i + 1]) - rows.first_id);
     x = x.index_copy(0, tokens[i + 1], picked.to(x.scalar_type()));
   }
   return x;
 }
 
-// The residual stream, float32, and what is not yet added to it: the next norm adds and rounds in one pass. It and the router stay in float32 under a
-// bf16 base: rounding them is what flips near-tied experts, and one flip moves a position's logits more than all other bf16 rounding together.
+// The residual stream, float32, and what is not yet added to it: the next norm adds and rounds in one pass. It and the
+// router stay in float32 under a bf16 base: rounding them is what flips near-tied experts, and one flip moves a
+// position's logits more than all other bf16 rounding together.
 struct Stream {
   at::Tensor x_TD, delta_TD;
 };
@@ -136,13 +147,18 @@ ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions
   PackedBatch batch = batch_in;
   if (!batch.facts) batch.facts = std::make_shared<BatchFacts>(describe_batch(batch, id_bounds()));
   bool in_two_passes = may_freeze_prefix(options) && prefix_is_worth_it(*batch.facts, batch.num_tokens());
-  if (options.lockstep && at::GradMode::is_enabled()) in_two_passes = dispatcher_->agree(in_two_passes && batch.facts->num_modalities > 1);  // everybody, or nobody
+  if (options.lockstep && at::GradMode::is_enabled())
+    in_two_passes = dispatcher_->agree(in_two_passes && batch.facts->num_modalities > 1);  // everybody, or nobody
   if (!in_two_passes) return run(batch, options, nullptr, nullptr);
 
-  // Text before a sequence's first token of another modality meets nothing that trains: its pass keeps nothing but keys and values.
-  const std::shared_ptr<const SplitBatch> cut = batch.facts->split ? batch.facts->split : std::make_shared<SplitBatch>(split_prefix(batch));
+  // Text before a sequence's first token of another modality meets nothing that trains: its pass keeps nothing but keys
+  // and values.
+  const std::shared_ptr<const SplitBatch> cut =
+      batch.facts->split ? batch.facts->split : std::make_shared<SplitBatch>(split_prefix(batch));
   const SplitBatch& split = *cut;
-  const auto run_prefix = [this](const PackedBatch& part, const ForwardOptions& with, std::shared_ptr<PastKeys> keep) { return run(part, with, nullptr, std::move(keep)).hidden_TD; };
+  const auto run_prefix = [this](const PackedBatch& part, const ForwardOptions& with, std::shared_ptr<PastKeys> keep) {
+    return run(part, with, nullptr, std::move(keep)).hidden_TD;
+  };
   std::shared_ptr<const PastKeys> past;
   ForwardResult result;
   {
@@ -164,24 +180,26 @@ ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions
     return result;
   }
   result.rest_hidden_TD = run(split.rest, options, past, nullptr).hidden_TD;
-  result.hidden_TD = at::empty({batch.num_tokens(), spec().hidden_size}, result.rest_hidden_TD.options().requires_grad(false))
-                         .index_copy(0, split.prefix_tokens, result.prefix_hidden_TD)
-                         .index_copy(0, split.rest_tokens, result.rest_hidden_TD);
+  result.hidden_TD =
+      at::empty({batch.num_tokens(), spec().hidden_size}, result.rest_hidden_TD.options().requires_grad(false))
+          .index_copy(0, split.prefix_tokens, result.prefix_hidden_TD)
+          .index_copy(0, split.rest_tokens, result.rest_hidden_TD);
   result.prefix = split.prefix;
   result.rest = split.rest;
   return result;
 }
 
 bool Decoder::may_freeze_prefix(const ForwardOptions& options) const {
-  return options.frozen_prefix && at::GradMode::is_enabled() && text_is_frozen_ && options.gate != Gate::all && !base_.weights->trainable() && !options.cache && !options.sites &&
-         !options.aux_loss;
+  return options.frozen_prefix && at::GradMode::is_enabled() && text_is_frozen_ && options.gate != Gate::all &&
+         !base_.weights->trainable() && !options.cache && !options.sites && !options.aux_loss;
 }
 
 bool Decoder::may_cache_prefix(const ForwardOptions& options) const {
   return options.prefix_cache && !options.lockstep && !base_.weights->transient() && spec().rope.type != "dynamic";
 }
 
-ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const {
+ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& options,
+                           std::shared_ptr<const PastKeys> past, std::shared_ptr<PastKeys> keep) const {
   const DecoderSpec& s = spec();
   const std::shared_ptr<WeightProvider> weights = base_.weights;
   auto call = std::make_shared<Call>(make_call(s, num_modalities(), batch, options, dispatcher_, adapters_, rotary_));
@@ -192,9 +210,12 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   Balance balance;
   const bool recorded = at::GradMode::is_enabled();
   if (options.lockstep && recorded && !stream.x_TD.requires_grad()) stream.x_TD.requires_grad_();
-  const int64_t recomputed = !recorded || options.aux_loss || options.cache ? 0 : weights->transient() ? s.num_layers : options.recompute_layers;
+  const int64_t recomputed = !recorded || options.aux_loss || options.cache ? 0
+                             : weights->transient()                         ? s.num_layers
+                                                                            : options.recompute_layers;
   for (int64_t l = 0; l < s.num_layers; ++l) {
-    if (l + 1 < s.num_layers || !recorded) weights->prefetch((l + 1) % s.num_layers);  // a backward pass begins where the forward pass ends
+    if (l + 1 < s.num_layers || !recorded)
+      weights->prefetch((l + 1) % s.num_layers);  // a backward pass begins where the forward pass ends
     if (l < recomputed) {
       auto again = std::make_shared<Call>(*call);
       again->options.routing = nullptr;  // told once
@@ -213,7 +234,8 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   if (options.cache && !options.lengths_B.defined())
     for (int64_t i = 0; i < batch.num_sequences(); ++i) options.cache->lengths_[i] = call->kv_lengths[i];
   ForwardResult result;
-  result.hidden_TD = k::residual_norm(stream.x_TD, stream.delta_TD, weights->final_norm_D(), s.rms_norm_eps, dtype()).y_XD;
+  result.hidden_TD =
+      k::residual_norm(stream.x_TD, stream.delta_TD, weights->final_norm_D(), s.rms_norm_eps, dtype()).y_XD;
   if (options.aux_loss && balance.layers > 0) {
     // transformers' load_balancing_loss_func: counts and probabilities pooled over the layers; K at uniform routing.
     const double rows = double(balance.layers) * double(batch.num_tokens());
@@ -222,7 +244,9 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   return result;
 }
 
-at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const { return k::frozen_linear(hidden_XD, {{base_.weights->head_VD(), {}}})[0]; }
+at::Tensor Decoder::text_logits(const at::Tensor& hidden_XD) const {
+  return k::frozen_linear(hidden_XD, {{base_.weights->head_VD(), {}}})[0];
+}
 
 at::Tensor Decoder::modality_logits(const at::Tensor& hidden_XD, int64_t row_set) const {
   return at::linear(hidden_XD, rows_.at(row_set).head_ND.to(hidden_XD.scalar_type()));
@@ -237,14 +261,16 @@ at::Tensor Decoder::all_logits(const at::Tensor& hidden_XD) const {
 namespace {
 
 // Adds the loss of the labels of `batch`, whose hidden states are hidden_TD.
-void add_loss(const Decoder& decoder, const at::Tensor& hidden_TD, const PackedBatch& batch, double scale, LossResult& result) {
+void add_loss(const Decoder& decoder, const at::Tensor& hidden_TD, const PackedBatch& batch, double scale,
+              LossResult& result) {
   for (size_t m = 0; m < batch.facts->label_tokens.size(); ++m) {
     const at::Tensor& tokens = batch.facts->label_tokens[m];
     if (tokens.size(0) == 0) continue;
     const int64_t first = batch.facts->id_bounds[m];
     WeightProvider& weights = *decoder.base().weights;
     const k::Matrix head = m == 0 ? weights.head_VD() : k::Matrix(decoder.rows()[m - 1].head_ND);
-    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, tokens), head, batch.labels_T.index_select(0, tokens) - first, scale);
+    const at::Tensor part = k::linear_cross_entropy(hidden_TD.index_select(0, tokens), head,
+                                                    batch.labels_T.index_select(0, tokens) - first, scale);
     result.nll_sum_M[int64_t(m)].add_(part.detach() / scale);
     result.count_M[m] += tokens.size(0);
     result.loss = result.loss.defined() ? result.loss + part : part;
@@ -253,20 +279,23 @@ void add_loss(const Decoder& decoder, const at::Tensor& hidden_TD, const PackedB
 
 }  // namespace
 
-LossResult cross_entropy_loss(const Decoder& decoder, const ForwardResult& forward, const PackedBatch& batch_in, double denominator) {
+LossResult cross_entropy_loss(const Decoder& decoder, const ForwardResult& forward, const PackedBatch& batch_in,
+                              double denominator) {
   PackedBatch batch = batch_in;
   if (!batch.facts) batch.facts = std::make_shared<BatchFacts>(describe_batch(batch, decoder.id_bounds()));
   LossResult result;
   result.count_M.assign(decoder.rows().size() + 1, 0);
   const double scale = 1.0 / (denominator > 0 ? denominator : double(std::max<int64_t>(batch.facts->num_labels, 1)));
-  result.nll_sum_M = at::zeros({int64_t(result.count_M.size())}, forward.hidden_TD.options().dtype(at::kFloat).requires_grad(false));
+  result.nll_sum_M =
+      at::zeros({int64_t(result.count_M.size())}, forward.hidden_TD.options().dtype(at::kFloat).requires_grad(false));
   if (forward.rest_hidden_TD.defined()) {  // the two parts by themselves: the prefix's hidden states need no gradient
     add_loss(decoder, forward.prefix_hidden_TD, forward.prefix, scale, result);
     add_loss(decoder, forward.rest_hidden_TD, forward.rest, scale, result);
   } else {
     add_loss(decoder, forward.hidden_TD, batch, scale, result);
   }
-  if (!result.loss.defined()) result.loss = forward.hidden_TD.sum().to(at::kFloat) * 0;  // no label: zero, still part of the graph
+  if (!result.loss.defined())
+    result.loss = forward.hidden_TD.sum().to(at::kFloat) * 0;  // no label: zero, still part of the graph
   return result;
 }
 

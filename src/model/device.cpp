@@ -22,7 +22,8 @@ SplitBatch moved(const SplitBatch& split, const Move& move);
 template <class Move>
 PackedBatch moved(const PackedBatch& batch, const Move& move_defined) {
   const auto move = [&](const at::Tensor& t) { return t.defined() ? move_defined(t) : t; };
-  PackedBatch out{move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens, move(batch.labels_T)};
+  PackedBatch out{move(batch.ids_T), move(batch.modality_T), move(batch.positions_T), batch.cu_seqlens,
+                  move(batch.labels_T)};
   if (!batch.facts) return out;
   BatchFacts facts = *batch.facts;
   for (auto* indices : {&facts.modality_tokens, &facts.id_tokens, &facts.label_tokens})

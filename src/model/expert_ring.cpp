@@ -37,7 +37,8 @@ int64_t RingOrder::use(int64_t layer) {
   return i;
 }
 
-ExpertRing::ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers) : rest_(std::move(rest)), order_(buffers), buffers_(size_t(buffers)) {
+ExpertRing::ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers)
+    : rest_(std::move(rest)), order_(buffers), buffers_(size_t(buffers)) {
   MOEGRAFT_INVARIANT(rest_ && buffers >= 2, "ExpertRing: ", buffers, " buffers; one computes while another is filled");
 }
 
@@ -53,7 +54,8 @@ std::vector<at::Tensor> ExpertRing::declare_layer(const ExpertWeights& experts, 
       for (const auto* list : {&experts.gate_FD, &experts.up_FD}) parts.push_back((*list)[e].detach());
     for (const auto& t : experts.down_DF) parts.push_back(t.detach());
     for (const auto& t : parts)
-      MOEGRAFT_INVARIANT(t.scalar_type() == dtype() && t.numel() == shape.width * shape.depth, "ExpertRing: an expert's matrix ", t.sizes(), " ", c10::toString(t.scalar_type()));
+      MOEGRAFT_INVARIANT(t.scalar_type() == dtype() && t.numel() == shape.width * shape.depth,
+                         "ExpertRing: an expert's matrix ", t.sizes(), " ", c10::toString(t.scalar_type()));
   }
   largest_ = std::max({largest_, room, 3 * shape.experts * shape.width * shape.depth});
   layers_.push_back(shape);
@@ -65,7 +67,8 @@ void ExpertRing::fill(int64_t slot, int64_t layer) {
   at::Tensor& buffer = buffers_[size_t(slot)];
   const bool held = buffer.defined() && buffer.storage().use_count() > 1;
   if (held) ++traffic_.replaced;
-  if (held || !buffer.defined() || buffer.numel() < largest_) buffer = at::empty({largest_}, at::TensorOptions(dtype()).device(device()));
+  if (held || !buffer.defined() || buffer.numel() < largest_)
+    buffer = at::empty({largest_}, at::TensorOptions(dtype()).device(device()));
   ++traffic_.copies;
   fetch(layer, slot, buffer);
 }
@@ -79,7 +82,8 @@ void ExpertRing::prefetch(int64_t layer) {
 
 ExpertWeights ExpertRing::experts(int64_t index, int64_t first, int64_t count) {
   const Shape& layer = layers_.at(size_t(index));
-  MOEGRAFT_INVARIANT(first >= layer.first && count > 0 && first + count <= layer.first + layer.experts, "experts ", first, "+", count, " of ", layer.first, "+", layer.experts);
+  MOEGRAFT_INVARIANT(first >= layer.first && count > 0 && first + count <= layer.first + layer.experts, "experts ",
+                     first, "+", count, " of ", layer.first, "+", layer.experts);
   if (order_.find(index) < 0) {
     ++traffic_.late;
     prefetch(index);
@@ -90,7 +94,8 @@ ExpertWeights ExpertRing::experts(int64_t index, int64_t first, int64_t count) {
   ExpertWeights out;
   out.first = first;
   const int64_t E = layer.experts, F = layer.width, D = layer.depth;
-  const at::Tensor gate_up = buffer.narrow(0, 0, 2 * E * F * D).view({E, 2, F, D}), down = buffer.narrow(0, 2 * E * F * D, E * F * D).view({E, D, F});
+  const at::Tensor gate_up = buffer.narrow(0, 0, 2 * E * F * D).view({E, 2, F, D}),
+                   down = buffer.narrow(0, 2 * E * F * D, E * F * D).view({E, D, F});
   for (int64_t e = first - layer.first; e < first - layer.first + count; ++e) {
     out.gate_FD.push_back(gate_up[e][0]);
     out.up_FD.push_back(gate_up[e][1]);

@@ -11,20 +11,27 @@ namespace moegraft::model {
 namespace {
 
 const std::vector<const Family*>& families() {
-  static const std::vector<const Family*> table{&dots1_family(), &llama_family(),     &mistral_family(), &mixtral_family(),
-                                                &olmoe_family(), &qwen2_moe_family(), &qwen3_family(),   &qwen3_moe_family()};
+  static const std::vector<const Family*> table{&dots1_family(),   &llama_family(),    &mistral_family(),
+                                                &mixtral_family(), &olmoe_family(),    &qwen2_moe_family(),
+                                                &qwen3_family(),   &qwen3_moe_family()};
   return table;
 }
 
 // A value in an error text.
-std::string show(const io::Json& value) { return shortened(value.dump(-1, ' ', false, io::Json::error_handler_t::replace)); }
+std::string show(const io::Json& value) {
+  return shortened(value.dump(-1, ' ', false, io::Json::error_handler_t::replace));
+}
 
 int64_t special_id(const ConfigReader& c, const char* key) {
   if (!c.has(key)) return -1;
   const auto& value = c.raw(key);
-  const bool ids = value.is_number_integer() || (value.is_array() && std::all_of(value.begin(), value.end(), [](const io::Json& id) { return id.is_number_integer(); }));
+  const bool ids = value.is_number_integer() ||
+                   (value.is_array() &&
+                    std::all_of(value.begin(), value.end(), [](const io::Json& id) { return id.is_number_integer(); }));
   MOEGRAFT_CHECK(ids, "config.json: ", key, " must be an id or a list of ids, got ", show(value));
-  if (value.is_array()) return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first ends documents, all end a generated text (stop_ids.h)
+  if (value.is_array())
+    return value.empty() ? -1 : value.front().get<int64_t>();  // several eos ids: the first ends documents, all end a
+                                                               // generated text (stop_ids.h)
   return c.integer(key);
 }
 
@@ -33,7 +40,8 @@ RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   RopeSpec r;
   r.theta = c.number("rope_theta", 10000.0);
   r.partial_factor = c.number("partial_rotary_factor", 1.0);
-  // With both, rope_scaling is the one (unless it is empty), and what the object holds goes before the field outside of it.
+  // With both, rope_scaling is the one (unless it is empty), and what the object holds goes before the field outside of
+  // it.
   const char* key = c.has("rope_scaling") && !c.raw("rope_scaling").empty() ? "rope_scaling" : "rope_parameters";
   if (!c.has(key)) return r;
   const io::Json& j = c.raw(key);
@@ -42,7 +50,8 @@ RopeSpec parse_rope(const ConfigReader& c, int64_t max_positions) {
   r.theta = p.number("rope_theta", r.theta);
   r.type = p.string("rope_type", p.string("type", "default"));
   const std::vector<std::string> known{"default", "linear", "dynamic", "yarn", "llama3"};
-  MOEGRAFT_CHECK(std::find(known.begin(), known.end(), r.type) != known.end(), "config.json: rope type '", r.type, "' is not supported; known: ", join(known, ", "));
+  MOEGRAFT_CHECK(std::find(known.begin(), known.end(), r.type) != known.end(), "config.json: rope type '", r.type,
+                 "' is not supported; known: ", join(known, ", "));
   r.factor = p.number("factor", 1.0);
   r.low_freq_factor = p.number("low_freq_factor", 1.0);
   r.high_freq_factor = p.number("high_freq_factor", 4.0);
@@ -67,14 +76,16 @@ std::vector<std::string> other_names(const std::string& name) {
     out.push_back(n.starts_with(model) ? n.substr(model.size()) : model + n);
   };
   both(name);
-  if (const size_t at = name.find(block); at != std::string::npos) both(std::string(name).replace(at, block.size(), ".mlp."));
+  if (const size_t at = name.find(block); at != std::string::npos)
+    both(std::string(name).replace(at, block.size(), ".mlp."));
   return out;
 }
 
 const Family& find_family(const std::string& model_type) {
   for (const Family* f : families())
     if (model_type == f->model_type) return *f;
-  fail<UserError>("config.json: model_type '", shortened(model_type), "' is not a supported family; supported: ", join(known_families(), ", "));
+  fail<UserError>("config.json: model_type '", shortened(model_type),
+                  "' is not a supported family; supported: ", join(known_families(), ", "));
 }
 
 std::vector<std::string> known_families() {
@@ -93,7 +104,8 @@ PeftModule peft_module(const DecoderSpec& spec, Site site) {
   const Family& family = find_family(spec.family);
   const auto module = [&](TensorRole role) {
     std::string name = family.row(role).name;
-    for (const std::string& end : {std::string("model.layers.{l}."), std::string(".weight")}) name.erase(name.find(end), end.size());
+    for (const std::string& end : {std::string("model.layers.{l}."), std::string(".weight")})
+      name.erase(name.find(end), end.size());
     return name;
   };
   switch (site) {
@@ -101,8 +113,10 @@ PeftModule peft_module(const DecoderSpec& spec, Site site) {
     case Site::k: return {module(TensorRole::k)};
     case Site::v: return {module(TensorRole::v)};
     case Site::o: return {module(TensorRole::o)};
-    case Site::gate: return spec.has_experts() ? PeftModule{family.peft_gate_up} : PeftModule{module(TensorRole::dense_gate)};
-    case Site::up: return spec.has_experts() ? PeftModule{family.peft_gate_up, true} : PeftModule{module(TensorRole::dense_up)};
+    case Site::gate:
+      return spec.has_experts() ? PeftModule{family.peft_gate_up} : PeftModule{module(TensorRole::dense_gate)};
+    case Site::up:
+      return spec.has_experts() ? PeftModule{family.peft_gate_up, true} : PeftModule{module(TensorRole::dense_up)};
     case Site::router: break;
     case Site::down: return {spec.has_experts() ? family.peft_down : module(TensorRole::dense_down)};
   }
@@ -123,7 +137,9 @@ void read_qwen_experts(const ConfigReader& c, DecoderSpec& s) {
   const int64_t step = c.integer("decoder_sparse_step", 1);
   std::vector<int64_t> dense;
   if (c.has("mlp_only_layers")) dense = c.raw("mlp_only_layers").get<std::vector<int64_t>>();
-  for (int64_t l = 0; l < s.num_layers; ++l) s.layers[l].sparse = s.num_experts > 0 && step > 0 && (l + 1) % step == 0 && std::find(dense.begin(), dense.end(), l) == dense.end();
+  for (int64_t l = 0; l < s.num_layers; ++l)
+    s.layers[l].sparse =
+        s.num_experts > 0 && step > 0 && (l + 1) % step == 0 && std::find(dense.begin(), dense.end(), l) == dense.end();
 }
 
 void write_qwen_experts(const DecoderSpec& s, io::Json& config) {
@@ -136,15 +152,21 @@ void write_qwen_experts(const DecoderSpec& s, io::Json& config) {
     if (!s.layers[l].sparse) config["mlp_only_layers"].push_back(l);
 }
 
-int64_t used_window(const ConfigReader& c) { return c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0; }
+int64_t used_window(const ConfigReader& c) {
+  return c.boolean("use_sliding_window", false) ? c.integer("sliding_window", 0) : 0;
+}
 
-void read_sliding_window(const ConfigReader& c, DecoderSpec& s, int64_t window, const std::function<bool(int64_t)>& slides) {
+void read_sliding_window(const ConfigReader& c, DecoderSpec& s, int64_t window,
+                         const std::function<bool(int64_t)>& slides) {
   std::vector<std::string> types;
   if (c.has("layer_types")) {
     types = c.raw("layer_types").get<std::vector<std::string>>();
-    MOEGRAFT_CHECK(int64_t(types.size()) == s.num_layers, "config.json: layer_types must name ", s.num_layers, " layers, got ", types.size());
+    MOEGRAFT_CHECK(int64_t(types.size()) == s.num_layers, "config.json: layer_types must name ", s.num_layers,
+                   " layers, got ", types.size());
     for (const auto& type : types)
-      MOEGRAFT_CHECK(type == "full_attention" || type == "sliding_attention", "config.json: layer_types may hold full_attention and sliding_attention, got '", shortened(type), "'");
+      MOEGRAFT_CHECK(type == "full_attention" || type == "sliding_attention",
+                     "config.json: layer_types may hold full_attention and sliding_attention, got '", shortened(type),
+                     "'");
   }
   for (int64_t l = 0; l < s.num_layers; ++l)
     if (types.empty() ? slides(l) : types[size_t(l)] == "sliding_attention") s.layers[l].sliding_window = window;
@@ -164,7 +186,8 @@ void write_sliding_window(const DecoderSpec& s, io::Json& config) {
 
 int64_t ConfigReader::integer(const char* key) const {
   MOEGRAFT_CHECK(has(key), "config.json: ", key, " is missing");
-  MOEGRAFT_CHECK(config_.at(key).is_number_integer(), "config.json: ", key, " must be an integer, got ", show(config_.at(key)));
+  MOEGRAFT_CHECK(config_.at(key).is_number_integer(), "config.json: ", key, " must be an integer, got ",
+                 show(config_.at(key)));
   return config_.at(key).get<int64_t>();
 }
 
@@ -182,7 +205,8 @@ double ConfigReader::number(const char* key, double fallback) const {
 
 bool ConfigReader::boolean(const char* key, bool fallback) const {
   if (!has(key)) return fallback;
-  MOEGRAFT_CHECK(config_.at(key).is_boolean(), "config.json: ", key, " must be true or false, got ", show(config_.at(key)));
+  MOEGRAFT_CHECK(config_.at(key).is_boolean(), "config.json: ", key, " must be true or false, got ",
+                 show(config_.at(key)));
   return config_.at(key).get<bool>();
 }
 
@@ -196,7 +220,9 @@ DecoderSpec parse_common(const io::Json& config) {
   const ConfigReader c(config);
   DecoderSpec s;
   s.family = c.string("model_type", "");
-  MOEGRAFT_CHECK(!c.has("quantization_config"), "config.json: quantization_config is not supported; expected weights in float32, bfloat16 or float16: dequantise them with transformers first");
+  MOEGRAFT_CHECK(!c.has("quantization_config"),
+                 "config.json: quantization_config is not supported; expected weights in float32, bfloat16 or float16: "
+                 "dequantise them with transformers first");
   s.vocab_size = c.integer("vocab_size");
   s.hidden_size = c.integer("hidden_size");
   s.num_layers = c.integer("num_hidden_layers");
@@ -215,42 +241,55 @@ DecoderSpec parse_common(const io::Json& config) {
   s.initializer_range = c.number("initializer_range", 0.02);
   s.rope = parse_rope(c, s.max_positions);
   const std::string activation = c.string("hidden_act", "silu");
-  MOEGRAFT_CHECK(activation == "silu" || activation == "swish", "config.json: hidden_act '", activation, "' is not supported; expected silu");
-  MOEGRAFT_CHECK(s.num_layers > 0 && s.num_layers <= 100000, "config.json: num_hidden_layers must be positive, got ", s.num_layers);
+  MOEGRAFT_CHECK(activation == "silu" || activation == "swish", "config.json: hidden_act '", activation,
+                 "' is not supported; expected silu");
+  MOEGRAFT_CHECK(s.num_layers > 0 && s.num_layers <= 100000, "config.json: num_hidden_layers must be positive, got ",
+                 s.num_layers);
   s.layers.resize(s.num_layers);
   return s;
 }
 
 void check_spec(const DecoderSpec& s) {
-  const auto positive = [](const char* key, int64_t value) { MOEGRAFT_CHECK(value > 0 && value < (int64_t{1} << 31), "config.json: ", key, " must be in [1, 2^31), got ", value); };
+  const auto positive = [](const char* key, int64_t value) {
+    MOEGRAFT_CHECK(value > 0 && value < (int64_t{1} << 31), "config.json: ", key, " must be in [1, 2^31), got ", value);
+  };
   positive("vocab_size", s.vocab_size);
   positive("hidden_size", s.hidden_size);
   positive("num_attention_heads", s.num_heads);
   positive("num_key_value_heads", s.num_kv_heads);
   positive("head_dim", s.head_dim);
-  MOEGRAFT_CHECK(s.num_heads % s.num_kv_heads == 0, "config.json: num_attention_heads ", s.num_heads, " must be a multiple of num_key_value_heads ", s.num_kv_heads);
+  MOEGRAFT_CHECK(s.num_heads % s.num_kv_heads == 0, "config.json: num_attention_heads ", s.num_heads,
+                 " must be a multiple of num_key_value_heads ", s.num_kv_heads);
   MOEGRAFT_CHECK(s.head_dim % 2 == 0, "config.json: head_dim must be even for rotary embedding, got ", s.head_dim);
-  MOEGRAFT_CHECK(std::isfinite(s.rms_norm_eps) && s.rms_norm_eps >= 0, "config.json: rms_norm_eps must be 0 or more, got ", s.rms_norm_eps);
-  MOEGRAFT_CHECK(std::isfinite(s.rope.theta) && s.rope.theta > 0, "config.json: rope_theta must be above 0, got ", s.rope.theta);
+  MOEGRAFT_CHECK(std::isfinite(s.rms_norm_eps) && s.rms_norm_eps >= 0,
+                 "config.json: rms_norm_eps must be 0 or more, got ", s.rms_norm_eps);
+  MOEGRAFT_CHECK(std::isfinite(s.rope.theta) && s.rope.theta > 0, "config.json: rope_theta must be above 0, got ",
+                 s.rope.theta);
   MOEGRAFT_CHECK(s.rope.partial_factor == 1.0, "config.json: partial_rotary_factor other than 1 is not supported");
   const RouterSpec& r = s.router;
-  MOEGRAFT_CHECK(r.num_groups >= 1 && r.topk_groups >= 1 && r.topk_groups <= r.num_groups && s.num_experts % r.num_groups == 0, "config.json: ", s.num_experts,
-                 " experts cannot lie in ", r.num_groups, " groups of which ", r.topk_groups, " are chosen from");
+  MOEGRAFT_CHECK(
+      r.num_groups >= 1 && r.topk_groups >= 1 && r.topk_groups <= r.num_groups && s.num_experts % r.num_groups == 0,
+      "config.json: ", s.num_experts, " experts cannot lie in ", r.num_groups, " groups of which ", r.topk_groups,
+      " are chosen from");
   for (const auto& layer : s.layers) {
-    MOEGRAFT_CHECK(layer.sliding_window >= 0, "config.json: sliding_window must be positive or null, got ", layer.sliding_window);
+    MOEGRAFT_CHECK(layer.sliding_window >= 0, "config.json: sliding_window must be positive or null, got ",
+                   layer.sliding_window);
     if (!layer.sparse) {
       positive("intermediate_size", s.intermediate_size);
       continue;
     }
     positive("number of experts", s.num_experts);
     positive("expert intermediate size", s.moe_intermediate_size);
-    MOEGRAFT_CHECK(s.num_experts_per_tok >= 1 && s.num_experts_per_tok <= s.num_experts, "config.json: num_experts_per_tok must be in [1, ", s.num_experts, "], got ",
-                   s.num_experts_per_tok);
+    MOEGRAFT_CHECK(s.num_experts_per_tok >= 1 && s.num_experts_per_tok <= s.num_experts,
+                   "config.json: num_experts_per_tok must be in [1, ", s.num_experts, "], got ", s.num_experts_per_tok);
   }
   // Far above any model, far below where counts in 64 bits overflow.
-  const double D = double(s.hidden_size), ffn = double(s.num_experts) * double(s.moe_intermediate_size) + double(s.shared_expert.intermediate_size) + double(s.intermediate_size);
-  const double parameters = 2.0 * double(s.vocab_size) * D + double(s.num_layers) * (4.0 * D * double(s.num_heads) * double(s.head_dim) + 3.0 * D * ffn);
-  MOEGRAFT_CHECK(parameters < 1e15, "config.json: its sizes make ", parameters, " parameters, expected fewer than 1e15");
+  const double D = double(s.hidden_size), ffn = double(s.num_experts) * double(s.moe_intermediate_size) +
+                                                double(s.shared_expert.intermediate_size) + double(s.intermediate_size);
+  const double parameters = 2.0 * double(s.vocab_size) * D +
+                            double(s.num_layers) * (4.0 * D * double(s.num_heads) * double(s.head_dim) + 3.0 * D * ffn);
+  MOEGRAFT_CHECK(parameters < 1e15, "config.json: its sizes make ", parameters,
+                 " parameters, expected fewer than 1e15");
 }
 
 io::Json write_moe(const DecoderSpec& s) {
@@ -264,8 +303,10 @@ io::Json write_common(const DecoderSpec& s) {
   const auto id = [](int64_t value) { return value < 0 ? io::Json(nullptr) : io::Json(value); };
   io::Json rope{{"rope_theta", s.rope.theta}, {"rope_type", s.rope.type}};
   if (s.rope.type != "default") rope["factor"] = s.rope.factor;
-  if (s.rope.type == "llama3") rope["low_freq_factor"] = s.rope.low_freq_factor, rope["high_freq_factor"] = s.rope.high_freq_factor;
-  if (s.rope.type == "llama3" || s.rope.type == "yarn") rope["original_max_position_embeddings"] = s.rope.original_max_positions;
+  if (s.rope.type == "llama3")
+    rope["low_freq_factor"] = s.rope.low_freq_factor, rope["high_freq_factor"] = s.rope.high_freq_factor;
+  if (s.rope.type == "llama3" || s.rope.type == "yarn")
+    rope["original_max_position_embeddings"] = s.rope.original_max_positions;
   if (s.rope.type == "yarn") {
     rope["beta_fast"] = s.rope.beta_fast;
     rope["beta_slow"] = s.rope.beta_slow;

@@ -1,5 +1,6 @@
 #pragma once
-// A family: how its config.json becomes a DecoderSpec and what its tensors are called on disk. One file each in families/, one row each in families.cpp.
+// A family: how its config.json becomes a DecoderSpec and what its tensors are called on disk. One file each in
+// families/, one row each in families.cpp.
 
 #include <functional>
 #include <string>
@@ -20,15 +21,21 @@ struct Family {
   // Of a base from scratch: fills in what the architecture says, given its sizes. UserError: sizes that it cannot have.
   void (*complete)(DecoderSpec& spec);
   TensorTable tensors = decoder_tensors();
-  // A layer's experts as one tensor each, accepted where the tensors of single experts are absent: [E, 2F, D] gate rows first, and [E, D, F].
-  std::string fused_gate_up = "model.layers.{l}.mlp.experts.gate_up_proj", fused_down = "model.layers.{l}.mlp.experts.down_proj";
-  // A layer's modules in transformers as PEFT names them; q_proj and its like, and a dense FFN's, have the names of their tensors.
+  // A layer's experts as one tensor each, accepted where the tensors of single experts are absent: [E, 2F, D] gate rows
+  // first, and [E, D, F].
+  std::string fused_gate_up = "model.layers.{l}.mlp.experts.gate_up_proj",
+              fused_down = "model.layers.{l}.mlp.experts.down_proj";
+  // A layer's modules in transformers as PEFT names them; q_proj and its like, and a dense FFN's, have the names of
+  // their tensors.
   std::string peft_gate_up = "mlp.experts.gate_up_proj", peft_down = "mlp.experts.down_proj";
 
   const TensorRow& row(TensorRole role) const { return row_of(tensors, role); }
-  std::string name(TensorRole role, int64_t layer = 0, int64_t expert = 0) const { return tensor_name(row(role).name, layer, expert); }
+  std::string name(TensorRole role, int64_t layer = 0, int64_t expert = 0) const {
+    return tensor_name(row(role).name, layer, expert);
+  }
 };
-// The same tensor as transformers also accepts it: saved from the model class without head (no "model." before the name), and each family's renamings.
+// The same tensor as transformers also accepts it: saved from the model class without head (no "model." before the
+// name), and each family's renamings.
 std::vector<std::string> other_names(const std::string& name);
 
 const Family& find_family(const std::string& model_type);  // UserError names the known ones
@@ -70,7 +77,8 @@ void make_dense(DecoderSpec& spec);
 void read_qwen_experts(const ConfigReader& c, DecoderSpec& spec);
 void write_qwen_experts(const DecoderSpec& spec, io::Json& config);
 // A window (0: none) in the layers that layer_types names, or else in those for which slides(layer) holds.
-void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, int64_t window, const std::function<bool(int64_t)>& slides);
+void read_sliding_window(const ConfigReader& c, DecoderSpec& spec, int64_t window,
+                         const std::function<bool(int64_t)>& slides);
 int64_t used_window(const ConfigReader& c);  // sliding_window where use_sliding_window is on
 void write_sliding_window(const DecoderSpec& spec, io::Json& config);
 void check_spec(const DecoderSpec& spec);  // UserError on impossible sizes, and on what the decoder does not compute

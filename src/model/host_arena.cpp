@@ -9,10 +9,13 @@
 
 namespace moegraft::model {
 
-at::Tensor HostArena::page_locked(int64_t bytes) { return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(true)); }
+at::Tensor HostArena::page_locked(int64_t bytes) {
+  return at::empty({bytes}, at::TensorOptions(at::kByte).pinned_memory(true));
+}
 
 HostArena::HostArena(Source source, int64_t chunk_bytes) : source_(std::move(source)), chunk_bytes_(chunk_bytes) {
-  MOEGRAFT_INVARIANT(chunk_bytes >= 16 && std::has_single_bit(uint64_t(chunk_bytes)), "HostArena: chunks of ", chunk_bytes, " bytes; a power of two would lose nothing");
+  MOEGRAFT_INVARIANT(chunk_bytes >= 16 && std::has_single_bit(uint64_t(chunk_bytes)), "HostArena: chunks of ",
+                     chunk_bytes, " bytes; a power of two would lose nothing");
 }
 
 std::vector<at::Tensor> HostArena::take(int64_t numel, at::ScalarType dtype) {

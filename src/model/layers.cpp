@@ -28,7 +28,8 @@ struct Projection {
 };
 
 // Linear layers that share their input, each with the low-rank terms of its site.
-std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX, std::initializer_list<Projection> projections) {
+std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX,
+                                std::initializer_list<Projection> projections) {
   const auto& tokens_of = call.facts->modality_tokens;
   std::vector<k::AdaptedLinear> layers;
   for (const auto& p : projections) {
@@ -53,7 +54,8 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
     bool any = false;
     for (int64_t m = 0; m < call.num_groups; ++m) {
       // In lockstep other processes' tokens come here too.
-      const bool on = acts(call, term, m) && (call.options.gate == Gate::all || call.options.lockstep || call.facts->modality_tokens[m].size(0) > 0);
+      const bool on = acts(call, term, m) && (call.options.gate == Gate::all || call.options.lockstep ||
+                                              call.facts->modality_tokens[m].size(0) > 0);
       e.acts.push_back(on);
       any |= on;
     }
@@ -64,13 +66,15 @@ std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site
 
 // Rows [begin, begin + count) of x_TGC become positions from `past` on of sequence i.
 void append(at::Tensor& cache_BSGC, int64_t i, int64_t past, const at::Tensor& x_TGC, int64_t begin, int64_t count) {
-  if (!x_TGC.is_cpu() || !x_TGC.is_contiguous() || !cache_BSGC.is_contiguous() || x_TGC.scalar_type() != cache_BSGC.scalar_type()) {
+  if (!x_TGC.is_cpu() || !x_TGC.is_contiguous() || !cache_BSGC.is_contiguous() ||
+      x_TGC.scalar_type() != cache_BSGC.scalar_type()) {
     cache_BSGC[i].narrow(0, past, count).copy_(x_TGC.narrow(0, begin, count));
     return;
   }
   // A decode step does this for every layer: five tensors to copy one row take longer than its attention.
   const int64_t row = x_TGC.size(1) * x_TGC.size(2) * x_TGC.element_size();
-  std::memcpy(static_cast<char*>(cache_BSGC.mutable_data_ptr()) + (i * cache_BSGC.size(1) + past) * row, static_cast<const char*>(x_TGC.const_data_ptr()) + begin * row, size_t(count * row));
+  std::memcpy(static_cast<char*>(cache_BSGC.mutable_data_ptr()) + (i * cache_BSGC.size(1) + past) * row,
+              static_cast<const char*>(x_TGC.const_data_ptr()) + begin * row, size_t(count * row));
 }
 
 at::Tensor frozen_ffn(const DenseWeights& w, const at::Tensor& x_TD) {
@@ -90,41 +94,68 @@ void observe_all_rows(const Call& call, int64_t l, Site site, const at::Tensor& 
 }
 
 // In float32, like the residual stream: see Decoder::forward.
-k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, const at::Tensor& router_ED, const at::Tensor& correction_E) {
+k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, const at::Tensor& router_ED,
+                        const at::Tensor& correction_E) {
   const RouterSpec& r = call.spec.router;
-  const k::RouteRule rule{r.score == RouterSpec::Score::sigmoid, correction_E, r.num_groups, r.topk_groups, r.renormalise, r.scale};
-  const auto route = [&](const at::Tensor& logits_TE) { return k::route(logits_TE, call.spec.num_experts_per_tok, rule); };
-  if (!call.apart || call.batch.num_sequences() == 1) return route(project(call, l, h_TD, {{Site::router, k::Matrix(router_ED), {}}})[0]);
+  const k::RouteRule rule{
+      r.score == RouterSpec::Score::sigmoid, correction_E, r.num_groups, r.topk_groups, r.renormalise, r.scale};
+  const auto route = [&](const at::Tensor& logits_TE) {
+    return k::route(logits_TE, call.spec.num_experts_per_tok, rule);
+  };
+  if (!call.apart || call.batch.num_sequences() == 1)
+    return route(project(call, l, h_TD, {{Site::router, k::Matrix(router_ED), {}}})[0]);
   // Where sequences stand apart all is text that nothing trains on, and no term acts.
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
     const int64_t begin = call.batch.cu_seqlens[i];
-    k::Route r = route(at::linear(h_TD.narrow(0, begin, call.batch.cu_seqlens[i + 1] - begin).clone(), router_ED));  // memory aligned as it is alone
-    probs.push_back(std::move(r.probs_TE)), ids.push_back(std::move(r.topk_ids_TK)), weights.push_back(std::move(r.topk_weights_TK));
+    k::Route r = route(at::linear(h_TD.narrow(0, begin, call.batch.cu_seqlens[i + 1] - begin).clone(),
+                                  router_ED));  // memory aligned as it is alone
+    probs.push_back(std::move(r.probs_TE)), ids.push_back(std::move(r.topk_ids_TK)),
+        weights.push_back(std::move(r.topk_weights_TK));
   }
   return {at::cat(probs), at::cat(ids), at::cat(weights)};
 }
 
 }  // namespace
 
-Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options, std::shared_ptr<TokenDispatcher> dispatcher,
-               std::shared_ptr<const AdapterSites> adapters, std::shared_ptr<const Rotary> rotary) {
+Call make_call(const DecoderSpec& spec, int64_t num_modalities, const PackedBatch& batch, const ForwardOptions& options,
+               std::shared_ptr<TokenDispatcher> dispatcher, std::shared_ptr<const AdapterSites> adapters,
+               std::shared_ptr<const Rotary> rotary) {
   const int64_t T = batch.num_tokens();
-  MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T, "PackedBatch does not span its ", T, " tokens");
-  Call call{spec, batch, batch.facts, options, std::move(dispatcher), options.gate == Gate::none ? nullptr : std::move(adapters), 1, {}, {}, {}, std::move(rotary), {}, nullptr, nullptr, {}};
+  MOEGRAFT_INVARIANT(batch.positions_T.size(0) == T && !batch.cu_seqlens.empty() && batch.cu_seqlens.back() == T,
+                     "PackedBatch does not span its ", T, " tokens");
+  Call call{spec,
+            batch,
+            batch.facts,
+            options,
+            std::move(dispatcher),
+            options.gate == Gate::none ? nullptr : std::move(adapters),
+            1,
+            {},
+            {},
+            {},
+            std::move(rotary),
+            {},
+            nullptr,
+            nullptr,
+            {}};
   if (options.gate == Gate::modality && (batch.modality_T.defined() || options.lockstep)) {
     call.num_groups = options.lockstep ? num_modalities : call.facts->num_modalities;
-    if (call.num_groups > 1) call.modality_T = batch.modality_T.defined() ? batch.modality_T : at::zeros_like(batch.ids_T);
+    if (call.num_groups > 1)
+      call.modality_T = batch.modality_T.defined() ? batch.modality_T : at::zeros_like(batch.ids_T);
   }
   int64_t longest = call.facts->longest;
   if (options.lengths_B.defined()) {
-    MOEGRAFT_INVARIANT(options.cache && T == batch.num_sequences() && options.lengths_B.size(0) == T && options.cache->num_sequences() >= T, "a step of one token for each of ", T, " sequences");
+    MOEGRAFT_INVARIANT(options.cache && T == batch.num_sequences() && options.lengths_B.size(0) == T &&
+                           options.cache->num_sequences() >= T,
+                       "a step of one token for each of ", T, " sequences");
     call.cells_T = at::arange(T, options.lengths_B.options()) * options.cache->max_length() + options.lengths_B;
     longest = options.cache->max_length();
   } else if (options.cache) {
     for (int64_t i = 0; i < batch.num_sequences(); ++i) {
       const int64_t length = batch.cu_seqlens[i + 1] - batch.cu_seqlens[i] + options.cache->length(i);
-      MOEGRAFT_CHECK(length <= options.cache->max_length(), "sequence ", i, " needs ", length, " positions, the cache holds ", options.cache->max_length());
+      MOEGRAFT_CHECK(length <= options.cache->max_length(), "sequence ", i, " needs ", length,
+                     " positions, the cache holds ", options.cache->max_length());
       call.kv_lengths.push_back(length);
       longest = std::max(longest, length);
     }
@@ -137,7 +168,9 @@ void set_past(Call& call, std::shared_ptr<const PastKeys> past) {
   call.past = std::move(past);
   const at::Tensor& cu = call.facts->cu_seqlens;
   call.lengths = {cu, cu};
-  if (call.past) call.lengths.cu_kv = cu + at::tensor(at::ArrayRef<int64_t>(call.past->cu_seqlens), at::kInt).to(cu.device(), /*non_blocking=*/true);
+  if (call.past)
+    call.lengths.cu_kv =
+        cu + at::tensor(at::ArrayRef<int64_t>(call.past->cu_seqlens), at::kInt).to(cu.device(), /*non_blocking=*/true);
 }
 
 void stand_apart(Call& call) {
@@ -155,9 +188,12 @@ void stand_apart(Call& call) {
 at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
   const DecoderSpec& spec = call.spec;
   const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
-  const auto qkv = project(call, l, x_TD, {{Site::q, w.q, w.q_bias}, {Site::k, w.k, w.k_bias}, {Site::v, w.v, w.v_bias}});
-  const auto heads = k::norm_rotary({{qkv[0], H, w.q_norm}, {qkv[1], G, w.k_norm}}, call.rope.cos_TC, call.rope.sin_TC, spec.rms_norm_eps, spec.clip_qkv);
-  const at::Tensor &q = heads[0], &key = heads[1], v = (spec.clip_qkv > 0 ? qkv[2].clamp(-spec.clip_qkv, spec.clip_qkv) : qkv[2]).view({T, G, C});
+  const auto qkv =
+      project(call, l, x_TD, {{Site::q, w.q, w.q_bias}, {Site::k, w.k, w.k_bias}, {Site::v, w.v, w.v_bias}});
+  const auto heads = k::norm_rotary({{qkv[0], H, w.q_norm}, {qkv[1], G, w.k_norm}}, call.rope.cos_TC, call.rope.sin_TC,
+                                    spec.rms_norm_eps, spec.clip_qkv);
+  const at::Tensor &q = heads[0], &key = heads[1],
+                   v = (spec.clip_qkv > 0 ? qkv[2].clamp(-spec.clip_qkv, spec.clip_qkv) : qkv[2]).view({T, G, C});
   const double scale = 1.0 / std::sqrt(double(C));
   const int64_t window = spec.layers[l].sliding_window;
   at::Tensor out;
@@ -167,16 +203,20 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
     out = k::step_attention(q, cache->keys[l], cache->values[l], call.options.lengths_B, window, scale);
   } else if (cache) {
     for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
-      const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin, past = call.kv_lengths[i] - count;
+      const int64_t begin = call.batch.cu_seqlens[i], count = call.batch.cu_seqlens[i + 1] - begin,
+                    past = call.kv_lengths[i] - count;
       append(cache->keys[l], i, past, key, begin, count);
       append(cache->values[l], i, past, v, begin, count);
     }
-    out = k::cached_attention(q, cache->keys[l], cache->values[l], call.batch.cu_seqlens, call.kv_lengths, window, scale);
+    out =
+        k::cached_attention(q, cache->keys[l], cache->values[l], call.batch.cu_seqlens, call.kv_lengths, window, scale);
   } else if (call.past) {
     const std::vector<int64_t>&before = call.past->cu_seqlens, &cu = call.batch.cu_seqlens;
     std::vector<int64_t> cu_kv;
     for (size_t i = 0; i < cu.size(); ++i) cu_kv.push_back(before[i] + cu[i]);
-    out = k::packed_attention(q, k::join_sequences(call.past->keys[l], key, before, cu), k::join_sequences(call.past->values[l], v, before, cu), cu, cu_kv, window, scale, call.lengths);
+    out = k::packed_attention(q, k::join_sequences(call.past->keys[l], key, before, cu),
+                              k::join_sequences(call.past->values[l], v, before, cu), cu, cu_kv, window, scale,
+                              call.lengths);
   } else {
     out = k::packed_attention(q, key, v, call.batch.cu_seqlens, call.batch.cu_seqlens, window, scale, call.lengths);
   }
@@ -189,7 +229,8 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
 
 at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD) {
   if (call.spec.has_experts()) return frozen_ffn(w, x_TD);  // where the sites are the experts'
-  const auto gate_up = project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I}, {Site::up, w.up_ID, w.up_bias_I}});
+  const auto gate_up =
+      project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I}, {Site::up, w.up_ID, w.up_bias_I}});
   const at::Tensor hidden_TI = at::silu(gate_up[0]) * gate_up[1];
   if (call.options.sites) {
     observe_all_rows(call, l, Site::gate, x_TD);
@@ -203,19 +244,24 @@ at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, cons
   return scale_1D.defined() ? at::sigmoid(at::linear(x_TD, scale_1D)) * y_TD : y_TD;
 }
 
-MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD, const at::Tensor& h_TD) {
+MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD,
+              const at::Tensor& h_TD) {
   const DecoderSpec& spec = call.spec;
   const k::Route r = choose_experts(call, l, h_TD, layer.router_ED.to(at::kFloat), layer.router_correction_E);
   if (call.options.routing) {
     at::NoGradGuard no_grad;
-    call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(), call.batch.modality_T);
+    call.options.routing->observe(l, r.probs_TE.detach(), r.topk_ids_TK, r.topk_weights_TK.detach(),
+                                  call.batch.modality_T);
   }
-  const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK, spec.num_experts, call.modality_T, call.num_groups);
+  const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK,
+                                                                   spec.num_experts, call.modality_T, call.num_groups);
   const k::ExpertFfnWeights weights = w.as_ffn();
-  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up), expert_terms(call, l, Site::down),
+  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up),
+                                      expert_terms(call, l, Site::down),
                                       call.options.factors ? call.options.factors->at(size_t(l)) : nullptr};
   at::Tensor hidden_RF;
-  const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters, call.options.sites ? &hidden_RF : nullptr);
+  const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters,
+                                       call.options.sites ? &hidden_RF : nullptr);
   if (SiteObserver* sites = call.options.sites) {
     const auto offsets = routed.dispatch.host_offsets();
     sites->observe_experts(l, Site::gate, k::permute(routed.x_XD, routed.dispatch), offsets, call.num_groups);

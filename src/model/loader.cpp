@@ -26,22 +26,31 @@ TensorSource::TensorSource(const fs::path& dir) : dir_(dir) {
   const fs::path index = dir / "model.safetensors.index.json", single = dir / "model.safetensors";
   if (fs::exists(index) && !fs::exists(single)) {
     const io::Json j = io::read_json(index);
-    MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(), ": weight_map is missing");
+    MOEGRAFT_CHECK(j.contains("weight_map") && j.at("weight_map").is_object(), index.string(),
+                   ": weight_map is missing");
     std::set<std::string> shards;
     for (const auto& [name, file] : j.at("weight_map").items()) {
       MOEGRAFT_CHECK(file.is_string(), index.string(), ": weight_map.", name, " must name a file");
       const std::string shard = file.get<std::string>();
-      MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard, "' must be a file beside the index");
+      MOEGRAFT_CHECK(fs::path(shard).filename() == shard, index.string(), ": '", shard,
+                     "' must be a file beside the index");
       shards.insert(shard);
     }
     for (const auto& shard : shards) open(dir / shard);
     for (const auto& [name, file] : j.at("weight_map").items())
-      MOEGRAFT_CHECK(where_.count(name), (dir / file.get<std::string>()).string(), " does not hold ", name, ", which the index places there");
+      MOEGRAFT_CHECK(where_.count(name), (dir / file.get<std::string>()).string(), " does not hold ", name,
+                     ", which the index places there");
   } else {
-    MOEGRAFT_CHECK(fs::exists(single) || !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")), dir.string(),
-                   " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
-    MOEGRAFT_CHECK(fs::exists(single), dir.string(), " holds neither model.safetensors nor model.safetensors.index.json");
-    if (fs::exists(index)) warn_once(dir.string() + " holds model.safetensors and an index of shards; the single file is read, as transformers does");
+    MOEGRAFT_CHECK(fs::exists(single) ||
+                       !(fs::exists(dir / "pytorch_model.bin") || fs::exists(dir / "pytorch_model.bin.index.json")),
+                   dir.string(),
+                   " holds pytorch_model.bin only; expected safetensors: AutoModelForCausalLM.from_pretrained(DIR, "
+                   "dtype=\"auto\").save_pretrained(DIR) in transformers writes them");
+    MOEGRAFT_CHECK(fs::exists(single), dir.string(),
+                   " holds neither model.safetensors nor model.safetensors.index.json");
+    if (fs::exists(index))
+      warn_once(dir.string() +
+                " holds model.safetensors and an index of shards; the single file is read, as transformers does");
     open(single);
   }
 }
@@ -90,12 +99,16 @@ TensorSource::Where::const_iterator TensorSource::find(const std::string& name) 
   return it;
 }
 
-Loader::Loader(const TensorSource& source, const LoadOptions& options, std::string where) : source_(source), options_(options), where_(std::move(where)) {
-  if (options.staging) staged_.emplace(options.device, *options.staging);
-  else if (options.device.is_cuda()) staged_.emplace(options.device, Staging());
+Loader::Loader(const TensorSource& source, const LoadOptions& options, std::string where)
+    : source_(source), options_(options), where_(std::move(where)) {
+  if (options.staging)
+    staged_.emplace(options.device, *options.staging);
+  else if (options.device.is_cuda())
+    staged_.emplace(options.device, Staging());
 }
 
-at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& shape, int64_t first, int64_t count, at::Tensor into) {
+at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& shape, int64_t first, int64_t count,
+                        at::Tensor into) {
   if (!source_.contains(name)) {
     problem(name + " is missing");
     return {};
@@ -107,14 +120,16 @@ at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& sha
     return {};
   }
   if (!at::isFloatingType(t.scalar_type()) || t.element_size() < 2) {
-    problem(detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
+    problem(
+        detail::concat(name, " has dtype ", c10::toString(t.scalar_type()), "; expected float32, bfloat16 or float16"));
     return {};
   }
   if (count > 0) t = t.narrow(0, first, count);
   if (staged_ && !on_cpu_) {
     if (!into.defined()) into = dtype_ ? room(t.sizes()) : at::empty(t.sizes(), t.options().device(options_.device));
     if (auto range = source_.range(name)) {
-      if (count > 0) range->offset += int64_t(first * t.stride(0) * t.element_size()), range->bytes = int64_t(t.nbytes());
+      if (count > 0)
+        range->offset += int64_t(first * t.stride(0) * t.element_size()), range->bytes = int64_t(t.nbytes());
       staged_->add(std::move(*range), t.scalar_type(), into);
     } else {
       into.copy_(t);
@@ -126,7 +141,9 @@ at::Tensor Loader::take(const std::string& name, const std::vector<int64_t>& sha
   return out;
 }
 
-bool Loader::same(const std::string& a, const std::string& b) const { return at::equal(source_.tensor(a).to(options_.dtype), source_.tensor(b).to(options_.dtype)); }
+bool Loader::same(const std::string& a, const std::string& b) const {
+  return at::equal(source_.tensor(a).to(options_.dtype), source_.tensor(b).to(options_.dtype));
+}
 
 void Loader::problem(const std::string& text) {
   if (++count_ <= 8) problems_.push_back(text);
@@ -139,12 +156,14 @@ void Loader::check_rest(int64_t num_layers) {
     unexpected.push_back(name);
     const std::string layers = name.starts_with("layers.") ? "layers." : "model.layers.";
     const int64_t layer = name.starts_with(layers) ? std::atoll(name.c_str() + layers.size()) : 0;
-    if (layer >= num_layers) problem(detail::concat(name, " lies beyond num_hidden_layers ", num_layers, " of config.json"));
+    if (layer >= num_layers)
+      problem(detail::concat(name, " lies beyond num_hidden_layers ", num_layers, " of config.json"));
   }
   constexpr size_t kShown = 4;
   const size_t shown = std::min(kShown, unexpected.size());
   if (clean() && shown)
-    warn_once(detail::concat(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ", join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "),
+    warn_once(detail::concat(where_, ": ", unexpected.size(), " tensors that the model does not have are not used: ",
+                             join({unexpected.begin(), unexpected.begin() + int64_t(shown)}, ", "),
                              unexpected.size() > shown ? ", …" : ""));
 }
 
@@ -153,8 +172,10 @@ void Loader::finish() {
     std::string hint;
     for (const auto& name : source_.names())
       if (const std::string tail = ".embed_tokens.weight"; name.ends_with(tail) && name != "model" + tail)
-        hint = "; the file's names begin with '" + name.substr(0, name.size() - tail.size() + 1) + "': save the language model of this wrapper alone";
-    fail<UserError>(where_, ": ", join(problems_, "; "), count_ > 8 ? detail::concat("; and ", count_ - 8, " more") : std::string(), hint);
+        hint = "; the file's names begin with '" + name.substr(0, name.size() - tail.size() + 1) +
+               "': save the language model of this wrapper alone";
+    fail<UserError>(where_, ": ", join(problems_, "; "),
+                    count_ > 8 ? detail::concat("; and ", count_ - 8, " more") : std::string(), hint);
   }
   if (staged_) staged_->run(options_.progress ? "loading " + source_.dir().filename().string() : "");
 }

@@ -1,5 +1,6 @@
 #pragma once
-// The tensors of a Hugging Face directory, and how they become a model's: found by name, checked, converted, brought to a device.
+// The tensors of a Hugging Face directory, and how they become a model's: found by name, checked, converted, brought to
+// a device.
 
 #include <filesystem>
 #include <map>
@@ -17,8 +18,8 @@ namespace moegraft::model {
 
 void warn_once(const std::string& line);  // a command may load a base more than once
 
-// One file, or shards with an index. As in transformers the single file goes before an index, every tensor of a listed shard counts, and of two with one name
-// the one in the last file.
+// One file, or shards with an index. As in transformers the single file goes before an index, every tensor of a listed
+// shard counts, and of two with one name the one in the last file.
 class TensorSource {
  public:
   explicit TensorSource(const std::filesystem::path& dir);
@@ -49,10 +50,15 @@ class Loader {
  public:
   Loader(const TensorSource& source, const LoadOptions& options, std::string where);
 
-  // count > 0: only these rows. into: where to, contiguous; undefined: the loader's choice, the mapped file where dtype and device agree.
-  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape, int64_t first = 0, int64_t count = 0, at::Tensor into = {});
+  // count > 0: only these rows. into: where to, contiguous; undefined: the loader's choice, the mapped file where dtype
+  // and device agree.
+  at::Tensor take(const std::string& name, const std::vector<int64_t>& shape, int64_t first = 0, int64_t count = 0,
+                  at::Tensor into = {});
   // Room of the model's dtype on its device for take(); undefined where tensors stay in the files.
-  at::Tensor room(at::IntArrayRef shape) const { return staged_ && !on_cpu_ && dtype_ ? at::empty(shape, at::TensorOptions(*dtype_).device(options_.device)) : at::Tensor(); }
+  at::Tensor room(at::IntArrayRef shape) const {
+    return staged_ && !on_cpu_ && dtype_ ? at::empty(shape, at::TensorOptions(*dtype_).device(options_.device))
+                                         : at::Tensor();
+  }
   // Belongs to the model, though it is not taken here.
   void use(const std::string& name) { used_.insert(source_.stored_name(name)); }
   // Whether two tensors are the same numbers in the model's dtype.
@@ -63,7 +69,8 @@ class Loader {
   void keep_dtype(std::optional<at::ScalarType> dtype) { dtype_ = dtype; }
   void problem(const std::string& text);
   bool clean() const { return count_ == 0; }
-  // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers, which lists it as UNEXPECTED.
+  // What the file holds beyond the model: deeper layers are another model's, the rest is left out as in transformers,
+  // which lists it as UNEXPECTED.
   void check_rest(int64_t num_layers);
   // UserError with all problems; then everything taken for the device is brought there.
   void finish();

@@ -13,7 +13,9 @@ namespace {
 
 // LibTorch's device-independent streams: no CUDA header, and the CPU has none of it.
 c10::Stream current_stream(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStream(device); }
-c10::Stream another_stream(at::Device device) { return c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device); }
+c10::Stream another_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device);
+}
 
 }  // namespace
 
@@ -23,7 +25,8 @@ struct OffloadedWeights::Lane {
   c10::Event ready;
 };
 
-OffloadedWeights::OffloadedWeights(std::shared_ptr<WeightProvider> rest, std::optional<HostArena> arena, int64_t buffers)
+OffloadedWeights::OffloadedWeights(std::shared_ptr<WeightProvider> rest, std::optional<HostArena> arena,
+                                   int64_t buffers)
     : ExpertRing(std::move(rest), buffers), arena_(std::move(arena)), lanes_(size_t(buffers)) {}
 OffloadedWeights::~OffloadedWeights() = default;
 

@@ -46,11 +46,15 @@ bool PrefixCache::may_share_a_pass(const DecoderSpec& spec, WeightProvider& weig
   may_share_ = weights.device().is_cpu();
   for (int64_t l = 0; l < spec.num_layers && may_share_; ++l) {
     const AttentionWeights a = weights.layer(l).attention;
-    // A dense layer's or a shared expert's activation, and routers' other than a softmax's top k, are the library's, whose bits depend on where a row lies.
-    may_share_ = spec.layers[size_t(l)].sparse && spec.router.is_plain() && spec.shared_expert.intermediate_size == 0 && a.q.packed() && a.k.packed() && a.v.packed() && a.o.packed() && weights.experts(l, 0, spec.num_experts).panels;
+    // A dense layer's or a shared expert's activation, and routers' other than a softmax's top k, are the library's,
+    // whose bits depend on where a row lies.
+    may_share_ = spec.layers[size_t(l)].sparse && spec.router.is_plain() && spec.shared_expert.intermediate_size == 0 &&
+                 a.q.packed() && a.k.packed() && a.v.packed() && a.o.packed() &&
+                 weights.experts(l, 0, spec.num_experts).panels;
   }
   if (may_share_) {
-    std::vector<int64_t> depths{spec.hidden_size, spec.num_heads * spec.head_dim, spec.moe_intermediate_size, spec.head_dim};
+    std::vector<int64_t> depths{spec.hidden_size, spec.num_heads * spec.head_dim, spec.moe_intermediate_size,
+                                spec.head_dim};
     for (int64_t keys = 64; keys <= 512; keys += 64) depths.push_back(keys);  // of attention
     std::sort(depths.begin(), depths.end());
     depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
@@ -67,7 +71,8 @@ using Ids = PrefixCache::Ids;
 // Keeps what it is told.
 class Recorder : public RoutingObserver {
  public:
-  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, const at::Tensor&) override {
+  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK,
+               const at::Tensor&) override {
     probs_.push_back(probs_TE);
     ids_.push_back(topk_ids_TK.to(at::kShort));
     weights_.push_back(topk_weights_TK.to(at::kFloat));
@@ -92,12 +97,14 @@ PackedBatch pack_captions(const std::vector<Ids>& captions, at::Device device, c
   }
   batch.ids_T = at::tensor(ids, at::kLong);
   batch.positions_T = at::tensor(positions, at::kLong);
-  batch.facts = std::make_shared<BatchFacts>(describe_batch(batch, id_bounds));  // on the host, which need not wait then
+  batch.facts =
+      std::make_shared<BatchFacts>(describe_batch(batch, id_bounds));  // on the host, which need not wait then
   return to_device(batch, device);
 }
 
 // One pass over `captions`, each with the bits it has alone if the pass gives them.
-std::vector<std::shared_ptr<const Entry>> compute(const std::vector<Ids>& captions, at::Device device, const std::vector<int64_t>& id_bounds, const ForwardOptions& options,
+std::vector<std::shared_ptr<const Entry>> compute(const std::vector<Ids>& captions, at::Device device,
+                                                  const std::vector<int64_t>& id_bounds, const ForwardOptions& options,
                                                   const RunPrefix& run) {
   const PackedBatch batch = pack_captions(captions, device, id_bounds);
   Recorder recorder;
@@ -109,13 +116,17 @@ std::vector<std::shared_ptr<const Entry>> compute(const std::vector<Ids>& captio
   all.hidden_SD = run(batch, inner, keys);
   all.keys_LSGC = at::stack(keys->keys);
   all.values_LSGC = at::stack(keys->values);
-  if (recorder.any()) all.probs_NSE = recorder.probs(), all.ids_NSK = recorder.ids(), all.weights_NSK = recorder.weights();
+  if (recorder.any())
+    all.probs_NSE = recorder.probs(), all.ids_NSK = recorder.ids(), all.weights_NSK = recorder.weights();
   std::vector<std::shared_ptr<const Entry>> out;
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], count = batch.cu_seqlens[i + 1] - begin;
-    const auto part = [&](const at::Tensor& t, int64_t dim) { return t.defined() ? t.narrow(dim, begin, count).clone(at::MemoryFormat::Contiguous) : t; };
-    out.push_back(std::make_shared<Entry>(
-        Entry{part(all.keys_LSGC, 1), part(all.values_LSGC, 1), part(all.hidden_SD, 0), part(all.probs_NSE, 1), part(all.ids_NSK, 1), part(all.weights_NSK, 1)}));
+    const auto part = [&](const at::Tensor& t, int64_t dim) {
+      return t.defined() ? t.narrow(dim, begin, count).clone(at::MemoryFormat::Contiguous) : t;
+    };
+    out.push_back(
+        std::make_shared<Entry>(Entry{part(all.keys_LSGC, 1), part(all.values_LSGC, 1), part(all.hidden_SD, 0),
+                                      part(all.probs_NSE, 1), part(all.ids_NSK, 1), part(all.weights_NSK, 1)}));
   }
   return out;
 }
@@ -123,24 +134,29 @@ std::vector<std::shared_ptr<const Entry>> compute(const std::vector<Ids>& captio
 // The tokens of sequence i, for every i in `which`, as a batch.
 PackedBatch take_sequences(const PackedBatch& batch, const std::vector<int64_t>& which) {
   std::vector<Ids> captions;
-  for (const int64_t i : which) captions.emplace_back(batch.facts->text_prefix_ids.begin() + batch.cu_seqlens[i], batch.facts->text_prefix_ids.begin() + batch.cu_seqlens[i + 1]);
+  for (const int64_t i : which)
+    captions.emplace_back(batch.facts->text_prefix_ids.begin() + batch.cu_seqlens[i],
+                          batch.facts->text_prefix_ids.begin() + batch.cu_seqlens[i + 1]);
   return pack_captions(captions, batch.ids_T.device(), batch.facts->id_bounds);
 }
 
-void tell(RoutingObserver& observer, const DecoderSpec& spec, const std::vector<std::shared_ptr<const Entry>>& captions) {
-  const auto joined = [&](at::Tensor Entry::*field) {
+void tell(RoutingObserver& observer, const DecoderSpec& spec,
+          const std::vector<std::shared_ptr<const Entry>>& captions) {
+  const auto joined = [&](at::Tensor Entry::* field) {
     std::vector<at::Tensor> parts;
     for (const auto& c : captions) parts.push_back((*c).*field);
     return at::cat(parts, 1);
   };
-  const at::Tensor probs = joined(&Entry::probs_NSE), ids = joined(&Entry::ids_NSK).to(at::kLong), weights = joined(&Entry::weights_NSK);
+  const at::Tensor probs = joined(&Entry::probs_NSE), ids = joined(&Entry::ids_NSK).to(at::kLong),
+                   weights = joined(&Entry::weights_NSK);
   for (int64_t l = 0, n = 0; l < spec.num_layers; ++l)
     if (spec.layers[size_t(l)].sparse) observer.observe(l, probs[n], ids[n], weights[n], {}), ++n;
 }
 
 }  // namespace
 
-PrefixPass cached_prefix(PrefixCache& cache, const DecoderSpec& spec, WeightProvider& weights, const SplitBatch& split, const ForwardOptions& options, const RunPrefix& run) {
+PrefixPass cached_prefix(PrefixCache& cache, const DecoderSpec& spec, WeightProvider& weights, const SplitBatch& split,
+                         const ForwardOptions& options, const RunPrefix& run) {
   const PackedBatch& prefix = split.prefix;
   const std::vector<int64_t>& cu = prefix.cu_seqlens;
   const auto& all_ids = prefix.facts->text_prefix_ids;
@@ -177,7 +193,8 @@ PrefixPass cached_prefix(PrefixCache& cache, const DecoderSpec& spec, WeightProv
   if (cache.may_share_a_pass(spec, weights)) {
     if (!fresh.empty()) computed = compute(fresh, device, prefix.facts->id_bounds, options, run);
   } else {
-    for (const Ids& ids : fresh) computed.push_back(compute({ids}, device, prefix.facts->id_bounds, options, run).front());
+    for (const Ids& ids : fresh)
+      computed.push_back(compute({ids}, device, prefix.facts->id_bounds, options, run).front());
   }
   for (size_t n = 0; n < fresh.size(); ++n) cache.keep(fresh[n], computed[n]);
   for (const auto& [i, n] : fresh_of) entry_of[size_t(i)] = computed[n];
@@ -207,7 +224,8 @@ PrefixPass cached_prefix(PrefixCache& cache, const DecoderSpec& spec, WeightProv
     }
   }
   if (entries.empty()) {
-    const auto none = at::empty({0, spec.num_kv_heads, spec.head_dim}, at::TensorOptions(weights.dtype()).device(device));
+    const auto none =
+        at::empty({0, spec.num_kv_heads, spec.head_dim}, at::TensorOptions(weights.dtype()).device(device));
     past->keys.assign(size_t(spec.num_layers), none);
     past->values = past->keys;
   } else {

@@ -17,7 +17,10 @@ namespace {
 class Draw {
  public:
   Draw(at::ScalarType dtype, at::Device device, uint64_t seed)
-      : options_(at::TensorOptions(dtype).device(device)), seed_(seed), generator_(device.is_cuda() ? at::detail::getCUDAHooks().getNewGenerator(device.index()) : at::make_generator<at::CPUGeneratorImpl>(seed)) {}
+      : options_(at::TensorOptions(dtype).device(device)),
+        seed_(seed),
+        generator_(device.is_cuda() ? at::detail::getCUDAHooks().getNewGenerator(device.index())
+                                    : at::make_generator<at::CPUGeneratorImpl>(seed)) {}
 
   at::Tensor normal(at::IntArrayRef shape, double std) {
     generator_.set_current_seed(Rng(seed_, "model.random", stream_++).derive_seed());
@@ -48,20 +51,24 @@ ExpertWeights draw_experts(Draw& draw, const DecoderSpec& s) {
 }  // namespace
 
 DecoderSpec cut_layers(DecoderSpec spec, int64_t layers) {
-  MOEGRAFT_CHECK_USAGE(layers >= 1 && layers <= spec.num_layers, "layers must be in [1, ", spec.num_layers, "] of this model, got ", layers);
+  MOEGRAFT_CHECK_USAGE(layers >= 1 && layers <= spec.num_layers, "layers must be in [1, ", spec.num_layers,
+                       "] of this model, got ", layers);
   spec.num_layers = layers;
   spec.layers.resize(size_t(layers));
   return spec;
 }
 
-BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed, std::optional<kernels::WeightFormat> quantise) {
+BaseModel random_base(const DecoderSpec& spec, at::ScalarType dtype, at::Device device, uint64_t seed,
+                      std::optional<kernels::WeightFormat> quantise) {
   if (quantise) check_format(*quantise, device);
   const at::NoGradGuard no_grad;
   Draw draw(dtype, device, seed);
   const auto make = [&](const TensorRow& row) {
     const Shape shape = row.shape(spec);
-    if (row.init == TensorInit::ones || row.init == TensorInit::zeros) return draw.constant(shape, row.init == TensorInit::ones ? 1.0 : 0.0);
-    return row.init == TensorInit::embedding && !spec.tie_word_embeddings ? draw.normal(shape, 1.0) : draw.linear(shape);
+    if (row.init == TensorInit::ones || row.init == TensorInit::zeros)
+      return draw.constant(shape, row.init == TensorInit::ones ? 1.0 : 0.0);
+    return row.init == TensorInit::embedding && !spec.tie_word_embeddings ? draw.normal(shape, 1.0)
+                                                                          : draw.linear(shape);
   };
   auto w = make_weights(spec, make, [&] { return draw_experts(draw, spec); });
   w->type = dtype, w->where = device;

@@ -15,7 +15,8 @@ struct Node : torch::CustomClassHolder {
 class Recompute : public torch::autograd::Function<Recompute> {
  public:
   // anchor: an empty leaf that requires grad, so that the node exists even when only leaves inside the layer train.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& anchor, const c10::intrusive_ptr<Node>& node) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& anchor,
+                            const c10::intrusive_ptr<Node>& node) {
     at::NoGradGuard no_grad;
     ctx->save_for_backward({x});
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);

@@ -10,7 +10,8 @@ namespace moegraft::model {
 // The residual stream through a layer. Must give the same values each time.
 using LayerFunction = std::function<at::Tensor(const at::Tensor& x)>;
 
-// Runs `layer` without recording; the backward pass runs `again` on the same input and goes through it. Leaves that the layer uses get their gradients there.
+// Runs `layer` without recording; the backward pass runs `again` on the same input and goes through it. Leaves that the
+// layer uses get their gradients there.
 at::Tensor recompute(const LayerFunction& layer, const LayerFunction& again, const at::Tensor& x);
 
 }  // namespace moegraft::model

@@ -6,13 +6,16 @@ namespace moegraft::model {
 
 void ParameterRegistry::add(Parameter parameter) {
   MOEGRAFT_INVARIANT(!parameter.name.empty(), "a parameter needs a name");
-  MOEGRAFT_INVARIANT(parameter.tensor.defined() && parameter.tensor.scalar_type() == at::kFloat, "parameter ", parameter.name, " must be a float32 tensor");
-  MOEGRAFT_INVARIANT(parameter.tensor.is_leaf() && parameter.tensor.requires_grad(), "parameter ", parameter.name, " must be a leaf that requires grad");
+  MOEGRAFT_INVARIANT(parameter.tensor.defined() && parameter.tensor.scalar_type() == at::kFloat, "parameter ",
+                     parameter.name, " must be a float32 tensor");
+  MOEGRAFT_INVARIANT(parameter.tensor.is_leaf() && parameter.tensor.requires_grad(), "parameter ", parameter.name,
+                     " must be a leaf that requires grad");
   MOEGRAFT_INVARIANT(parameter.tensor.is_contiguous(), "parameter ", parameter.name, " must be contiguous");
   for (const auto& other : parameters_) {
     MOEGRAFT_INVARIANT(other.name != parameter.name, "parameter ", parameter.name, " is registered twice");
     // A tied tensor under two names would be clipped and updated twice.
-    MOEGRAFT_INVARIANT(!other.tensor.is_same(parameter.tensor), "parameters ", other.name, " and ", parameter.name, " are one tensor");
+    MOEGRAFT_INVARIANT(!other.tensor.is_same(parameter.tensor), "parameters ", other.name, " and ", parameter.name,
+                       " are one tensor");
   }
   parameters_.push_back(std::move(parameter));
 }

@@ -38,17 +38,26 @@ void for_each_matrix(ResidentWeights& w, const F& f) {
   for (size_t l = 0; l < w.layers.size(); ++l) {
     auto& a = w.layers[l].attention;
     auto& d = w.layers[l].dense;
-    for (const auto& [matrix, name] : {std::pair{&a.q, "q"}, {&a.k, "k"}, {&a.v, "v"}, {&a.o, "o"}, {&d.gate_ID, "gate"}, {&d.up_ID, "up"}, {&d.down_DI, "down"}})
+    for (const auto& [matrix, name] : {std::pair{&a.q, "q"},
+                                       {&a.k, "k"},
+                                       {&a.v, "v"},
+                                       {&a.o, "o"},
+                                       {&d.gate_ID, "gate"},
+                                       {&d.up_ID, "up"},
+                                       {&d.down_DI, "down"}})
       if (matrix->defined()) f(*matrix, detail::concat("layer ", l, ", ", name));
   }
 }
 
 // Once laid out as panels, a mapped weight is hardly read again: its pages go back to the kernel's cache.
 void make_panels(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, bool lean) {
-  const auto pack = [&](kernels::Matrix& m, const std::string& = "") { m = kernels::pack_weight(m, release(source, {m.tensor()})); };
+  const auto pack = [&](kernels::Matrix& m, const std::string& = "") {
+    m = kernels::pack_weight(m, release(source, {m.tensor()}));
+  };
   pack(w.head);
   for_each_matrix(w, pack);
-  for (auto& x : w.layer_experts) x.panels = kernels::make_expert_panels(x.as_ffn(), release(source, matrices_of(x)), lean);
+  for (auto& x : w.layer_experts)
+    x.panels = kernels::make_expert_panels(x.as_ffn(), release(source, matrices_of(x)), lean);
 }
 
 void quantise_all(ResidentWeights& w, const std::shared_ptr<const TensorSource>& source, kernels::WeightFormat format) {
@@ -57,9 +66,7 @@ void quantise_all(ResidentWeights& w, const std::shared_ptr<const TensorSource>&
   const auto at_place = [](const std::string& what, const auto& f) {
     try {
       f();
-    } catch (const UserError& e) {
-      fail<UserError>(what, ": ", e.what());
-    }
+    } catch (const UserError& e) { fail<UserError>(what, ": ", e.what()); }
   };
   const auto one = [&](kernels::Matrix& m, const std::string& what) {
     const at::Tensor from = m.tensor();
@@ -68,8 +75,10 @@ void quantise_all(ResidentWeights& w, const std::shared_ptr<const TensorSource>&
   };
   const bool tied = w.head.tensor().is_same(w.embedding.tensor());
   one(w.embedding, "embedding");
-  if (tied) w.head = w.embedding;
-  else one(w.head, "head");
+  if (tied)
+    w.head = w.embedding;
+  else
+    one(w.head, "head");
   for_each_matrix(w, one);
   for (size_t l = 0; l < w.layer_experts.size(); ++l) {
     ExpertWeights& x = w.layer_experts[l];
@@ -88,17 +97,25 @@ void quantise_all(ResidentWeights& w, const std::shared_ptr<const TensorSource>&
 
 void check_format(kernels::WeightFormat format, at::Device device) {
   const kernels::WeightFormatRow& row = kernels::format_row(format);
-  MOEGRAFT_CHECK_USAGE(device.is_cpu() || row.on_gpu, "model.quantize: ", row.name, " has no path on a GPU (", device.str(), "); use model.device: cpu, or model.quantize: none");
+  MOEGRAFT_CHECK_USAGE(device.is_cpu() || row.on_gpu, "model.quantize: ", row.name, " has no path on a GPU (",
+                       device.str(), "); use model.device: cpu, or model.quantize: none");
   static std::once_flag once;
   if (!kernels::quantised_products())
-    std::call_once(once, [&] { log::warning("model.quantize: ", row.name, ": this CPU path has no products of quantised weights; they take its values in floats, which saves no memory"); });
+    std::call_once(once, [&] {
+      log::warning("model.quantize: ", row.name,
+                   ": this CPU path has no products of quantised weights; they take its values in floats, which saves "
+                   "no memory");
+    });
 }
 
-void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source, std::optional<kernels::WeightFormat> quantise) {
+void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source,
+                   std::optional<kernels::WeightFormat> quantise) {
   const at::NoGradGuard no_grad;
   widen(weights);
-  if (quantise) quantise_all(weights, source, *quantise);
-  else make_panels(weights, source, lean);
+  if (quantise)
+    quantise_all(weights, source, *quantise);
+  else
+    make_panels(weights, source, lean);
 }
 
 }  // namespace moegraft::model

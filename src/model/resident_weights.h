@@ -28,11 +28,15 @@ class ResidentWeights : public WeightProvider {
   ExpertWeights experts(int64_t layer, int64_t first, int64_t count) override {
     const ExpertWeights& all = layer_experts.at(layer);
     const int64_t at = first - all.first;
-    MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer, " has no experts here: a dense layer, or a base loaded without them");
-    MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+", all.count());
+    MOEGRAFT_INVARIANT(all.count() > 0, "layer ", layer,
+                       " has no experts here: a dense layer, or a base loaded without them");
+    MOEGRAFT_INVARIANT(at >= 0 && at + count <= all.count(), "experts ", first, "+", count, " of ", all.first, "+",
+                       all.count());
     if (at == 0 && count == all.count()) return all;
     MOEGRAFT_INVARIANT(!all.gate_FD.empty(), "quantised experts are given as a whole");
-    const auto slice = [&](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count); };
+    const auto slice = [&](const std::vector<at::Tensor>& v) {
+      return std::vector<at::Tensor>(v.begin() + at, v.begin() + at + count);
+    };
     ExpertWeights part{first, slice(all.gate_FD), slice(all.up_FD), slice(all.down_DF), {}, {}, {}, {}};
     if (all.gate_EFD.defined()) {
       part.gate_EFD = all.gate_EFD.narrow(0, at, count);
@@ -49,8 +53,10 @@ class ResidentWeights : public WeightProvider {
 // UsageError: the device has no path for the format. A warning where a CPU can but gains nothing.
 void check_format(kernels::WeightFormat format, at::Device device);
 
-// What a frozen base wants once its tensors are all there: what is computed in float32 anyway is widened, matrices get their panels (lean: kernels::make_expert_panels),
-// or become quantised. source: whose mapped pages may go once panels have been filled; null: none. UserError: a weight that the format cannot hold.
-void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source = nullptr, std::optional<kernels::WeightFormat> quantise = {});
+// What a frozen base wants once its tensors are all there: what is computed in float32 anyway is widened, matrices get
+// their panels (lean: kernels::make_expert_panels), or become quantised. source: whose mapped pages may go once panels
+// have been filled; null: none. UserError: a weight that the format cannot hold.
+void finish_frozen(ResidentWeights& weights, bool lean, const std::shared_ptr<const TensorSource>& source = nullptr,
+                   std::optional<kernels::WeightFormat> quantise = {});
 
 }  // namespace moegraft::model

@@ -15,14 +15,16 @@ at::Tensor base_frequencies(double theta, int64_t width) {
 
 at::Tensor yarn_frequencies(const RopeSpec& r, int64_t width) {
   const auto correction = [&](double rotations) {
-    return double(width) * std::log(double(r.original_max_positions) / (rotations * 2 * std::numbers::pi)) / (2 * std::log(r.theta));
+    return double(width) * std::log(double(r.original_max_positions) / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(r.theta));
   };
   double low = correction(r.beta_fast), high = correction(r.beta_slow);
   if (r.truncate) low = std::floor(low), high = std::ceil(high);
   low = std::max(low, 0.0);
   high = std::min(high, double(width - 1));
   if (low == high) high += 0.001;
-  const at::Tensor ramp = ((at::arange(width / 2, at::kFloat) - low) / (high - low)).clamp(0, 1), keep = 1 - ramp, plain = base_frequencies(r.theta, width);
+  const at::Tensor ramp = ((at::arange(width / 2, at::kFloat) - low) / (high - low)).clamp(0, 1), keep = 1 - ramp,
+                   plain = base_frequencies(r.theta, width);
   return plain / r.factor * (1 - keep) + plain * keep;
 }
 
@@ -34,7 +36,8 @@ double yarn_attention_factor(const RopeSpec& r) {
 
 at::Tensor llama3_frequencies(const RopeSpec& r, int64_t width) {
   const at::Tensor f = base_frequencies(r.theta, width), wavelength = 2 * std::numbers::pi / f;
-  const double length = double(r.original_max_positions), low = length / r.low_freq_factor, high = length / r.high_freq_factor;
+  const double length = double(r.original_max_positions), low = length / r.low_freq_factor,
+               high = length / r.high_freq_factor;
   const at::Tensor slow = at::where(wavelength > low, f / r.factor, f);
   const at::Tensor smooth = (length / wavelength - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor);
   const at::Tensor medium = (wavelength < high).logical_not() & (wavelength > low).logical_not();
@@ -49,7 +52,8 @@ at::Tensor frequencies(const DecoderSpec& s, int64_t longest) {
   if (r.type == "llama3") return llama3_frequencies(r, width);
   if (r.type == "dynamic") {
     const double length = double(std::max(longest, s.max_positions));
-    const double theta = r.theta * std::pow(r.factor * length / double(s.max_positions) - (r.factor - 1), double(width) / double(width - 2));
+    const double theta = r.theta * std::pow(r.factor * length / double(s.max_positions) - (r.factor - 1),
+                                            double(width) / double(width - 2));
     return base_frequencies(theta, width);
   }
   return base_frequencies(r.theta, width);
@@ -57,7 +61,8 @@ at::Tensor frequencies(const DecoderSpec& s, int64_t longest) {
 
 }  // namespace
 
-Rotary::Rotary(const DecoderSpec& spec, at::Device device) : spec_(spec), frequencies_C_(frequencies(spec, 0).to(device)) {}
+Rotary::Rotary(const DecoderSpec& spec, at::Device device)
+    : spec_(spec), frequencies_C_(frequencies(spec, 0).to(device)) {}
 
 RotaryTables Rotary::tables(const at::Tensor& positions_T, int64_t longest) const {
   const bool stretched = spec_.rope.type == "dynamic" && longest > spec_.max_positions;

@@ -13,8 +13,8 @@ struct RotaryTables {
 class Rotary {
  public:
   Rotary(const DecoderSpec& spec, at::Device device);
-  // Tables for the given positions. longest: the longest sequence of the call. Dynamic NTK depends on it beyond the model's own positions, and then waits for
-  // the device; nothing else does.
+  // Tables for the given positions. longest: the longest sequence of the call. Dynamic NTK depends on it beyond the
+  // model's own positions, and then waits for the device; nothing else does.
   RotaryTables tables(const at::Tensor& positions_T, int64_t longest) const;
 
  private:

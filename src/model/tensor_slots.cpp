@@ -9,7 +9,9 @@ namespace {
 
 using Role = TensorRole;
 
-[[noreturn]] void misplaced(Role role, const char* scope) { fail<InvariantError>("role ", int(role), " is no tensor of ", scope); }
+[[noreturn]] void misplaced(Role role, const char* scope) {
+  fail<InvariantError>("role ", int(role), " is no tensor of ", scope);
+}
 
 }  // namespace
 

@@ -9,17 +9,21 @@
 
 namespace moegraft::model {
 
-// Where a tensor of a layer or of the whole model goes: a matrix of the model's format, or a tensor of its own. Null: the role has the other kind.
+// Where a tensor of a layer or of the whole model goes: a matrix of the model's format, or a tensor of its own. Null:
+// the role has the other kind.
 struct Slot {
   kernels::Matrix* matrix = nullptr;
   at::Tensor* tensor = nullptr;
   void set(at::Tensor t) const {
-    if (matrix) *matrix = kernels::Matrix(std::move(t));
-    else *tensor = std::move(t);
+    if (matrix)
+      *matrix = kernels::Matrix(std::move(t));
+    else
+      *tensor = std::move(t);
   }
   const at::Tensor& get() const { return matrix ? matrix->tensor() : *tensor; }
 };
-// Of a tensor of scope layer, of scope model, and of an expert's in all of a layer. Dense and shared FFNs lie in the same: a layer has one of them.
+// Of a tensor of scope layer, of scope model, and of an expert's in all of a layer. Dense and shared FFNs lie in the
+// same: a layer has one of them.
 Slot slot(LayerWeights& weights, TensorRole role);
 Slot slot(ResidentWeights& weights, TensorRole role);
 kernels::ExpertMatrices& matrices(ExpertWeights& weights, TensorRole role);
@@ -34,7 +38,8 @@ void for_each_row(const DecoderSpec& spec, TensorScope scope, const LayerSpec& k
 
 // Weights in memory: make(row) gives each tensor of model and layers, make_experts() those of a sparse layer.
 template <class Make, class MakeExperts>
-std::shared_ptr<ResidentWeights> make_weights(const DecoderSpec& spec, const Make& make, const MakeExperts& make_experts) {
+std::shared_ptr<ResidentWeights> make_weights(const DecoderSpec& spec, const Make& make,
+                                              const MakeExperts& make_experts) {
   auto w = std::make_shared<ResidentWeights>();
   for_each_row(spec, TensorScope::model, {}, [&](const TensorRow& row) { slot(*w, row.role).set(make(row)); });
   if (!w->head.defined()) w->head = w->embedding;

@@ -12,8 +12,8 @@ std::vector<int64_t> Vocabulary::id_bounds() const {
 }
 
 int64_t Vocabulary::modality_of(int64_t id) const {
-  MOEGRAFT_CHECK(id >= 0 && id < size(), "token id ", id, " is outside the vocabulary: ids are 0 to ", size() - 1, " (", text_size, " text ids, ",
-                 size() - text_size, " new ones)");
+  MOEGRAFT_CHECK(id >= 0 && id < size(), "token id ", id, " is outside the vocabulary: ids are 0 to ", size() - 1, " (",
+                 text_size, " text ids, ", size() - text_size, " new ones)");
   if (id < text_size) return 0;
   for (const auto& modality : modalities)
     if (id < modality.first_id + modality.num_rows()) return modality.modality;
@@ -26,7 +26,8 @@ const ModalityTokens& Vocabulary::by_name(const std::string& name) const {
     if (modality.name == name) return modality;
     known.push_back(modality.name);
   }
-  fail<UserError>("no modality \"", name, "\": ", known.empty() ? "this model has text only" : "known ones are " + join(known, ", "));
+  fail<UserError>("no modality \"", name,
+                  "\": ", known.empty() ? "this model has text only" : "known ones are " + join(known, ", "));
 }
 
 }  // namespace moegraft::model

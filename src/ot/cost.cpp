@@ -14,8 +14,10 @@ constexpr int64_t kCdistWithoutMatmul = 2;  // at::cdist's exact mode: differenc
 
 at::Tensor checked_points(const at::Tensor& points) {
   MOEGRAFT_CHECK(points.defined() && (points.dim() == 1 || points.dim() == 2) && points.numel() > 0,
-                 "a point cloud must be a non-empty matrix [points, dimensions], got ", points.defined() ? points.sizes().vec() : std::vector<int64_t>{});
-  MOEGRAFT_CHECK(at::isFloatingType(points.scalar_type()), "a point cloud must hold floating-point numbers, got ", points.dtype().name());
+                 "a point cloud must be a non-empty matrix [points, dimensions], got ",
+                 points.defined() ? points.sizes().vec() : std::vector<int64_t>{});
+  MOEGRAFT_CHECK(at::isFloatingType(points.scalar_type()), "a point cloud must hold floating-point numbers, got ",
+                 points.dtype().name());
   at::Tensor x = points.detach().to(at::kDouble);
   if (x.dim() == 1) x = x.unsqueeze(1);
   MOEGRAFT_CHECK(x.isfinite().all().item<bool>(), "a point cloud of ", x.size(0), " points holds NaN or Inf");
@@ -26,11 +28,13 @@ at::Tensor checked_points(const at::Tensor& points) {
 
 Cost Cost::dense(const at::Tensor& matrix_NN) {
   at::NoGradGuard no_grad;
-  MOEGRAFT_CHECK(matrix_NN.defined() && matrix_NN.dim() == 2 && matrix_NN.size(0) == matrix_NN.size(1) && matrix_NN.size(0) > 0,
-                 "a cost must be a square matrix, got ", matrix_NN.defined() ? matrix_NN.sizes().vec() : std::vector<int64_t>{});
+  MOEGRAFT_CHECK(
+      matrix_NN.defined() && matrix_NN.dim() == 2 && matrix_NN.size(0) == matrix_NN.size(1) && matrix_NN.size(0) > 0,
+      "a cost must be a square matrix, got ", matrix_NN.defined() ? matrix_NN.sizes().vec() : std::vector<int64_t>{});
   Cost cost;
   cost.matrix_ = matrix_NN.detach().to(at::kDouble).contiguous();
-  MOEGRAFT_CHECK(cost.matrix_.isfinite().all().item<bool>(), "a cost matrix of ", matrix_NN.size(0), " points holds NaN or Inf");
+  MOEGRAFT_CHECK(cost.matrix_.isfinite().all().item<bool>(), "a cost matrix of ", matrix_NN.size(0),
+                 " points holds NaN or Inf");
   cost.size_ = matrix_NN.size(0);
   cost.symmetric_ = at::allclose(cost.matrix_, cost.matrix_.t(), 1e-5, 1e-10);
   return cost;
@@ -89,11 +93,15 @@ double Cost::mean() const {
 }
 
 void Cost::scale(double factor) {
-  if (factored()) left_ = left_ * factor;
-  else matrix_ = matrix_ * factor;
+  if (factored())
+    left_ = left_ * factor;
+  else
+    matrix_ = matrix_ * factor;
 }
 
-at::Tensor Cost::times(const at::Tensor& t_NM) const { return factored() ? at::mm(left_, at::mm(right_.t(), t_NM)) : at::mm(matrix_, t_NM); }
+at::Tensor Cost::times(const at::Tensor& t_NM) const {
+  return factored() ? at::mm(left_, at::mm(right_.t(), t_NM)) : at::mm(matrix_, t_NM);
+}
 
 at::Tensor Cost::squares_times(const at::Tensor& weights_N) const {
   if (!factored()) return at::mv(matrix_.square(), weights_N);
@@ -104,8 +112,10 @@ at::Tensor Cost::squares_times(const at::Tensor& weights_N) const {
 
 Cost Cost::transposed() const {
   Cost cost = *this;
-  if (factored()) std::swap(cost.left_, cost.right_);
-  else cost.matrix_ = matrix_.t();
+  if (factored())
+    std::swap(cost.left_, cost.right_);
+  else
+    cost.matrix_ = matrix_.t();
   return cost;
 }
 

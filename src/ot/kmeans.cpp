@@ -24,7 +24,8 @@ at::Tensor seed_centres(const at::Tensor& x_ND, int64_t k, Rng& rng) {
     const double* c = cumulative.const_data_ptr<double>();
     const double total = c[n - 1];
     // All remaining points coincide with a seed: any will do.
-    const int64_t next = total > 0 ? std::min<int64_t>(n - 1, std::upper_bound(c, c + n, rng.uniform() * total) - c) : int64_t(rng.below(uint64_t(n)));
+    const int64_t next = total > 0 ? std::min<int64_t>(n - 1, std::upper_bound(c, c + n, rng.uniform() * total) - c)
+                                   : int64_t(rng.below(uint64_t(n)));
     chosen.push_back(next);
     distance_N = at::minimum(distance_N, (x_ND - x_ND[next]).square_().sum(1).to(at::kDouble));
   }
@@ -43,8 +44,12 @@ void accumulate(const T* x, const int64_t* assignment, int64_t n, int64_t d, dou
 at::Tensor cluster_sums(const at::Tensor& x_ND, const at::Tensor& assignment_N, int64_t k) {
   at::Tensor sums = at::zeros({k, x_ND.size(1)}, x_ND.options().dtype(at::kDouble));
   if (!x_ND.is_cpu()) return sums.index_add_(0, assignment_N, x_ND.to(at::kDouble));
-  if (x_ND.scalar_type() == at::kFloat) accumulate(x_ND.const_data_ptr<float>(), assignment_N.const_data_ptr<int64_t>(), x_ND.size(0), x_ND.size(1), sums.mutable_data_ptr<double>());
-  else accumulate(x_ND.const_data_ptr<double>(), assignment_N.const_data_ptr<int64_t>(), x_ND.size(0), x_ND.size(1), sums.mutable_data_ptr<double>());
+  if (x_ND.scalar_type() == at::kFloat)
+    accumulate(x_ND.const_data_ptr<float>(), assignment_N.const_data_ptr<int64_t>(), x_ND.size(0), x_ND.size(1),
+               sums.mutable_data_ptr<double>());
+  else
+    accumulate(x_ND.const_data_ptr<double>(), assignment_N.const_data_ptr<int64_t>(), x_ND.size(0), x_ND.size(1),
+               sums.mutable_data_ptr<double>());
   return sums;
 }
 
@@ -55,7 +60,8 @@ void fill_empty(at::Tensor& assignment_N, const at::Tensor& distance_N, at::Tens
   if (std::find(count, count + counts.numel(), 0) == count + counts.numel()) return;
   at::Tensor assignment = assignment_N.cpu().contiguous();
   int64_t* own = assignment.mutable_data_ptr<int64_t>();
-  const at::Tensor order = std::get<1>(distance_N.cpu().to(at::kDouble).sort(/*stable=*/true, 0, /*descending=*/true)).contiguous();
+  const at::Tensor order =
+      std::get<1>(distance_N.cpu().to(at::kDouble).sort(/*stable=*/true, 0, /*descending=*/true)).contiguous();
   const int64_t* candidates = order.const_data_ptr<int64_t>();
   int64_t next = 0;
   for (int64_t c = 0; c < counts.numel(); ++c) {
@@ -69,14 +75,16 @@ void fill_empty(at::Tensor& assignment_N, const at::Tensor& distance_N, at::Tens
   counts_K = counts.to(counts_K.device());
 }
 
-// Each point's centre, sizes differing by one at most, and the squared distance to it. Greedy: points in the order of what their second-best centre would
-// cost them, each takes the nearest centre with room.
+// Each point's centre, sizes differing by one at most, and the squared distance to it. Greedy: points in the order of
+// what their second-best centre would cost them, each takes the nearest centre with room.
 std::pair<at::Tensor, at::Tensor> nearest_with_room(const at::Tensor& x_ND, const at::Tensor& centres_KD) {
   const int64_t n = x_ND.size(0), k = centres_KD.size(0);
-  const at::Tensor cost_NK = at::addmm(centres_KD.square().sum(1), x_ND, centres_KD.t(), 1.0, -2.0).to(at::kDouble).cpu();
+  const at::Tensor cost_NK =
+      at::addmm(centres_KD.square().sum(1), x_ND, centres_KD.t(), 1.0, -2.0).to(at::kDouble).cpu();
   const auto [sorted_NK, choices_NK] = cost_NK.sort(/*stable=*/true, 1, /*descending=*/false);
   const at::Tensor regret_N = sorted_NK.select(1, std::min<int64_t>(1, k - 1)) - sorted_NK.select(1, 0);
-  const at::Tensor order = std::get<1>(regret_N.sort(/*stable=*/true, 0, /*descending=*/true)).contiguous(), choices = choices_NK.contiguous();
+  const at::Tensor order = std::get<1>(regret_N.sort(/*stable=*/true, 0, /*descending=*/true)).contiguous(),
+                   choices = choices_NK.contiguous();
   at::Tensor assignment_N = at::empty({n}, at::kLong);
   std::vector<int64_t> room(size_t(k), n / k);
   int64_t larger = n % k;  // clusters that may take one more
@@ -101,7 +109,8 @@ KMeansResult lloyd(const at::Tensor& x_ND, int64_t k, const KMeansSettings& sett
   r.centres_KD = seed_centres(x_ND, k, rng);
   double previous = std::numeric_limits<double>::infinity();
   for (;;) {
-    auto [assignment, distance] = settings.balanced ? nearest_with_room(x_ND, r.centres_KD) : nearest(x_ND, r.centres_KD);
+    auto [assignment, distance] =
+        settings.balanced ? nearest_with_room(x_ND, r.centres_KD) : nearest(x_ND, r.centres_KD);
     r.assignment_N = assignment;
     r.counts_K = at::bincount(assignment, {}, k);
     fill_empty(r.assignment_N, distance, r.counts_K);
@@ -126,19 +135,26 @@ std::pair<at::Tensor, at::Tensor> nearest(const at::Tensor& points_ND, const at:
     const at::Tensor x = points_ND.slice(0, i, std::min(n, i + step));
     const at::Tensor index = std::get<1>(at::addmm(centre_norms, x, transposed, 1.0, -2.0).min(1));
     assignments.push_back(index);
-    distances.push_back((x - centres_KD.index_select(0, index)).square_().sum(1));  // exact: the product form cancels near zero
+    distances.push_back(
+        (x - centres_KD.index_select(0, index)).square_().sum(1));  // exact: the product form cancels near zero
   }
   return {at::cat(assignments), at::cat(distances)};
 }
 
 KMeansResult kmeans(const at::Tensor& points_ND, int64_t k, const KMeansSettings& settings) {
   at::NoGradGuard no_grad;
-  MOEGRAFT_CHECK(points_ND.defined() && points_ND.dim() == 2 && points_ND.size(0) > 0 && points_ND.size(1) > 0, "k-means needs points [n, d], got ",
+  MOEGRAFT_CHECK(points_ND.defined() && points_ND.dim() == 2 && points_ND.size(0) > 0 && points_ND.size(1) > 0,
+                 "k-means needs points [n, d], got ",
                  points_ND.defined() ? points_ND.sizes().vec() : std::vector<int64_t>{});
-  MOEGRAFT_CHECK(points_ND.scalar_type() == at::kFloat || points_ND.scalar_type() == at::kDouble, "k-means needs float32 or float64 points, got ", points_ND.dtype().name());
-  MOEGRAFT_CHECK(k >= 1 && k <= points_ND.size(0), "k-means needs 1 <= k <= ", points_ND.size(0), " points, got k = ", k);
-  MOEGRAFT_CHECK(settings.restarts >= 1 && settings.max_iterations >= 1, "k-means needs at least one restart and one iteration, got ", settings.restarts, " and ", settings.max_iterations);
-  MOEGRAFT_CHECK(!settings.balanced || settings.max_samples == 0, "k-means: balanced clusters need every point, got max_samples ", settings.max_samples);
+  MOEGRAFT_CHECK(points_ND.scalar_type() == at::kFloat || points_ND.scalar_type() == at::kDouble,
+                 "k-means needs float32 or float64 points, got ", points_ND.dtype().name());
+  MOEGRAFT_CHECK(k >= 1 && k <= points_ND.size(0), "k-means needs 1 <= k <= ", points_ND.size(0),
+                 " points, got k = ", k);
+  MOEGRAFT_CHECK(settings.restarts >= 1 && settings.max_iterations >= 1,
+                 "k-means needs at least one restart and one iteration, got ", settings.restarts, " and ",
+                 settings.max_iterations);
+  MOEGRAFT_CHECK(!settings.balanced || settings.max_samples == 0,
+                 "k-means: balanced clusters need every point, got max_samples ", settings.max_samples);
   const at::Tensor all = points_ND.detach().contiguous();
   MOEGRAFT_CHECK(all.isfinite().all().item<bool>(), "k-means: the points hold NaN or Inf");
   const int64_t n = all.size(0);

@@ -13,12 +13,12 @@
 namespace moegraft::ot {
 namespace {
 
-constexpr double kAbsorbAt = 100.0;         // beyond this |log v| the kernel is rebuilt: products stay far from underflow
+constexpr double kAbsorbAt = 100.0;  // beyond this |log v| the kernel is rebuilt: products stay far from underflow
 constexpr double kSmallestColumn = 1e-250;
-constexpr int64_t kRateWindow = 20;         // iterations between estimates of the rate
-constexpr double kRelaxBelow = 0.1;         // over-relaxation is a local method
+constexpr int64_t kRateWindow = 20;  // iterations between estimates of the rate
+constexpr double kRelaxBelow = 0.1;  // over-relaxation is a local method
 constexpr double kLargestRelaxation = 1.995;
-constexpr int64_t kBlocks = 16;             // fixed, so that sums do not depend on the number of threads
+constexpr int64_t kBlocks = 16;               // fixed, so that sums do not depend on the number of threads
 constexpr int64_t kSerialElements = 1 << 17;  // below, a pass takes less than waking a thread
 
 using Doubles = std::vector<double>;
@@ -54,13 +54,21 @@ void add_scaled(double* out, double scale, const double* x, int64_t n) {
   for (; i < n; ++i) out[i] += scale * x[i];
 }
 
-double relaxed(double old_value, double new_value, double omega) { return omega == 1.0 ? new_value : new_value * std::pow(new_value / old_value, omega - 1.0); }
+double relaxed(double old_value, double new_value, double omega) {
+  return omega == 1.0 ? new_value : new_value * std::pow(new_value / old_value, omega - 1.0);
+}
 
 // One pass over the kernel: u follows K v, and column = K^T u comes along while the row is in cache.
 class Kernel {
  public:
   Kernel(const at::Tensor& logits_NM, const at::Tensor& p_N, const at::Tensor& q_M)
-      : logits_NM_(logits_NM), p_N_(p_N), q_M_(q_M), n_(logits_NM.size(0)), m_(logits_NM.size(1)), p_(to_host(p_N)), partial_(logits_NM.is_cpu() ? kBlocks * m_ : 0) {}
+      : logits_NM_(logits_NM),
+        p_N_(p_N),
+        q_M_(q_M),
+        n_(logits_NM.size(0)),
+        m_(logits_NM.size(1)),
+        p_(to_host(p_N)),
+        partial_(logits_NM.is_cpu() ? kBlocks * m_ : 0) {}
 
   // Row-normalised: with u = v = 1 every row sums to p whatever the scale of the logits.
   void build(const at::Tensor& log_v_M) { kernel_NM = at::softmax(logits_NM_ + log_v_M, 1).mul_(p_N_.unsqueeze(1)); }
@@ -130,8 +138,8 @@ class Kernel {
   Doubles p_, partial_;
 };
 
-// Chooses the relaxation from the error's decay. Young's relation for the linearised iteration: (rate + w - 1)^2 = rate w^2 theta^2,
-// best w = 2 / (1 + sqrt(1 - theta^2)).
+// Chooses the relaxation from the error's decay. Young's relation for the linearised iteration: (rate + w - 1)^2 = rate
+// w^2 theta^2, best w = 2 / (1 + sqrt(1 - theta^2)).
 class Relaxation {
  public:
   explicit Relaxation(double start) : omega_(start) {}
@@ -143,7 +151,8 @@ class Relaxation {
     if (iteration % kRateWindow) return;
     if (last_ > 0 && error > 0) {
       const double rate = std::pow(error / last_, 1.0 / double(kRateWindow));
-      if (rate >= 1.0) omega_ = 1.0 + (omega_ - 1.0) * 0.5;
+      if (rate >= 1.0)
+        omega_ = 1.0 + (omega_ - 1.0) * 0.5;
       else if (error < kRelaxBelow && rate > omega_ - 1.0 + 1e-3) {
         const double sum = rate + omega_ - 1.0, theta_squared = std::min(1.0, sum * sum / (rate * omega_ * omega_));
         omega_ = std::clamp(2.0 / (1.0 + std::sqrt(1.0 - theta_squared)), 1.0, kLargestRelaxation);
@@ -160,7 +169,8 @@ class Relaxation {
 
 }  // namespace
 
-SinkhornResult sinkhorn(const at::Tensor& logits_NM, const at::Tensor& p_N, const at::Tensor& q_M, SinkhornState& state, int64_t max_iterations, double tolerance) {
+SinkhornResult sinkhorn(const at::Tensor& logits_NM, const at::Tensor& p_N, const at::Tensor& q_M, SinkhornState& state,
+                        int64_t max_iterations, double tolerance) {
   at::NoGradGuard no_grad;
   SinkhornResult result;
   const int64_t n = logits_NM.size(0), m = logits_NM.size(1);
@@ -225,11 +235,14 @@ SinkhornResult sinkhorn(const at::Tensor& logits_NM, const at::Tensor& p_N, cons
 
 void round_to_marginals(at::Tensor& plan_NM, const at::Tensor& p_N, const at::Tensor& q_M) {
   at::NoGradGuard no_grad;
-  const at::Tensor rows = plan_NM.sum(1), row_scale = at::where(rows > 0, p_N / rows, at::ones_like(rows)).clamp_max_(1.0);
+  const at::Tensor rows = plan_NM.sum(1),
+                   row_scale = at::where(rows > 0, p_N / rows, at::ones_like(rows)).clamp_max_(1.0);
   plan_NM.mul_(row_scale.unsqueeze(1));
-  const at::Tensor columns = plan_NM.sum(0), column_scale = at::where(columns > 0, q_M / columns, at::ones_like(columns)).clamp_max_(1.0);
+  const at::Tensor columns = plan_NM.sum(0),
+                   column_scale = at::where(columns > 0, q_M / columns, at::ones_like(columns)).clamp_max_(1.0);
   plan_NM.mul_(column_scale);
-  const at::Tensor missing_N = (p_N - plan_NM.sum(1)).clamp_min_(0.0), missing_M = (q_M - plan_NM.sum(0)).clamp_min_(0.0);
+  const at::Tensor missing_N = (p_N - plan_NM.sum(1)).clamp_min_(0.0),
+                   missing_M = (q_M - plan_NM.sum(0)).clamp_min_(0.0);
   const double missing = missing_N.sum().item<double>();
   if (missing > 0) plan_NM.addr_(missing_N, missing_M, 1.0, 1.0 / missing);
 }

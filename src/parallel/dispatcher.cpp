@@ -15,12 +15,15 @@ struct Node : torch::CustomClassHolder {
   std::shared_ptr<const Exchange> exchange;
   at::Tensor x_XD, weights_XK;  // what arrived; only until forward() has handed it on
 };
-const Exchange& exchange_of(AutogradContext* ctx) { return *c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule())->exchange; }
+const Exchange& exchange_of(AutogradContext* ctx) {
+  return *c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule())->exchange;
+}
 
 // Tokens and weights in one node: their gradients travel back in the same order everywhere.
 class Dispatch : public torch::autograd::Function<Dispatch> {
  public:
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x_TD, const at::Tensor& weights_TK, const c10::intrusive_ptr<Node>& node) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x_TD, const at::Tensor& weights_TK,
+                               const c10::intrusive_ptr<Node>& node) {
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
     return {std::move(node->x_XD), std::move(node->weights_XK)};
   }
@@ -29,7 +32,8 @@ class Dispatch : public torch::autograd::Function<Dispatch> {
     const Exchange& exchange = exchange_of(ctx);
     auto weights = exchange.back(grads[1], "gradients of the experts' weights");
     auto x = exchange.back(grads[0], "gradients of the experts' inputs");
-    const at::Tensor weights_TK = exchange.sum(weights.wait());  // a slot's gradient comes from one process, zeros from the others
+    const at::Tensor weights_TK =
+        exchange.sum(weights.wait());  // a slot's gradient comes from one process, zeros from the others
     return {exchange.sum(x.wait()), weights_TK, at::Tensor()};
   }
 };
@@ -72,41 +76,55 @@ class LockstepDispatcher : public model::LocalDispatcher {
 
 }  // namespace
 
-ExpertParallelDispatcher::ExpertParallelDispatcher(distributed::Mesh mesh, bool base_is_sharded) : mesh_(std::move(mesh)), base_is_sharded_(base_is_sharded) {}
+ExpertParallelDispatcher::ExpertParallelDispatcher(distributed::Mesh mesh, bool base_is_sharded)
+    : mesh_(std::move(mesh)), base_is_sharded_(base_is_sharded) {}
 
 std::pair<int64_t, int64_t> ExpertParallelDispatcher::local_experts(int64_t num_experts) const {
   const int64_t ep = mesh_.expert_size();
-  MOEGRAFT_CHECK_USAGE(num_experts % ep == 0, "parallel.expert must divide the model's number of experts, ", num_experts, "; got ", ep);
+  MOEGRAFT_CHECK_USAGE(num_experts % ep == 0, "parallel.expert must divide the model's number of experts, ",
+                       num_experts, "; got ", ep);
   return {mesh_.expert->rank() * (num_experts / ep), num_experts / ep};
 }
 
-bool ExpertParallelDispatcher::agree(bool mine) { return ask(base_is_sharded_ ? mesh_.world->all() : *mesh_.expert, mine); }
+bool ExpertParallelDispatcher::agree(bool mine) {
+  return ask(base_is_sharded_ ? mesh_.world->all() : *mesh_.expert, mine);
+}
 
-model::TokenDispatcher::Routed ExpertParallelDispatcher::dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, int64_t num_experts,
-                                                                  const at::Tensor& group_T, int64_t num_groups) {
+model::TokenDispatcher::Routed ExpertParallelDispatcher::dispatch(const at::Tensor& x_TD, const at::Tensor& topk_ids_TK,
+                                                                  const at::Tensor& topk_weights_TK,
+                                                                  int64_t num_experts, const at::Tensor& group_T,
+                                                                  int64_t num_groups) {
   RECORD_FUNCTION("moegraft::expert_parallel_dispatch", {});
   const int64_t K = topk_ids_TK.size(1), each = local_experts(num_experts).second;
-  MOEGRAFT_INVARIANT(x_TD.size(0) == topk_ids_TK.size(0) && topk_weights_TK.sizes() == topk_ids_TK.sizes(), "dispatch: x ", x_TD.sizes(), ", ids ", topk_ids_TK.sizes(), ", weights ", topk_weights_TK.sizes());
+  MOEGRAFT_INVARIANT(x_TD.size(0) == topk_ids_TK.size(0) && topk_weights_TK.sizes() == topk_ids_TK.sizes(),
+                     "dispatch: x ", x_TD.sizes(), ", ids ", topk_ids_TK.sizes(), ", weights ",
+                     topk_weights_TK.sizes());
   auto exchange = std::make_shared<Exchange>();
   auto node = make_node(exchange);
   Routed routed;
   {
     at::NoGradGuard no_grad;
     *exchange = make_exchange(mesh_.expert, topk_ids_TK, each, (num_experts * 256 + K) * 256 + num_groups);
-    // What the sort needs goes first and the tokens travel meanwhile. One int32 row: weights (float32 bits), ids there or -1, group.
+    // What the sort needs goes first and the tokens travel meanwhile. One int32 row: weights (float32 bits), ids there
+    // or -1, group.
     std::vector<at::Tensor> first_id;
-    for (int64_t w = 0; w < mesh_.expert_size(); ++w) first_id.push_back(at::full({exchange->sent_W[size_t(w)], 1}, w * each, topk_ids_TK.options()));
+    for (int64_t w = 0; w < mesh_.expert_size(); ++w)
+      first_id.push_back(at::full({exchange->sent_W[size_t(w)], 1}, w * each, topk_ids_TK.options()));
     at::Tensor ids_SK = exchange->gather(topk_ids_TK) - at::cat(first_id);
     ids_SK = ids_SK.masked_fill((ids_SK < 0).logical_or_(ids_SK >= each), -1);
     const at::Tensor weights_SK = exchange->gather(topk_weights_TK.detach()).to(at::kFloat).masked_fill(ids_SK < 0, 0);
     std::vector<at::Tensor> columns{weights_SK.contiguous().view(at::kInt), ids_SK.to(at::kInt)};
     const bool grouped = group_T.defined() && num_groups > 1;
-    if (num_groups > 1) columns.push_back(grouped ? exchange->gather(group_T).to(at::kInt).unsqueeze(1) : at::zeros({exchange->num_sent(), 1}, ids_SK.options().dtype(at::kInt)));
+    if (num_groups > 1)
+      columns.push_back(grouped ? exchange->gather(group_T).to(at::kInt).unsqueeze(1)
+                                : at::zeros({exchange->num_sent(), 1}, ids_SK.options().dtype(at::kInt)));
     auto facts = exchange->there(at::cat(columns, 1), "tokens' experts and weights");
     auto x = exchange->there(exchange->gather(x_TD.detach()), "tokens for the experts");
     const at::Tensor facts_X = facts.wait();
     node->weights_XK = facts_X.narrow(1, 0, K).contiguous().view(at::kFloat);
-    routed.dispatch = kernels::make_dispatch(facts_X.narrow(1, K, K).to(at::kLong).contiguous(), each, num_groups > 1 ? facts_X.select(1, 2 * K).to(at::kLong) : at::Tensor(), num_groups, exchange->num_slots);
+    routed.dispatch = kernels::make_dispatch(facts_X.narrow(1, K, K).to(at::kLong).contiguous(), each,
+                                             num_groups > 1 ? facts_X.select(1, 2 * K).to(at::kLong) : at::Tensor(),
+                                             num_groups, exchange->num_slots);
     node->x_XD = x.wait();
   }
   const auto arrived = Dispatch::apply(x_TD, topk_weights_TK, node);

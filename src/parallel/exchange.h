@@ -15,12 +15,12 @@ namespace moegraft::parallel {
 // One dispatch: S rows leave, ordered by (destination, token); X rows arrive, ordered by (source, the source's token).
 struct Exchange {
   std::shared_ptr<distributed::Communicator> group;
-  int64_t tokens = 0;                      // T
-  at::Tensor token_of_row_S;               // int64
-  at::Tensor row_of_TW;                    // int32: a token's row for each member; -1: none
-  std::vector<int64_t> sent_W, received_W; // rows per member
-  int64_t num_received = 0;                // X
-  int64_t num_slots = 0;                   // of the rows that arrive: those whose expert is here, R
+  int64_t tokens = 0;                       // T
+  at::Tensor token_of_row_S;                // int64
+  at::Tensor row_of_TW;                     // int32: a token's row for each member; -1: none
+  std::vector<int64_t> sent_W, received_W;  // rows per member
+  int64_t num_received = 0;                 // X
+  int64_t num_slots = 0;                    // of the rows that arrive: those whose expert is here, R
 
   int64_t num_sent() const { return token_of_row_S.size(0); }
 
@@ -38,7 +38,8 @@ struct Exchange {
   at::Tensor sum(const at::Tensor& rows_SN) const { return kernels::sum_rows(rows_SN, row_of_TW); }
 };
 
-// What is to be sent, as the device finds it, apart for tests: tensor operations that wait for nothing and depend on no order.
+// What is to be sent, as the device finds it, apart for tests: tensor operations that wait for nothing and depend on no
+// order.
 struct Wanted {
   at::Tensor counts_W2;     // int64: tokens that have an expert at member w, and how many slots they have there
   at::Tensor token_of_row;  // int64, by (member, token); may be longer than the counts' sum
@@ -46,7 +47,9 @@ struct Wanted {
 };
 Wanted wanted_on_device(const at::Tensor& ids_TK, int64_t experts_each, int64_t members);
 
-// ids_TK int64 in [-1, E); member w holds the experts [w*experts_each, (w+1)*experts_each). Collective; checks that the members agree on `must_agree`.
-Exchange make_exchange(std::shared_ptr<distributed::Communicator> group, const at::Tensor& ids_TK, int64_t experts_each, int64_t must_agree);
+// ids_TK int64 in [-1, E); member w holds the experts [w*experts_each, (w+1)*experts_each). Collective; checks that the
+// members agree on `must_agree`.
+Exchange make_exchange(std::shared_ptr<distributed::Communicator> group, const at::Tensor& ids_TK, int64_t experts_each,
+                       int64_t must_agree);
 
 }  // namespace moegraft::parallel

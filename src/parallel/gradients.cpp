@@ -20,14 +20,18 @@ struct GradientReducer::Hook : torch::autograd::PostAccumulateGradHook {
   size_t parameter;
 };
 
-GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes, at::ScalarType dtype)
+GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh,
+                                 int64_t bucket_bytes, at::ScalarType dtype)
     : registry_(registry), mesh_(mesh), world_(split_world(mesh, "gradients")), places_(registry.all().size()) {
-  if (mesh_.expert_size() == 1) data_ = world_;
-  else if (mesh_.data_size() > 1) data_ = split_data(mesh, "expert gradients");
+  if (mesh_.expert_size() == 1)
+    data_ = world_;
+  else if (mesh_.data_size() > 1)
+    data_ = split_data(mesh, "expert gradients");
   const auto& all = registry.all();
   std::vector<size_t> order(all.size());
   std::iota(order.rbegin(), order.rend(), size_t{0});
-  // A backward pass finishes the last layer first. What is in no layer is used before the first one, or after the last: behind all of them.
+  // A backward pass finishes the last layer first. What is in no layer is used before the first one, or after the last:
+  // behind all of them.
   const auto layer_of = [&](size_t i) { return all[i].layer.value_or(-1); };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return layer_of(a) > layer_of(b); });
 
@@ -41,10 +45,12 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
     Bucket bucket;
     bucket.group = kind == 0 ? world_ : data_;
     bucket.parameters = std::move(open[kind].parameters);
-    bucket.flat = at::zeros({open[kind].numel}, all[bucket.parameters[0]].tensor.options().dtype(dtype).requires_grad(false));
+    bucket.flat =
+        at::zeros({open[kind].numel}, all[bucket.parameters[0]].tensor.options().dtype(dtype).requires_grad(false));
     int64_t at_element = 0;
     for (const size_t i : bucket.parameters) {
-      places_[i] = {true, buckets_.size(), bucket.flat.narrow(0, at_element, all[i].tensor.numel()).view(all[i].tensor.sizes()), false, false};
+      places_[i] = {true, buckets_.size(),
+                    bucket.flat.narrow(0, at_element, all[i].tensor.numel()).view(all[i].tensor.sizes()), false, false};
       at_element += room_of(i);
     }
     buckets_.push_back(std::move(bucket));
@@ -60,7 +66,8 @@ GradientReducer::GradientReducer(model::ParameterRegistry& registry, const distr
   close(1);
   close(0);
   for (size_t i = 0; i < all.size(); ++i)
-    if (places_[i].reduced) torch::autograd::impl::set_post_acc_grad_hooks(all[i].tensor, std::make_unique<Hook>(*this, i));
+    if (places_[i].reduced)
+      torch::autograd::impl::set_post_acc_grad_hooks(all[i].tensor, std::make_unique<Hook>(*this, i));
 }
 
 GradientReducer::~GradientReducer() {
@@ -77,7 +84,8 @@ void GradientReducer::begin_step() {
   for (size_t i = 0; i < places_.size(); ++i) {
     const auto& parameter = registry_.all()[i];
     Place& place = places_[i];
-    MOEGRAFT_INVARIANT(parameter.tensor.requires_grad() == place.reduced, "parameter ", parameter.name, " was ", place.reduced ? "frozen" : "released", " after the reducer was made");
+    MOEGRAFT_INVARIANT(parameter.tensor.requires_grad() == place.reduced, "parameter ", parameter.name, " was ",
+                       place.reduced ? "frozen" : "released", " after the reducer was made");
     place.present = place.arrived = false;
     if (place.reduced) parameter.tensor.mutable_grad() = place.view;
   }
@@ -93,7 +101,8 @@ void GradientReducer::arrived(size_t parameter) {
   place.present = true;
   if (!communicating_) return;
   // Its sum may be on its way already: adding to it now would be lost on some ranks.
-  MOEGRAFT_INVARIANT(!place.arrived, "the gradient of ", registry_.all()[parameter].name, " arrived twice in one backward pass");
+  MOEGRAFT_INVARIANT(!place.arrived, "the gradient of ", registry_.all()[parameter].name,
+                     " arrived twice in one backward pass");
   place.arrived = true;
   --buckets_[place.bucket].missing;
   start_ready();

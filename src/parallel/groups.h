@@ -1,6 +1,6 @@
 #pragma once
-// Process groups of a mesh beside those it comes with: what runs during the backward pass needs groups of its own, for its place among other collectives
-// differs from rank to rank.
+// Process groups of a mesh beside those it comes with: what runs during the backward pass needs groups of its own, for
+// its place among other collectives differs from rank to rank.
 
 #include <memory>
 #include <string>

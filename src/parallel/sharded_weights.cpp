@@ -9,8 +9,11 @@
 
 namespace moegraft::parallel {
 
-ShardedWeights::ShardedWeights(std::shared_ptr<model::WeightProvider> rest, const distributed::Mesh& mesh, int64_t buffers)
-    : ExpertRing(std::move(rest), buffers), group_(split_data(mesh, "base shards")), under_way_(static_cast<size_t>(buffers)) {}
+ShardedWeights::ShardedWeights(std::shared_ptr<model::WeightProvider> rest, const distributed::Mesh& mesh,
+                               int64_t buffers)
+    : ExpertRing(std::move(rest), buffers),
+      group_(split_data(mesh, "base shards")),
+      under_way_(static_cast<size_t>(buffers)) {}
 ShardedWeights::~ShardedWeights() = default;
 
 void ShardedWeights::add_layer(const model::ExpertWeights& experts) {
@@ -28,7 +31,8 @@ void ShardedWeights::add_layer(const model::ExpertWeights& experts) {
   int64_t at_element = 0;
   for (const auto& t : matrices) {
     const int64_t from = std::max(begin, at_element), to = std::min(end, at_element + t.numel());
-    if (from < to) part.narrow(0, from - begin, to - from).copy_(t.reshape({-1}).narrow(0, from - at_element, to - from));
+    if (from < to)
+      part.narrow(0, from - begin, to - from).copy_(t.reshape({-1}).narrow(0, from - at_element, to - from));
     at_element += t.numel();
   }
   parts_.back() = part;
@@ -44,7 +48,8 @@ int64_t ShardedWeights::resident_bytes() const {
 void ShardedWeights::fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) {
   const at::Tensor& part = parts_[size_t(layer)];
   at::Tensor whole = buffer.narrow(0, 0, part.numel() * group_->size());
-  // Gloo's threads let go of their tensors some time after the gather is done: through a view of its own, that is not taken for somebody holding the weights.
+  // Gloo's threads let go of their tensors some time after the gather is done: through a view of its own, that is not
+  // taken for somebody holding the weights.
   if (whole.is_cpu()) whole = at::from_blob(whole.data_ptr(), whole.sizes(), whole.options());
   under_way_[size_t(slot)] = group_->all_gather(whole, part, "experts of layer " + std::to_string(layer));
 }

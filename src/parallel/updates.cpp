@@ -33,7 +33,8 @@ struct Parcel {
 
 }  // namespace
 
-UpdateSharding::UpdateSharding(const model::ParameterRegistry& registry, distributed::Mesh mesh) : registry_(registry), mesh_(std::move(mesh)) {
+UpdateSharding::UpdateSharding(const model::ParameterRegistry& registry, distributed::Mesh mesh)
+    : registry_(registry), mesh_(std::move(mesh)) {
   const auto& all = registry.all();
   const int64_t world = mesh_.world->size(), ep = mesh_.expert_size(), copies = mesh_.data_size();
   owners_.resize(all.size());
@@ -42,7 +43,8 @@ UpdateSharding::UpdateSharding(const model::ParameterRegistry& registry, distrib
   std::iota(order.begin(), order.end(), size_t{0});
   // Expert parameters first: they load every expert index alike, the others even out what is left.
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return std::pair(all[a].sharding != model::Sharding::expert, -all[a].tensor.numel()) < std::pair(all[b].sharding != model::Sharding::expert, -all[b].tensor.numel());
+    return std::pair(all[a].sharding != model::Sharding::expert, -all[a].tensor.numel()) <
+           std::pair(all[b].sharding != model::Sharding::expert, -all[b].tensor.numel());
   });
   std::vector<int64_t> owned(static_cast<size_t>(world));  // elements per rank of the world
   for (const size_t i : order) {
@@ -52,7 +54,8 @@ UpdateSharding::UpdateSharding(const model::ParameterRegistry& registry, distrib
     for (int64_t r = 1; r < (expert ? copies : world); ++r)
       if (owned[size_t(expert ? r * ep : r)] < owned[size_t(expert ? least * ep : least)]) least = r;
     owners_[i] = least;
-    for (int64_t r = expert ? least * ep : least; r < (expert ? (least + 1) * ep : least + 1); ++r) owned[size_t(r)] += all[i].tensor.numel();
+    for (int64_t r = expert ? least * ep : least; r < (expert ? (least + 1) * ep : least + 1); ++r)
+      owned[size_t(r)] += all[i].tensor.numel();
   }
 }
 
@@ -93,7 +96,9 @@ void UpdateSharding::share() const {
         numel = 0;
       };
       for (size_t i = 0; i < all.size(); ++i) {
-        if ((all[i].sharding == model::Sharding::expert) != expert || owners_[i] != owner || !all[i].tensor.grad().defined()) continue;
+        if ((all[i].sharding == model::Sharding::expert) != expert || owners_[i] != owner ||
+            !all[i].tensor.grad().defined())
+          continue;
         const at::Tensor value = all[i].tensor.detach();
         if (value.numel() >= kTogether) {
           send(expert, owner, value, {});

@@ -1,4 +1,5 @@
-// Counts what the autograd functions of model/ and kernels/ keep. tests/train/memory_plan_test.cpp compares it with what they really keep.
+// Counts what the autograd functions of model/ and kernels/ keep. tests/train/memory_plan_test.cpp compares it with
+// what they really keep.
 #include "moegraft/planning/memory.h"
 
 #include "libtorch.h"
@@ -27,7 +28,7 @@ namespace {
 using model::Site;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-constexpr int64_t kProgram = 120 * kMiB;       // resident in `moegraft inspect`, which does nothing: the binary and LibTorch
+constexpr int64_t kProgram = 120 * kMiB;  // resident in `moegraft inspect`, which does nothing: the binary and LibTorch
 constexpr int64_t kThreadScratch = 16 * kMiB;  // kernels' memory per thread
 constexpr int64_t kExpertSites = 3;
 
@@ -37,9 +38,16 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 class Counter {
  public:
   explicit Counter(const MemoryRequest& request)
-      : r_(request), s_(request.spec), width_(int64_t(c10::elementSize(request.dtype))), T_(request.tokens), R_(request.tokens * s_.num_experts_per_tok), E_(request.spec.num_experts / request.expert_size),
-        q_(s_.num_heads * s_.head_dim), kv_(s_.num_kv_heads * s_.head_dim),
-        panels_(request.device.is_cpu() && !request.base_trains && kernels::pack_weight(at::empty({16, 16}, at::TensorOptions(request.dtype))).packed() != nullptr) {}
+      : r_(request),
+        s_(request.spec),
+        width_(int64_t(c10::elementSize(request.dtype))),
+        T_(request.tokens),
+        R_(request.tokens * s_.num_experts_per_tok),
+        E_(request.spec.num_experts / request.expert_size),
+        q_(s_.num_heads * s_.head_dim),
+        kv_(s_.num_kv_heads * s_.head_dim),
+        panels_(request.device.is_cpu() && !request.base_trains &&
+                kernels::pack_weight(at::empty({16, 16}, at::TensorOptions(request.dtype))).packed() != nullptr) {}
 
   bool has_panels() const { return panels_; }
   int64_t experts_of_layer() const { return kExpertSites * E_ * s_.hidden_size * s_.moe_intermediate_size; }
@@ -51,7 +59,8 @@ class Counter {
   int64_t base() const {
     if (r_.base_trains) return 0;  // masters
     if (quantised()) return quantised_base();
-    int64_t elements = s_.num_parameters() - sparse_layers() * kExpertSites * (s_.num_experts - E_) * s_.hidden_size * s_.moe_intermediate_size;
+    int64_t elements = s_.num_parameters() - sparse_layers() * kExpertSites * (s_.num_experts - E_) * s_.hidden_size *
+                                                 s_.moe_intermediate_size;
     if (experts_visit() || (panels_ && !r_.converted)) elements -= sparse_layers() * experts_of_layer();
     if (panels_ && !r_.converted) {
       for_each_matrix([&](int64_t n, int64_t k) { elements -= n * k; });
@@ -63,11 +72,15 @@ class Counter {
     if (!panels_ || quantised()) return 0;
     const int64_t pair = width_ == 2 ? 2 : 1;
     int64_t elements = 0;
-    const auto both = [&](int64_t n, int64_t k) { return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16); };
+    const auto both = [&](int64_t n, int64_t k) {
+      return round_up(k, pair) * round_up(n, 16) + round_up(n, pair) * round_up(k, 16);
+    };
     for_each_matrix([&](int64_t n, int64_t k) { elements += both(n, k); });
     // Gate and up are [F, D], down [D, F]. Large experts keep the forward layout alone where that serves both passes.
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
-    const int64_t expert = !model::packs_lean(s_) || !kernels::one_layout_serves(r_.dtype) ? 2 * both(F, D) + both(D, F) : 2 * round_up(D, pair) * round_up(F, 16) + round_up(F, pair) * round_up(D, 16);
+    const int64_t expert = !model::packs_lean(s_) || !kernels::one_layout_serves(r_.dtype)
+                               ? 2 * both(F, D) + both(D, F)
+                               : 2 * round_up(D, pair) * round_up(F, 16) + round_up(F, pair) * round_up(D, 16);
     if (!experts_visit()) elements += sparse_layers() * E_ * expert;
     return elements * width_;
   }
@@ -75,13 +88,18 @@ class Counter {
   // Panels of the format's blocks, and what stays floats.
   int64_t quantised_base() const {
     const auto& row = kernels::format_row(*r_.quantise);
-    int64_t bytes = 0, elements = s_.num_parameters() - sparse_layers() * kExpertSites * s_.num_experts * s_.hidden_size * s_.moe_intermediate_size;
+    int64_t bytes = 0, elements = s_.num_parameters() - sparse_layers() * kExpertSites * s_.num_experts *
+                                                            s_.hidden_size * s_.moe_intermediate_size;
     const auto store = [&](int64_t n, int64_t k) { bytes += row.bytes(round_up(n, 16), k); };
     const auto one = [&](int64_t n, int64_t k) { store(n, k), elements -= n * k; };
     one(s_.vocab_size, s_.hidden_size);  // the embedding; the head, tied or not, is among the linear layers
     for_each_matrix(one);
-    if (s_.tie_word_embeddings) bytes -= row.bytes(round_up(s_.vocab_size, 16), s_.hidden_size), elements += s_.vocab_size * s_.hidden_size;  // counted twice
-    for (int64_t i = 0; i < sparse_layers() * E_; ++i) store(s_.moe_intermediate_size, s_.hidden_size), store(s_.moe_intermediate_size, s_.hidden_size), store(s_.hidden_size, s_.moe_intermediate_size);
+    if (s_.tie_word_embeddings)
+      bytes -= row.bytes(round_up(s_.vocab_size, 16), s_.hidden_size),
+          elements += s_.vocab_size * s_.hidden_size;  // counted twice
+    for (int64_t i = 0; i < sparse_layers() * E_; ++i)
+      store(s_.moe_intermediate_size, s_.hidden_size), store(s_.moe_intermediate_size, s_.hidden_size),
+          store(s_.hidden_size, s_.moe_intermediate_size);
     return bytes + elements * width_;
   }
 
@@ -91,7 +109,8 @@ class Counter {
     int64_t bytes = 2 * T_ * (D + 1) * 4;  // the norms' sums and statistics
     bytes += attention();
     for (const auto& adapter : r_.adapters) bytes += dense_terms(adapter, l) + made_factors(adapter, l);
-    // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once more.
+    // What the low-rank terms multiply: the layer's normed input, and (where rows are gathered) attention's output once
+    // more.
     if (any_term(l, {Site::q, Site::k, Site::v})) bytes += T_ * D * width_;
     if (!r_.gate_open && any_term(l, {Site::o})) bytes += T_ * q_ * width_;
     if (!s_.layers[size_t(l)].sparse) return bytes + dense(l);
@@ -101,13 +120,17 @@ class Counter {
 
   int64_t loss() const {
     const int64_t D = s_.hidden_size, V = s_.vocab_size;
-    const auto chunk = [&](int64_t classes) { return std::min(T_, kernels::cross_entropy_chunk(T_, classes, r_.device.is_cuda())) * classes; };
-    const int64_t per_logit = r_.device.is_cuda() ? width_ : 8 + width_;  // one buffer in place, or log-probabilities beside logits
-    int64_t bytes = T_ * D * (4 + 4 * width_);                            // final norm, labelled rows and their gradients
+    const auto chunk = [&](int64_t classes) {
+      return std::min(T_, kernels::cross_entropy_chunk(T_, classes, r_.device.is_cuda())) * classes;
+    };
+    const int64_t per_logit =
+        r_.device.is_cuda() ? width_ : 8 + width_;  // one buffer in place, or log-probabilities beside logits
+    int64_t bytes = T_ * D * (4 + 4 * width_);      // final norm, labelled rows and their gradients
     const int64_t logits = panels_ ? 0 : chunk(V), rows = chunk(r_.new_rows);
     return bytes + std::max(logits, rows) * per_logit + (r_.base_trains ? V * D * 4 : 0) + scratch();
   }
-  // Of the largest layer, besides what it keeps: routed rows on their way, gradients of attention, factors as products want them.
+  // Of the largest layer, besides what it keeps: routed rows on their way, gradients of attention, factors as products
+  // want them.
   int64_t workspace() const {
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size;
     int64_t largest = 0;
@@ -116,12 +139,16 @@ class Counter {
       int64_t bytes = 0;
       if (s_.layers[size_t(l)].sparse) {
         bytes += R_ * D * width_ + (panels_ ? 0 : R_ * (2 * D + 4 * F) * width_);
-        bytes += expert_columns(l) * E_ * (D + F) * (panels_ ? 4 : 4 + width_);  // gradients' sums where an expert's rows are many; factors, but for panels
+        bytes +=
+            expert_columns(l) * E_ * (D + F) *
+            (panels_ ? 4 : 4 + width_);  // gradients' sums where an expert's rows are many; factors, but for panels
         bytes += (travelled() - 1) * T_ * D * width_;  // partial sums on their way back
       } else {
         bytes += 4 * T_ * s_.intermediate_size * width_;
       }
-      largest = std::max(largest, around + std::max(bytes, flash_backward()));  // attention's turn comes when the experts' rows are gone
+      largest = std::max(
+          largest,
+          around + std::max(bytes, flash_backward()));  // attention's turn comes when the experts' rows are gone
     }
     return largest + scratch();
   }
@@ -141,7 +168,9 @@ class Counter {
 
   std::vector<run::TrainedRow> table() const {
     std::vector<run::TrainedRow> rows;
-    const auto add = [&](const std::string& what, const std::string& where, int64_t parameters) { rows.push_back({what, where, parameters, 4 * parameters}); };
+    const auto add = [&](const std::string& what, const std::string& where, int64_t parameters) {
+      rows.push_back({what, where, parameters, 4 * parameters});
+    };
     for (size_t i = 0; i < r_.adapters.size(); ++i)
       for (const Site site : r_.adapters[i].sites) {
         const auto& a = r_.adapters[i];
@@ -149,10 +178,13 @@ class Counter {
         for (int64_t l = 0; l < s_.num_layers; ++l) layers += acts(a, site, l);
         const bool experts = adapters::is_per_expert(s_, site);
         add(moegraft::detail::concat("adapters[", i, "] ", adapters::site_name(site), ", rank ", a.rank),
-            moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""), layers * trained_at(a, site));
+            moegraft::detail::concat(layers, " layers", experts ? moegraft::detail::concat(" x ", E_, " experts") : ""),
+            layers * trained_at(a, site));
       }
     const TrainedParameters all = trained();
-    if (all.rows) add(s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head", moegraft::detail::concat(r_.new_rows, " tokens"), all.rows);
+    if (all.rows)
+      add(s_.tie_word_embeddings ? "new rows of embedding and head (tied)" : "new rows of embedding and head",
+          moegraft::detail::concat(r_.new_rows, " tokens"), all.rows);
     if (all.base) add("the base", moegraft::detail::concat(s_.num_layers, " layers"), all.base);
     return rows;
   }
@@ -206,16 +238,19 @@ class Counter {
 
   int64_t attention() const {
     const int64_t heads = s_.num_heads + s_.num_kv_heads;
-    int64_t bytes = T_ * (2 * q_ + 2 * kv_) * width_ + T_ * s_.num_heads * 4;  // q, k, v, out and the softmax's normaliser
-    if (s_.qk_norm != model::QkNorm::none) bytes += T_ * (q_ + kv_) * width_ + T_ * (s_.qk_norm == model::QkNorm::per_head ? heads : 2) * 4;
+    int64_t bytes =
+        T_ * (2 * q_ + 2 * kv_) * width_ + T_ * s_.num_heads * 4;  // q, k, v, out and the softmax's normaliser
+    if (s_.qk_norm != model::QkNorm::none)
+      bytes += T_ * (q_ + kv_) * width_ + T_ * (s_.qk_norm == model::QkNorm::per_head ? heads : 2) * 4;
     if (s_.clip_qkv > 0) bytes += T_ * (q_ + 2 * kv_) * width_;
     if (r_.base_trains) bytes += T_ * s_.hidden_size * width_;
     return bytes;
   }
   int64_t experts(int64_t l) const {
     const int64_t D = s_.hidden_size, F = s_.moe_intermediate_size, K = s_.num_experts_per_tok, E = s_.num_experts;
-    int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.router.renormalise ? T_ * 4 : 0) + (width_ == 2 ? E * D * 4 : 0);  // the router
-    bytes += 2 * R_ * 4 + travelled() * T_ * D * width_;                                                               // the sort, the input
+    int64_t bytes = T_ * (E * 4 + K * (8 + 4 + 4)) + (s_.router.renormalise ? T_ * 4 : 0) +
+                    (width_ == 2 ? E * D * 4 : 0);        // the router
+    bytes += 2 * R_ * 4 + travelled() * T_ * D * width_;  // the sort, the input
     if (!panels_) return bytes + 2 * R_ * F * width_ + (r_.device.is_cuda() ? R_ * expert_columns(l) * width_ : 0);
     return bytes + R_ * (2 * round_up(F, 64) + expert_columns(l)) * width_;
   }
@@ -230,7 +265,9 @@ class Counter {
     }
     return columns;
   }
-  int64_t gated_ffn(int64_t I) const { return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0); }
+  int64_t gated_ffn(int64_t I) const {
+    return 3 * T_ * I * width_ + (r_.base_trains ? T_ * (s_.hidden_size + I) * width_ : 0);
+  }
   int64_t dense(int64_t l) const {
     const int64_t I = s_.intermediate_size;
     int64_t bytes = gated_ffn(I);
@@ -242,15 +279,19 @@ class Counter {
   // Its output and its scale are kept for each other's gradients.
   int64_t shared_expert() const {
     const auto& shared = s_.shared_expert;
-    return shared.intermediate_size > 0 ? gated_ffn(shared.intermediate_size) + (shared.gated ? T_ * (s_.hidden_size + 1) * width_ : 0) : 0;
+    return shared.intermediate_size > 0
+               ? gated_ffn(shared.intermediate_size) + (shared.gated ? T_ * (s_.hidden_size + 1) * width_ : 0)
+               : 0;
   }
-  // Low-rank terms of attention and of dense FFNs: thin products, factors in the compute dtype, and where rows are gathered, what is added to them.
+  // Low-rank terms of attention and of dense FFNs: thin products, factors in the compute dtype, and where rows are
+  // gathered, what is added to them.
   int64_t dense_terms(const MemoryRequest::Adapter& a, int64_t l) const {
     int64_t bytes = 0;
     for (const Site site : a.sites) {
       if (adapters::is_per_expert(s_, site) || !acts(a, site, l)) continue;
       const auto [in, out] = adapters::site_shape(s_, site);
-      bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) + (r_.gate_open ? 0 : T_ * out * width_);
+      bytes += T_ * a.rank * width_ + (width_ == 2 ? a.rank * (in + out) * width_ : 0) +
+               (r_.gate_open ? 0 : T_ * out * width_);
     }
     return bytes;
   }
@@ -275,20 +316,23 @@ int64_t activation_peak(const MemoryPlan& plan, int64_t recomputed) {
 
 std::string gib(int64_t bytes) {
   char text[32];
-  std::snprintf(text, sizeof text, bytes < 10 * (int64_t{1} << 30) ? "%.3f GiB" : "%.1f GiB", double(bytes) / double(int64_t{1} << 30));
+  std::snprintf(text, sizeof text, bytes < 10 * (int64_t{1} << 30) ? "%.3f GiB" : "%.1f GiB",
+                double(bytes) / double(int64_t{1} << 30));
   return text;
 }
 
 bool stored_as(const std::string& dir, at::ScalarType dtype) {
   const io::Json config = io::read_json(std::filesystem::path(dir) / "config.json");
   for (const char* key : {"dtype", "torch_dtype"})
-    if (config.contains(key) && config.at(key).is_string()) return config.at(key).get<std::string>() == (dtype == at::kFloat ? "float32" : "bfloat16");
+    if (config.contains(key) && config.at(key).is_string())
+      return config.at(key).get<std::string>() == (dtype == at::kFloat ? "float32" : "bfloat16");
   return dtype == at::kFloat;
 }
 
 }  // namespace
 
-MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config, const model::Vocabulary& vocabulary, at::Device device, int64_t processes) {
+MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfig& config,
+                             const model::Vocabulary& vocabulary, at::Device device, int64_t processes) {
   MemoryRequest r;
   r.spec = spec;
   r.dtype = graft::parse_dtype(config.model.dtype);
@@ -308,8 +352,11 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.shard_optimizer = config.parallel.shard_optimizer;
   r.bucket_bytes = int64_t(config.parallel.bucket_mib * double(kMiB));
   r.async_saves = config.checkpoint.async;
-  const bool text_trains = std::any_of(config.adapters.begin(), config.adapters.end(), [](const auto& a) { return std::find(a.modality.begin(), a.modality.end(), "text") != a.modality.end(); });
-  if (!r.base_trains && !text_trains && !r.offload_experts && r.expert_size == 1 && !(r.shard_base && r.data_size > 1)) r.prefix_cache = config.train.prefix_cache_mib * kMiB;
+  const bool text_trains = std::any_of(config.adapters.begin(), config.adapters.end(), [](const auto& a) {
+    return std::find(a.modality.begin(), a.modality.end(), "text") != a.modality.end();
+  });
+  if (!r.base_trains && !text_trains && !r.offload_experts && r.expert_size == 1 && !(r.shard_base && r.data_size > 1))
+    r.prefix_cache = config.train.prefix_cache_mib * kMiB;
   for (const auto& m : vocabulary.modalities) r.new_rows += m.num_rows();
   for (const auto& a : config.adapters) {
     MemoryRequest::Adapter adapter{a.rank, {}, a.layers, a.kind};
@@ -335,13 +382,16 @@ std::vector<run::TrainedRow> trained_table(const MemoryRequest& request) {
 std::vector<std::string> format_trained(const std::vector<run::TrainedRow>& rows, int64_t base_parameters) {
   int64_t total = 0;
   size_t what = 5, where = 0;
-  for (const auto& row : rows) total += row.parameters, what = std::max(what, row.what.size()), where = std::max(where, row.where.size());
-  const bool base_itself = std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row.what == "the base"; });
+  for (const auto& row : rows)
+    total += row.parameters, what = std::max(what, row.what.size()), where = std::max(where, row.where.size());
+  const bool base_itself =
+      std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row.what == "the base"; });
   const double all = double(total) + (base_itself ? 0.0 : double(base_parameters));
   std::vector<std::string> lines;
   const auto add = [&](const std::string& name, const std::string& place, int64_t parameters) {
     char text[256];
-    std::snprintf(text, sizeof text, "%-*s  %-*s  %10s  %9.1f MiB  %6.2f %%", int(what), name.c_str(), int(where), place.c_str(), format_count(double(parameters)).c_str(), 4.0 * double(parameters) / double(kMiB),
+    std::snprintf(text, sizeof text, "%-*s  %-*s  %10s  %9.1f MiB  %6.2f %%", int(what), name.c_str(), int(where),
+                  place.c_str(), format_count(double(parameters)).c_str(), 4.0 * double(parameters) / double(kMiB),
                   100.0 * double(parameters) / std::max(all, 1.0));
     lines.emplace_back(text);
   };
@@ -368,18 +418,22 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   if (count.experts_visit() && count.sparse_layers() > 0) {
     const int64_t experts = count.sparse_layers() * count.experts_of_layer() * width;
     plan.offload_buffers = model::kRingBuffers * count.experts_of_layer() * width;
-    if (request.offload_experts) plan.host_experts = experts;
-    else plan.base += experts / request.data_size;
+    if (request.offload_experts)
+      plan.host_experts = experts;
+    else
+      plan.base += experts / request.data_size;
   }
   plan.trained = plan.gradients = 4 * trained;
   if (request.narrow_gradients) {
     plan.gradients = 2 * trained;
-    if (request.expert_size * request.data_size > 1) plan.gradients += std::min(4 * trained, int64_t(parallel::GradientReducer::kUnderWay) * request.bucket_bytes);
+    if (request.expert_size * request.data_size > 1)
+      plan.gradients += std::min(4 * trained, int64_t(parallel::GradientReducer::kUnderWay) * request.bucket_bytes);
   }
   plan.optimizer = request.moments_8bit ? 2 * trained + 2 * trained * 4 / kernels::kAdamw8Block : 8 * trained;
   plan.prefix_cache = request.prefix_cache;
   // A save's tensors are dealt out to the processes that hold them.
-  if (request.async_saves && request.device.is_cpu()) plan.save_copies = (plan.trained + plan.optimizer) / request.data_size;
+  if (request.async_saves && request.device.is_cpu())
+    plan.save_copies = (plan.trained + plan.optimizer) / request.data_size;
   if (request.shard_optimizer) plan.optimizer /= request.data_size;  // expert factors are most of it
   for (int64_t l = 0; l < s.num_layers; ++l) {
     plan.layer_stored.push_back(count.layer(l));
@@ -387,8 +441,10 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
   }
   plan.loss = count.loss();
   plan.workspace = count.workspace();
-  // Measured: what comes and goes within a step leaves holes of about its own size (tools/moegraft/startup.h keeps pages); within 5 % of the process's peak.
-  if (request.device.is_cpu() && s.num_layers > 0) plan.heap = *std::max_element(plan.layer_stored.begin(), plan.layer_stored.end()) + plan.loss + plan.workspace;
+  // Measured: what comes and goes within a step leaves holes of about its own size (tools/moegraft/startup.h keeps
+  // pages); within 5 % of the process's peak.
+  if (request.device.is_cpu() && s.num_layers > 0)
+    plan.heap = *std::max_element(plan.layer_stored.begin(), plan.layer_stored.end()) + plan.loss + plan.workspace;
 
   const auto with = [&](int64_t n) {
     plan.recompute_layers = n;
@@ -415,28 +471,42 @@ MemoryPlan plan_memory(const MemoryRequest& request) {
 }
 
 std::string fit_problem(const MemoryPlan& plan, const MemoryRequest& r) {
-  const std::string budget = plan.budget_source.empty() ? "train.memory_budget_gib: " + gib(plan.budget) : gib(plan.budget) + " (" + plan.budget_source + ")";
+  const std::string budget = plan.budget_source.empty() ? "train.memory_budget_gib: " + gib(plan.budget)
+                                                        : gib(plan.budget) + " (" + plan.budget_source + ")";
   // What this run does not do yet.
-  std::vector<std::string> remedies{plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more", "raise train.accumulation (fewer tokens at a time)", "lower data.tokens_per_step"};
+  std::vector<std::string> remedies{
+      plan.budget_source.empty() ? "raise it" : "set train.memory_budget_gib to try with more",
+      "raise train.accumulation (fewer tokens at a time)", "lower data.tokens_per_step"};
   if (!r.moments_8bit) remedies.push_back("use train.optimizer: adamw_8bit");
   if (!r.narrow_gradients) remedies.push_back("use train.gradients: bf16");
-  if (!r.quantise && !r.base_trains && !r.shard_base && !r.offload_experts && r.device.is_cpu()) remedies.push_back("use model.quantize: q8_0");
-  if (!r.quantise && !r.offload_experts && !r.base_trains && !r.shard_base && r.spec.has_experts()) remedies.push_back("keep experts in host memory with model.offload: experts");
+  if (!r.quantise && !r.base_trains && !r.shard_base && !r.offload_experts && r.device.is_cpu())
+    remedies.push_back("use model.quantize: q8_0");
+  if (!r.quantise && !r.offload_experts && !r.base_trains && !r.shard_base && r.spec.has_experts())
+    remedies.push_back("keep experts in host memory with model.offload: experts");
   const std::string last = remedies.back();
   remedies.pop_back();
-  return moegraft::detail::concat(budget, " is too little: the smallest possible total is ", gib(plan.smallest), ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(), " layers recomputed; ",
-                                  join(remedies, ", "), ", or ", last);
+  return moegraft::detail::concat(budget, " is too little: the smallest possible total is ", gib(plan.smallest),
+                                  ", with ", plan.recompute_layers, " of ", plan.layer_stored.size(),
+                                  " layers recomputed; ", join(remedies, ", "), ", or ", last);
 }
 
-void check_fits(const MemoryPlan& plan, const MemoryRequest& request) { MOEGRAFT_CHECK(plan.fits(), fit_problem(plan, request)); }
+void check_fits(const MemoryPlan& plan, const MemoryRequest& request) {
+  MOEGRAFT_CHECK(plan.fits(), fit_problem(plan, request));
+}
 
 std::string summary(const MemoryPlan& plan) {
-  std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) + (plan.panels ? ", packed copies " + gib(plan.panels) : "") + ", trained with gradients and optimizer " +
-                     gib(plan.trained + plan.gradients + plan.optimizer) + ", activations " + gib(plan.activations) + ", work space " + gib(std::max(plan.loss, plan.workspace) + plan.heap) +
-                     (plan.save_copies ? ", copies for checkpoints " + gib(plan.save_copies) : "") + (plan.prefix_cache ? ", captions " + gib(plan.prefix_cache) : "") +
+  std::string text = "memory plan: " + gib(plan.total()) + " (base " + gib(plan.base + plan.offload_buffers) +
+                     (plan.panels ? ", packed copies " + gib(plan.panels) : "") +
+                     ", trained with gradients and optimizer " + gib(plan.trained + plan.gradients + plan.optimizer) +
+                     ", activations " + gib(plan.activations) + ", work space " +
+                     gib(std::max(plan.loss, plan.workspace) + plan.heap) +
+                     (plan.save_copies ? ", copies for checkpoints " + gib(plan.save_copies) : "") +
+                     (plan.prefix_cache ? ", captions " + gib(plan.prefix_cache) : "") +
                      (plan.collectives ? ", collectives " + gib(plan.collectives) : "") + ")";
-  if (plan.budget > 0) text += " of " + gib(plan.budget) + (plan.budget_source.empty() ? "" : ", " + plan.budget_source);
-  text += "; " + std::to_string(plan.recompute_layers) + " of " + std::to_string(plan.layer_stored.size()) + " layers recomputed";
+  if (plan.budget > 0)
+    text += " of " + gib(plan.budget) + (plan.budget_source.empty() ? "" : ", " + plan.budget_source);
+  text += "; " + std::to_string(plan.recompute_layers) + " of " + std::to_string(plan.layer_stored.size()) +
+          " layers recomputed";
   if (plan.host_experts) text += "; experts in host memory " + gib(plan.host_experts);
   return text;
 }

@@ -1,4 +1,5 @@
-// Follows parallel/{gradients,dispatcher,sharded_weights,updates}.cpp; tests/tools/plan_test.cpp compares it with what their counters say.
+// Follows parallel/{gradients,dispatcher,sharded_weights,updates}.cpp; tests/tools/plan_test.cpp compares it with what
+// their counters say.
 #include "moegraft/planning/traffic.h"
 
 #include "libtorch.h"
@@ -32,15 +33,18 @@ std::vector<TrainedTensor> trained_tensors(const MemoryRequest& r) {
         if (!adapters::has_site(r.spec, l, site)) continue;
         const bool expert = adapters::is_per_expert(r.spec, site);
         const std::vector<int64_t> sizes = adapters::trained_sizes(a.kind, a.rank, adapters::site_shape(r.spec, site));
-        for (auto size = sizes.rbegin(); size != sizes.rend(); ++size) all.push_back({*size * (expert ? E : 1), expert});
+        for (auto size = sizes.rbegin(); size != sizes.rend(); ++size)
+          all.push_back({*size * (expert ? E : 1), expert});
       }
     }
   if (r.new_rows > 0)
-    for (int i = 0; i < (r.spec.tie_word_embeddings ? 1 : 2); ++i) all.push_back({r.new_rows * r.spec.hidden_size, false});
+    for (int i = 0; i < (r.spec.tie_word_embeddings ? 1 : 2); ++i)
+      all.push_back({r.new_rows * r.spec.hidden_size, false});
   return all;
 }
 
-void add_gradients(std::vector<Message>& out, const MemoryRequest& r, const std::vector<TrainedTensor>& tensors, double bucket_bytes) {
+void add_gradients(std::vector<Message>& out, const MemoryRequest& r, const std::vector<TrainedTensor>& tensors,
+                   double bucket_bytes) {
   for (const bool expert : {false, true}) {
     if (expert && r.data_size == 1) continue;  // every expert is here once
     const Group group = expert && r.expert_size > 1 ? Group::data : Group::world;
@@ -56,21 +60,25 @@ void add_gradients(std::vector<Message>& out, const MemoryRequest& r, const std:
     }
     close();
   }
-  out.push_back({Purpose::gradients, Collective::all_reduce, Group::world, 1, 8.0 * double(1 + r.expert_size) * double(tensors.size())});  // which are there
+  out.push_back({Purpose::gradients, Collective::all_reduce, Group::world, 1,
+                 8.0 * double(1 + r.expert_size) * double(tensors.size())});  // which are there
 }
 
 void add_experts(std::vector<Message>& out, const MemoryRequest& r, int64_t micro_batches, int64_t recomputed) {
   if (r.expert_size == 1) return;
   const auto& s = r.spec;
-  const double rows = double(r.tokens) * mean_visits(s.num_experts, s.num_experts_per_tok, r.expert_size), K = double(s.num_experts_per_tok), width = double(c10::elementSize(r.dtype));
+  const double rows = double(r.tokens) * mean_visits(s.num_experts, s.num_experts_per_tok, r.expert_size),
+               K = double(s.num_experts_per_tok), width = double(c10::elementSize(r.dtype));
   double forward = 0, backward = 0;
   for (int64_t l = 0; l < s.num_layers; ++l)
     if (s.layers[size_t(l)].sparse) forward += l < recomputed ? 2 : 1, backward += 1;
-  const auto add = [&](double calls, double bytes) { out.push_back({Purpose::experts, Collective::all_to_all, Group::expert, calls * double(micro_batches), bytes}); };
-  add(forward, 24.0 * double(r.expert_size));                          // counts
-  add(forward, rows * 4 * (2 * K + (r.gate_open ? 0 : 1)));            // weights, experts, group
+  const auto add = [&](double calls, double bytes) {
+    out.push_back({Purpose::experts, Collective::all_to_all, Group::expert, calls * double(micro_batches), bytes});
+  };
+  add(forward, 24.0 * double(r.expert_size));                           // counts
+  add(forward, rows * 4 * (2 * K + (r.gate_open ? 0 : 1)));             // weights, experts, group
   add(2 * (forward + backward), rows * double(s.hidden_size) * width);  // there and back, both ways
-  add(backward, rows * 4 * K);                                         // gradients of the weights
+  add(backward, rows * 4 * K);                                          // gradients of the weights
 }
 
 // Layers that are gathered in a step: what the ring of buffers still holds is not.
@@ -101,7 +109,8 @@ void add_base(std::vector<Message>& out, const MemoryRequest& r, int64_t micro_b
   if (!r.shard_base || r.data_size == 1) return;
   const int64_t layer = 3 * (r.spec.num_experts / r.expert_size) * r.spec.hidden_size * r.spec.moe_intermediate_size;
   const double part = double((layer + r.data_size - 1) / r.data_size) * double(c10::elementSize(r.dtype));
-  out.push_back({Purpose::base, Collective::all_gather, Group::data, double(gathered_layers(r.spec, micro_batches)), part});
+  out.push_back(
+      {Purpose::base, Collective::all_gather, Group::data, double(gathered_layers(r.spec, micro_batches)), part});
 }
 
 void add_updates(std::vector<Message>& out, const MemoryRequest& r, const std::vector<TrainedTensor>& tensors) {
@@ -112,7 +121,8 @@ void add_updates(std::vector<Message>& out, const MemoryRequest& r, const std::v
     for (const auto& t : tensors)
       if (t.expert == expert) bytes += 4.0 * double(t.numel);
     if (members == 1 || bytes == 0) continue;
-    const double calls = std::max(double(members), std::ceil(bytes / (4.0 * double(parallel::UpdateSharding::kTogether))));
+    const double calls =
+        std::max(double(members), std::ceil(bytes / (4.0 * double(parallel::UpdateSharding::kTogether))));
     out.push_back({Purpose::updates, Collective::broadcast, expert ? Group::data : Group::world, calls, bytes / calls});
   }
 }
@@ -135,7 +145,8 @@ double mean_visits(int64_t num_experts, int64_t top_k, int64_t parts) {
   return double(parts) * (1 - none);
 }
 
-std::vector<Message> count_traffic(const MemoryRequest& r, int64_t micro_batches, int64_t recompute_layers, double bucket_bytes) {
+std::vector<Message> count_traffic(const MemoryRequest& r, int64_t micro_batches, int64_t recompute_layers,
+                                   double bucket_bytes) {
   std::vector<Message> out;
   if (r.expert_size * r.data_size == 1) return out;
   const bool sharded = r.shard_base && r.data_size > 1;
@@ -145,7 +156,11 @@ std::vector<Message> count_traffic(const MemoryRequest& r, int64_t micro_batches
   add_base(out, r, micro_batches);
   add_updates(out, r, tensors);
   if (sharded || r.expert_size > 1)
-    out.push_back({Purpose::agreement, Collective::all_reduce, r.expert_size == 1 ? Group::data : sharded ? Group::world : Group::expert, double(micro_batches), 8});
+    out.push_back({Purpose::agreement, Collective::all_reduce,
+                   r.expert_size == 1 ? Group::data
+                   : sharded          ? Group::world
+                                      : Group::expert,
+                   double(micro_batches), 8});
   return out;
 }
 

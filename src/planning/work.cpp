@@ -1,4 +1,5 @@
-// The FLOPs that a training step needs: 2 per active parameter and token forward, the same for the gradient of the activations, and LoRA's own.
+// The FLOPs that a training step needs: 2 per active parameter and token forward, the same for the gradient of the
+// activations, and LoRA's own.
 #include "moegraft/planning/work.h"
 
 #include "libtorch.h"
@@ -13,12 +14,16 @@ namespace {
 
 // Weights that a token meets in all layers; the embedding is a look-up, the head is counted with the labels.
 double active_layer_parameters(const model::DecoderSpec& s) {
-  const double D = double(s.hidden_size), q = double(s.num_heads * s.head_dim), kv = double(s.num_kv_heads * s.head_dim);
+  const double D = double(s.hidden_size), q = double(s.num_heads * s.head_dim),
+               kv = double(s.num_kv_heads * s.head_dim);
   double total = 0;
   for (const auto& layer : s.layers) {
     total += D * (q + 2 * kv) + q * D;
-    total += layer.sparse ? double(s.num_experts) * D + (double(s.num_experts_per_tok) * double(s.moe_intermediate_size) + double(s.shared_expert.intermediate_size)) * 3 * D
-                          : 3 * D * double(s.intermediate_size);
+    total += layer.sparse
+                 ? double(s.num_experts) * D + (double(s.num_experts_per_tok) * double(s.moe_intermediate_size) +
+                                                double(s.shared_expert.intermediate_size)) *
+                                                   3 * D
+                 : 3 * D * double(s.intermediate_size);
   }
   return total;
 }
@@ -30,7 +35,8 @@ double lora_parameters_per_token(const model::DecoderSpec& s, int64_t rank, cons
     for (const model::Site site : sites) {
       if (!adapters::has_site(s, l, site)) continue;
       const auto shape = adapters::site_shape(s, site);
-      total += double(rank) * double(shape.in + shape.out) * (adapters::is_per_expert(s, site) ? double(s.num_experts_per_tok) : 1.0);
+      total += double(rank) * double(shape.in + shape.out) *
+               (adapters::is_per_expert(s, site) ? double(s.num_experts_per_tok) : 1.0);
     }
   return total;
 }
@@ -44,12 +50,16 @@ double weights_met(const model::DecoderSpec& s, int64_t tokens) {
 
 }  // namespace
 
-StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, int64_t rank, const std::vector<model::Site>& sites, int64_t passes) {
+StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batch, model::Gate gate, int64_t rank,
+                    const std::vector<model::Site>& sites, int64_t passes) {
   const model::DecoderSpec& s = m.decoder->spec();
   const int64_t T = batch.num_tokens();
-  const at::Tensor labels = batch.labels_T.to(at::kCPU).contiguous(), modality = batch.modality_T.defined() ? batch.modality_T.to(at::kCPU).contiguous() : at::zeros({T}, at::kLong);
+  const at::Tensor labels = batch.labels_T.to(at::kCPU).contiguous(),
+                   modality = batch.modality_T.defined() ? batch.modality_T.to(at::kCPU).contiguous()
+                                                         : at::zeros({T}, at::kLong);
   const int64_t *label = labels.const_data_ptr<int64_t>(), *mod = modality.const_data_ptr<int64_t>();
-  const double layers = active_layer_parameters(s), lora = lora_parameters_per_token(s, rank, sites), D = double(s.hidden_size);
+  const double layers = active_layer_parameters(s), lora = lora_parameters_per_token(s, rank, sites),
+               D = double(s.hidden_size);
   StepWork work;
   for (int64_t i = 0; i < batch.num_sequences(); ++i) {
     const int64_t begin = batch.cu_seqlens[i], end = batch.cu_seqlens[i + 1];
@@ -67,12 +77,15 @@ StepWork count_work(const graft::GraftedModel& m, const model::PackedBatch& batc
       if (needs_gradient) work.activation_gradient += 2 * parameters;
       const bool adapted = gate == model::Gate::all || (gate == model::Gate::modality && mod[t] != 0);
       if (rank > 0 && adapted) work.lora += 3 * 2 * lora;  // forward, activation gradient, weight gradient
-      work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) * double(s.num_layers);
+      work.attention_scores += (needs_gradient ? 3 : 1) * 4 * double(s.num_heads * s.head_dim) * double(t - begin + 1) *
+                               double(s.num_layers);
     }
   }
   const kernels::Matrix head = m.decoder->base().weights->head_VD();  // all matrices have its format
   work.memory_bytes = 2 * double(head.bytes()) / double(head.rows() * head.columns()) * weights_met(s, T);
-  for (double* part : {&work.forward, &work.activation_gradient, &work.lora, &work.attention_scores, &work.memory_bytes}) *part *= double(passes);
+  for (double* part :
+       {&work.forward, &work.activation_gradient, &work.lora, &work.attention_scores, &work.memory_bytes})
+    *part *= double(passes);
   for (const auto& p : m.registry->all()) work.memory_bytes += 10.0 * double(p.tensor.nbytes());
   return work;
 }

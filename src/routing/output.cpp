@@ -12,7 +12,9 @@ namespace moegraft::routing {
 namespace {
 
 // JSON has no NaN; six digits are plenty for a statistic and keep the lines short.
-io::Json number(double value) { return std::isfinite(value) ? io::Json(std::round(value * 1e6) / 1e6) : io::Json(nullptr); }
+io::Json number(double value) {
+  return std::isfinite(value) ? io::Json(std::round(value * 1e6) / 1e6) : io::Json(nullptr);
+}
 
 io::Json numbers(const std::vector<double>& values) {
   io::Json list = io::Json::array();
@@ -38,14 +40,19 @@ ModalityLoad load_of(const io::Json& j) {
 }
 
 LayerRouting layer_of(const io::Json& j, const RoutingReport& report, const std::string& where) {
-  const auto expect_experts = [&](size_t size) { MOEGRAFT_CHECK(int64_t(size) == report.num_experts, where, ": a layer lists ", size, " experts, expected ", report.num_experts); };
+  const auto expect_experts = [&](size_t size) {
+    MOEGRAFT_CHECK(int64_t(size) == report.num_experts, where, ": a layer lists ", size, " experts, expected ",
+                   report.num_experts);
+  };
   LayerRouting layer;
   layer.layer = j.at("layer");
   for (const auto& name : report.modality_names) {
     const auto& load = layer.modalities.emplace_back(load_of(j.at("modalities").at(name)));
     if (load.tokens > 0) expect_experts(load.load_E.size()), expect_experts(load.probability_E.size());
     const bool is_text = layer.modalities.size() == 1;
-    layer.divergence_M.push_back(!is_text ? number_of(j.at("divergence_bits").at(name)) : load.tokens > 0 ? 0.0 : kNone);
+    layer.divergence_M.push_back(!is_text          ? number_of(j.at("divergence_bits").at(name))
+                                 : load.tokens > 0 ? 0.0
+                                                   : kNone);
   }
   layer.mutual_information = number_of(j.at("mutual_information_bits"));
   j.at("selectivity").get_to(layer.selectivity_E);
@@ -70,7 +77,11 @@ std::vector<std::pair<std::string, double>> scalars(const RoutingReport& report)
   };
   for (size_t m = 0; m < report.modality_names.size(); ++m) {
     const auto& name = report.modality_names[m];
-    const auto mean = [&](auto member) { return mean_over(report.layers, [&](const LayerRouting& l) { return l.modalities[m].tokens ? double(l.modalities[m].*member) : NAN; }); };
+    const auto mean = [&](auto member) {
+      return mean_over(report.layers, [&](const LayerRouting& l) {
+        return l.modalities[m].tokens ? double(l.modalities[m].*member) : NAN;
+      });
+    };
     add(name + "/entropy", mean(&ModalityLoad::entropy));
     add(name + "/imbalance", mean(&ModalityLoad::imbalance));
     add(name + "/dead_experts", mean(&ModalityLoad::dead));
@@ -78,7 +89,8 @@ std::vector<std::pair<std::string, double>> scalars(const RoutingReport& report)
     add(name + "/confidence", mean(&ModalityLoad::confidence));
     if (m == 0) continue;
     add("divergence/" + name, report.mean_divergence(m));
-    for (const auto& layer : report.layers) add("divergence/" + name + "/layer_" + std::to_string(layer.layer), layer.divergence_M[m]);
+    for (const auto& layer : report.layers)
+      add("divergence/" + name + "/layer_" + std::to_string(layer.layer), layer.divergence_M[m]);
   }
   add("mutual_information", mean_over(report.layers, [](const LayerRouting& l) { return l.mutual_information; }));
   return out;
@@ -98,9 +110,14 @@ std::string to_json_line(const RoutingReport& report, int64_t step) {
         modalities[name] = {{"tokens", 0}};
         continue;
       }
-      modalities[name] = {{"tokens", load.tokens},         {"load", numbers(load.load_E)},           {"probability", numbers(load.probability_E)},
-                          {"entropy", number(load.entropy)}, {"imbalance", number(load.imbalance)},    {"dead", load.dead},
-                          {"router_entropy", number(load.router_entropy)}, {"confidence", number(load.confidence)}};
+      modalities[name] = {{"tokens", load.tokens},
+                          {"load", numbers(load.load_E)},
+                          {"probability", numbers(load.probability_E)},
+                          {"entropy", number(load.entropy)},
+                          {"imbalance", number(load.imbalance)},
+                          {"dead", load.dead},
+                          {"router_entropy", number(load.router_entropy)},
+                          {"confidence", number(load.confidence)}};
     }
     layers.push_back({{"layer", layer.layer},
                       {"modalities", modalities},
@@ -112,7 +129,8 @@ std::string to_json_line(const RoutingReport& report, int64_t step) {
 }
 
 RoutingLine parse_json_line(const std::string& line, const std::string& where) {
-  MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, where, ": brackets nest ", json_depth(line), " deep, expected ", kMostJsonDepth, " at most");
+  MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, where, ": brackets nest ", json_depth(line), " deep, expected ",
+                 kMostJsonDepth, " at most");
   try {
     const auto j = io::Json::parse(line);
     RoutingLine out;
@@ -132,17 +150,20 @@ RoutingLine parse_json_line(const std::string& line, const std::string& where) {
 }
 
 std::array<uint8_t, 3> colour(double value) {
-  constexpr double kStops[][3] = {{40, 10, 70}, {56, 62, 128}, {36, 116, 138}, {44, 166, 118}, {140, 208, 72}, {250, 230, 50}};
+  constexpr double kStops[][3] = {{40, 10, 70},   {56, 62, 128},  {36, 116, 138},
+                                  {44, 166, 118}, {140, 208, 72}, {250, 230, 50}};
   constexpr int kSpans = int(std::size(kStops)) - 1;
   const double at = std::min(1.0, std::max(0.0, value)) * kSpans;
   const int i = std::min(kSpans - 1, int(at));
   std::array<uint8_t, 3> rgb{};
-  for (int c = 0; c < 3; ++c) rgb[c] = uint8_t(std::lround(kStops[i][c] + (at - i) * (kStops[i + 1][c] - kStops[i][c])));
+  for (int c = 0; c < 3; ++c)
+    rgb[c] = uint8_t(std::lround(kStops[i][c] + (at - i) * (kStops[i + 1][c] - kStops[i][c])));
   return rgb;
 }
 
 at::Tensor heat_map(const RoutingReport& report, int64_t cell) {
-  const int64_t rows = std::max<int64_t>(1, int64_t(report.layers.size())), E = std::max<int64_t>(1, report.num_experts), gap = cell;
+  const int64_t rows = std::max<int64_t>(1, int64_t(report.layers.size())),
+                E = std::max<int64_t>(1, report.num_experts), gap = cell;
   const int64_t M = int64_t(report.modality_names.size()), panel = E * cell;
   auto picture = at::full({3, rows * cell, M * panel + (M - 1) * gap}, 255, at::kByte);
   auto pixels = picture.accessor<uint8_t, 3>();
@@ -157,7 +178,8 @@ at::Tensor heat_map(const RoutingReport& report, int64_t cell) {
         const auto rgb = colour(load_E[e] / largest);
         for (int64_t c = 0; c < 3; ++c)
           for (int64_t y = l * cell; y < (l + 1) * cell; ++y)
-            for (int64_t x = m * (panel + gap) + e * cell; x < m * (panel + gap) + (e + 1) * cell; ++x) pixels[c][y][x] = rgb[c];
+            for (int64_t x = m * (panel + gap) + e * cell; x < m * (panel + gap) + (e + 1) * cell; ++x)
+              pixels[c][y][x] = rgb[c];
       }
     }
   }

@@ -33,7 +33,8 @@ double mean_over(const std::vector<LayerRouting>& layers, F&& value_of) {
   return count ? sum / double(count) : kNone;
 }
 
-std::vector<std::string> selectivity(const std::vector<ModalityLoad>& modalities, const std::vector<std::string>& names, int64_t num_experts) {
+std::vector<std::string> selectivity(const std::vector<ModalityLoad>& modalities, const std::vector<std::string>& names,
+                                     int64_t num_experts) {
   std::vector<std::string> labels(num_experts);
   for (int64_t e = 0; e < num_experts; ++e) {
     double total = 0;
@@ -70,11 +71,13 @@ double mutual_information_bits(const std::vector<std::vector<double>>& counts_ME
   double total = 0;
   std::vector<double> rows(counts_ME.size()), columns(counts_ME.empty() ? 0 : counts_ME[0].size());
   for (size_t m = 0; m < counts_ME.size(); ++m)
-    for (size_t e = 0; e < columns.size(); ++e) total += counts_ME[m][e], rows[m] += counts_ME[m][e], columns[e] += counts_ME[m][e];
+    for (size_t e = 0; e < columns.size(); ++e)
+      total += counts_ME[m][e], rows[m] += counts_ME[m][e], columns[e] += counts_ME[m][e];
   double sum = 0;
   for (size_t m = 0; m < counts_ME.size(); ++m)
     for (size_t e = 0; e < columns.size(); ++e)
-      if (counts_ME[m][e] > 0) sum += counts_ME[m][e] / total * std::log2(counts_ME[m][e] * total / (rows[m] * columns[e]));
+      if (counts_ME[m][e] > 0)
+        sum += counts_ME[m][e] / total * std::log2(counts_ME[m][e] * total / (rows[m] * columns[e]));
   return std::max(0.0, sum);
 }
 
@@ -86,16 +89,21 @@ double RoutingReport::mean_entropy(size_t modality) const {
   return mean_over(layers, [&](const LayerRouting& layer) { return layer.modalities.at(modality).entropy; });
 }
 
-RoutingStats::RoutingStats(int64_t num_layers, int64_t num_experts, std::vector<std::string> modality_names, at::Device device)
+RoutingStats::RoutingStats(int64_t num_layers, int64_t num_experts, std::vector<std::string> modality_names,
+                           at::Device device)
     : num_experts_(std::max<int64_t>(num_experts, 1)), names_(std::move(modality_names)) {
   MOEGRAFT_INVARIANT(!names_.empty() && names_[0] == "text", "the first modality is text");
-  sums_LMX_ = at::zeros({num_layers, int64_t(names_.size()), 2 * num_experts_ + 3}, at::TensorOptions().dtype(at::kDouble).device(device));
+  sums_LMX_ = at::zeros({num_layers, int64_t(names_.size()), 2 * num_experts_ + 3},
+                        at::TensorOptions().dtype(at::kDouble).device(device));
 }
 
-void RoutingStats::observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor&, const at::Tensor& modality_T) {
+void RoutingStats::observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor&,
+                           const at::Tensor& modality_T) {
   at::NoGradGuard no_grad;
   MOEGRAFT_INVARIANT(layer >= 0 && layer < sums_LMX_.size(0), "layer ", layer, " of ", sums_LMX_.size(0));
-  MOEGRAFT_INVARIANT(probs_TE.dim() == 2 && probs_TE.size(1) == num_experts_ && topk_ids_TK.dim() == 2 && topk_ids_TK.size(0) == probs_TE.size(0), "router output shapes");
+  MOEGRAFT_INVARIANT(probs_TE.dim() == 2 && probs_TE.size(1) == num_experts_ && topk_ids_TK.dim() == 2 &&
+                         topk_ids_TK.size(0) == probs_TE.size(0),
+                     "router output shapes");
   if (probs_TE.size(0) > 0) kernels::add_routing_sums(sums_LMX_[layer], probs_TE, topk_ids_TK, modality_T);
 }
 
@@ -137,7 +145,8 @@ RoutingReport RoutingStats::read() const {
     if (present == 0) continue;  // a dense layer, or nothing ran
     const auto& text = layer.modalities[0];
     for (const auto& other : layer.modalities)
-      layer.divergence_M.push_back(text.tokens && other.tokens ? jensen_shannon_bits(text.load_E, other.load_E) : kNone);
+      layer.divergence_M.push_back(text.tokens && other.tokens ? jensen_shannon_bits(text.load_E, other.load_E)
+                                                               : kNone);
     layer.mutual_information = present > 1 ? mutual_information_bits(counts_ME) : kNone;
     layer.selectivity_E = selectivity(layer.modalities, names_, E);
     report.layers.push_back(std::move(layer));

@@ -1,6 +1,6 @@
 #pragma once
-// Records (records.h) as JSON: an object with a key for each field. visit_fields(v) of a record calls v("key", field), and v.by_name("prefix_", map) for keys that end with
-// the name of a modality.
+// Records (records.h) as JSON: an object with a key for each field. visit_fields(v) of a record calls v("key", field),
+// and v.by_name("prefix_", map) for keys that end with the name of a modality.
 
 #include <concepts>
 #include <limits>
@@ -24,7 +24,9 @@ T from_value(const io::Json& value, const std::string& what);
 struct Writer {
   io::Json out = io::Json::object();
   template <class T>
-  void operator()(const char* key, const T& field) { out[key] = to_value(field); }
+  void operator()(const char* key, const T& field) {
+    out[key] = to_value(field);
+  }
   template <class T>
   void operator()(const char* key, const std::optional<T>& field) {
     if (field) out[key] = to_value(*field);
@@ -79,7 +81,9 @@ io::Json to_value(const T& field) {
 // what: the value's name in messages.
 template <class T>
 T from_value(const io::Json& value, const std::string& what) {
-  const auto expect = [&](bool fits, const char* kind) { MOEGRAFT_CHECK(fits, what, " must be ", kind, ", got ", shortened(value.dump())); };
+  const auto expect = [&](bool fits, const char* kind) {
+    MOEGRAFT_CHECK(fits, what, " must be ", kind, ", got ", shortened(value.dump()));
+  };
   T field{};
   if constexpr (Record<T>) {
     expect(value.is_object(), "an object");
@@ -87,10 +91,12 @@ T from_value(const io::Json& value, const std::string& what) {
     field.visit_fields(reader);
   } else if constexpr (List<T>) {
     expect(value.is_array(), "a list");
-    for (size_t i = 0; i < value.size(); ++i) field.push_back(from_value<typename T::value_type>(value[i], what + "[" + std::to_string(i) + "]"));
+    for (size_t i = 0; i < value.size(); ++i)
+      field.push_back(from_value<typename T::value_type>(value[i], what + "[" + std::to_string(i) + "]"));
   } else if constexpr (Named<T>) {
     expect(value.is_object(), "an object");
-    for (const auto& [name, element] : value.items()) field[name] = from_value<typename T::mapped_type>(element, what + "." + shortened(name));
+    for (const auto& [name, element] : value.items())
+      field[name] = from_value<typename T::mapped_type>(element, what + "." + shortened(name));
   } else if constexpr (std::same_as<T, double>) {
     if (value.is_null()) return std::numeric_limits<double>::quiet_NaN();  // JSON has no NaN
     expect(value.is_number(), "a number");

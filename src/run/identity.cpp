@@ -21,8 +21,10 @@ std::map<std::string, std::string> paths_of(const RunConfig& config) {
   if (!config.model.init) paths["base"] = config.model.path;
   paths["tokenizer"] = config.model.init ? config.model.init->tokenizer : config.model.path;
   for (const auto& [name, modality] : config.modalities) paths["codec." + name] = modality.codec;
-  for (const auto& [list, sources] : {std::pair("data.train", &config.data.train), std::pair("data.eval", &config.data.eval)})
-    for (size_t i = 0; i < sources->size(); ++i) paths[std::string(list) + "[" + std::to_string(i) + "]"] = (*sources)[i].path;
+  for (const auto& [list, sources] :
+       {std::pair("data.train", &config.data.train), std::pair("data.eval", &config.data.eval)})
+    for (size_t i = 0; i < sources->size(); ++i)
+      paths[std::string(list) + "[" + std::to_string(i) + "]"] = (*sources)[i].path;
   return paths;
 }
 
@@ -36,31 +38,43 @@ std::string remedy(const std::string& name) {
 Fingerprints take_fingerprints(const RunConfig& config, Parts parts) {
   Fingerprints out;
   for (const auto& [name, path] : paths_of(config)) {
-    if (name == "base") out[name] = data::base_fingerprint(path);
-    else if (name == "tokenizer") out[name] = data::tokenizer_fingerprint(*tokenizer::load_tokenizer(path));
-    else if (is_data(name) && parts == Parts::all) out[name] = data::source_fingerprint(path);
-    else if (!is_data(name) && parts != Parts::model) out[name] = data::codec_fingerprint(path);
+    if (name == "base")
+      out[name] = data::base_fingerprint(path);
+    else if (name == "tokenizer")
+      out[name] = data::tokenizer_fingerprint(*tokenizer::load_tokenizer(path));
+    else if (is_data(name) && parts == Parts::all)
+      out[name] = data::source_fingerprint(path);
+    else if (!is_data(name) && parts != Parts::model)
+      out[name] = data::codec_fingerprint(path);
   }
   return out;
 }
 
-void check_fingerprints(const Fingerprints& was, const Fingerprints& now, const RunConfig& config, const std::string& whose, bool accept_data) {
+void check_fingerprints(const Fingerprints& was, const Fingerprints& now, const RunConfig& config,
+                        const std::string& whose, bool accept_data) {
   const auto paths = paths_of(config);
   std::vector<std::string> lines;
   for (const auto& [name, before] : was) {
     const auto after = now.find(name);
     if (after == now.end() || after->second == before) continue;
     const auto path = paths.find(name);
-    const std::string what = detail::concat(name, " ", path == paths.end() ? "" : path->second, " is not the one that ", whose, " (fingerprint ", before, ", now ", after->second, ")");
-    if (is_data(name) && accept_data) log::warning(what, ": accepted");
-    else lines.push_back(what + ": " + remedy(name));
+    const std::string what = detail::concat(name, " ", path == paths.end() ? "" : path->second, " is not the one that ",
+                                            whose, " (fingerprint ", before, ", now ", after->second, ")");
+    if (is_data(name) && accept_data)
+      log::warning(what, ": accepted");
+    else
+      lines.push_back(what + ": " + remedy(name));
   }
   MOEGRAFT_CHECK(lines.empty(), join(lines, "; "));
 }
 
-void check_identity(const std::filesystem::path& dir, const Fingerprints& now, const RunConfig& config, bool accept_data) {
+void check_identity(const std::filesystem::path& dir, const Fingerprints& now, const RunConfig& config,
+                    bool accept_data) {
   const auto was = recorded_fingerprints(dir);
-  if (was.empty()) log::warning(dir.string(), " was made before fingerprints of base, codec, tokenizer and data were noted: whether they are the same is not checked");
+  if (was.empty())
+    log::warning(dir.string(),
+                 " was made before fingerprints of base, codec, tokenizer and data were noted: whether they are the "
+                 "same is not checked");
   check_fingerprints(was, now, config, "the run " + dir.string() + " was trained on", accept_data);
 }
 
@@ -70,14 +84,21 @@ void check_shards(const std::vector<std::string>& sources, const Fingerprints& n
     for (const auto& modality : shards.schema().modalities) {
       std::vector<std::string> known;
       for (const auto& [name, section] : config.modalities) known.push_back(name);
-      MOEGRAFT_CHECK_USAGE(modality.name == "text" || config.modalities.contains(modality.name), "data source ", path, " holds the modality \"", modality.name, "\", which `modalities` lacks (",
-                           known.empty() ? "none" : join(known, ", "), "): add modalities.", modality.name, " with the codec that made it, or leave the source out");
+      MOEGRAFT_CHECK_USAGE(modality.name == "text" || config.modalities.contains(modality.name), "data source ", path,
+                           " holds the modality \"", modality.name, "\", which `modalities` lacks (",
+                           known.empty() ? "none" : join(known, ", "), "): add modalities.", modality.name,
+                           " with the codec that made it, or leave the source out");
     }
-    if (shards.fingerprints().empty()) log::warning("data source ", path, " does not say which tokenizer and codec made it: whether they are this run's is not checked; moegraft data prepare notes them");
+    if (shards.fingerprints().empty())
+      log::warning("data source ", path,
+                   " does not say which tokenizer and codec made it: whether they are this run's is not checked; "
+                   "moegraft data prepare notes them");
     for (const auto& [name, made_with] : shards.fingerprints()) {
       const auto own = now.find(name);
-      MOEGRAFT_CHECK(own == now.end() || own->second == made_with, "data source ", path, " was made with another ", name.starts_with("codec.") ? "codec" : name, " than this run's ",
-                     paths_of(config).at(name), " (fingerprint ", made_with, ", the run's ", own->second, "): prepare it again with this run's, or name the one that it was made with");
+      MOEGRAFT_CHECK(own == now.end() || own->second == made_with, "data source ", path, " was made with another ",
+                     name.starts_with("codec.") ? "codec" : name, " than this run's ", paths_of(config).at(name),
+                     " (fingerprint ", made_with, ", the run's ", own->second,
+                     "): prepare it again with this run's, or name the one that it was made with");
     }
   }
 }

@@ -32,13 +32,15 @@ void for_each_line(const fs::path& path, std::string_view text, size_t begin, in
 }
 
 io::Json parse_object(const std::string& line, const std::string& where) {
-  MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, where, ": brackets nest ", json_depth(line), " deep, expected ", kMostJsonDepth, " at most");
+  MOEGRAFT_CHECK(json_depth(line) <= kMostJsonDepth, where, ": brackets nest ", json_depth(line), " deep, expected ",
+                 kMostJsonDepth, " at most");
   try {
     auto j = io::Json::parse(line);
     MOEGRAFT_CHECK(j.is_object(), where, ": expected a JSON object, got ", j.type_name());
     return j;
   } catch (const io::Json::exception& e) {
-    std::string what = e.what();  // "[json.exception...] parse error at line 1, column C: <what>": the line's number is in `where`
+    std::string what =
+        e.what();  // "[json.exception...] parse error at line 1, column C: <what>": the line's number is in `where`
     if (const size_t cut = what.find(": "); cut != std::string::npos) what = what.substr(cut + 2);
     fail<UserError>(where, ": not valid JSON: ", shortened(what, 160));
   }
@@ -46,8 +48,10 @@ io::Json parse_object(const std::string& line, const std::string& where) {
 
 void add(const std::string& line, const std::string& where, Metrics& metrics) {
   const auto j = parse_object(line, where);
-  if (j.contains("loss")) metrics.training.push_back(fields::from_value<TrainingLine>(j, where));
-  else if (j.contains("eval") && j["eval"] == true) metrics.evaluations.push_back(fields::from_value<EvaluationLine>(j, where));
+  if (j.contains("loss"))
+    metrics.training.push_back(fields::from_value<TrainingLine>(j, where));
+  else if (j.contains("eval") && j["eval"] == true)
+    metrics.evaluations.push_back(fields::from_value<EvaluationLine>(j, where));
 }
 
 }  // namespace
@@ -75,15 +79,18 @@ void read_more(const fs::path& path, Metrics& metrics) {
     metrics = {};
     text = read_from(path, 0);
   }
-  for_each_line(path, text, metrics.last_line.size(), metrics.lines + 1, [&](const std::string& line, const std::string& where) {
-    add(line, where, metrics);
-    ++metrics.lines, metrics.bytes += int64_t(line.size()), metrics.last_line = line;
-  });
+  for_each_line(path, text, metrics.last_line.size(), metrics.lines + 1,
+                [&](const std::string& line, const std::string& where) {
+                  add(line, where, metrics);
+                  ++metrics.lines, metrics.bytes += int64_t(line.size()), metrics.last_line = line;
+                });
 }
 
 std::vector<routing::RoutingLine> read_routing(const fs::path& path) {
   std::vector<routing::RoutingLine> lines;
-  for_each_line(path, read_from(path, 0), 0, 1, [&](const std::string& line, const std::string& where) { lines.push_back(routing::parse_json_line(line, where)); });
+  for_each_line(path, read_from(path, 0), 0, 1, [&](const std::string& line, const std::string& where) {
+    lines.push_back(routing::parse_json_line(line, where));
+  });
   return lines;
 }
 

@@ -28,7 +28,9 @@ void on_signal(int signal) {
 
 // Nothing has been trained, and what is written appears whole or not at all: the process can end at once.
 void on_signal_at_start(int signal) {
-  const auto say = [](const char* text) { [[maybe_unused]] const auto n = ::write(STDERR_FILENO, text, std::strlen(text)); };
+  const auto say = [](const char* text) {
+    [[maybe_unused]] const auto n = ::write(STDERR_FILENO, text, std::strlen(text));
+  };
   say("stopped by ");
   say(signal_name(signal));
   say(" during start-up: nothing was trained yet\n");
@@ -61,11 +63,14 @@ StopSignals::StopSignals() {
     struct sigaction action{};
     sigemptyset(&action.sa_mask);
     action.sa_handler = kSignals[i] == SIGXFSZ ? SIG_IGN : on_signal;
-    // SA_RESTART: a save in progress must not see EINTR. SA_RESETHAND: the second Ctrl-C kills; a scheduler may repeat the others.
+    // SA_RESTART: a save in progress must not see EINTR. SA_RESETHAND: the second Ctrl-C kills; a scheduler may repeat
+    // the others.
     action.sa_flags = SA_RESTART | (kSignals[i] == SIGINT ? int(SA_RESETHAND) : 0);
     struct sigaction now{};
-    if (kSignals[i] == SIGHUP && sigaction(SIGHUP, nullptr, &now) == 0 && now.sa_handler == SIG_IGN) action.sa_handler = SIG_IGN;  // nohup
-    MOEGRAFT_CHECK(sigaction(kSignals[i], &action, &former[i]) == 0, "cannot handle ", signal_name(kSignals[i]), ": ", std::strerror(errno));
+    if (kSignals[i] == SIGHUP && sigaction(SIGHUP, nullptr, &now) == 0 && now.sa_handler == SIG_IGN)
+      action.sa_handler = SIG_IGN;  // nohup
+    MOEGRAFT_CHECK(sigaction(kSignals[i], &action, &former[i]) == 0, "cannot handle ", signal_name(kSignals[i]), ": ",
+                   std::strerror(errno));
   }
   installed = true;
 }

@@ -44,7 +44,9 @@ std::string varint(uint64_t value) {
 enum Wire { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 std::string key(int field, Wire wire) { return varint(uint64_t(field) << 3 | wire); }
 std::string varint_field(int field, int64_t value) { return key(field, kVarint) + varint(uint64_t(value)); }
-std::string bytes_field(int field, std::string_view bytes) { return key(field, kBytes) + varint(bytes.size()) + std::string(bytes); }
+std::string bytes_field(int field, std::string_view bytes) {
+  return key(field, kBytes) + varint(bytes.size()) + std::string(bytes);
+}
 
 std::string event(double wall_time, int64_t step, const std::string& what) {
   // Like protobuf's own writers, a zero is left out.
@@ -79,14 +81,17 @@ std::string encode_scalar_event(double wall_time, int64_t step, std::string_view
   return event(wall_time, step, bytes_field(5, bytes_field(1, bytes_field(1, tag) + key(2, kFixed32) + raw(value))));
 }
 
-std::string encode_image_event(double wall_time, int64_t step, std::string_view tag, int64_t height, int64_t width, std::string_view png) {
+std::string encode_image_event(double wall_time, int64_t step, std::string_view tag, int64_t height, int64_t width,
+                               std::string_view png) {
   const std::string image = varint_field(1, height) + varint_field(2, width) + varint_field(3, 3) + bytes_field(4, png);
   return event(wall_time, step, bytes_field(5, bytes_field(1, bytes_field(1, tag) + bytes_field(4, image))));
 }
 
 std::string encode_version_event(double wall_time) { return event(wall_time, 0, bytes_field(3, "brain.Event:2")); }
 
-std::string encode_start_event(double wall_time, int64_t step) { return event(wall_time, step, bytes_field(7, varint_field(1, 1))); }
+std::string encode_start_event(double wall_time, int64_t step) {
+  return event(wall_time, step, bytes_field(7, varint_field(1, 1)));
+}
 
 TensorBoard::TensorBoard(const std::filesystem::path& dir, int64_t resume_step) {
   std::filesystem::create_directories(dir);
@@ -112,17 +117,23 @@ void TensorBoard::write(const std::string& event) {
   const std::string record = frame_record(event);
   if (::write(fd_, record.data(), record.size()) == ssize_t(record.size())) return;
   failed_ = true;  // what follows half a record could not be read
-  log::warning("cannot write ", path_.string(), ": ", std::strerror(errno), "; no more TensorBoard events in this session");
+  log::warning("cannot write ", path_.string(), ": ", std::strerror(errno),
+               "; no more TensorBoard events in this session");
 }
 
-void TensorBoard::scalar(const std::string& tag, int64_t step, double value) { write(encode_scalar_event(now(), step, tag, float(value))); }
+void TensorBoard::scalar(const std::string& tag, int64_t step, double value) {
+  write(encode_scalar_event(now(), step, tag, float(value)));
+}
 
 void TensorBoard::image(const std::string& tag, int64_t step, std::string_view png) {
   // PNG: 8 bytes of signature, then the IHDR chunk: length, name, width, height.
-  MOEGRAFT_CHECK(png.size() > 24 && png.substr(1, 3) == "PNG" && png.substr(12, 4) == "IHDR", "the picture ", tag, " is not a PNG");
+  MOEGRAFT_CHECK(png.size() > 24 && png.substr(1, 3) == "PNG" && png.substr(12, 4) == "IHDR", "the picture ", tag,
+                 " is not a PNG");
   write(encode_image_event(now(), step, tag, big_endian(png.substr(20, 4)), big_endian(png.substr(16, 4)), png));
 }
 
-void TensorBoard::image_file(const std::string& tag, int64_t step, const std::filesystem::path& png) { image(tag, step, io::read_file(png)); }
+void TensorBoard::image_file(const std::string& tag, int64_t step, const std::filesystem::path& png) {
+  image(tag, step, io::read_file(png));
+}
 
 }  // namespace moegraft::run

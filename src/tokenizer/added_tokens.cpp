@@ -21,8 +21,7 @@ size_t leading_space(std::string_view text) {
 
 size_t last_char(std::string_view text) {
   size_t i = text.size();
-  while (i > 0 && (static_cast<unsigned char>(text[--i]) & 0xC0) == 0x80) {
-  }
+  while (i > 0 && (static_cast<unsigned char>(text[--i]) & 0xC0) == 0x80) {}
   return i;
 }
 
@@ -48,7 +47,8 @@ AddedToken read_added_token(const Field& field, int64_t id) {
           .rstrip = field.boolean_or("rstrip", false)};
 }
 
-AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* normalizer) : tokens_(std::move(tokens)), normalizer_(normalizer), word_("[" + std::string(kRustWord) + "]", "added tokens") {
+AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* normalizer)
+    : tokens_(std::move(tokens)), normalizer_(normalizer), word_("[" + std::string(kRustWord) + "]", "added tokens") {
   for (size_t i = 0; i < tokens_.size(); ++i) {
     const auto& token = tokens_[i];
     const std::string text = token.normalized && normalizer_ ? normalizer_->apply(token.content) : token.content;
@@ -59,7 +59,8 @@ AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer* norma
   }
   for (auto* patterns : {&raw_, &normalized_}) {
     for (auto& bucket : *patterns) {
-      std::stable_sort(bucket.begin(), bucket.end(), [](const Pattern& a, const Pattern& b) { return a.text.size() > b.text.size(); });
+      std::stable_sort(bucket.begin(), bucket.end(),
+                       [](const Pattern& a, const Pattern& b) { return a.text.size() > b.text.size(); });
     }
   }
 }
@@ -77,7 +78,8 @@ void AddedTokens::find(const Patterns& patterns, std::string_view text, const Em
   size_t done = 0;
   for (size_t i = 0; i < text.size();) {
     const auto& bucket = patterns[static_cast<unsigned char>(text[i])];
-    const auto it = std::find_if(bucket.begin(), bucket.end(), [&](const Pattern& p) { return text.substr(i).starts_with(p.text); });
+    const auto it = std::find_if(bucket.begin(), bucket.end(),
+                                 [&](const Pattern& p) { return text.substr(i).starts_with(p.text); });
     if (it == bucket.end()) {
       ++i;
       continue;
@@ -95,25 +97,31 @@ void AddedTokens::find(const Patterns& patterns, std::string_view text, const Em
   if (done < text.size()) emit(nullptr, done, text.size());
 }
 
-void AddedTokens::split(std::string_view text, const std::function<void(int64_t)>& token, const std::function<void(std::string, bool)>& plain) const {
+void AddedTokens::split(std::string_view text, const std::function<void(int64_t)>& token,
+                        const std::function<void(std::string, bool)>& plain) const {
   const Emit normalised_part = [&](const AddedToken* found, size_t begin, size_t end) {
     if (found) {
       token(found->id);
       return;
     }
-    const std::string normal = normalizer_ ? normalizer_->apply(std::string(text.substr(begin, end - begin))) : std::string(text.substr(begin, end - begin));
+    const std::string normal = normalizer_ ? normalizer_->apply(std::string(text.substr(begin, end - begin)))
+                                           : std::string(text.substr(begin, end - begin));
     const bool at_start = begin == 0;
     if (!has_normalized_) {
       if (!normal.empty()) plain(normal, at_start);
       return;
     }
     find(normalized_, normal, [&](const AddedToken* inner, size_t first, size_t last) {
-      if (inner) token(inner->id);
-      else plain(normal.substr(first, last - first), at_start && first == 0);
+      if (inner)
+        token(inner->id);
+      else
+        plain(normal.substr(first, last - first), at_start && first == 0);
     });
   };
-  if (has_raw_) find(raw_, text, normalised_part);
-  else if (!text.empty()) normalised_part(nullptr, 0, text.size());
+  if (has_raw_)
+    find(raw_, text, normalised_part);
+  else if (!text.empty())
+    normalised_part(nullptr, 0, text.size());
 }
 
 }  // namespace moegraft::tokenizer

@@ -1,5 +1,6 @@
 #pragma once
-// Tokens found in the text as they stand, before anything else looks at it: special ones ("<|im_end|>") and plain ones (runs of spaces in GPT-NeoX).
+// Tokens found in the text as they stand, before anything else looks at it: special ones ("<|im_end|>") and plain ones
+// (runs of spaces in GPT-NeoX).
 
 #include <array>
 #include <cstdint>
@@ -31,7 +32,8 @@ class AddedTokens {
   AddedTokens(std::vector<AddedToken> tokens, const Normalizer* normalizer);
 
   // Cuts the text: token(id) for an added token, plain(text, at_start) for normalised text between them (never empty).
-  void split(std::string_view text, const std::function<void(int64_t)>& token, const std::function<void(std::string, bool)>& plain) const;
+  void split(std::string_view text, const std::function<void(int64_t)>& token,
+             const std::function<void(std::string, bool)>& plain) const;
   const std::vector<AddedToken>& tokens() const { return tokens_; }
 
  private:

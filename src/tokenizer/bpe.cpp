@@ -17,15 +17,18 @@ constexpr size_t kMaxAffix = 64;  // bytes; copied for each character
 
 }  // namespace
 
-Bpe::Bpe(const Field& model) : fuse_unk_(model.boolean_or("fuse_unk", false)), ignore_merges_(model.boolean_or("ignore_merges", false)) {
+Bpe::Bpe(const Field& model)
+    : fuse_unk_(model.boolean_or("fuse_unk", false)), ignore_merges_(model.boolean_or("ignore_merges", false)) {
   if (model.has("dropout")) {
     const auto& dropout = model.at("dropout").value();
-    model.at("dropout").expect(dropout.is_number() && dropout.get<double>() == 0, "null or 0 (random merges are for training and not supported)");
+    model.at("dropout").expect(dropout.is_number() && dropout.get<double>() == 0,
+                               "null or 0 (random merges are for training and not supported)");
   }
   prefix_ = model.string_or("continuing_subword_prefix", "");
   suffix_ = model.string_or("end_of_word_suffix", "");
   for (const auto& [key, text] : {std::pair{"continuing_subword_prefix", &prefix_}, {"end_of_word_suffix", &suffix_}})
-    MOEGRAFT_CHECK(text->size() <= kMaxAffix, model.place(), ".", key, ": expected at most ", kMaxAffix, " bytes, got ", text->size());
+    MOEGRAFT_CHECK(text->size() <= kMaxAffix, model.place(), ".", key, ": expected at most ", kMaxAffix, " bytes, got ",
+                   text->size());
   read_vocab(model.at("vocab"));
   read_merges(model.at("merges"));
   if (model.has("unk_token")) {
@@ -38,7 +41,8 @@ Bpe::Bpe(const Field& model) : fuse_unk_(model.boolean_or("fuse_unk", false)), i
     for (int byte = 0; byte < 256; ++byte) {
       char name[8];
       std::snprintf(name, sizeof name, "<0x%02X>", byte);
-      if (const auto it = vocab_.find(std::string_view(name)); it != vocab_.end()) byte_ids_[static_cast<size_t>(byte)] = it->second;
+      if (const auto it = vocab_.find(std::string_view(name)); it != vocab_.end())
+        byte_ids_[static_cast<size_t>(byte)] = it->second;
     }
   }
 }
@@ -48,7 +52,8 @@ void Bpe::read_vocab(const Field& vocab) {
   vocab_.reserve(vocab.value().size());
   for (const auto& [token, id] : vocab.value().items()) {
     const bool good = id.is_number_integer() && id >= 0 && id < std::numeric_limits<int32_t>::max();
-    MOEGRAFT_CHECK(good, vocab.place(), "['", shortened(token), "']: expected an id, an integer ≥ 0, got ", shortened(id.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)));
+    MOEGRAFT_CHECK(good, vocab.place(), "['", shortened(token), "']: expected an id, an integer ≥ 0, got ",
+                   shortened(id.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)));
     vocab_.emplace(token, id.get<int32_t>());
   }
 }
@@ -57,7 +62,8 @@ void Bpe::read_merges(const Field& merges) {
   merges.expect(merges.value().is_array(), "an array of merges");
   const auto id_of = [&](std::string_view token, size_t rank) {
     const auto it = vocab_.find(token);
-    MOEGRAFT_CHECK(it != vocab_.end(), merges.place(), "[", rank, "]: the token '", std::string(token), "' is not in the vocabulary");
+    MOEGRAFT_CHECK(it != vocab_.end(), merges.place(), "[", rank, "]: the token '", std::string(token),
+                   "' is not in the vocabulary");
     return it->second;
   };
   const auto& list = merges.value();
@@ -69,7 +75,8 @@ void Bpe::read_merges(const Field& merges) {
     if (whole) {
       const size_t space = whole->find(' ');
       const bool pair = space != std::string::npos && whole->find(' ', space + 1) == std::string::npos;
-      MOEGRAFT_CHECK(pair, merges.place(), "[", rank, "]: expected two tokens with a space between them, got '", *whole, "'");
+      MOEGRAFT_CHECK(pair, merges.place(), "[", rank, "]: expected two tokens with a space between them, got '", *whole,
+                     "'");
       left = std::string_view(*whole).substr(0, space);
       right = std::string_view(*whole).substr(space + 1);
     } else {
@@ -79,7 +86,8 @@ void Bpe::read_merges(const Field& merges) {
       right = entry[1].get_ref<const std::string&>();
     }
     const int32_t left_id = id_of(left, rank), right_id = id_of(right, rank);
-    MOEGRAFT_CHECK(right.size() >= prefix_.size(), merges.place(), "[", rank, "]: the right token is shorter than continuing_subword_prefix");
+    MOEGRAFT_CHECK(right.size() >= prefix_.size(), merges.place(), "[", rank,
+                   "]: the right token is shorter than continuing_subword_prefix");
     const int32_t merged = id_of(std::string(left) + std::string(right.substr(prefix_.size())), rank);
     merges_[pair_key(left_id, right_id)] = {static_cast<int32_t>(rank), merged};
     ++rank;
@@ -128,18 +136,23 @@ void Bpe::merge(std::vector<int32_t>& ids) const {
   };
   struct Candidate {
     int32_t rank, position, id;
-    bool operator<(const Candidate& other) const { return rank != other.rank ? rank > other.rank : position > other.position; }
+    bool operator<(const Candidate& other) const {
+      return rank != other.rank ? rank > other.rank : position > other.position;
+    }
   };
-  MOEGRAFT_CHECK(ids.size() < static_cast<size_t>(std::numeric_limits<int32_t>::max()), "a word of ", ids.size(), " characters is too long for BPE");
+  MOEGRAFT_CHECK(ids.size() < static_cast<size_t>(std::numeric_limits<int32_t>::max()), "a word of ", ids.size(),
+                 " characters is too long for BPE");
   const auto count = static_cast<int32_t>(ids.size());
   std::vector<Symbol> symbols(ids.size());
   std::vector<Candidate> heap;
   heap.reserve(ids.size());
   const auto candidate = [&](int32_t left, int32_t right, auto push) {
-    const auto it = merges_.find(pair_key(symbols[static_cast<size_t>(left)].id, symbols[static_cast<size_t>(right)].id));
+    const auto it =
+        merges_.find(pair_key(symbols[static_cast<size_t>(left)].id, symbols[static_cast<size_t>(right)].id));
     if (it != merges_.end()) push(Candidate{it->second.rank, left, it->second.id});
   };
-  for (int32_t i = 0; i < count; ++i) symbols[static_cast<size_t>(i)] = {ids[static_cast<size_t>(i)], i - 1, i + 1 < count ? i + 1 : -1};
+  for (int32_t i = 0; i < count; ++i)
+    symbols[static_cast<size_t>(i)] = {ids[static_cast<size_t>(i)], i - 1, i + 1 < count ? i + 1 : -1};
   for (int32_t i = 0; i + 1 < count; ++i) candidate(i, i + 1, [&](Candidate c) { heap.push_back(c); });
   std::priority_queue<Candidate> queue({}, std::move(heap));
 
@@ -161,7 +174,8 @@ void Bpe::merge(std::vector<int32_t>& ids) const {
     if (left.next >= 0) candidate(top.position, left.next, push);
   }
   ids.clear();
-  for (int32_t i = 0; i >= 0 && i < count; i = symbols[static_cast<size_t>(i)].next) ids.push_back(symbols[static_cast<size_t>(i)].id);
+  for (int32_t i = 0; i >= 0 && i < count; i = symbols[static_cast<size_t>(i)].next)
+    ids.push_back(symbols[static_cast<size_t>(i)].id);
 }
 
 void Bpe::encode(std::string_view word, std::vector<int64_t>& ids) const {

@@ -1,5 +1,6 @@
 #pragma once
-// Byte-pair encoding of tokenizer.json's model: characters, then the merge of lowest rank first (leftmost of equals), until none applies.
+// Byte-pair encoding of tokenizer.json's model: characters, then the merge of lowest rank first (leftmost of equals),
+// until none applies.
 
 #include <cstdint>
 #include <shared_mutex>
@@ -35,7 +36,9 @@ class Bpe {
   void read_merges(const Field& merges);
   std::vector<int32_t> characters(std::string_view word) const;
   void merge(std::vector<int32_t>& ids) const;
-  static uint64_t pair_key(int32_t left, int32_t right) { return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right); }
+  static uint64_t pair_key(int32_t left, int32_t right) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);
+  }
 
   StringMap<int32_t> vocab_;
   std::unordered_map<uint64_t, Merge> merges_;

@@ -8,7 +8,9 @@ namespace moegraft::tokenizer {
 
 namespace {
 
-constexpr bool is_printable(int byte) { return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE; }
+constexpr bool is_printable(int byte) {
+  return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+}
 
 struct Tables {
   std::array<std::string, 256> chars;

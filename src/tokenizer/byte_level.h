@@ -1,5 +1,6 @@
 #pragma once
-// GPT-2's byte alphabet: every byte has a printable character. Printable Latin-1 bytes stand for themselves, the others take U+0100, U+0101, … in order.
+// GPT-2's byte alphabet: every byte has a printable character. Printable Latin-1 bytes stand for themselves, the others
+// take U+0100, U+0101, … in order.
 
 #include <cstdint>
 #include <string>

@@ -40,14 +40,17 @@ class Field {
     return value_->get<std::string>();
   }
   int64_t integer(int64_t low, int64_t high) const {
-    expect(value_->is_number_integer() && *value_ >= low && *value_ <= high, "an integer in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
+    expect(value_->is_number_integer() && *value_ >= low && *value_ <= high,
+           "an integer in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
     return value_->get<int64_t>();
   }
   bool boolean() const {
     expect(value_->is_boolean(), "true or false");
     return value_->get<bool>();
   }
-  std::string string_or(const char* key, std::string otherwise) const { return has(key) ? at(key).string() : std::move(otherwise); }
+  std::string string_or(const char* key, std::string otherwise) const {
+    return has(key) ? at(key).string() : std::move(otherwise);
+  }
   bool boolean_or(const char* key, bool otherwise) const { return has(key) ? at(key).boolean() : otherwise; }
   std::string type() const { return at("type").string(); }
 

@@ -17,7 +17,8 @@ namespace fs = std::filesystem;
 
 std::string read_file(const fs::path& path) {
   std::error_code ignored;
-  MOEGRAFT_CHECK(!fs::exists(path, ignored) || fs::is_regular_file(path, ignored), path.string(), ": cannot read: it is no regular file");
+  MOEGRAFT_CHECK(!fs::exists(path, ignored) || fs::is_regular_file(path, ignored), path.string(),
+                 ": cannot read: it is no regular file");
   std::ifstream in(path, std::ios::binary);
   MOEGRAFT_CHECK(in, path.string(), ": cannot read: ", std::strerror(errno));
   std::string bytes{std::istreambuf_iterator<char>(in), {}};
@@ -52,11 +53,13 @@ void write_files(const fs::path& dir, const std::vector<std::pair<std::string, s
 
 nlohmann::json read_json(const fs::path& path) {
   const std::string bytes = read_file(path);
-  MOEGRAFT_CHECK(json_depth(bytes) <= kMostJsonDepth, path.string(), ": brackets nest ", json_depth(bytes), " deep, expected ", kMostJsonDepth, " at most");
+  MOEGRAFT_CHECK(json_depth(bytes) <= kMostJsonDepth, path.string(), ": brackets nest ", json_depth(bytes),
+                 " deep, expected ", kMostJsonDepth, " at most");
   try {
     return nlohmann::json::parse(bytes);
   } catch (const nlohmann::json::exception& e) {
-    fail<UserError>(path.string(), ": not valid JSON (", shortened(e.what(), 200), "); the file may be truncated, fetch it again");
+    fail<UserError>(path.string(), ": not valid JSON (", shortened(e.what(), 200),
+                    "); the file may be truncated, fetch it again");
   }
 }
 
@@ -72,7 +75,8 @@ std::string token_content(const nlohmann::json& config, const char* key) {
   const auto it = config.find(key);
   if (it == config.end()) return {};
   if (it->is_string()) return it->get<std::string>();
-  if (it->is_object() && it->contains("content") && (*it)["content"].is_string()) return (*it)["content"].get<std::string>();
+  if (it->is_object() && it->contains("content") && (*it)["content"].is_string())
+    return (*it)["content"].get<std::string>();
   return {};
 }
 

@@ -51,7 +51,8 @@ Template template_processing(const Field& field) {
     const std::string name = token.string();
     const Field tokens = field.at("special_tokens");
     tokens.expect(tokens.has(name.c_str()), "the special token " + name);
-    for (const auto& id : tokens.at(name.c_str()).at("ids").items()) (seen ? out.after : out.before).push_back(id.integer(0, INT32_MAX));
+    for (const auto& id : tokens.at(name.c_str()).at("ids").items())
+      (seen ? out.after : out.before).push_back(id.integer(0, INT32_MAX));
   }
   field.expect(seen, "a Sequence in 'single'");
   return out;
@@ -67,7 +68,8 @@ Template make_template(const Field& field) {
   const std::string type = field.type();
   if (type == "ByteLevel") return {};  // it only trims offsets
   if (type == "TemplateProcessing") return template_processing(field);
-  if (type == "BertProcessing" || type == "RobertaProcessing") return {{pair_id(field.at("cls"))}, {pair_id(field.at("sep"))}};
+  if (type == "BertProcessing" || type == "RobertaProcessing")
+    return {{pair_id(field.at("cls"))}, {pair_id(field.at("sep"))}};
   if (type == "Sequence") {
     Template out;
     for (const auto& item : field.at("processors").items()) out.wrap(make_template(item));
@@ -81,7 +83,9 @@ class HfTokenizer : public Tokenizer {
   HfTokenizer(const Field& root, const std::filesystem::path& dir) : bpe_(root.at("model")) {
     const RegexBudget budget(0);  // added tokens are normalised once
     for (const char* part : {"normalizer", "pre_tokenizer", "decoder", "post_processor"})
-      if (root.has(part)) root.at(part).expect(count_values(root.at(part).value()) <= kMaxPipeline, "at most " + std::to_string(kMaxPipeline) + " values");
+      if (root.has(part))
+        root.at(part).expect(count_values(root.at(part).value()) <= kMaxPipeline,
+                             "at most " + std::to_string(kMaxPipeline) + " values");
     if (root.has("normalizer")) normalizer_ = make_normalizer(root.at("normalizer"));
     if (root.has("pre_tokenizer")) pre_tokenizer_ = make_pre_tokenizer(root.at("pre_tokenizer"));
     if (root.has("decoder")) decoder_ = make_token_decoder(root.at("decoder"));
@@ -92,7 +96,8 @@ class HfTokenizer : public Tokenizer {
     read_tokens(root, dir);
     find_ends(dir);
     for (const auto* side : {&template_.before, &template_.after}) {
-      for (const int64_t id : *side) root.expect(id < size(), "post_processor ids below " + std::to_string(size()) + ", got " + std::to_string(id));
+      for (const int64_t id : *side)
+        root.expect(id < size(), "post_processor ids below " + std::to_string(size()) + ", got " + std::to_string(id));
     }
   }
 
@@ -158,10 +163,13 @@ class HfTokenizer : public Tokenizer {
     bool present = false, special = false;
   };
 
-  void check_id(int64_t id) const { MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id); }
+  void check_id(int64_t id) const {
+    MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id);
+  }
 
-  // What transformers adds to tokenizer.json: added_tokens_decoder of tokenizer_config.json in the order of its ids (without it added_tokens.json), then each named
-  // special token that is no added token yet. As there the next free id counts, not the written one.
+  // What transformers adds to tokenizer.json: added_tokens_decoder of tokenizer_config.json in the order of its ids
+  // (without it added_tokens.json), then each named special token that is no added token yet. As there the next free id
+  // counts, not the written one.
   void add_configured(std::vector<AddedToken>& added, const std::filesystem::path& dir, int64_t limit) const {
     const auto config = read_tokenizer_config(dir);
     const auto place = (dir / "tokenizer_config.json").string();
@@ -169,11 +177,13 @@ class HfTokenizer : public Tokenizer {
     std::vector<AddedToken> named;
     const auto name_special = [&](const nlohmann::json& value, const std::string& where) {
       if (value.is_string()) named.push_back({.content = value.get<std::string>(), .special = true});
-      if (value.is_object() && value.contains("content")) named.push_back(read_added_token(Field(value, where), 0)), named.back().special = true;
+      if (value.is_object() && value.contains("content"))
+        named.push_back(read_added_token(Field(value, where), 0)), named.back().special = true;
     };
     const auto read_named = [&](const nlohmann::json& from, const std::string& where) {
       if (!from.is_object()) return;
-      for (const char* key : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
+      for (const char* key :
+           {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"})
         if (from.contains(key)) name_special(from[key], where + "." + key);
       for (const char* key : {"additional_special_tokens", "extra_special_tokens"})
         if (from.contains(key) && from[key].is_array())
@@ -185,27 +195,35 @@ class HfTokenizer : public Tokenizer {
       for (const auto& [key, value] : config["added_tokens_decoder"].items()) {
         const Field field(value, place + ".added_tokens_decoder." + key);
         const int64_t id = std::atoll(key.c_str());
-        field.expect(key == std::to_string(id) && id >= 0 && id < limit, "an id below " + std::to_string(limit) + " as key");
+        field.expect(key == std::to_string(id) && id >= 0 && id < limit,
+                     "an id below " + std::to_string(limit) + " as key");
         wanted[id] = read_added_token(field, id);
       }
     } else {
-      if (const auto file = dir / "special_tokens_map.json"; std::filesystem::exists(file)) read_named(read_json(file), file.string());
+      if (const auto file = dir / "special_tokens_map.json"; std::filesystem::exists(file))
+        read_named(read_json(file), file.string());
       if (const auto file = dir / "added_tokens.json"; std::filesystem::exists(file)) {
         const auto map = read_json(file);
         Field(map, file.string()).expect(map.is_object(), "an object of tokens and ids");
         for (const auto& [content, value] : map.items()) {
           const int64_t id = Field(value, file.string() + "." + content).integer(0, limit);
-          const bool special = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == content; });
+          const bool special =
+              std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == content; });
           wanted[id] = {.id = id, .content = content, .special = special, .normalized = !special};
         }
       }
     }
-    const auto known = [&](const std::string& content) { return std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; }); };
+    const auto known = [&](const std::string& content) {
+      return std::find_if(added.begin(), added.end(), [&](const AddedToken& t) { return t.content == content; });
+    };
     const auto add = [&](AddedToken token) {
       if (token.content.empty()) return;
-      const bool is_named = std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == token.content; });
+      const bool is_named =
+          std::any_of(named.begin(), named.end(), [&](const AddedToken& t) { return t.content == token.content; });
       if (const auto it = known(token.content); it != added.end()) {
-        const auto flags = [](const AddedToken& t) { return std::array{t.special, t.normalized, t.single_word, t.lstrip, t.rstrip}; };
+        const auto flags = [](const AddedToken& t) {
+          return std::array{t.special, t.normalized, t.single_word, t.lstrip, t.rstrip};
+        };
         if (flags(token) == flags(*it)) return;
         token.special = token.special || is_named;
         token.id = it->id;
@@ -215,11 +233,13 @@ class HfTokenizer : public Tokenizer {
       token.special = token.special || is_named;
       const int64_t written = token.id, size = static_cast<int64_t>(bpe_.vocab().size());
       token.id = size;
-      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end()) token.id = it->second;
+      if (const auto it = bpe_.vocab().find(token.content); it != bpe_.vocab().end())
+        token.id = it->second;
       else
         for (const auto& other : added) token.id = std::max(token.id, other.id + 1);
       if (written >= 0 && written != token.id)
-        log::warning(dir.string(), ": the added token '", token.content, "' gets id ", token.id, ", as in transformers, though the files say ", written, ": the ids before it have gaps");
+        log::warning(dir.string(), ": the added token '", token.content, "' gets id ", token.id,
+                     ", as in transformers, though the files say ", written, ": the ids before it have gaps");
       added.push_back(std::move(token));
     };
     for (const auto& [id, token] : wanted) add(token);
@@ -251,8 +271,10 @@ class HfTokenizer : public Tokenizer {
     for (const auto& [token, id] : bpe_.vocab()) entries_[static_cast<size_t>(id)] = {token, true, false};
     for (const auto& token : added) {
       auto& entry = entries_[static_cast<size_t>(token.id)];
-      root.at("added_tokens").expect(!entry.present || entry.token == token.content,
-                                     "one token for each id; " + std::to_string(token.id) + " is '" + entry.token + "' and '" + token.content + "'");
+      root.at("added_tokens")
+          .expect(!entry.present || entry.token == token.content, "one token for each id; " + std::to_string(token.id) +
+                                                                      " is '" + entry.token + "' and '" +
+                                                                      token.content + "'");
       entry = {token.content, true, token.special};
       if (token.normalized && normalizer_) normal_added_[token.id] = normalizer_->apply(token.content);
     }
@@ -284,7 +306,8 @@ class HfTokenizer : public Tokenizer {
   Template template_;
   std::unique_ptr<AddedTokens> added_;
   StringMap<int64_t> added_ids_;
-  std::unordered_map<int64_t, std::string> normal_added_;  // tokens with `normalized` decode to their normalised text (tokenizers 0.23)
+  std::unordered_map<int64_t, std::string>
+      normal_added_;  // tokens with `normalized` decode to their normalised text (tokenizers 0.23)
   std::vector<Entry> entries_;
   int64_t bos_id_ = -1, eos_id_ = -1;
 };

@@ -22,11 +22,13 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
     const std::string type = model.string_or("type", model.has("merges") ? "BPE" : "");
     if (type == "BPE") return make_hf_tokenizer(json, json_file);
     if (!folder || !fs::exists(model_file)) {
-      fail<UserError>(model.place(), ": model '", type, "' is not supported: expected BPE, or a sentencepiece tokenizer.model beside the file");
+      fail<UserError>(model.place(), ": model '", type,
+                      "' is not supported: expected BPE, or a sentencepiece tokenizer.model beside the file");
     }
     log::debug(json_file.string(), ": model '", type, "' is read from tokenizer.model instead");
   }
-  MOEGRAFT_CHECK(fs::exists(model_file), path.string(), ": no tokenizer: expected tokenizer.json or tokenizer.model in the folder");
+  MOEGRAFT_CHECK(fs::exists(model_file), path.string(),
+                 ": no tokenizer: expected tokenizer.json or tokenizer.model in the folder");
   return load_sentencepiece(model_file);
 }
 

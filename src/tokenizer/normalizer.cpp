@@ -57,7 +57,8 @@ std::string strip(std::string_view text, bool left, bool right) {
 }  // namespace
 
 void check_growth(size_t bytes, size_t limit) {
-  MOEGRAFT_CHECK(bytes <= limit, "the tokenizer makes more than ", limit, " bytes of one piece of text: steps of tokenizer.json that add to it multiply each other");
+  MOEGRAFT_CHECK(bytes <= limit, "the tokenizer makes more than ", limit,
+                 " bytes of one piece of text: steps of tokenizer.json that add to it multiply each other");
 }
 
 Replacer::Replacer(const Field& field) : content_(field.at("content").string()) {
@@ -84,7 +85,8 @@ std::string Replacer::apply(std::string_view text, size_t limit) const {
   if (regex_) {
     regex_->find_all(text, replace);
   } else if (!literal_.empty()) {
-    for (size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, last)) replace(at, at + literal_.size());
+    for (size_t at = text.find(literal_); at != std::string_view::npos; at = text.find(literal_, last))
+      replace(at, at + literal_.size());
   }
   out += text.substr(last);
   return out;
@@ -92,7 +94,9 @@ std::string Replacer::apply(std::string_view text, size_t limit) const {
 
 std::unique_ptr<Normalizer> make_normalizer(const Field& field) {
   const std::string type = field.type();
-  const auto function = [](auto f) { return std::make_unique<Function>([f = std::move(f)](std::string text, size_t) { return f(std::move(text)); }); };
+  const auto function = [](auto f) {
+    return std::make_unique<Function>([f = std::move(f)](std::string text, size_t) { return f(std::move(text)); });
+  };
   const auto form = [&](NormalForm f) { return function([f](std::string text) { return normalize(text, f); }); };
   if (type == "Sequence") return std::make_unique<Sequence>(field);
   if (type == "NFC") return form(NormalForm::nfc);
@@ -115,9 +119,11 @@ std::unique_ptr<Normalizer> make_normalizer(const Field& field) {
   }
   if (type == "Replace") {
     auto replacer = std::make_shared<Replacer>(field);
-    return std::make_unique<Function>([replacer](std::string text, size_t limit) { return replacer->apply(text, limit); });
+    return std::make_unique<Function>(
+        [replacer](std::string text, size_t limit) { return replacer->apply(text, limit); });
   }
-  field.unsupported("normalizer", "NFC, NFD, NFKC, NFKD, Lowercase, StripAccents, Strip, Prepend, Replace, ByteLevel, Sequence");
+  field.unsupported("normalizer",
+                    "NFC, NFD, NFKC, NFKD, Lowercase, StripAccents, Strip, Prepend, Replace, ByteLevel, Sequence");
 }
 
 }  // namespace moegraft::tokenizer

@@ -10,7 +10,8 @@
 
 namespace moegraft::tokenizer {
 
-// How long what a pipeline makes of a text may become: Replace and Prepend multiply when they are chained. Real ones stay below 3 times.
+// How long what a pipeline makes of a text may become: Replace and Prepend multiply when they are chained. Real ones
+// stay below 3 times.
 constexpr size_t growth_limit(size_t bytes) { return 4096 + 64 * bytes; }
 void check_growth(size_t bytes, size_t limit);  // UserError above the limit
 

@@ -23,7 +23,8 @@ Behaviour behaviour_of(const Field& field, const char* otherwise) {
   if (name == "Isolated") return Behaviour::isolated;
   if (name == "MergedWithPrevious") return Behaviour::merged_with_previous;
   if (name == "MergedWithNext") return Behaviour::merged_with_next;
-  field.at("behavior").expect(name == "Contiguous", "Removed, Isolated, MergedWithPrevious, MergedWithNext or Contiguous");
+  field.at("behavior")
+      .expect(name == "Contiguous", "Removed, Isolated, MergedWithPrevious, MergedWithNext or Contiguous");
   return Behaviour::contiguous;
 }
 
@@ -68,8 +69,10 @@ std::vector<Cut> join_cuts(std::vector<Cut> cuts, Behaviour behaviour) {
   bool previous = false;
   if (behaviour == Behaviour::merged_with_next) {
     for (size_t i = cuts.size(); i-- > 0;) {
-      if (cuts[i].match && !previous && !out.empty()) out.back().begin = cuts[i].begin;
-      else out.push_back(cuts[i]);
+      if (cuts[i].match && !previous && !out.empty())
+        out.back().begin = cuts[i].begin;
+      else
+        out.push_back(cuts[i]);
       previous = cuts[i].match;
     }
     return {out.rbegin(), out.rend()};
@@ -80,8 +83,10 @@ std::vector<Cut> join_cuts(std::vector<Cut> cuts, Behaviour behaviour) {
       continue;
     }
     const bool joins = behaviour == Behaviour::contiguous ? cut.match == previous : cut.match && !previous;
-    if (joins && !out.empty()) out.back().end = cut.end;
-    else out.push_back(cut);
+    if (joins && !out.empty())
+      out.back().end = cut.end;
+    else
+      out.push_back(cut);
     previous = cut.match;
   }
   return out;
@@ -89,7 +94,8 @@ std::vector<Cut> join_cuts(std::vector<Cut> cuts, Behaviour behaviour) {
 
 class Splitter : public PreTokenizer {
  public:
-  Splitter(Cutter cutter, Behaviour behaviour, bool invert = false) : cutter_(std::move(cutter)), behaviour_(behaviour), invert_(invert) {}
+  Splitter(Cutter cutter, Behaviour behaviour, bool invert = false)
+      : cutter_(std::move(cutter)), behaviour_(behaviour), invert_(invert) {}
 
   void apply(Words& words) const override {
     std::vector<Words::Range> ranges;
@@ -101,7 +107,8 @@ class Splitter : public PreTokenizer {
         for (auto& cut : cuts) cut.match = !cut.match;
       }
       for (const auto& cut : join_cuts(std::move(cuts), behaviour_)) {
-        if (cut.end > cut.begin) ranges.push_back({range.begin + cut.begin, range.begin + cut.end, range.at_start && cut.begin == 0});
+        if (cut.end > cut.begin)
+          ranges.push_back({range.begin + cut.begin, range.begin + cut.end, range.at_start && cut.begin == 0});
       }
       cuts = {};
     }
@@ -132,11 +139,13 @@ void rewrite(Words& words, F f) {
 class ByteLevel : public PreTokenizer {
  public:
   explicit ByteLevel(const Field& field) : add_prefix_space_(field.boolean_or("add_prefix_space", true)) {
-    if (field.boolean_or("use_regex", true)) splitter_ = std::make_unique<Splitter>(by_regex(kGpt2, field.place()), Behaviour::isolated);
+    if (field.boolean_or("use_regex", true))
+      splitter_ = std::make_unique<Splitter>(by_regex(kGpt2, field.place()), Behaviour::isolated);
   }
   void apply(Words& words) const override {
     if (add_prefix_space_) {
-      rewrite(words, [](std::string_view word, bool) { return (word.starts_with(' ') ? "" : " ") + std::string(word); });
+      rewrite(words,
+              [](std::string_view word, bool) { return (word.starts_with(' ') ? "" : " ") + std::string(word); });
     }
     if (splitter_) splitter_->apply(words);
     rewrite(words, [](std::string_view word, bool) { return bytes_to_chars(word); });
@@ -150,8 +159,10 @@ class ByteLevel : public PreTokenizer {
 class Metaspace : public PreTokenizer {
  public:
   explicit Metaspace(const Field& field) : replacement_(field.string_or("replacement", "\xE2\x96\x81")) {
-    field.expect(utf8_length(static_cast<unsigned char>(replacement_[0])) == replacement_.size(), "a replacement of one character");
-    const std::string scheme = field.string_or("prepend_scheme", field.boolean_or("add_prefix_space", true) ? "always" : "never");
+    field.expect(utf8_length(static_cast<unsigned char>(replacement_[0])) == replacement_.size(),
+                 "a replacement of one character");
+    const std::string scheme =
+        field.string_or("prepend_scheme", field.boolean_or("add_prefix_space", true) ? "always" : "never");
     always_ = scheme == "always";
     first_ = scheme == "first";
     if (!always_ && !first_) field.at("prepend_scheme").expect(scheme == "never", "always, first or never");
@@ -164,10 +175,13 @@ class Metaspace : public PreTokenizer {
   void apply(Words& words) const override {
     rewrite(words, [&](std::string_view word, bool at_start) {
       std::string out;
-      if ((always_ || (first_ && at_start)) && !word.starts_with(' ') && !word.starts_with(replacement_)) out = replacement_;
+      if ((always_ || (first_ && at_start)) && !word.starts_with(' ') && !word.starts_with(replacement_))
+        out = replacement_;
       for (const char c : word) {
-        if (c == ' ') out += replacement_;
-        else out += c;
+        if (c == ' ')
+          out += replacement_;
+        else
+          out += c;
       }
       return out;
     });
@@ -195,9 +209,12 @@ class Sequence : public PreTokenizer {
 
 std::unique_ptr<PreTokenizer> make_split(const Field& field) {
   const Field pattern = field.at("pattern");
-  pattern.expect(pattern.value().is_object() && (pattern.has("String") || pattern.has("Regex")), "{\"String\": …} or {\"Regex\": …}");
-  const std::string source = pattern.has("String") ? regex_escape(pattern.at("String").string()) : pattern.at("Regex").string();
-  return std::make_unique<Splitter>(by_regex(source, pattern.place()), behaviour_of(field, "Isolated"), field.boolean_or("invert", false));
+  pattern.expect(pattern.value().is_object() && (pattern.has("String") || pattern.has("Regex")),
+                 "{\"String\": …} or {\"Regex\": …}");
+  const std::string source =
+      pattern.has("String") ? regex_escape(pattern.at("String").string()) : pattern.at("Regex").string();
+  return std::make_unique<Splitter>(by_regex(source, pattern.place()), behaviour_of(field, "Isolated"),
+                                    field.boolean_or("invert", false));
 }
 
 }  // namespace
@@ -208,16 +225,26 @@ std::unique_ptr<PreTokenizer> make_pre_tokenizer(const Field& field) {
   if (type == "ByteLevel") return std::make_unique<ByteLevel>(field);
   if (type == "Split") return make_split(field);
   if (type == "Metaspace") return std::make_unique<Metaspace>(field);
-  if (type == "Digits") return std::make_unique<Splitter>(by_char(is_numeric), field.boolean_or("individual_digits", false) ? Behaviour::isolated : Behaviour::contiguous);
-  if (type == "Punctuation") return std::make_unique<Splitter>(by_char(is_punctuation), behaviour_of(field, "Isolated"));
-  if (type == "Whitespace") return std::make_unique<Splitter>(by_regex("[" + std::string(kRustWord) + "]+|[^\\s" + kRustWord + "]+", field.place()), Behaviour::removed, true);
+  if (type == "Digits")
+    return std::make_unique<Splitter>(by_char(is_numeric), field.boolean_or("individual_digits", false)
+                                                               ? Behaviour::isolated
+                                                               : Behaviour::contiguous);
+  if (type == "Punctuation")
+    return std::make_unique<Splitter>(by_char(is_punctuation), behaviour_of(field, "Isolated"));
+  if (type == "Whitespace")
+    return std::make_unique<Splitter>(
+        by_regex("[" + std::string(kRustWord) + "]+|[^\\s" + kRustWord + "]+", field.place()), Behaviour::removed,
+        true);
   if (type == "WhitespaceSplit") return std::make_unique<Splitter>(by_char(is_white_space), Behaviour::removed);
   if (type == "CharDelimiterSplit") {
     const std::string delimiter = field.at("delimiter").string();
-    field.expect(!delimiter.empty() && utf8_length(static_cast<unsigned char>(delimiter[0])) == delimiter.size(), "a delimiter of one character");
+    field.expect(!delimiter.empty() && utf8_length(static_cast<unsigned char>(delimiter[0])) == delimiter.size(),
+                 "a delimiter of one character");
     return std::make_unique<Splitter>(by_regex(regex_escape(delimiter), field.place()), Behaviour::removed);
   }
-  field.unsupported("pre_tokenizer", "ByteLevel, Split, Metaspace, Digits, Punctuation, Whitespace, WhitespaceSplit, CharDelimiterSplit, Sequence");
+  field.unsupported(
+      "pre_tokenizer",
+      "ByteLevel, Split, Metaspace, Digits, Punctuation, Whitespace, WhitespaceSplit, CharDelimiterSplit, Sequence");
 }
 
 }  // namespace moegraft::tokenizer

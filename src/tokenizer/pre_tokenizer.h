@@ -11,7 +11,8 @@
 
 namespace moegraft::tokenizer {
 
-// Words as ranges of one buffer. at_start: the word begins where the whole input text began (Metaspace's prepend_scheme "first").
+// Words as ranges of one buffer. at_start: the word begins where the whole input text began (Metaspace's prepend_scheme
+// "first").
 struct Words {
   struct Range {
     size_t begin, end;

@@ -22,10 +22,19 @@ constexpr const char* kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{B2}\\x{B3}
 
 // [:name:] inside a character class.
 const char* posix_class(std::string_view name) {
-  static const std::array<std::pair<const char*, const char*>, 10> kClasses{{{"upper", "\\p{Uppercase}"}, {"lower", "\\p{Lowercase}"}, {"alpha", "\\p{Alphabetic}"},
-      {"alnum", "\\p{Alphabetic}\\p{Nd}"}, {"digit", "\\p{Nd}"}, {"punct", "\\p{P}\\p{S}"}, {"space", "\\p{White_Space}"}, {"xdigit", "0-9a-fA-F"},
-      {"cntrl", "\\p{Cc}"}, {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"}}};
-  const auto it = std::find_if(kClasses.begin(), kClasses.end(), [&](const auto& entry) { return name == entry.first; });
+  static const std::array<std::pair<const char*, const char*>, 10> kClasses{
+      {{"upper", "\\p{Uppercase}"},
+       {"lower", "\\p{Lowercase}"},
+       {"alpha", "\\p{Alphabetic}"},
+       {"alnum", "\\p{Alphabetic}\\p{Nd}"},
+       {"digit", "\\p{Nd}"},
+       {"punct", "\\p{P}\\p{S}"},
+       {"space", "\\p{White_Space}"},
+       {"xdigit", "0-9a-fA-F"},
+       {"cntrl", "\\p{Cc}"},
+       {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"}}};
+  const auto it =
+      std::find_if(kClasses.begin(), kClasses.end(), [&](const auto& entry) { return name == entry.first; });
   return it == kClasses.end() ? nullptr : it->second;
 }
 
@@ -33,14 +42,35 @@ const char* posix_class(std::string_view name) {
 std::string property(std::string name) {
   const bool negated = name.starts_with('^');
   if (negated) name.erase(0, 1);
-  static const std::array<std::pair<const char*, const char*>, 23> kNames{{
-      {"Letter", "L"}, {"Mark", "M"}, {"Number", "N"}, {"Punctuation", "P"}, {"Punct", "P"}, {"Symbol", "S"}, {"Separator", "Z"}, {"Other", "C"},
-      {"Alpha", "Alphabetic"}, {"Alphabetic", "Alphabetic"}, {"Digit", "Nd"}, {"Space", "White_Space"}, {"White_Space", "White_Space"},
-      {"Upper", "Uppercase"}, {"Uppercase", "Uppercase"}, {"Lower", "Lowercase"}, {"Lowercase", "Lowercase"}, {"Emoji", "Emoji"}, {"Any", "Any"},
-      {"Extended_Pictographic", "Extended_Pictographic"}, {"Emoji_Presentation", "Emoji_Presentation"}, {"Ideographic", "Ideographic"}, {"Join_Control", "Join_Control"}}};
+  static const std::array<std::pair<const char*, const char*>, 23> kNames{
+      {{"Letter", "L"},
+       {"Mark", "M"},
+       {"Number", "N"},
+       {"Punctuation", "P"},
+       {"Punct", "P"},
+       {"Symbol", "S"},
+       {"Separator", "Z"},
+       {"Other", "C"},
+       {"Alpha", "Alphabetic"},
+       {"Alphabetic", "Alphabetic"},
+       {"Digit", "Nd"},
+       {"Space", "White_Space"},
+       {"White_Space", "White_Space"},
+       {"Upper", "Uppercase"},
+       {"Uppercase", "Uppercase"},
+       {"Lower", "Lowercase"},
+       {"Lowercase", "Lowercase"},
+       {"Emoji", "Emoji"},
+       {"Any", "Any"},
+       {"Extended_Pictographic", "Extended_Pictographic"},
+       {"Emoji_Presentation", "Emoji_Presentation"},
+       {"Ideographic", "Ideographic"},
+       {"Join_Control", "Join_Control"}}};
   const auto known = std::find_if(kNames.begin(), kNames.end(), [&](const auto& entry) { return name == entry.first; });
-  if (known != kNames.end()) name = known->second;
-  else if (name.size() > 2) name = "sc:" + name;
+  if (known != kNames.end())
+    name = known->second;
+  else if (name.size() > 2)
+    name = "sc:" + name;
   return (negated ? "^" : "") + name;
 }
 
@@ -54,14 +84,22 @@ class Translator {
   }
 
  private:
-  [[noreturn]] void reject(const char* what) const { fail<UserError>(place_, ": ", what, " in the regular expression is not supported: ", shortened(in_, 200)); }
+  [[noreturn]] void reject(const char* what) const {
+    fail<UserError>(place_, ": ", what, " in the regular expression is not supported: ", shortened(in_, 200));
+  }
   bool next_is(char c, size_t ahead = 1) const { return i_ + ahead < in_.size() && in_[i_ + ahead] == c; }
   void atom() { atom_ = out_.size(); }
 
   void step() {
     switch (in_[i_]) {
-      case '\\': atom(); escape(false); return;
-      case '[': atom(); char_class(); return;
+      case '\\':
+        atom();
+        escape(false);
+        return;
+      case '[':
+        atom();
+        char_class();
+        return;
       case '(': group(); return;
       case ')':
         if (!groups_.empty()) atom_ = groups_.back(), groups_.pop_back();
@@ -128,15 +166,18 @@ class Translator {
         out_ += "[^0-9a-fA-F]";
         return;
       case 'b':
-        if (in_class) out_ += "\\x08";
-        else out_ += "(?:(?<=" + word(false) + ")(?!" + word(false) + ")|(?<!" + word(false) + ")(?=" + word(false) + "))";
+        if (in_class)
+          out_ += "\\x08";
+        else
+          out_ += "(?:(?<=" + word(false) + ")(?!" + word(false) + ")|(?<!" + word(false) + ")(?=" + word(false) + "))";
         return;
       case 'B':
         if (in_class) break;
         out_ += "(?:(?<=" + word(false) + ")(?=" + word(false) + ")|(?<!" + word(false) + ")(?!" + word(false) + "))";
         return;
       case 'u': {
-        if (i_ + 4 > in_.size() || in_.find_first_not_of("0123456789abcdefABCDEF", i_) < i_ + 4) reject("\\u without four hexadecimal digits");
+        if (i_ + 4 > in_.size() || in_.find_first_not_of("0123456789abcdefABCDEF", i_) < i_ + 4)
+          reject("\\u without four hexadecimal digits");
         out_ += "\\x{" + in_.substr(i_, 4) + "}";
         i_ += 4;
         return;
@@ -148,9 +189,12 @@ class Translator {
         if (close == std::string::npos) reject("an unclosed \\p{");
         const std::string name = in_.substr(i_ + 1, close - i_ - 1);
         const char* group = name == "Alnum" ? posix_class("alnum") : name == "Word" ? kWord : nullptr;
-        if (!group) out_ += std::string("\\") + c + "{" + property(name) + "}";
-        else if (c == 'P') reject("\\P of a group of properties");
-        else out_ += in_class ? std::string(group) : "[" + std::string(group) + "]";
+        if (!group)
+          out_ += std::string("\\") + c + "{" + property(name) + "}";
+        else if (c == 'P')
+          reject("\\P of a group of properties");
+        else
+          out_ += in_class ? std::string(group) : "[" + std::string(group) + "]";
         i_ = close + 1;
         return;
       }
@@ -193,17 +237,20 @@ class Translator {
   std::vector<size_t> groups_;
 };
 
-constexpr size_t kMaxPattern = 1 << 14;   // bytes; the longest of real tokenizers has about 600
+constexpr size_t kMaxPattern = 1 << 14;  // bytes; the longest of real tokenizers has about 600
 constexpr uint32_t kHeapKib = 256 * 1024;
 
-// PCRE2 counts the steps from one starting position, so three bounds together hold for a text: steps from a position (a few for each byte are usual: a run of
-// spaces is tried by each alternative), positions in one call, and the time that all calls took.
+// PCRE2 counts the steps from one starting position, so three bounds together hold for a text: steps from a position (a
+// few for each byte are usual: a run of spaces is tried by each alternative), positions in one call, and the time that
+// all calls took.
 constexpr size_t kStarts = 512;
-uint32_t steps_for(size_t bytes) { return static_cast<uint32_t>(std::min<size_t>(250'000 + 16 * bytes, 2'000'000'000)); }
+uint32_t steps_for(size_t bytes) {
+  return static_cast<uint32_t>(std::min<size_t>(250'000 + 16 * bytes, 2'000'000'000));
+}
 
 // Time that this thread computed; others on the machine do not count.
 double thread_seconds() {
-  timespec time {};
+  timespec time{};
   ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
@@ -219,7 +266,9 @@ struct Budget {
 thread_local Budget budget;
 
 struct JitStack {
-  JitStack() : stack(pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, nullptr)), context(pcre2_match_context_create(nullptr)) {
+  JitStack()
+      : stack(pcre2_jit_stack_create(32 * 1024, 8 * 1024 * 1024, nullptr)),
+        context(pcre2_match_context_create(nullptr)) {
     if (stack && context) pcre2_jit_stack_assign(context, nullptr, stack);
     if (context) pcre2_set_heap_limit(context, kHeapKib);
   }
@@ -247,16 +296,22 @@ std::string message_of(int code) {
 
 }  // namespace
 
-std::string regex_from_oniguruma(const std::string& pattern, const std::string& place) { return Translator(pattern, place).run(); }
+std::string regex_from_oniguruma(const std::string& pattern, const std::string& place) {
+  return Translator(pattern, place).run();
+}
 
 std::string regex_escape(std::string_view literal) {
   std::string out;
   for (const char c : literal) {
     if (std::string_view("\\^$.[]|()?*+{}-#&~ \t\n\r").find(c) != std::string_view::npos) out += '\\';
-    if (c == '\n') out += 'n';
-    else if (c == '\r') out += 'r';
-    else if (c == '\t') out += 't';
-    else out += c;
+    if (c == '\n')
+      out += 'n';
+    else if (c == '\r')
+      out += 'r';
+    else if (c == '\t')
+      out += 't';
+    else
+      out += c;
   }
   return out;
 }
@@ -269,24 +324,31 @@ RegexBudget::~RegexBudget() {
 }
 
 Regex::Regex(const std::string& pattern, const std::string& place) : place_(place) {
-  MOEGRAFT_CHECK(pattern.size() <= kMaxPattern, place, ": a regular expression of ", pattern.size(), " bytes, expected at most ", kMaxPattern);
+  MOEGRAFT_CHECK(pattern.size() <= kMaxPattern, place, ": a regular expression of ", pattern.size(),
+                 " bytes, expected at most ", kMaxPattern);
   MOEGRAFT_CHECK(is_valid_utf8(pattern), place, ": the regular expression is not valid UTF-8");
   const std::string translated = regex_from_oniguruma(pattern, place);
-  const std::unique_ptr<pcre2_compile_context, decltype(&pcre2_compile_context_free)> context(pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
+  const std::unique_ptr<pcre2_compile_context, decltype(&pcre2_compile_context_free)> context(
+      pcre2_compile_context_create(nullptr), pcre2_compile_context_free);
   pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
-  constexpr uint32_t kOptions = PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C | PCRE2_USE_OFFSET_LIMIT;
+  constexpr uint32_t kOptions =
+      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C | PCRE2_USE_OFFSET_LIMIT;
   int error = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), kOptions, &error, &offset, context.get());
-  MOEGRAFT_CHECK(code != nullptr, place, ": the regular expression does not compile (", message_of(error), " at byte ", offset, " of ", shortened(translated, 200), ")");
-  code_ = std::shared_ptr<const void>(code, [](const void* p) { pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p))); });
+  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(translated.data()), translated.size(), kOptions, &error,
+                                   &offset, context.get());
+  MOEGRAFT_CHECK(code != nullptr, place, ": the regular expression does not compile (", message_of(error), " at byte ",
+                 offset, " of ", shortened(translated, 200), ")");
+  code_ = std::shared_ptr<const void>(
+      code, [](const void* p) { pcre2_code_free(static_cast<pcre2_code*>(const_cast<void*>(p))); });
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // without JIT pcre2_match interprets: slower, same matches
 }
 
 void Regex::find_all(std::string_view text, const std::function<void(size_t, size_t)>& found) const {
   thread_local JitStack jit;
   const auto* code = static_cast<const pcre2_code*>(code_.get());
-  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(pcre2_match_data_create(1, nullptr), pcre2_match_data_free);
+  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> data(pcre2_match_data_create(1, nullptr),
+                                                                                 pcre2_match_data_free);
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
   pcre2_set_match_limit(jit.context, steps_for(text.size()));
   const RegexBudget own(text.size());
@@ -295,11 +357,14 @@ void Regex::find_all(std::string_view text, const std::function<void(size_t, siz
     const size_t last_start = std::min(at + kStarts, text.size());
     pcre2_set_offset_limit(jit.context, last_start);
     int rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK, data.get(), jit.context);
-    if (rc == PCRE2_ERROR_JIT_STACKLIMIT) rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data.get(), jit.context);
+    if (rc == PCRE2_ERROR_JIT_STACKLIMIT)
+      rc = pcre2_match(code, subject, text.size(), at, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data.get(), jit.context);
     const bool none = rc == PCRE2_ERROR_NOMATCH;
     if (none && last_start == text.size()) return;
-    const bool slow = rc == PCRE2_ERROR_MATCHLIMIT || rc == PCRE2_ERROR_HEAPLIMIT || rc == PCRE2_ERROR_DEPTHLIMIT || budget.spent();
-    MOEGRAFT_CHECK(!slow, place_, ": the regular expression takes too long or too much memory on a text of ", text.size(), " bytes: it tries too many ways to match");
+    const bool slow =
+        rc == PCRE2_ERROR_MATCHLIMIT || rc == PCRE2_ERROR_HEAPLIMIT || rc == PCRE2_ERROR_DEPTHLIMIT || budget.spent();
+    MOEGRAFT_CHECK(!slow, place_, ": the regular expression takes too long or too much memory on a text of ",
+                   text.size(), " bytes: it tries too many ways to match");
     MOEGRAFT_CHECK(none || rc >= 0, place_, ": matching failed: ", message_of(rc));
     if (none) {
       at = next_character(text, last_start);

@@ -1,7 +1,9 @@
 #pragma once
-// Regular expressions of tokenizer.json. The `tokenizers` package runs them in Oniguruma (Ruby syntax); here PCRE2 (UTF, JIT) runs a translation:
+// Regular expressions of tokenizer.json. The `tokenizers` package runs them in Oniguruma (Ruby syntax); here PCRE2
+// (UTF, JIT) runs a translation:
 // \s, \w, \b, \h, \p{Script}, ^ and $, (?m), \uHHHH and `{n,m}+` mean different things in the two.
-// A pattern comes from a file: what it may cost is bounded, in steps of one match, memory, and processor time over a text.
+// A pattern comes from a file: what it may cost is bounded, in steps of one match, memory, and processor time over a
+// text.
 
 #include <functional>
 #include <memory>
@@ -10,7 +12,8 @@
 
 namespace moegraft::tokenizer {
 
-// The processor time that regular expressions may take on this thread while it lives: a second, and more for long texts. An outer one goes before an inner one.
+// The processor time that regular expressions may take on this thread while it lives: a second, and more for long
+// texts. An outer one goes before an inner one.
 class RegexBudget {
  public:
   explicit RegexBudget(size_t text_bytes);
@@ -24,11 +27,13 @@ class RegexBudget {
 
 class Regex {
  public:
-  // UserError naming `place` when the pattern does not compile or uses what has no translation (nested or intersected character classes, \C, verbs (*...)).
+  // UserError naming `place` when the pattern does not compile or uses what has no translation (nested or intersected
+  // character classes, \C, verbs (*...)).
   Regex(const std::string& pattern, const std::string& place);
 
-  // Calls found(begin, end) for each match, left to right, non-overlapping. text: valid UTF-8. UserError when matching takes longer than the
-  // budget (of its own, where there is no other), or far more steps than a text of its length should.
+  // Calls found(begin, end) for each match, left to right, non-overlapping. text: valid UTF-8. UserError when matching
+  // takes longer than the budget (of its own, where there is no other), or far more steps than a text of its length
+  // should.
   void find_all(std::string_view text, const std::function<void(size_t, size_t)>& found) const;
 
  private:

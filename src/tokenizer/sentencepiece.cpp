@@ -83,7 +83,9 @@ class SentencePieceTokenizer : public Tokenizer {
   int64_t eos_id() const override { return processor_.eos_id(); }
 
  private:
-  void check_id(int64_t id) const { MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id); }
+  void check_id(int64_t id) const {
+    MOEGRAFT_CHECK(id >= 0 && id < size(), "token id must be in [0, ", size(), "), got ", id);
+  }
 
   sentencepiece::SentencePieceProcessor processor_;
   bool add_bos_ = false, add_eos_ = false, strips_leading_space_ = false;
@@ -91,6 +93,8 @@ class SentencePieceTokenizer : public Tokenizer {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> load_sentencepiece(const std::filesystem::path& file) { return std::make_unique<SentencePieceTokenizer>(file); }
+std::unique_ptr<Tokenizer> load_sentencepiece(const std::filesystem::path& file) {
+  return std::make_unique<SentencePieceTokenizer>(file);
+}
 
 }  // namespace moegraft::tokenizer

@@ -54,7 +54,12 @@ Tokens byte_level(Tokens tokens) {
 
 std::optional<char> byte_token(const std::string& token) {
   if (token.size() != 6 || !token.starts_with("<0x") || token[5] != '>') return std::nullopt;
-  const auto digit = [](char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1; };
+  const auto digit = [](char c) {
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
+  };
   const int high = digit(token[3]), low = digit(token[4]);
   if (low < 0 || (high < 0 && token[3] != '+')) return std::nullopt;  // Rust's from_str_radix takes a plus sign
   return static_cast<char>(high < 0 ? low : high * 16 + low);
@@ -98,7 +103,8 @@ std::string strip(const std::string& token, const std::string& content, int64_t 
 
 std::string one_char(const Field& field, const char* key, const char* otherwise) {
   std::string c = field.string_or(key, otherwise);
-  field.expect(!c.empty() && utf8_length(static_cast<unsigned char>(c[0])) == c.size(), std::string("'") + key + "' to be one character");
+  field.expect(!c.empty() && utf8_length(static_cast<unsigned char>(c[0])) == c.size(),
+               std::string("'") + key + "' to be one character");
   return c;
 }
 
@@ -117,7 +123,9 @@ std::string replaced(const std::string& text, const std::string& from, const std
 std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field) {
   const std::string type = field.type();
   // None of these makes a text longer.
-  const auto function = [](auto f) { return std::make_unique<Function>([f](Tokens tokens, size_t) { return f(std::move(tokens)); }); };
+  const auto function = [](auto f) {
+    return std::make_unique<Function>([f](Tokens tokens, size_t) { return f(std::move(tokens)); });
+  };
   const auto each = [&](auto f) {
     return function([f](Tokens tokens) {
       for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = f(tokens[i], i, tokens.size());
@@ -146,13 +154,17 @@ std::unique_ptr<TokenDecoder> make_token_decoder(const Field& field) {
   }
   if (type == "Metaspace") {
     const std::string mark = one_char(field, "replacement", "\xE2\x96\x81");
-    const bool drop_first = field.string_or("prepend_scheme", field.boolean_or("add_prefix_space", true) ? "always" : "never") != "never";
-    return each([=](const std::string& token, size_t i, size_t) { return replaced(token, mark, i == 0 && drop_first ? "" : " "); });
+    const bool drop_first =
+        field.string_or("prepend_scheme", field.boolean_or("add_prefix_space", true) ? "always" : "never") != "never";
+    return each([=](const std::string& token, size_t i, size_t) {
+      return replaced(token, mark, i == 0 && drop_first ? "" : " ");
+    });
   }
   if (type == "BPEDecoder") {
     const std::string suffix = field.string_or("suffix", "</w>");
     field.expect(!suffix.empty(), "a suffix that is not empty");
-    return each([=](const std::string& token, size_t i, size_t n) { return replaced(token, suffix, i + 1 == n ? "" : " "); });
+    return each(
+        [=](const std::string& token, size_t i, size_t n) { return replaced(token, suffix, i + 1 == n ? "" : " "); });
   }
   field.unsupported("decoder", "ByteLevel, ByteFallback, Fuse, Strip, Replace, Metaspace, BPEDecoder, Sequence");
 }

@@ -1,5 +1,6 @@
 #pragma once
-// tokenizer.json decoders: token strings to text. Each step maps a list of strings to a list of strings; the last list is concatenated.
+// tokenizer.json decoders: token strings to text. Each step maps a list of strings to a list of strings; the last list
+// is concatenated.
 
 #include <memory>
 #include <string>

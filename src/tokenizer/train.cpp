@@ -60,18 +60,23 @@ std::vector<std::string> read_lines(const std::vector<fs::path>& files, const Se
       }
     }
   }
-  if (too_long) log::warning("tokenizer training: skipped ", too_long, " lines longer than ", kMaxLineBytes, " bytes; break them into sentences");
+  if (too_long)
+    log::warning("tokenizer training: skipped ", too_long, " lines longer than ", kMaxLineBytes,
+                 " bytes; break them into sentences");
   MOEGRAFT_CHECK(!lines.empty(), "tokenizer training: the text files hold no line of text");
   return lines;
 }
 
-// Every way to build a piece from two pieces, best merged piece first: what the BPE of tokenizer.json needs to repeat sentencepiece's merges.
+// Every way to build a piece from two pieces, best merged piece first: what the BPE of tokenizer.json needs to repeat
+// sentencepiece's merges.
 Json bpe_merges(const sentencepiece::SentencePieceProcessor& model, const std::unordered_map<std::string, int>& ids) {
-  std::vector<std::tuple<int, int, int>> merges;  // (rank of the result, left, right): BPE ids are in order of falling score
+  std::vector<std::tuple<int, int, int>>
+      merges;  // (rank of the result, left, right): BPE ids are in order of falling score
   for (int id = 0; id < model.GetPieceSize(); ++id) {
     if (model.IsControl(id) || model.IsByte(id) || model.IsUnknown(id)) continue;
     const std::string& piece = model.IdToPiece(id);
-    for (size_t cut = utf8_length(static_cast<unsigned char>(piece[0])); cut < piece.size(); cut += utf8_length(static_cast<unsigned char>(piece[cut]))) {
+    for (size_t cut = utf8_length(static_cast<unsigned char>(piece[0])); cut < piece.size();
+         cut += utf8_length(static_cast<unsigned char>(piece[cut]))) {
       const auto left = ids.find(piece.substr(0, cut)), right = ids.find(piece.substr(cut));
       if (left != ids.end() && right != ids.end()) merges.emplace_back(id, left->second, right->second);
     }
@@ -85,12 +90,20 @@ Json bpe_merges(const sentencepiece::SentencePieceProcessor& model, const std::u
 Json tokenizer_json(const sentencepiece::SentencePieceProcessor& model, const SentencePieceTraining& options) {
   Json added = Json::array();
   for (int id = 0; id < 3; ++id) {
-    added.push_back({{"id", id}, {"content", model.IdToPiece(id)}, {"single_word", false}, {"lstrip", false}, {"rstrip", false}, {"normalized", false}, {"special", true}});
+    added.push_back({{"id", id},
+                     {"content", model.IdToPiece(id)},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", true}});
   }
   Json normalizers = Json::array();
   if (options.add_dummy_prefix) normalizers.push_back({{"type", "Prepend"}, {"prepend", kSpace}});
   normalizers.push_back({{"type", "Replace"}, {"pattern", {{"String", " "}}}, {"content", kSpace}});
-  Json decoders = Json::array({{{"type", "Replace"}, {"pattern", {{"String", kSpace}}}, {"content", " "}}, {{"type", "ByteFallback"}}, {{"type", "Fuse"}}});
+  Json decoders = Json::array({{{"type", "Replace"}, {"pattern", {{"String", kSpace}}}, {"content", " "}},
+                               {{"type", "ByteFallback"}},
+                               {{"type", "Fuse"}}});
   if (options.add_dummy_prefix) decoders.push_back({{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}});
   const Json bos = {{"SpecialToken", {{"id", "<s>"}, {"type_id", 0}}}};
   const auto sequence = [](const char* id, int type) { return Json{{"Sequence", {{"id", id}, {"type_id", type}}}}; };
@@ -103,11 +116,20 @@ Json tokenizer_json(const sentencepiece::SentencePieceProcessor& model, const Se
       vocab[model.IdToPiece(id)] = id;
       ids[model.IdToPiece(id)] = id;
     }
-    m = {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", "<unk>"}, {"continuing_subword_prefix", nullptr}, {"end_of_word_suffix", nullptr},
-         {"fuse_unk", true}, {"byte_fallback", options.byte_fallback}, {"ignore_merges", false}, {"vocab", vocab}, {"merges", bpe_merges(model, ids)}};
+    m = {{"type", "BPE"},
+         {"dropout", nullptr},
+         {"unk_token", "<unk>"},
+         {"continuing_subword_prefix", nullptr},
+         {"end_of_word_suffix", nullptr},
+         {"fuse_unk", true},
+         {"byte_fallback", options.byte_fallback},
+         {"ignore_merges", false},
+         {"vocab", vocab},
+         {"merges", bpe_merges(model, ids)}};
   } else {
     Json vocab = Json::array();
-    for (int id = 0; id < model.GetPieceSize(); ++id) vocab.push_back({model.IdToPiece(id), static_cast<double>(model.GetScore(id))});
+    for (int id = 0; id < model.GetPieceSize(); ++id)
+      vocab.push_back({model.IdToPiece(id), static_cast<double>(model.GetScore(id))});
     m = {{"type", "Unigram"}, {"unk_id", 0}, {"vocab", vocab}, {"byte_fallback", options.byte_fallback}};
   }
   return {{"version", "1.0"},
@@ -126,16 +148,20 @@ Json tokenizer_json(const sentencepiece::SentencePieceProcessor& model, const Se
 }
 
 void check_options(const SentencePieceTraining& options) {
-  MOEGRAFT_CHECK_USAGE(options.model_type == "bpe" || options.model_type == "unigram", "tokenizer model type must be bpe or unigram, got '", options.model_type, "'");
+  MOEGRAFT_CHECK_USAGE(options.model_type == "bpe" || options.model_type == "unigram",
+                       "tokenizer model type must be bpe or unigram, got '", options.model_type, "'");
   const int64_t least = options.byte_fallback ? 260 : 4;
-  MOEGRAFT_CHECK_USAGE(options.vocab_size >= least && options.vocab_size <= 1000000, "tokenizer vocab_size must be in [", least,
-                       ", 1000000] (3 special pieces", options.byte_fallback ? ", 256 bytes" : "", " and the learned ones), got ", options.vocab_size);
-  MOEGRAFT_CHECK_USAGE(options.character_coverage >= 0.98 && options.character_coverage <= 1, "character_coverage must be in [0.98, 1], got ", options.character_coverage);
+  MOEGRAFT_CHECK_USAGE(options.vocab_size >= least && options.vocab_size <= 1000000,
+                       "tokenizer vocab_size must be in [", least, ", 1000000] (3 special pieces",
+                       options.byte_fallback ? ", 256 bytes" : "", " and the learned ones), got ", options.vocab_size);
+  MOEGRAFT_CHECK_USAGE(options.character_coverage >= 0.98 && options.character_coverage <= 1,
+                       "character_coverage must be in [0.98, 1], got ", options.character_coverage);
 }
 
 }  // namespace
 
-void train_sentencepiece(const std::vector<fs::path>& text_files, const fs::path& dir, const SentencePieceTraining& options) {
+void train_sentencepiece(const std::vector<fs::path>& text_files, const fs::path& dir,
+                         const SentencePieceTraining& options) {
   check_options(options);
   MOEGRAFT_CHECK_USAGE(!text_files.empty(), "tokenizer training needs at least one text file");
   const auto lines = read_lines(text_files, options);
@@ -152,7 +178,10 @@ void train_sentencepiece(const std::vector<fs::path>& text_files, const fs::path
       {"allow_whitespace_only_pieces", "true"},
       {"max_sentence_length", std::to_string(kMaxLineBytes + 1)},
       {"num_threads", "2"},  // fixed: the unigram trainer sums floats per thread
-      {"unk_id", "0"}, {"bos_id", "1"}, {"eos_id", "2"}, {"pad_id", "-1"},
+      {"unk_id", "0"},
+      {"bos_id", "1"},
+      {"eos_id", "2"},
+      {"pad_id", "-1"},
       {"minloglevel", "2"},
   };
   sentencepiece::SetRandomGeneratorSeed(static_cast<unsigned>(options.seed));
@@ -167,9 +196,17 @@ void train_sentencepiece(const std::vector<fs::path>& text_files, const fs::path
   std::error_code error;
   fs::create_directories(dir, error);
   MOEGRAFT_CHECK(!error, dir.string(), ": cannot create the folder: ", error.message());
-  const Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}, {"add_bos_token", true}, {"add_eos_token", false}, {"bos_token", "<s>"}, {"eos_token", "</s>"},
-                       {"unk_token", "<unk>"}, {"clean_up_tokenization_spaces", false}, {"model_max_length", 1000000000}};
-  write_files(dir, {{"tokenizer.model", proto}, {"tokenizer.json", tokenizer_json(model, options).dump(1)}, {"tokenizer_config.json", config.dump(2) + "\n"}});
+  const Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                       {"add_bos_token", true},
+                       {"add_eos_token", false},
+                       {"bos_token", "<s>"},
+                       {"eos_token", "</s>"},
+                       {"unk_token", "<unk>"},
+                       {"clean_up_tokenization_spaces", false},
+                       {"model_max_length", 1000000000}};
+  write_files(dir, {{"tokenizer.model", proto},
+                    {"tokenizer.json", tokenizer_json(model, options).dump(1)},
+                    {"tokenizer_config.json", config.dump(2) + "\n"}});
 }
 
 }  // namespace moegraft::tokenizer

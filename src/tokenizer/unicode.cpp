@@ -10,7 +10,8 @@ namespace moegraft::tokenizer {
 
 namespace {
 
-// Length of the well-formed character at the start of `text`, or 0; `bad` receives the length of the maximal ill-formed part (Unicode 3.9, table 3-7).
+// Length of the well-formed character at the start of `text`, or 0; `bad` receives the length of the maximal ill-formed
+// part (Unicode 3.9, table 3-7).
 size_t well_formed(std::string_view text, size_t& bad) {
   const auto at = [&](size_t i) -> unsigned { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
   const unsigned a = at(0);
@@ -18,10 +19,14 @@ size_t well_formed(std::string_view text, size_t& bad) {
   if (a < 0x80) return 1;
   unsigned low = 0x80, high = 0xBF;
   size_t length = 0;
-  if (a >= 0xC2 && a <= 0xDF) length = 2;
-  else if (a >= 0xE0 && a <= 0xEF) length = 3, low = a == 0xE0 ? 0xA0 : 0x80, high = a == 0xED ? 0x9F : 0xBF;
-  else if (a >= 0xF0 && a <= 0xF4) length = 4, low = a == 0xF0 ? 0x90 : 0x80, high = a == 0xF4 ? 0x8F : 0xBF;
-  else return 0;
+  if (a >= 0xC2 && a <= 0xDF)
+    length = 2;
+  else if (a >= 0xE0 && a <= 0xEF)
+    length = 3, low = a == 0xE0 ? 0xA0 : 0x80, high = a == 0xED ? 0x9F : 0xBF;
+  else if (a >= 0xF0 && a <= 0xF4)
+    length = 4, low = a == 0xF0 ? 0x90 : 0x80, high = a == 0xF4 ? 0x8F : 0xBF;
+  else
+    return 0;
   for (size_t i = 1; i < length; ++i) {
     if (at(i) < low || at(i) > high) return 0;
     low = 0x80, high = 0xBF;
@@ -34,7 +39,8 @@ std::string decompose(std::string_view text, int options) {
   std::vector<int32_t> points(text.size() + 16);
   const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
   const auto flags = static_cast<utf8proc_option_t>(options);
-  auto needed = utf8proc_decompose(bytes, static_cast<utf8proc_ssize_t>(text.size()), points.data(), static_cast<utf8proc_ssize_t>(points.size()), flags);
+  auto needed = utf8proc_decompose(bytes, static_cast<utf8proc_ssize_t>(text.size()), points.data(),
+                                   static_cast<utf8proc_ssize_t>(points.size()), flags);
   if (needed > static_cast<utf8proc_ssize_t>(points.size())) {
     points.resize(static_cast<size_t>(needed));
     needed = utf8proc_decompose(bytes, static_cast<utf8proc_ssize_t>(text.size()), points.data(), needed, flags);
@@ -73,8 +79,10 @@ std::string valid_utf8(std::string_view text) {
   size_t bad = 0;
   for (size_t i = 0; i < text.size();) {
     const size_t length = well_formed(text.substr(i), bad);
-    if (length) out += text.substr(i, length);
-    else out += "\xEF\xBF\xBD";
+    if (length)
+      out += text.substr(i, length);
+    else
+      out += "\xEF\xBF\xBD";
     i += length ? length : bad;
   }
   return out;
@@ -112,8 +120,10 @@ std::string lowercase(std::string_view text) {
   out.reserve(text.size());
   for (size_t i = 0; i < text.size();) {
     const int32_t c = next_code_point(text, i);
-    if (c == 0x130) out += "i\xCC\x87";  // the one character whose unconditional lower case is two
-    else append_utf8(out, utf8proc_tolower(c));
+    if (c == 0x130)
+      out += "i\xCC\x87";  // the one character whose unconditional lower case is two
+    else
+      append_utf8(out, utf8proc_tolower(c));
   }
   return out;
 }
@@ -123,15 +133,16 @@ std::string strip_accents(std::string_view text) {
   for (size_t i = 0; i < text.size();) {
     const size_t start = i;
     const auto category = utf8proc_category(next_code_point(text, i));
-    const bool mark = category == UTF8PROC_CATEGORY_MN || category == UTF8PROC_CATEGORY_MC || category == UTF8PROC_CATEGORY_ME;
+    const bool mark =
+        category == UTF8PROC_CATEGORY_MN || category == UTF8PROC_CATEGORY_MC || category == UTF8PROC_CATEGORY_ME;
     if (!mark) out += text.substr(start, i - start);
   }
   return out;
 }
 
 bool is_white_space(int32_t c) {
-  return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 ||
-         c == 0x202F || c == 0x205F || c == 0x3000;
+  return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 bool is_numeric(int32_t c) {
@@ -140,7 +151,8 @@ bool is_numeric(int32_t c) {
 }
 
 bool is_punctuation(int32_t c) {
-  if (c < 0x80) return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') || (c >= '{' && c <= '~');
+  if (c < 0x80)
+    return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') || (c >= '{' && c <= '~');
   const auto category = utf8proc_category(c);
   return category >= UTF8PROC_CATEGORY_PC && category <= UTF8PROC_CATEGORY_PO;
 }

@@ -20,11 +20,11 @@ inline size_t utf8_length(unsigned char lead) { return lead < 0x80 ? 1 : lead < 
 
 enum class NormalForm { nfc, nfd, nfkc, nfkd };
 std::string normalize(std::string_view text, NormalForm form);
-std::string lowercase(std::string_view text);        // full mapping, as Rust's str::to_lowercase per character
-std::string strip_accents(std::string_view text);    // removes marks (category M)
+std::string lowercase(std::string_view text);      // full mapping, as Rust's str::to_lowercase per character
+std::string strip_accents(std::string_view text);  // removes marks (category M)
 
-bool is_white_space(int32_t c);    // property White_Space
-bool is_numeric(int32_t c);        // Nd, Nl, No
-bool is_punctuation(int32_t c);    // ASCII punctuation, or category P
+bool is_white_space(int32_t c);  // property White_Space
+bool is_numeric(int32_t c);      // Nd, Nl, No
+bool is_punctuation(int32_t c);  // ASCII punctuation, or category P
 
 }  // namespace moegraft::tokenizer

@@ -9,7 +9,8 @@
 
 namespace moegraft::train {
 
-DistributedStep::DistributedStep(const parallel::ParallelConfig& config, const distributed::Mesh& mesh, model::ParameterRegistry& registry, at::ScalarType gradients)
+DistributedStep::DistributedStep(const parallel::ParallelConfig& config, const distributed::Mesh& mesh,
+                                 model::ParameterRegistry& registry, at::ScalarType gradients)
     : mesh_(mesh), registry_(registry), lockstep_(parallel::lockstep(mesh, config.shard_base)) {
   if (alone()) {
     if (gradients == at::kBFloat16) narrow_.emplace(registry);
@@ -19,13 +20,13 @@ DistributedStep::DistributedStep(const parallel::ParallelConfig& config, const d
   if (config.shard_optimizer) updates_.emplace(registry, mesh_);
 }
 
-std::vector<bool> DistributedStep::owned() const {
-  return updates_ ? updates_->owned() : std::vector<bool>();
-}
+std::vector<bool> DistributedStep::owned() const { return updates_ ? updates_->owned() : std::vector<bool>(); }
 
 void DistributedStep::begin_step() {
-  if (reducer_) reducer_->begin_step();
-  else registry_.zero_grad();
+  if (reducer_)
+    reducer_->begin_step();
+  else
+    registry_.zero_grad();
 }
 void DistributedStep::last_backward() {
   if (reducer_) reducer_->last_backward();
@@ -37,11 +38,16 @@ void DistributedStep::forget_absent(const std::set<int64_t>& modalities) {
   if (!lockstep_) return;
   for (const auto& p : registry_.all()) {
     if (p.sharding != model::Sharding::expert || p.modalities.empty()) continue;
-    if (std::none_of(p.modalities.begin(), p.modalities.end(), [&](int64_t m) { return modalities.contains(m); })) p.tensor.mutable_grad().reset();
+    if (std::none_of(p.modalities.begin(), p.modalities.end(), [&](int64_t m) { return modalities.contains(m); }))
+      p.tensor.mutable_grad().reset();
   }
 }
-at::Tensor DistributedStep::queue_grad_squares() const { return train::queue_grad_squares(registry_, mesh_.expert.get()); }
-double DistributedStep::grad_norm(const std::array<double, 2>& from_device) { return global_grad_norm(registry_, mesh_.expert.get(), from_device); }
+at::Tensor DistributedStep::queue_grad_squares() const {
+  return train::queue_grad_squares(registry_, mesh_.expert.get());
+}
+double DistributedStep::grad_norm(const std::array<double, 2>& from_device) {
+  return global_grad_norm(registry_, mesh_.expert.get(), from_device);
+}
 double DistributedStep::grad_norm() { return global_grad_norm(registry_, mesh_.expert.get()); }
 void DistributedStep::share_updates() {
   if (updates_) updates_->share();

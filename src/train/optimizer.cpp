@@ -44,7 +44,8 @@ double sum_of_squares_cpu(const at::Tensor& grad) {
   const int64_t n = dense.numel(), chunks = (n + kNormChunk - 1) / kNormChunk;
   std::vector<double> partial(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) partial[c] = sum_of_squares(data + c * kNormChunk, std::min(kNormChunk, n - c * kNormChunk));
+    for (int64_t c = begin; c < end; ++c)
+      partial[c] = sum_of_squares(data + c * kNormChunk, std::min(kNormChunk, n - c * kNormChunk));
   });
   double sum = 0;
   for (const double p : partial) sum += p;
@@ -64,7 +65,8 @@ at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
   at::NoGradGuard no_grad;
   std::map<at::ScalarType, std::vector<at::Tensor>> lists;  // a list of several dtypes would be walked tensor by tensor
   for (const at::Tensor& t : tensors)
-    if (t.numel() > 0) lists[t.scalar_type()].push_back(t);  // the library's kernel leaves an empty tensor's norm unwritten
+    if (t.numel() > 0)
+      lists[t.scalar_type()].push_back(t);  // the library's kernel leaves an empty tensor's norm unwritten
   at::Tensor sum = at::zeros({}, (tensors.empty() ? at::TensorOptions() : tensors[0].options()).dtype(at::kDouble));
   for (const auto& [dtype, list] : lists) sum = sum + at::stack(at::_foreach_norm(list, 2, at::kDouble)).square().sum();
   return sum;
@@ -73,24 +75,30 @@ at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
 namespace {
 
 // Whether a parameter's gradient is here alone, and not everywhere.
-bool is_spread(const model::Parameter& parameter, const distributed::Communicator* experts) { return experts && experts->size() > 1 && parameter.sharding == model::Sharding::expert; }
+bool is_spread(const model::Parameter& parameter, const distributed::Communicator* experts) {
+  return experts && experts->size() > 1 && parameter.sharding == model::Sharding::expert;
+}
 
 }  // namespace
 
 at::Tensor queue_grad_squares(const model::ParameterRegistry& registry, const distributed::Communicator* experts) {
   std::vector<at::Tensor> lists[2];
   for (const auto& parameter : registry.all())
-    if (const auto& grad = parameter.tensor.grad(); grad.defined() && !grad.is_cpu()) lists[is_spread(parameter, experts)].push_back(grad);
+    if (const auto& grad = parameter.tensor.grad(); grad.defined() && !grad.is_cpu())
+      lists[is_spread(parameter, experts)].push_back(grad);
   if (lists[0].empty() && lists[1].empty()) return {};
   const at::Tensor none = at::zeros({}, (lists[0].empty() ? lists[1] : lists[0])[0].options().dtype(at::kDouble));
-  return at::stack({lists[0].empty() ? none : sum_of_squares(lists[0]), lists[1].empty() ? none : sum_of_squares(lists[1])});
+  return at::stack(
+      {lists[0].empty() ? none : sum_of_squares(lists[0]), lists[1].empty() ? none : sum_of_squares(lists[1])});
 }
 
-double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts, const std::array<double, 2>& from_device) {
+double global_grad_norm(const model::ParameterRegistry& registry, distributed::Communicator* experts,
+                        const std::array<double, 2>& from_device) {
   at::NoGradGuard no_grad;
   std::array<double, 2> sums = from_device;
   for (const auto& parameter : registry.all())
-    if (const auto& grad = parameter.tensor.grad(); grad.defined() && grad.is_cpu()) sums[is_spread(parameter, experts)] += sum_of_squares_cpu(grad);
+    if (const auto& grad = parameter.tensor.grad(); grad.defined() && grad.is_cpu())
+      sums[is_spread(parameter, experts)] += sum_of_squares_cpu(grad);
   if (experts && experts->size() > 1) {
     const at::Tensor mine = at::full({1}, sums[1], at::kDouble);
     at::Tensor all = at::empty({experts->size()}, at::kDouble);
@@ -109,23 +117,31 @@ double global_grad_norm(const model::ParameterRegistry& registry, distributed::C
   return global_grad_norm(registry, experts, sums);
 }
 
-double clip_factor(double norm, double max_norm) { return max_norm > 0 && std::isfinite(norm) && norm > max_norm ? max_norm / norm : 1.0; }
+double clip_factor(double norm, double max_norm) {
+  return max_norm > 0 && std::isfinite(norm) && norm > max_norm ? max_norm / norm : 1.0;
+}
 
 std::vector<std::pair<const char*, at::Tensor>> AdamW::Slot::tensors() const {
   if (!owned) return {};
   if (!is_8bit) return {{".exp_avg", exp_avg}, {".exp_avg_sq", exp_avg_sq}, {".step", step}};
-  return {{".exp_avg.codes", quantized.exp_avg.codes},          {".exp_avg.scales", quantized.exp_avg.scales}, {".exp_avg_sq_root.codes", quantized.root.codes},
-          {".exp_avg_sq_root.scales", quantized.root.scales}, {".step", step}};
+  return {{".exp_avg.codes", quantized.exp_avg.codes},
+          {".exp_avg.scales", quantized.exp_avg.scales},
+          {".exp_avg_sq_root.codes", quantized.root.codes},
+          {".exp_avg_sq_root.scales", quantized.root.scales},
+          {".step", step}};
 }
 
-AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options, std::vector<bool> owned)
+AdamW::AdamW(model::ParameterRegistry& registry, std::map<std::string, GroupOptions> groups, AdamWOptions options,
+             std::vector<bool> owned)
     : registry_(registry), groups_(std::move(groups)), options_(options), sharded_(!owned.empty()) {
-  MOEGRAFT_INVARIANT(owned.empty() || owned.size() == registry.all().size(), "AdamW: ", owned.size(), " flags for ", registry.all().size(), " parameters");
+  MOEGRAFT_INVARIANT(owned.empty() || owned.size() == registry.all().size(), "AdamW: ", owned.size(), " flags for ",
+                     registry.all().size(), " parameters");
   for (const auto& parameter : registry.all()) {
     if (!groups_.contains(parameter.group)) {
       std::vector<std::string> known;
       for (const auto& [name, group] : groups_) known.push_back(name);
-      fail<UsageError>("parameter ", parameter.name, " is in the optimizer group \"", parameter.group, "\", which has no settings: known groups are ", join(known, ", "));
+      fail<UsageError>("parameter ", parameter.name, " is in the optimizer group \"", parameter.group,
+                       "\", which has no settings: known groups are ", join(known, ", "));
     }
     Slot slot;
     slot.owned = owned.empty() || owned[slots_.size()];
@@ -153,25 +169,30 @@ int64_t AdamW::step(double lr_factor, double grad_factor) {
       std::vector<at::Tensor> tensors, grads, exp_avgs, exp_avg_sqs, steps;
       const auto update = [&] {
         if (tensors.empty()) return;
-        at::_foreach_add_(steps, 1);  // the fused kernel reads the counts and does not advance them
+        at::_foreach_add_(steps, 1);        // the fused kernel reads the counts and does not advance them
         std::optional<at::Tensor> divisor;  // of the gradients; the kernel writes them back divided
         if (grad_factor != 1.0) divisor = at::full({}, 1.0 / grad_factor, tensors[0].options().requires_grad(false));
-        at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2, weight_decay, options_.epsilon, /*amsgrad=*/false,
+        at::_fused_adamw_(tensors, grads, exp_avgs, exp_avg_sqs, {}, steps, lr, options_.beta1, options_.beta2,
+                          weight_decay, options_.epsilon, /*amsgrad=*/false,
                           /*maximize=*/false, divisor);
-        for (const auto& t : tensors) t.unsafeGetTensorImpl()->bump_version();  // the fused operation does not count its writes
+        for (const auto& t : tensors)
+          t.unsafeGetTensorImpl()->bump_version();  // the fused operation does not count its writes
         for (auto* list : {&tensors, &grads, &exp_avgs, &exp_avg_sqs, &steps}) list->clear();
       };
       int64_t widened = 0;
       for (size_t i = 0; i < slots_.size(); ++i) {
         const auto& parameter = registry_.all()[i];
-        if (!slots_[i].owned || parameter.group != name || (parameter.tensor.dim() >= 2) != decayed || !parameter.tensor.grad().defined()) continue;
+        if (!slots_[i].owned || parameter.group != name || (parameter.tensor.dim() >= 2) != decayed ||
+            !parameter.tensor.grad().defined())
+          continue;
         const auto grad = parameter.tensor.grad().to(at::kFloat).contiguous();  // the kernels walk raw pointers
         const auto& slot = slots_[i];
         ++updated;
         if (slot.is_8bit) {
           slot.step.add_(1);  // on the host
           kernels::adamw8_step(parameter.tensor, grad, slot.quantized,
-                               {lr, options_.beta1, options_.beta2, options_.epsilon, weight_decay, int64_t(slot.step.item<float>()), grad_factor});
+                               {lr, options_.beta1, options_.beta2, options_.epsilon, weight_decay,
+                                int64_t(slot.step.item<float>()), grad_factor});
           continue;
         }
         tensors.push_back(parameter.tensor);
@@ -205,7 +226,9 @@ checkpoint::Parts AdamW::state_parts() const {
       const auto [first, total] = rows_of(parameter, suffix);
       if (parameter.total_rows > 0 && total == 0 && parameter.first_row > 0) continue;
       parts.push_back({parameter.name + suffix, tensor, first, total,
-                       sharded_ ? checkpoint::Copies::nowhere : parameter.total_rows > 0 ? checkpoint::Copies::data_group : checkpoint::Copies::everywhere});
+                       sharded_                   ? checkpoint::Copies::nowhere
+                       : parameter.total_rows > 0 ? checkpoint::Copies::data_group
+                                                  : checkpoint::Copies::everywhere});
     }
   }
   parts.push_back({"steps", at::scalar_tensor(steps_, at::kLong)});
@@ -218,9 +241,12 @@ void AdamW::load_state(const io::TensorMap& state) {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto& name = registry_.all()[i].name;
     const bool is_8bit = slots_[i].is_8bit;
-    MOEGRAFT_CHECK(!state.contains(name + (is_8bit ? ".exp_avg" : ".exp_avg.codes")), "the checkpoint's moments of ", name, " are ", is_8bit ? "float32" : "in 8 bits",
-                   ", this run's are ", is_8bit ? "in 8 bits" : "float32", ": keep train.optimizer: ", is_8bit ? "adamw" : "adamw_8bit", ", as it was");
-    for (const char* suffix : is_8bit ? std::vector{".exp_avg.codes", ".exp_avg.scales", ".exp_avg_sq_root.codes", ".exp_avg_sq_root.scales", ".step"}
+    MOEGRAFT_CHECK(!state.contains(name + (is_8bit ? ".exp_avg" : ".exp_avg.codes")), "the checkpoint's moments of ",
+                   name, " are ", is_8bit ? "float32" : "in 8 bits", ", this run's are ",
+                   is_8bit ? "in 8 bits" : "float32", ": keep train.optimizer: ", is_8bit ? "adamw" : "adamw_8bit",
+                   ", as it was");
+    for (const char* suffix : is_8bit ? std::vector{".exp_avg.codes", ".exp_avg.scales", ".exp_avg_sq_root.codes",
+                                                    ".exp_avg_sq_root.scales", ".step"}
                                       : std::vector{".exp_avg", ".exp_avg_sq", ".step"})
       known.insert(name + suffix);
   }

@@ -1,5 +1,6 @@
 #pragma once
-// What a run writes down while it trains: metrics.jsonl, routing.jsonl, TensorBoard, notes in run.json. One process writes; in the others every call does nothing.
+// What a run writes down while it trains: metrics.jsonl, routing.jsonl, TensorBoard, notes in run.json. One process
+// writes; in the others every call does nothing.
 
 #include <memory>
 #include <optional>

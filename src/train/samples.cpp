@@ -23,7 +23,8 @@ std::string modality_to_draw(const graft::GraftedModel& model) {
 
 }  // namespace
 
-std::filesystem::path write_samples(graft::GraftedModel& model, const std::vector<std::string>& prompts, const std::filesystem::path& dir, int64_t step, uint64_t seed) {
+std::filesystem::path write_samples(graft::GraftedModel& model, const std::vector<std::string>& prompts,
+                                    const std::filesystem::path& dir, int64_t step, uint64_t seed) {
   generate::ImageOptions options;
   options.modality = modality_to_draw(model);
   if (prompts.empty() || options.modality.empty()) return {};

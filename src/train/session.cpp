@@ -26,7 +26,8 @@ Session::Session(const run::RunConfig& config, Start& start, const distributed::
       writer_(dir_ / "checkpoints", config.checkpoint, true, peers_of(config, mesh)) {
   state_.seed = config.run.seed;
   state_.environment = run::describe_environment(start.model.device().str());
-  state_.environment["layout"] = detail::concat("data ", mesh.data_size(), ", expert ", mesh.expert_size());  // what sums are grouped by
+  state_.environment["layout"] =
+      detail::concat("data ", mesh.data_size(), ", expert ", mesh.expert_size());  // what sums are grouped by
   state_.fingerprints = start.fingerprints;
   if (start.from) restore(*start.from);
   first_step_ = state_.step;
@@ -37,7 +38,8 @@ void Session::restore(const checkpoint::Checkpoint& from) {
   state_ = checkpoint::state_from_json(from.state);
   if (state_.step > 0)
     for (const auto& line : checkpoint::environment_differences(state_.environment, environment))
-      log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ", line);
+      log::warning("resuming on another environment, so the result is not bit-identical to an uninterrupted run: ",
+                   line);
   data_changed_ = std::any_of(fingerprints.begin(), fingerprints.end(), [&](const auto& now) {
     const auto was = state_.fingerprints.find(now.first);
     return now.first.starts_with("data.train") && was != state_.fingerprints.end() && was->second != now.second;
@@ -52,7 +54,9 @@ void Session::begin() {
   first_tokens_ = state_.tokens_seen;
 }
 
-std::string Session::stopped_by() const { return asked_to_stop() ? run::signal_name(signals_->received()) : "a signal to another process"; }
+std::string Session::stopped_by() const {
+  return asked_to_stop() ? run::signal_name(signals_->received()) : "a signal to another process";
+}
 
 std::string Session::status(double loss) const {
   char buffer[96];
@@ -61,7 +65,8 @@ std::string Session::status(double loss) const {
   return buffer;
 }
 
-void Session::save(const checkpoint::Parts& parameters, const checkpoint::Parts& optimizer, std::optional<double> measure) {
+void Session::save(const checkpoint::Parts& parameters, const checkpoint::Parts& optimizer,
+                   std::optional<double> measure) {
   state_.seconds = seconds();
   run_log_.sync();
   writer_.save(state_.step, parameters, optimizer, checkpoint::to_json(state_), measure);

@@ -16,9 +16,10 @@
 
 namespace moegraft::train {
 
-// Owns the run log (and with it the directory's lock), the checkpoint writer, the run's state (its step, tokens, time, best measure) and, from begin() on, the
-// stop signals and the clock. Made after a Stage, so that what is wrong with its data shows before anything is written, and destroyed before it: a save under
-// way is waited for while the other processes can still be reached.
+// Owns the run log (and with it the directory's lock), the checkpoint writer, the run's state (its step, tokens, time,
+// best measure) and, from begin() on, the stop signals and the clock. Made after a Stage, so that what is wrong with
+// its data shows before anything is written, and destroyed before it: a save under way is waited for while the other
+// processes can still be reached.
 class Session {
  public:
   // Takes start.dir. Goes on from start.from where there is one, and warns where the environment is another than its.
@@ -42,10 +43,12 @@ class Session {
   bool time_is_up() const { return max_minutes_ > 0 && seconds() > 60 * max_minutes_; }
   std::string status(double loss) const;  // for the progress bar
 
-  // Saves the state and this process's parts, in the background where the config says so. measure: of the last evaluation, lower is better.
+  // Saves the state and this process's parts, in the background where the config says so. measure: of the last
+  // evaluation, lower is better.
   void save(const checkpoint::Parts& parameters, const checkpoint::Parts& optimizer, std::optional<double> measure);
   void finish_saving() { writer_.wait(); }
-  // The share of the time since the save before that the last save took from training; none when there was none since the last call.
+  // The share of the time since the save before that the last save took from training; none when there was none since
+  // the last call.
   std::optional<double> take_stall_share() { return std::exchange(stall_share_, {}); }
 
  private:

@@ -15,13 +15,14 @@
 
 namespace moegraft::train {
 
-// Owns what a step changes beside the model (moments, the place in the data) and what it needs of the other processes. The model outlives it; its registry and
-// which of its parameters train are fixed while it lives.
+// Owns what a step changes beside the model (moments, the place in the data) and what it needs of the other processes.
+// The model outlives it; its registry and which of its parameters train are fixed while it lives.
 struct Stage {
   // Collective. Opens data.train and data.eval: UserError for shards that do not fit the model.
   Stage(const run::RunConfig& config, graft::GraftedModel& model, const distributed::Mesh& mesh);
 
-  // Goes on from a checkpoint: its moments, then its place in the data; data_changed: from the beginning of data that the place does not fit. UserErrors otherwise.
+  // Goes on from a checkpoint: its moments, then its place in the data; data_changed: from the beginning of data that
+  // the place does not fit. UserErrors otherwise.
   void restore(const checkpoint::Checkpoint& from, const std::string& data_cursor, bool data_changed);
 
   graft::GraftedModel& model;

@@ -34,11 +34,14 @@ void StepMetrics::end_window(run::TrainingLine& line, DistributedStep& distribut
   window_.start = line.seconds;
 }
 
-// What the exchange with the other processes takes, and whether one of them is slower: each one's step time without its waiting for the others.
+// What the exchange with the other processes takes, and whether one of them is slower: each one's step time without its
+// waiting for the others.
 void StepMetrics::compare_ranks(run::TrainingLine& line, DistributedStep& distributed) {
   const Window& w = window_;
   const double steps = double(std::max<int64_t>(w.steps, 1));
-  const auto ranks = distributed.gather({(w.seconds - w.exchange_seconds) / steps, w.exchange_seconds / steps, double(w.exchange_bytes) / steps}, "step times");
+  const auto ranks = distributed.gather(
+      {(w.seconds - w.exchange_seconds) / steps, w.exchange_seconds / steps, double(w.exchange_bytes) / steps},
+      "step times");
   std::vector<double> busy;
   double wait = 0, bytes = 0;
   for (const auto& rank : ranks) busy.push_back(rank[0]), wait += rank[1], bytes += rank[2];

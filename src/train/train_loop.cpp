@@ -28,7 +28,8 @@ TrainOutcome TrainLoop::run() {
   const checkpoint::TrainState& state = session_.state();
   const bool early = ended_early();
   if (state.step > 0 && (state.step >= t.steps || early)) {
-    const std::string why = early ? detail::concat("train.early_stopping_patience ", t.early_stopping_patience) : detail::concat("train.steps ", t.steps);
+    const std::string why = early ? detail::concat("train.early_stopping_patience ", t.early_stopping_patience)
+                                  : detail::concat("train.steps ", t.steps);
     log::info("the run has ended before, after step ", state.step, " (", why, "): nothing to do; raise it to go on");
     return {state.step, state.last_loss, false, true};
   }
@@ -47,12 +48,16 @@ TrainOutcome TrainLoop::run() {
       if (!saved) save();
       session_.finish_saving();
       progress.finish();
-      log::warning("stopped by ", session_.stopped_by(), " after step ", state.step, "; saved. --resume auto continues.");
+      log::warning("stopped by ", session_.stopped_by(), " after step ", state.step,
+                   "; saved. --resume auto continues.");
       return {state.step, last_.loss, true};
     }
     if (ended_early()) {
-      log::info("train.early_stopping_patience: ended after step ", state.step, ", for data.eval was best at step ", state.best_step, " (", *state.best_measure, "): --checkpoint best reads that one",
-                stage_.model.decoder->base().weights->trainable() ? detail::concat("; ", (session_.dir() / "model").string(), " is the last") : "");
+      log::info("train.early_stopping_patience: ended after step ", state.step, ", for data.eval was best at step ",
+                state.best_step, " (", *state.best_measure, "): --checkpoint best reads that one",
+                stage_.model.decoder->base().weights->trainable()
+                    ? detail::concat("; ", (session_.dir() / "model").string(), " is the last")
+                    : "");
       break;
     }
     if (last_.time_is_up) {
@@ -88,7 +93,8 @@ TrainOutcome TrainLoop::run() {
 bool TrainLoop::ended_early() const {
   const auto& t = config_.train;
   const auto& state = std::as_const(session_).state();
-  return t.early_stopping_patience > 0 && t.eval_every > 0 && state.best_step >= 0 && state.step - state.best_step >= t.early_stopping_patience * t.eval_every;
+  return t.early_stopping_patience > 0 && t.eval_every > 0 && state.best_step >= 0 &&
+         state.step - state.best_step >= t.early_stopping_patience * t.eval_every;
 }
 
 void TrainLoop::step() {
@@ -101,12 +107,14 @@ void TrainLoop::step() {
 void TrainLoop::log_metrics() {
   const auto& state = session_.state();
   run::TrainingLine line;
-  line.step = state.step, line.tokens = state.tokens_seen, line.epochs = stage_.stream.epochs(), line.seconds = session_.seconds();
+  line.step = state.step, line.tokens = state.tokens_seen, line.epochs = stage_.stream.epochs(),
+  line.seconds = session_.seconds();
   const auto counts = stage_.stream.counts();
   line.truncated_documents = counts.truncated, line.skipped_documents = counts.skipped;
   line.loss = last_.loss, line.grad_norm = last_.grad_norm, line.lr_factor = stage_.schedule.factor(state.step - 1);
   line.checkpoint_stall_share = session_.take_stall_share();
-  if (const auto use = train_step_.take_prefix_use(); use.tokens > 0) line.prefix_cache_hit_share = double(use.found) / double(use.tokens);
+  if (const auto use = train_step_.take_prefix_use(); use.tokens > 0)
+    line.prefix_cache_hit_share = double(use.found) / double(use.tokens);
   metrics_.end_window(line, stage_.distributed);
   for (const auto& [name, value] : run::measures(line)) session_.run_log().scalar("train/" + name, state.step, value);
   session_.run_log().metrics(run::to_json_line(line));
@@ -122,7 +130,9 @@ void TrainLoop::log_evaluation() {
   auto& state = session_.state();
   model::ForwardOptions options;
   options.lockstep = stage_.distributed.lockstep();
-  const auto result = evaluate::measure_likelihood(stage_.model, *stage_.eval, options, [this](const std::vector<double>& mine) { return stage_.distributed.sum(mine, "evaluation"); });
+  const auto result = evaluate::measure_likelihood(
+      stage_.model, *stage_.eval, options,
+      [this](const std::vector<double>& mine) { return stage_.distributed.sum(mine, "evaluation"); });
   run::EvaluationLine line;
   line.step = state.step;
   for (size_t m = 0; m < result.nll_M.size(); ++m)
@@ -135,7 +145,8 @@ void TrainLoop::log_evaluation() {
   session_.run_log().metrics(text);
   // The measure that `best` means: likelihood of what is being learnt.
   measure_ = result.total();
-  if (!state.best_measure || *measure_ < *state.best_measure) state.best_measure = measure_, state.best_step = state.step;
+  if (!state.best_measure || *measure_ < *state.best_measure)
+    state.best_measure = measure_, state.best_step = state.step;
   log::info("step ", state.step, ": held-out ", text);
 }
 
@@ -145,7 +156,9 @@ void TrainLoop::draw_samples() {
   RunLog& run_log = session_.run_log();
   if (!run_log.writes() && !stage_.distributed.lockstep()) return;
   const int64_t step = session_.state().step;
-  const fs::path file = write_samples(stage_.model, config_.train.sample_prompts, run_log.writes() ? session_.dir() / "samples" : fs::path(), step, uint64_t(config_.run.seed));
+  const fs::path file =
+      write_samples(stage_.model, config_.train.sample_prompts,
+                    run_log.writes() ? session_.dir() / "samples" : fs::path(), step, uint64_t(config_.run.seed));
   if (!file.empty()) run_log.image_file("samples", step, file);
 }
 
@@ -155,7 +168,8 @@ void TrainLoop::save() {
   if (state.step > 0) state.lr_factor = stage_.schedule.factor(state.step - 1);
   state.data_cursor = stage_.stream.state();
   const DistributedStep& distributed = stage_.distributed;
-  session_.save(distributed.parts_to_write(checkpoint::parameter_parts(*stage_.model.registry)), distributed.parts_to_write(stage_.optimizer.state_parts()), measure_);
+  session_.save(distributed.parts_to_write(checkpoint::parameter_parts(*stage_.model.registry)),
+                distributed.parts_to_write(stage_.optimizer.state_parts()), measure_);
 }
 
 void TrainLoop::check_start() {
@@ -163,7 +177,8 @@ void TrainLoop::check_start() {
   const auto& state = session_.state();
   StartFacts facts;
   facts.step = state.step, facts.steps = t.steps, facts.warmup = t.warmup;
-  facts.sequence_length = config_.data.sequence_length, facts.max_positions = stage_.model.decoder->spec().max_positions;
+  facts.sequence_length = config_.data.sequence_length,
+  facts.max_positions = stage_.model.decoder->spec().max_positions;
   facts.trainable = stage_.model.registry->num_elements();
   for (const auto& p : stage_.model.registry->all()) facts.groups.insert(p.group);
   facts.learning_rates = {{"lora", t.lora.lr}, {"embeddings", t.embeddings.lr}, {"base", t.base.lr}};
@@ -188,7 +203,8 @@ void TrainLoop::act_on(const std::vector<Finding>& findings) {
   if (findings.empty() || !config_.train.strict) return;
   if (session_.stepped()) save();
   session_.finish_saving();
-  const std::string when = session_.stepped() ? detail::concat("after step ", session_.state().step, ", saved,") : "before its first step";
+  const std::string when =
+      session_.stepped() ? detail::concat("after step ", session_.state().step, ", saved,") : "before its first step";
   fail<UserError>("train.strict: ended ", when, " by the warning above (", findings.front().check, ")");
 }
 

@@ -1,5 +1,6 @@
 #pragma once
-// What happens when: the steps of one stage, and between them evaluations, samples, lines of the run log and checkpoints.
+// What happens when: the steps of one stage, and between them evaluations, samples, lines of the run log and
+// checkpoints.
 
 #include <optional>
 #include <vector>
@@ -14,8 +15,8 @@
 
 namespace moegraft::train {
 
-// Runs a stage within a session, both of which outlive it, as does the config. Owns only what may be forgotten with it: caches, sums for the next line, and what
-// the checks of health.h have seen.
+// Runs a stage within a session, both of which outlive it, as does the config. Owns only what may be forgotten with it:
+// caches, sums for the next line, and what the checks of health.h have seen.
 class TrainLoop {
  public:
   TrainLoop(const run::RunConfig& config, Stage& stage, Session& session, int64_t recompute_layers);
@@ -42,7 +43,8 @@ class TrainLoop {
   StepMetrics metrics_;
   Health health_;  // what it looks at is equal on every rank, and so is what it ends
   StepResult last_;
-  std::optional<double> measure_;  // of the evaluation after the last step that was dealt with; none where there was none
+  std::optional<double>
+      measure_;  // of the evaluation after the last step that was dealt with; none where there was none
 };
 
 }  // namespace moegraft::train

@@ -14,10 +14,12 @@ namespace moegraft::train {
 TrainStep::TrainStep(Stage& stage, const run::RunConfig& config, int64_t recompute_layers)
     : stage_(stage),
       clip_(config.train.clip),
-      routing_(stage.model.decoder->spec().num_layers, stage.model.decoder->spec().num_experts, stage.modality_names, stage.model.device()),
+      routing_(stage.model.decoder->spec().num_layers, stage.model.decoder->spec().num_experts, stage.modality_names,
+               stage.model.device()),
       prefix_cache_(config.train.prefix_cache_mib << 20) {
   const auto& decoder = *stage.model.decoder;
-  balances_ = decoder.base().weights->trainable() && decoder.spec().has_experts() && decoder.spec().router_aux_loss_coef > 0;
+  balances_ =
+      decoder.base().weights->trainable() && decoder.spec().has_experts() && decoder.spec().router_aux_loss_coef > 0;
   forward_.recompute_layers = recompute_layers;
   forward_.lockstep = stage.distributed.lockstep();
   if (config.train.prefix_cache_mib > 0) forward_.prefix_cache = &prefix_cache_;
@@ -40,7 +42,8 @@ StepResult TrainStep::run(const Session& session, bool look_for_idle_groups) {
   const Numbers numbers = read_numbers(results, distributed.queue_grad_squares());
   share_numbers(session, batch.micro_batches, results, numbers, stop, out);
   out.grad_norm = distributed.grad_norm(numbers.grad_squares);
-  if (!std::isfinite(out.grad_norm)) stop_on_bad_number(session, &batch.micro_batches.back(), "gradient norm", out.grad_norm);
+  if (!std::isfinite(out.grad_norm))
+    stop_on_bad_number(session, &batch.micro_batches.back(), "gradient norm", out.grad_norm);
   stage_.optimizer.step(stage_.schedule.factor(step), clip_factor(out.grad_norm, clip_));
   distributed.share_updates();
   out.tokens = batch.num_tokens;
@@ -62,7 +65,8 @@ std::vector<model::LossResult> TrainStep::run_batches(const data::StepBatch& ste
   const auto& batches = step.micro_batches;
   const auto& decoder = *stage_.model.decoder;
   const double labels = double(std::max<int64_t>(step.num_labels, 1));
-  const double balance = decoder.spec().router_aux_loss_coef / double(int64_t(batches.size()) * stage_.distributed.size());
+  const double balance =
+      decoder.spec().router_aux_loss_coef / double(int64_t(batches.size()) * stage_.distributed.size());
   std::vector<model::LossResult> results;
   for (size_t i = 0; i < batches.size(); ++i) {
     const bool placeholder = batches[i].facts->placeholder;
@@ -107,7 +111,8 @@ TrainStep::Numbers TrainStep::read_numbers(const std::vector<model::LossResult>&
 }
 
 // Loss, sums by modality and whether to stop, over all processes in one exchange.
-void TrainStep::share_numbers(const Session& session, const std::vector<model::PackedBatch>& batches, const std::vector<model::LossResult>& results, const Numbers& numbers, bool stop,
+void TrainStep::share_numbers(const Session& session, const std::vector<model::PackedBatch>& batches,
+                              const std::vector<model::LossResult>& results, const Numbers& numbers, bool stop,
                               StepResult& out) {
   const size_t sets = results.front().count_M.size(), first = 3;
   std::vector<double> mine(first + 3 * sets, 0.0);  // loss, stop, time is up, then nll, labels and tokens by modality
@@ -139,18 +144,24 @@ void TrainStep::share_numbers(const Session& session, const std::vector<model::P
 }
 
 // batch: where it came from; null when it was another process's.
-void TrainStep::stop_on_bad_number(const Session& session, const model::PackedBatch* batch, const char* what, double value) const {
+void TrainStep::stop_on_bad_number(const Session& session, const model::PackedBatch* batch, const char* what,
+                                   double value) const {
   const int64_t step = session.state().step;
   std::string saved = "the batch is saved by the process that had it";
   if (batch) {
     const std::string rank = stage_.distributed.alone() ? "" : "-rank-" + std::to_string(stage_.distributed.rank());
-    const std::filesystem::path file = session.dir() / ("bad-batch-step-" + std::to_string(step) + rank + ".safetensors");
-    io::TensorMap tensors{{"ids", batch->ids_T.to(at::kCPU)}, {"labels", batch->labels_T.to(at::kCPU)}, {"positions", batch->positions_T.to(at::kCPU)}, {"cu_seqlens", at::tensor(batch->cu_seqlens)}};
+    const std::filesystem::path file =
+        session.dir() / ("bad-batch-step-" + std::to_string(step) + rank + ".safetensors");
+    io::TensorMap tensors{{"ids", batch->ids_T.to(at::kCPU)},
+                          {"labels", batch->labels_T.to(at::kCPU)},
+                          {"positions", batch->positions_T.to(at::kCPU)},
+                          {"cu_seqlens", at::tensor(batch->cu_seqlens)}};
     if (batch->modality_T.defined()) tensors["modality"] = batch->modality_T.to(at::kCPU);
     io::save_safetensors(file, tensors);
     saved = "the batch is saved in " + file.string();
   }
-  fail<UserError>("the ", what, " is ", value, " at step ", step, "; ", saved, ". Lower the learning rate or train.clip and resume from the last checkpoint.");
+  fail<UserError>("the ", what, " is ", value, " at step ", step, "; ", saved,
+                  ". Lower the learning rate or train.clip and resume from the last checkpoint.");
 }
 
 routing::RoutingReport TrainStep::take_routing() {

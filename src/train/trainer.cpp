@@ -23,7 +23,8 @@ namespace fs = std::filesystem;
 // A base that trained, as a Hugging Face model with the files of its tokenizer.
 void export_base(const run::RunConfig& config, graft::GraftedModel& model, const fs::path& to) {
   model::save_base(model.decoder->base(), to, at::kFloat);
-  for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
+  for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                           "added_tokens.json", "chat_template.jinja"}) {
     const fs::path from = fs::path(config.model.init ? config.model.init->tokenizer : config.model.path) / name;
     if (fs::exists(from)) io::write_file_atomic(to / name, io::read_file(from));
   }
@@ -42,7 +43,8 @@ TrainOutcome run_session(const run::RunConfig& config, Start start, const distri
   session.run_log().note_trainable(start.trained);
   const TrainOutcome outcome = TrainLoop(config, stage, session, start.plan.recompute_layers).run();
   const bool finished = !outcome.stopped && !outcome.ended_before;
-  if (finished && session.run_log().writes() && start.model.decoder->base().weights->trainable()) export_base(config, start.model, session.dir() / "model");
+  if (finished && session.run_log().writes() && start.model.decoder->base().weights->trainable())
+    export_base(config, start.model, session.dir() / "model");
   return outcome;
 }
 
@@ -61,7 +63,8 @@ void resolve_paths(run::RunConfig& config) {
     for (auto& source : *sources) absolute(source.path);
 }
 
-TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, std::shared_ptr<distributed::World> world, bool accept_data) {
+TrainOutcome train(const run::RunConfig& config_in, const std::string& resume,
+                   std::shared_ptr<distributed::World> world, bool accept_data) {
   run::RunConfig config = config_in;
   resolve_paths(config);
   if (!world) world = distributed::World::join({});
@@ -75,7 +78,8 @@ TrainOutcome train(const run::RunConfig& config_in, const std::string& resume, s
   }
 }
 
-TrainOutcome train_together(const distributed::LaunchEnvironment& environment, const std::function<run::RunConfig()>& read_config, const std::string& resume,
+TrainOutcome train_together(const distributed::LaunchEnvironment& environment,
+                            const std::function<run::RunConfig()>& read_config, const std::string& resume,
                             bool accept_data) {
   std::optional<run::RunConfig> config;
   std::vector<distributed::World::Fact> facts;

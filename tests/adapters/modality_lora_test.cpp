@@ -1,4 +1,5 @@
-// What every adapter kind owes: step 0 equals the base, the gate decides by modality alone, an open gate equals merged weights.
+// What every adapter kind owes: step 0 equals the base, the gate decides by modality alone, an open gate equals merged
+// weights.
 #include "moegraft/adapters/modality_lora.h"
 
 #include <gtest/gtest.h>
@@ -42,21 +43,26 @@ std::shared_ptr<ModalityLora> random_lora(const model::DecoderSpec& spec, const 
 // The base with every delta added to its weights: what an open gate must compute.
 class Merged : public model::WeightProvider {
  public:
-  Merged(std::shared_ptr<model::WeightProvider> base, std::shared_ptr<ModalityLora> lora) : base_(std::move(base)), lora_(std::move(lora)) {}
+  Merged(std::shared_ptr<model::WeightProvider> base, std::shared_ptr<ModalityLora> lora)
+      : base_(std::move(base)), lora_(std::move(lora)) {}
   kernels::Matrix embedding_VD() override { return base_->embedding_VD(); }
   kernels::Matrix head_VD() override { return base_->head_VD(); }
   at::Tensor final_norm_D() override { return base_->final_norm_D(); }
   model::LayerWeights layer(int64_t l) override {
     auto w = base_->layer(l);
-    for (auto [site, weight] : {std::pair(Site::q, &w.attention.q), std::pair(Site::k, &w.attention.k), std::pair(Site::v, &w.attention.v), std::pair(Site::o, &w.attention.o)})
-      for (const auto& t : lora_->at(l, site)) *weight = weight->tensor() + t.scale * at::mm(t.B.detach(), t.A.detach());
+    for (auto [site, weight] : {std::pair(Site::q, &w.attention.q), std::pair(Site::k, &w.attention.k),
+                                std::pair(Site::v, &w.attention.v), std::pair(Site::o, &w.attention.o)})
+      for (const auto& t : lora_->at(l, site))
+        *weight = weight->tensor() + t.scale * at::mm(t.B.detach(), t.A.detach());
     return w;
   }
   model::ExpertWeights experts(int64_t l, int64_t first, int64_t count) override {
     auto w = base_->experts(l, first, count);
-    for (auto [site, list] : {std::pair(Site::gate, &w.gate_FD), std::pair(Site::up, &w.up_FD), std::pair(Site::down, &w.down_DF)})
+    for (auto [site, list] :
+         {std::pair(Site::gate, &w.gate_FD), std::pair(Site::up, &w.up_FD), std::pair(Site::down, &w.down_DF)})
       for (const auto& t : lora_->at(l, site))
-        for (int64_t e = 0; e < count; ++e) list->own()[e] = (*list)[e] + t.scale * at::mm(t.B.detach()[first + e], t.A.detach()[first + e]);
+        for (int64_t e = 0; e < count; ++e)
+          list->own()[e] = (*list)[e] + t.scale * at::mm(t.B.detach()[first + e], t.A.detach()[first + e]);
     w.panels = nullptr;
     return w;
   }
@@ -97,7 +103,8 @@ TEST(ModalityLora, StepZeroEqualsTheBaseAndTextKeepsItsBits) {
     EXPECT_LT(distance(c.hidden(), mixed), 1e-6) << name;  // B is zero
     c.decoder.attach(random_lora(c.decoder.spec(), config_of(), 2));
     EXPECT_TRUE(at::equal(c.hidden(Gate::modality, true), base)) << name;
-    EXPECT_TRUE(at::equal(c.hidden(Gate::none), base)) << name << ": a closed gate is the base, whatever the modalities";
+    EXPECT_TRUE(at::equal(c.hidden(Gate::none), base))
+        << name << ": a closed gate is the base, whatever the modalities";
     EXPECT_GT(distance(c.hidden(), mixed), 1e-2) << name;
   }
 }
@@ -110,7 +117,8 @@ TEST(ModalityLora, AnOpenGateEqualsMergedWeights) {
       config.use_rslora = rslora;
       auto lora = random_lora(c.decoder.spec(), config, 3);
       EXPECT_DOUBLE_EQ(lora->scale(), rslora ? 5 / std::sqrt(3.0) : 5.0 / 3);
-      Decoder merged({c.decoder.base().path, c.decoder.spec(), std::make_shared<Merged>(c.decoder.base().weights, lora)});
+      Decoder merged(
+          {c.decoder.base().path, c.decoder.spec(), std::make_shared<Merged>(c.decoder.base().weights, lora)});
       c.decoder.attach(lora);
       at::NoGradGuard no_grad;
       const at::Tensor expected = merged.forward(c.batch).hidden_TD;
@@ -136,7 +144,9 @@ TEST(ModalityLora, SeveralAdaptersAdd) {
 }
 
 TEST(ModalityLora, ShapesNamesAndRegistry) {
-  const auto spec = model::read_spec(kGolden / "qwen3_mixed");  // layers 0 to 2 are dense but 3 sparse by decoder_sparse_step 2 and mlp_only_layers [1]
+  const auto spec = model::read_spec(
+      kGolden /
+      "qwen3_mixed");  // layers 0 to 2 are dense but 3 sparse by decoder_sparse_step 2 and mlp_only_layers [1]
   ModalityLora lora(spec, config_of(), 7, {1}, at::kCPU);
   model::ParameterRegistry registry;
   lora.register_parameters(registry);
@@ -162,9 +172,7 @@ TEST(ModalityLora, BadSitesAndLayersAreNamed) {
     change(c);
     try {
       ModalityLora(spec, c, 0, {1}, at::kCPU);
-    } catch (const UsageError& e) {
-      return std::string(e.what());
-    }
+    } catch (const UsageError& e) { return std::string(e.what()); }
     return std::string();
   };
   EXPECT_NE(error([](auto& c) { c.sites = {"gat"}; }).find("'gat' is not a site"), std::string::npos);

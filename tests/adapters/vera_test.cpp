@@ -24,7 +24,9 @@ AdapterConfig config_of(AdapterKind kind) {
 
 // Ids of text and, from V on, of the new modality; every token labelled with its successor.
 model::PackedBatch batch_of(int64_t V, int64_t new_rows) {
-  const at::Tensor ids = at::cat({at::arange(3, 9), V + at::arange(4).remainder(new_rows), at::arange(20, 24), V + at::arange(3).remainder(new_rows)}).view({1, -1});
+  const at::Tensor ids = at::cat({at::arange(3, 9), V + at::arange(4).remainder(new_rows), at::arange(20, 24),
+                                  V + at::arange(3).remainder(new_rows)})
+                             .view({1, -1});
   model::PackedBatch batch = model::pack_rows(ids);
   batch.modality_T = batch.ids_T.ge(V).to(at::kLong);
   batch.labels_T = at::cat({batch.ids_T.slice(0, 1), at::full({1}, model::kNoLabel, at::kLong)});
@@ -49,12 +51,14 @@ struct Grafted {
 void randomise(Vera& vera) {
   const at::NoGradGuard no_grad;
   uint64_t seed = 1;
-  for (const auto& p : vera.parameters()) p.leaf.copy_(at::randn(p.leaf.sizes(), at::make_generator<at::CPUGeneratorImpl>(seed++)).mul_(0.5));
+  for (const auto& p : vera.parameters())
+    p.leaf.copy_(at::randn(p.leaf.sizes(), at::make_generator<at::CPUGeneratorImpl>(seed++)).mul_(0.5));
 }
 
 class VeraOn : public ::testing::TestWithParam<const char*> {};
 
-// LoRA with A' = diag(d) A and B' = diag(b) B gives the same loss, and its gradients give VeRA's by the chain rule: dd = sum dA' * A, db = sum dB' * B.
+// LoRA with A' = diag(d) A and B' = diag(b) B gives the same loss, and its gradients give VeRA's by the chain rule: dd
+// = sum dA' * A, db = sum dB' * B.
 TEST_P(VeraOn, EqualsLoraWithItsProductsAndGradients) {
   Grafted g(GetParam());
   const auto& spec = g.decoder.spec();
@@ -83,7 +87,8 @@ TEST_P(VeraOn, EqualsLoraWithItsProductsAndGradients) {
       const auto& f = lora->factors()[i];
       const at::Tensor A = vera->shared_A().narrow(1, 0, f.A.size(-1)), B = vera->shared_B().narrow(0, 0, f.B.size(-2));
       const at::Tensor dd = (f.A.grad() * A).sum(-1), db = (f.B.grad() * B).sum(-1);
-      for (const auto& [leaf, expected] : {std::pair(parameters[2 * i].leaf, dd), std::pair(parameters[2 * i + 1].leaf, db)}) {
+      for (const auto& [leaf, expected] :
+           {std::pair(parameters[2 * i].leaf, dd), std::pair(parameters[2 * i + 1].leaf, db)}) {
         ASSERT_TRUE(leaf.grad().defined()) << f.name;
         EXPECT_GT(expected.norm().item<double>(), 0) << f.name;
         EXPECT_LT((leaf.grad() - expected).norm().item<double>(), 1e-5 * expected.norm().item<double>()) << f.name;
@@ -97,7 +102,8 @@ TEST_P(VeraOn, EqualsLoraWithItsProductsAndGradients) {
 TEST_P(VeraOn, StepZeroIsTheBaseAndTextKeepsItsBits) {
   const at::NoGradGuard no_grad;
   Grafted g(GetParam());
-  const model::PackedBatch text = model::pack_rows(at::arange(3, 30).view({1, -1})), mixed = batch_of(g.decoder.spec().vocab_size, 6);
+  const model::PackedBatch text = model::pack_rows(at::arange(3, 30).view({1, -1})),
+                           mixed = batch_of(g.decoder.spec().vocab_size, 6);
   const at::Tensor base_text = g.decoder.forward(text).hidden_TD, base_mixed = g.decoder.forward(mixed).hidden_TD;
   const auto config = config_of(AdapterKind::vera);
   auto vera = std::make_shared<Vera>(AdapterContext{g.decoder.spec(), config, 0, {1}});
@@ -109,7 +115,8 @@ TEST_P(VeraOn, StepZeroIsTheBaseAndTextKeepsItsBits) {
   EXPECT_GT((g.decoder.forward(mixed).hidden_TD - base_mixed).abs().max().item<double>(), 1e-2);
 }
 
-INSTANTIATE_TEST_SUITE_P(Bases, VeraOn, ::testing::Values("qwen3", "mixtral", "qwen2_moe", "llama_bias_tied"), [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Bases, VeraOn, ::testing::Values("qwen3", "mixtral", "qwen2_moe", "llama_bias_tied"),
+                         [](const auto& info) { return std::string(info.param); });
 
 TEST(Vera, FactorsFollowTheirVectorsWithoutGradients) {
   const at::NoGradGuard no_grad;
@@ -138,7 +145,8 @@ TEST(Vera, TrainsFewNumbersAndDrawsTheSameFactorsAgain) {
   int64_t trained = 0, planned = 0;
   for (const auto& p : a.parameters()) trained += p.leaf.numel();
   for (const auto& [layer, site] : a.positions())
-    for (const int64_t size : trained_sizes(AdapterKind::vera, config.rank, site_shape(s, site))) planned += size * (is_per_expert(s, site) ? s.num_experts : 1);
+    for (const int64_t size : trained_sizes(AdapterKind::vera, config.rank, site_shape(s, site)))
+      planned += size * (is_per_expert(s, site) ? s.num_experts : 1);
   EXPECT_EQ(trained, planned);
 }
 

@@ -22,9 +22,7 @@ TEST(Check, CarriesTheMessageAndTheKind) {
   try {
     MOEGRAFT_CHECK_USAGE(rank >= 1, "adapters[0].rank must be in [1, 1024], got ", rank);
     FAIL();
-  } catch (const UsageError& e) {
-    EXPECT_STREQ(e.what(), "adapters[0].rank must be in [1, 1024], got 0");
-  }
+  } catch (const UsageError& e) { EXPECT_STREQ(e.what(), "adapters[0].rank must be in [1, 1024], got 0"); }
   EXPECT_THROW(MOEGRAFT_INVARIANT(rank == 1, "rank"), InvariantError);
   EXPECT_NO_THROW(MOEGRAFT_CHECK(rank == 0, "no"));
 }
@@ -32,7 +30,8 @@ TEST(Check, CarriesTheMessageAndTheKind) {
 // A machine's nodes as the kernel shows them.
 class Nodes {
  public:
-  Nodes(const char* machine, const std::vector<std::pair<std::string, std::string>>& lists) : path(std::filesystem::path(testing::TempDir()) / (std::string(machine) + std::to_string(getpid()))) {
+  Nodes(const char* machine, const std::vector<std::pair<std::string, std::string>>& lists)
+      : path(std::filesystem::path(testing::TempDir()) / (std::string(machine) + std::to_string(getpid()))) {
     for (const auto& [name, cpus] : lists) {
       std::filesystem::create_directories(path / name);
       std::ofstream(path / name / "cpulist") << cpus << '\n';
@@ -54,7 +53,13 @@ std::vector<int> affinity() {
 TEST(Numa, KnowsTheNodesThatItMayUse) {
   const std::vector<int> mine = affinity();
   const std::string last = std::to_string(mine.back());
-  const Nodes nodes("moegraft-odd-", {{"node10", last + "," + std::to_string(CPU_SETSIZE + 5)}, {"node2", "0-1023"}, {"node3", ""}, {"node4", "7-2"}, {"node5", "x"}, {"nodes", "0"}, {"cpu0", "0"}});
+  const Nodes nodes("moegraft-odd-", {{"node10", last + "," + std::to_string(CPU_SETSIZE + 5)},
+                                      {"node2", "0-1023"},
+                                      {"node3", ""},
+                                      {"node4", "7-2"},
+                                      {"node5", "x"},
+                                      {"nodes", "0"},
+                                      {"cpu0", "0"}});
   const auto found = usable_numa_nodes(nodes.path);
   ASSERT_EQ(found.size(), 2u);  // in the order of their numbers
   EXPECT_EQ(found[0].id, 2);
@@ -95,7 +100,9 @@ TEST(Numa, RunsAProcessOnItsNodeAndLeavesOthersAlone) {
               const std::string done = arrange_numa(1, 2, two.path);
               if (done != "on NUMA node 1") return 1;
               if (affinity() != std::vector<int>{mine[1]}) return 2;
-              return arrange_numa(0, 2, two.path).empty() && affinity() == std::vector<int>{mine[1]} ? 0 : 3;  // bound to one node: that stands
+              return arrange_numa(0, 2, two.path).empty() && affinity() == std::vector<int>{mine[1]}
+                         ? 0
+                         : 3;  // bound to one node: that stands
             }),
             0);
   const Nodes one("moegraft-one-", {{"node0", "0-1023"}});
@@ -108,8 +115,9 @@ TEST(Numa, RunsAProcessOnItsNodeAndLeavesOthersAlone) {
 }
 
 TEST(Rng, PhiloxKnownAnswer) {
-  // Random123's kat_vectors: philox4x32-10 with key 0 and counter 0. Purpose hashing is xored into the key, so undo it by constructing
-  // a stream and comparing two equal ones, and check the statistical basics instead of the raw key schedule.
+  // Random123's kat_vectors: philox4x32-10 with key 0 and counter 0. Purpose hashing is xored into the key, so undo it
+  // by constructing a stream and comparing two equal ones, and check the statistical basics instead of the raw key
+  // schedule.
   Rng a(17, "data", 3), b(17, "data", 3), c(17, "data", 4), d(18, "data", 3), e(17, "sample", 3);
   const uint64_t first = a.next_u64();
   EXPECT_EQ(first, b.next_u64());
@@ -128,7 +136,7 @@ TEST(Rng, MomentsAndRange) {
     squares += x * x;
     uniform += rng.uniform();
   }
-  EXPECT_NEAR(sum / n, 0, 0.01);      // 4.5 standard errors
+  EXPECT_NEAR(sum / n, 0, 0.01);  // 4.5 standard errors
   EXPECT_NEAR(squares / n, 1, 0.015);
   EXPECT_NEAR(uniform / n, 0.5, 0.003);
   for (int i = 0; i < 1000; ++i) EXPECT_LT(rng.below(7), 7u);
@@ -158,9 +166,9 @@ TEST(Text, MessagesAreOneLineThatATerminalDoesNotObey) {
       {"a\nb\r\n\tc", "a\\nb\\r\\n\\tc"},
       {"\x1b[31mred\x07\x7f", "\\x1b[31mred\\x07\\x7f"},
       {std::string("nul\0.", 5), "nul\\x00."},
-      {"\u009b31m\u0085", "\\u009b31m\\u0085"},                  // control characters of two bytes
+      {"\u009b31m\u0085", "\\u009b31m\\u0085"},                                    // control characters of two bytes
       {"\u202egnp.exe\u2066\u200f\u2028", "\\u202egnp.exe\\u2066\\u200f\\u2028"},  // direction, line separator
-      {"\xff\xc3(\xe2\x82", "\\xff\\xc3(\\xe2\\x82"},           // ill-formed
+      {"\xff\xc3(\xe2\x82", "\\xff\\xc3(\\xe2\\x82"},                              // ill-formed
   };
   for (const auto& [text, shown] : cases) EXPECT_EQ(printable(text), shown);
 }

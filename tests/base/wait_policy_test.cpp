@@ -28,13 +28,13 @@ int64_t threads_of_this_process() {
 }
 
 TEST(WaitPolicy, KeepsMoreThreadsThanCoresWhileCoresAreShared) {
-  if (!std::filesystem::exists("/proc/self/schedstat")) GTEST_SKIP() << "this kernel does not tell how long threads wait for a core";
+  if (!std::filesystem::exists("/proc/self/schedstat"))
+    GTEST_SKIP() << "this kernel does not tell how long threads wait for a core";
   std::atomic<bool> busy{true};
   std::vector<std::thread> others;
   for (unsigned i = 0; i < 3 * std::thread::hardware_concurrency(); ++i)
     others.emplace_back([&] {
-      while (busy) {
-      }
+      while (busy) {}
     });
   const int64_t before = threads_of_this_process();
   const auto reaches = [&](const auto& condition) {

@@ -23,18 +23,21 @@ namespace {
 class CheckpointTest : public testing::Test {
  protected:
   void SetUp() override {
-    root_ = fs::temp_directory_path() / ("moegraft_checkpoint_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
+    root_ = fs::temp_directory_path() / ("moegraft_checkpoint_" + std::to_string(getpid()) +
+                                         testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(root_);
   }
   void TearDown() override { fs::remove_all(root_); }
 
   static io::TensorMap tensors(int64_t step, int64_t n = 64) {
-    return {{"adapters.0.A", at::full({n, 4}, double(step), at::kFloat)}, {"rows.image", at::arange(8, at::kFloat) + double(step)}};
+    return {{"adapters.0.A", at::full({n, 4}, double(step), at::kFloat)},
+            {"rows.image", at::arange(8, at::kFloat) + double(step)}};
   }
   static fs::path save(CheckpointWriter& writer, int64_t step, std::optional<double> measure = {}) {
     TrainState state;
     state.step = step;
-    const auto dir = writer.save(step, whole(tensors(step)), {{"a.exp_avg", at::full({3}, double(step))}}, to_json(state), measure);
+    const auto dir =
+        writer.save(step, whole(tensors(step)), {{"a.exp_avg", at::full({3}, double(step))}}, to_json(state), measure);
     writer.wait();
     return dir;
   }
@@ -75,8 +78,12 @@ TEST_F(CheckpointTest, RoundTrip) {
 // One process writes what it always wrote: sizes and checksums of every byte.
 TEST_F(CheckpointTest, FilesOfOneProcessAreFixed) {
   CheckpointWriter writer(root_, {});
-  const auto dir = writer.save(100, {{"adapters.0.B", at::arange(12, at::kFloat).reshape({3, 4})}, {"adapters.0.A", at::full({2, 3}, 0.5)}},
-                               {{"adapters.0.A.exp_avg.codes", at::arange(6, at::kByte)}, {"adapters.0.A.step", at::full({}, 2.0)}, {"steps", at::scalar_tensor(3, at::kLong)}}, "{}\n", 1.25);
+  const auto dir = writer.save(
+      100, {{"adapters.0.B", at::arange(12, at::kFloat).reshape({3, 4})}, {"adapters.0.A", at::full({2, 3}, 0.5)}},
+      {{"adapters.0.A.exp_avg.codes", at::arange(6, at::kByte)},
+       {"adapters.0.A.step", at::full({}, 2.0)},
+       {"steps", at::scalar_tensor(3, at::kLong)}},
+      "{}\n", 1.25);
   writer.wait();
   EXPECT_EQ(io::read_file(dir / "manifest.json"), R"({
   "checksum": "679f9ce578d60686",
@@ -154,7 +161,8 @@ TEST_F(CheckpointTest, EveryKindOfDamageFallsBack) {
     EXPECT_FALSE(find_damage(last).empty());
     testing::internal::CaptureStderr();
     EXPECT_EQ(find_latest(root_)->filename(), "step-00000001");
-    EXPECT_NE(testing::internal::GetCapturedStderr().find("step-00000002"), std::string::npos) << "the damaged one is named";
+    EXPECT_NE(testing::internal::GetCapturedStderr().find("step-00000002"), std::string::npos)
+        << "the damaged one is named";
     EXPECT_THROW(load(last), UserError);
     // Training goes on from step 1 and writes step 2 again.
     save(writer, 2);
@@ -175,7 +183,10 @@ TEST_F(CheckpointTest, AllDamagedIsAnError) {
     find_latest(root_);
     ADD_FAILURE();
   } catch (const UserError& e) {
-    EXPECT_NE(std::string(e.what()).find("every checkpoint in " + root_.string() + " is damaged (step-00000002: state.json is missing)"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("every checkpoint in " + root_.string() +
+                                         " is damaged (step-00000002: state.json is missing)"),
+              std::string::npos)
+        << e.what();
   }
   testing::internal::GetCapturedStderr();
 }
@@ -195,7 +206,8 @@ TEST_F(CheckpointTest, WhatIsSetAsideIsNeitherCountedNorRemoved) {
   writer.set_aside_after(2);
   for (int64_t step = 3; step <= 5; ++step) save(writer, step);
   writer.set_aside_after(4);
-  EXPECT_EQ(names(), (std::vector<std::string>{"damaged-step-00000003", "damaged-step-00000004", "damaged-step-00000005", "step-00000004"}));
+  EXPECT_EQ(names(), (std::vector<std::string>{"damaged-step-00000003", "damaged-step-00000004",
+                                               "damaged-step-00000005", "step-00000004"}));
 }
 
 TEST_F(CheckpointTest, MappedTensorsOutliveTheirDirectory) {
@@ -219,9 +231,7 @@ TEST_F(CheckpointTest, FullDiskLosesNothing) {
     std::string message;
     try {
       save(writer, 2);
-    } catch (const UserError& e) {
-      message = e.what();
-    }
+    } catch (const UserError& e) { message = e.what(); }
     setrlimit(RLIMIT_FSIZE, &before);
     EXPECT_NE(message.find("step-00000002"), std::string::npos) << message;
     EXPECT_NE(message.find("File too large"), std::string::npos) << message;
@@ -240,8 +250,8 @@ TEST_F(CheckpointTest, FullDeviceNamesTheReason) {
   EXPECT_THROW(CheckpointWriter("/dev/full/x", {}), UserError);
 }
 
-// A child saves step after step and dies by SIGKILL at a random moment, again and again. Whatever the moment, a whole checkpoint is found,
-// it holds what belongs to its step, and it is not older than the last one reported done.
+// A child saves step after step and dies by SIGKILL at a random moment, again and again. Whatever the moment, a whole
+// checkpoint is found, it holds what belongs to its step, and it is not older than the last one reported done.
 TEST_F(CheckpointTest, SurvivesSigkillAtAnyMoment) {
   constexpr int kRounds = 40;
   Rng rng(7, "kill");
@@ -263,16 +273,13 @@ TEST_F(CheckpointTest, SurvivesSigkillAtAnyMoment) {
           save(writer, s, double((s * 7919) % 101));
           if (write(report[1], &s, sizeof s) != sizeof s) _exit(3);
         }
-      } catch (...) {
-        _exit(2);
-      }
+      } catch (...) { _exit(2); }
     }
     close(report[1]);
-    // Every other round dies in its first save or before; the others some time after a first one, however slow the machine.
+    // Every other round dies in its first save or before; the others some time after a first one, however slow the
+    // machine.
     int64_t done = step;
-    if (round % 2) {
-      ASSERT_EQ(read(report[0], &done, sizeof done), ssize_t(sizeof done));
-    }
+    if (round % 2) { ASSERT_EQ(read(report[0], &done, sizeof done), ssize_t(sizeof done)); }
     std::this_thread::sleep_for(std::chrono::microseconds(rng.below(round % 2 ? 15000 : 30000)));
     kill(child, SIGKILL);
     int status = 0;
@@ -298,7 +305,8 @@ TEST_F(CheckpointTest, SurvivesSigkillAtAnyMoment) {
 
 TEST(State, RoundTripsAndNamesWhatIsMissing) {
   TrainState state;
-  state.step = 7, state.seed = 9000000000000000, state.tokens_seen = 5, state.data_cursor = R"({"epoch":1,"q":"\""})", state.best_measure = 0.1, state.best_step = 6;
+  state.step = 7, state.seed = 9000000000000000, state.tokens_seen = 5, state.data_cursor = R"({"epoch":1,"q":"\""})",
+  state.best_measure = 0.1, state.best_step = 6;
   state.seconds = 1.5;
   state.environment = {{"threads", "2"}, {"processor", "x"}};
   const auto back = state_from_json(to_json(state));
@@ -310,15 +318,14 @@ TEST(State, RoundTripsAndNamesWhatIsMissing) {
   try {
     state_from_json(R"({"step": 1})");
     FAIL();
-  } catch (const UserError& e) {
-    EXPECT_NE(std::string(e.what()).find("seed"), std::string::npos) << e.what();
-  }
+  } catch (const UserError& e) { EXPECT_NE(std::string(e.what()).find("seed"), std::string::npos) << e.what(); }
   EXPECT_THROW(state_from_json("{"), UserError);
 }
 
 TEST(State, EnvironmentDifferences) {
   EXPECT_TRUE(environment_differences({{"threads", "2"}}, {{"threads", "2"}}).empty());
-  EXPECT_EQ(environment_differences({{"threads", "2"}}, {{"threads", "4"}}), std::vector<std::string>{"threads was 2, is 4"});
+  EXPECT_EQ(environment_differences({{"threads", "2"}}, {{"threads", "4"}}),
+            std::vector<std::string>{"threads was 2, is 4"});
   EXPECT_EQ(environment_differences({{"a", "1"}}, {{"b", "2"}}).size(), 2u);
 }
 

@@ -1,4 +1,5 @@
-// Two processes save step after step; one of them dies by SIGKILL at a random instant, and the launcher then ends the other, as it does with a run.
+// Two processes save step after step; one of them dies by SIGKILL at a random instant, and the launcher then ends the
+// other, as it does with a run.
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -25,18 +26,27 @@ Peers peers_on_disk(const fs::path& board, int64_t rank, int64_t attempt) {
     std::replace(key.begin(), key.end(), '/', '_');
     return board / key;
   };
-  return {rank, 2, attempt, [file](const std::string& key, const std::string& value) { io::write_file_atomic(file(key), value); },
-          [file](const std::string& key) { return fs::exists(file(key)) ? std::optional(io::read_file(file(key))) : std::nullopt; }, std::chrono::milliseconds(60'000)};
+  return {rank,
+          2,
+          attempt,
+          [file](const std::string& key, const std::string& value) { io::write_file_atomic(file(key), value); },
+          [file](const std::string& key) {
+            return fs::exists(file(key)) ? std::optional(io::read_file(file(key))) : std::nullopt;
+          },
+          std::chrono::milliseconds(60'000)};
 }
 
 at::Tensor experts(int64_t step) { return at::arange(64, at::kFloat).reshape({4, 16}) + double(step); }
 
-[[noreturn]] void keep_saving(const fs::path& root, const fs::path& board, int64_t rank, int64_t attempt, int64_t step, int report) {
+[[noreturn]] void keep_saving(const fs::path& root, const fs::path& board, int64_t rank, int64_t attempt, int64_t step,
+                              int report) {
   try {
-    CheckpointWriter writer(root, {.every = 1, .keep = 2, .keep_best = true}, true, peers_on_disk(board, rank, attempt));
+    CheckpointWriter writer(root, {.every = 1, .keep = 2, .keep_best = true}, true,
+                            peers_on_disk(board, rank, attempt));
     writer.set_aside_after(step);
     for (int64_t s = step + 1;; ++s) {
-      writer.save(s, {{"experts", experts(s).narrow(0, 2 * rank, 2), 2 * rank, 4}}, {{"moments." + std::to_string(rank), at::full({3}, double(s))}}, std::to_string(s),
+      writer.save(s, {{"experts", experts(s).narrow(0, 2 * rank, 2), 2 * rank, 4}},
+                  {{"moments." + std::to_string(rank), at::full({3}, double(s))}}, std::to_string(s),
                   double((s * 7919) % 101));
       const int64_t done = s - 1;
       if (rank == 0 && write(report, &done, sizeof done) != sizeof done) _exit(3);
@@ -49,7 +59,8 @@ at::Tensor experts(int64_t step) { return at::arange(64, at::kFloat).reshape({4,
 
 TEST(Kill, EitherOfTwoProcessesAtAnyMoment) {
   constexpr int kRounds = 40;
-  const fs::path folder = scratch() / ("moegraft_kill_" + std::to_string(getpid())), root = folder / "checkpoints", board = folder / "board";
+  const fs::path folder = scratch() / ("moegraft_kill_" + std::to_string(getpid())), root = folder / "checkpoints",
+                 board = folder / "board";
   fs::remove_all(folder);
   fs::create_directories(board);
   Rng rng(11, "kill");
@@ -90,13 +101,15 @@ TEST(Kill, EitherOfTwoProcessesAtAnyMoment) {
     EXPECT_LE(loaded.step, done + 1);
     EXPECT_EQ(loaded.state, std::to_string(loaded.step));
     EXPECT_TRUE(at::equal(loaded.parameters.at("experts"), experts(loaded.step)));
-    for (const char* name : {"moments.0", "moments.1"}) EXPECT_TRUE(at::equal(loaded.optimizer.at(name), at::full({3}, double(loaded.step)))) << name;
+    for (const char* name : {"moments.0", "moments.1"})
+      EXPECT_TRUE(at::equal(loaded.optimizer.at(name), at::full({3}, double(loaded.step)))) << name;
     progressed += loaded.step - step;
     step = loaded.step;
   }
   EXPECT_GE(progressed, kRounds / 2);
   CheckpointWriter cleaned(root, {});
-  for (const auto& entry : fs::directory_iterator(root)) EXPECT_TRUE(entry.path().filename().string().starts_with("step-")) << entry.path();
+  for (const auto& entry : fs::directory_iterator(root))
+    EXPECT_TRUE(entry.path().filename().string().starts_with("step-")) << entry.path();
   fs::remove_all(folder);
 }
 

@@ -1,4 +1,5 @@
-// Checkpoints of several processes: whatever layout wrote one, whole tensors come back, and whatever happens to a rank, earlier ones stay.
+// Checkpoints of several processes: whatever layout wrote one, whole tensors come back, and whatever happens to a rank,
+// earlier ones stay.
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -30,7 +31,12 @@ using std::chrono::milliseconds;
 class Board {
  public:
   Peers peers(int64_t rank, int64_t size, milliseconds timeout = milliseconds{20'000}, int64_t attempt = 0) {
-    return {rank, size, attempt, [this](const std::string& key, const std::string& value) { post(key, value); }, [this](const std::string& key) { return look(key); }, timeout};
+    return {rank,
+            size,
+            attempt,
+            [this](const std::string& key, const std::string& value) { post(key, value); },
+            [this](const std::string& key) { return look(key); },
+            timeout};
   }
   void post(const std::string& key, const std::string& value) {
     const std::lock_guard lock(mutex_);
@@ -48,9 +54,14 @@ class Board {
 };
 
 constexpr int64_t kExperts = 4;
-at::Tensor factor_EPD(int64_t step) { return at::arange(kExperts * 2 * 3, at::kFloat).reshape({kExperts, 2, 3}) + double(100 * step); }
+at::Tensor factor_EPD(int64_t step) {
+  return at::arange(kExperts * 2 * 3, at::kFloat).reshape({kExperts, 2, 3}) + double(100 * step);
+}
 io::TensorMap expected_parameters(int64_t step) {
-  return {{"experts.A", factor_EPD(step)}, {"q.A", at::full({5, 4}, double(step))}, {"q.B", at::full({4, 5}, -double(step))}, {"rows.image", at::arange(8, at::kFloat) + double(step)}};
+  return {{"experts.A", factor_EPD(step)},
+          {"q.A", at::full({5, 4}, double(step))},
+          {"q.B", at::full({4, 5}, -double(step))},
+          {"rows.image", at::arange(8, at::kFloat) + double(step)}};
 }
 io::TensorMap expected_optimizer(int64_t step) {
   return {{"experts.A.codes", factor_EPD(step).to(at::kByte)},
@@ -102,8 +113,10 @@ void expect_contents(const fs::path& dir, int64_t step) {
   expect_equal(loaded.optimizer, expected_optimizer(step));
 }
 
-fs::path save(CheckpointWriter& writer, const Layout& layout, int64_t rank, int64_t step, std::optional<double> measure = {}) {
-  return writer.save(step, share(expected_parameters(step), layout, rank), share(expected_optimizer(step), layout, rank), "state of rank " + std::to_string(rank), measure);
+fs::path save(CheckpointWriter& writer, const Layout& layout, int64_t rank, int64_t step,
+              std::optional<double> measure = {}) {
+  return writer.save(step, share(expected_parameters(step), layout, rank),
+                     share(expected_optimizer(step), layout, rank), "state of rank " + std::to_string(rank), measure);
 }
 
 // Runs every rank in a thread; gives the message of each one's error.
@@ -114,9 +127,7 @@ std::vector<std::string> in_ranks(int64_t size, const std::function<void(int64_t
     threads.emplace_back([&, rank] {
       try {
         body(rank);
-      } catch (const std::exception& e) {
-        errors[rank] = e.what();
-      }
+      } catch (const std::exception& e) { errors[rank] = e.what(); }
     });
   for (auto& thread : threads) thread.join();
   return errors;
@@ -128,7 +139,8 @@ void expect_no_errors(const std::vector<std::string>& errors) {
 class LayoutTest : public testing::Test {
  protected:
   void SetUp() override {
-    root_ = scratch() / ("moegraft_layout_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
+    root_ = scratch() / ("moegraft_layout_" + std::to_string(getpid()) +
+                         testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(root_);
   }
   void TearDown() override { fs::remove_all(root_); }
@@ -163,7 +175,8 @@ constexpr const char* kAdapter0 = "adapter-00000-of-00002.safetensors";
 constexpr const char* kAdapter1 = "adapter-00001-of-00002.safetensors";
 
 TEST_F(LayoutTest, EveryLayoutReadsBackWhole) {
-  for (const Layout layout : {Layout{1, 1}, Layout{1, 2}, Layout{1, 4}, Layout{2, 1}, Layout{4, 1}, Layout{2, 2}, Layout{3, 2}, Layout{2, 4}})
+  for (const Layout layout :
+       {Layout{1, 1}, Layout{1, 2}, Layout{1, 4}, Layout{2, 1}, Layout{4, 1}, Layout{2, 2}, Layout{3, 2}, Layout{2, 4}})
     for (const bool async : {false, true}) {
       SCOPED_TRACE(testing::Message() << "data " << layout.data << ", expert " << layout.expert << ", async " << async);
       fs::remove_all(root_);
@@ -253,7 +266,8 @@ TEST_F(LayoutTest, WhatIsSavedIsWhatWasThereAtTheCall) {
   EXPECT_EQ(writer.buffer_bytes(), 4 << 20) << "one buffer, used again";
   writer.wait();
   EXPECT_GT(writer.last_write_seconds(), 0);
-  for (int64_t step = 1; step <= 3; ++step) EXPECT_TRUE(at::equal(load(root_ / step_name(step)).parameters.at("x"), at::full({1 << 20}, double(step))));
+  for (int64_t step = 1; step <= 3; ++step)
+    EXPECT_TRUE(at::equal(load(root_ / step_name(step)).parameters.at("x"), at::full({1 << 20}, double(step))));
 }
 
 // Figures for the log; an assertion on time would fail on a busy machine.
@@ -267,7 +281,8 @@ TEST_F(LayoutTest, TheStallOfBothWays) {
       writer.wait();
       EXPECT_GT(stall, 0);
       EXPECT_GT(writer.last_write_seconds(), 0);
-      std::printf("checkpoint.async %d, save %lld: 64 MiB, stall %.1f ms, written after %.1f ms\n", int(async), static_cast<long long>(step), stall * 1e3, writer.last_write_seconds() * 1e3);
+      std::printf("checkpoint.async %d, save %lld: 64 MiB, stall %.1f ms, written after %.1f ms\n", int(async),
+                  static_cast<long long>(step), stall * 1e3, writer.last_write_seconds() * 1e3);
     }
   }
 }
@@ -314,20 +329,28 @@ TEST_F(LayoutTest, MissingAndDoubleRowsAreDamage) {
     std::function<void(io::Json&)> edit;
     const char* message;
   };
-  const auto slice = [](io::Json& manifest, const char* file) -> io::Json& { return manifest["files"][file]["slices"]["experts.A"]; };
+  const auto slice = [](io::Json& manifest, const char* file) -> io::Json& {
+    return manifest["files"][file]["slices"]["experts.A"];
+  };
   const Case cases[] = {
       {"no second file", [](io::Json& m) { m["files"].erase(kAdapter1); }, "rows 2 to 3 of experts.A are in no file"},
       {"no first file", [](io::Json& m) { m["files"].erase(kAdapter0); }, "rows 0 to 1 of experts.A are in no file"},
-      {"overlap", [&](io::Json& m) { slice(m, kAdapter1)["first"] = 1; }, "rows 1 to 1 of experts.A are in adapter-00000-of-00002.safetensors and again in adapter-00001"},
+      {"overlap", [&](io::Json& m) { slice(m, kAdapter1)["first"] = 1; },
+       "rows 1 to 1 of experts.A are in adapter-00000-of-00002.safetensors and again in adapter-00001"},
       {"the same rows", [&](io::Json& m) { slice(m, kAdapter1)["first"] = 0; }, "rows 0 to 1 of experts.A are in"},
       {"outside", [&](io::Json& m) { slice(m, kAdapter1)["first"] = 3; }, "do not lie in its 4 rows"},
       {"far outside", [&](io::Json& m) { slice(m, kAdapter1)["first"] = INT64_MAX; }, "do not lie in its 4 rows"},
       {"negative", [&](io::Json& m) { slice(m, kAdapter1)["first"] = -1; }, "do not lie in its 4 rows"},
-      {"other total", [&](io::Json& m) { slice(m, kAdapter1)["total"] = 5; }, "has 4 rows in adapter-00000-of-00002.safetensors, but 5"},
-      {"more in total", [&](io::Json& m) { slice(m, kAdapter0)["total"] = slice(m, kAdapter1)["total"] = 6; }, "rows 4 to 5 of experts.A are in no file"},
+      {"other total", [&](io::Json& m) { slice(m, kAdapter1)["total"] = 5; },
+       "has 4 rows in adapter-00000-of-00002.safetensors, but 5"},
+      {"more in total", [&](io::Json& m) { slice(m, kAdapter0)["total"] = slice(m, kAdapter1)["total"] = 6; },
+       "rows 4 to 5 of experts.A are in no file"},
       {"not a slice", [&](io::Json& m) { m["files"][kAdapter1].erase("slices"); }, "the whole tensor experts.A is in"},
-      {"slice of nothing", [](io::Json& m) { m["files"][kAdapter0]["slices"]["experts.Z"] = {{"first", 0}, {"total", 4}}; }, "has no tensor experts.Z"},
-      {"path", [](io::Json& m) { m["files"]["../state.json"] = m["files"]["state.json"]; }, "is not the name of a file beside it"},
+      {"slice of nothing",
+       [](io::Json& m) { m["files"][kAdapter0]["slices"]["experts.Z"] = {{"first", 0}, {"total", 4}}; },
+       "has no tensor experts.Z"},
+      {"path", [](io::Json& m) { m["files"]["../state.json"] = m["files"]["state.json"]; },
+       "is not the name of a file beside it"},
       {"no state", [](io::Json& m) { m["files"].erase("state.json"); }, "it does not list state.json"},
       {"mistyped", [&](io::Json& m) { slice(m, kAdapter0)["first"] = "zero"; }, "does not read as a manifest"},
       {"version", [](io::Json& m) { m["version"] = 3; }, "version"},
@@ -441,9 +464,7 @@ TEST_F(LayoutTest, AFullDiskSurfacesAtTheNextCall) {
   std::string message;
   try {
     writer.save(3, parts, {}, "");
-  } catch (const UserError& e) {
-    message = e.what();
-  }
+  } catch (const UserError& e) { message = e.what(); }
   setrlimit(RLIMIT_FSIZE, &before);
   signal(SIGXFSZ, previous);
   EXPECT_NE(message.find("step-00000002"), std::string::npos) << message;
@@ -462,7 +483,8 @@ TEST_F(LayoutTest, AWriterThatGoesAwayLogsAndEnds) {
     CheckpointWriter writer(root_, {}, true, board.peers(0, 2, std::chrono::hours(1)));
     writer.save(1, {}, {}, "");
   }
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::minutes(1)) << "not the hour that a living run would wait";
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::minutes(1))
+      << "not the hour that a living run would wait";
   EXPECT_NE(testing::internal::GetCapturedStderr().find("rank 1 did not finish writing"), std::string::npos);
   EXPECT_TRUE(names().empty());
 }
@@ -475,7 +497,8 @@ TEST_F(LayoutTest, AnUnsharedFolderIsNamed) {
     save(writer, {2, 1}, rank, 1);
     writer.wait();
   });
-  for (const auto& error : errors) EXPECT_NE(error.find("must lie on a file system that all machines share"), std::string::npos) << error;
+  for (const auto& error : errors)
+    EXPECT_NE(error.find("must lie on a file system that all machines share"), std::string::npos) << error;
 }
 
 }  // namespace

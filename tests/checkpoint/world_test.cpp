@@ -18,7 +18,9 @@ at::Tensor experts(int64_t step) { return at::arange(4 * 6, at::kFloat).reshape(
 at::Tensor rows(int64_t step) { return at::full({5, 3}, double(step)); }
 
 struct Rank {
-  Rank() : world(distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(20)})), mesh(make_mesh(world, world->size() / 2)) {
+  Rank()
+      : world(distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(20)})),
+        mesh(make_mesh(world, world->size() / 2)) {
     const int64_t size = mesh.expert_size(), n = 4 / size;
     model::Parameter p{"experts", at::zeros({n, 6}).requires_grad_(true), "lora"};
     if (size > 1) p.first_row = mesh.expert->rank() * n, p.total_rows = 4;

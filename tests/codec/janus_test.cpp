@@ -28,7 +28,8 @@ at::Tensor weight(const std::string& name, const std::vector<int64_t>& shape) {
   auto out = at::empty(shape);
   const int64_t count = out.numel();
   const bool norm = name.find("norm") != std::string::npos && name.ends_with("weight");
-  const double scale = shape.size() > 1 ? std::sqrt(3.0 / double(count / shape[0])) : 0.125, shift = shape.size() > 1 || !norm ? 0 : 1;
+  const double scale = shape.size() > 1 ? std::sqrt(3.0 / double(count / shape[0])) : 0.125,
+               shift = shape.size() > 1 || !norm ? 0 : 1;
   for (int64_t i = 0; i < count; ++i) {
     auto x = uint32_t(uint64_t(i) * 2654435761u + crc32(name));
     x ^= x >> 15, x *= 2246822519u, x ^= x >> 13, x *= 3266489917u, x ^= x >> 16;
@@ -55,7 +56,8 @@ std::unique_ptr<Case> make_case(const std::string& name) {
   const auto json = io::read_json(golden / (name + ".json"));
   c->expected = io::load_safetensors(golden / (name + ".safetensors"));
   c->prefix = json["prefix"];
-  for (const auto& [key, shape] : json["shapes"].items()) c->weights[key] = weight(key.substr(c->prefix.size()), shape.get<std::vector<int64_t>>());
+  for (const auto& [key, shape] : json["shapes"].items())
+    c->weights[key] = weight(key.substr(c->prefix.size()), shape.get<std::vector<int64_t>>());
   c->weights[c->prefix + "quantize.embedding.weight"] = c->expected.at("codebook");
   io::write_json(c->dir / "config.json", json["config"]);
   io::save_safetensors(c->dir / "model.safetensors", c->weights, {{"format", "pt"}});
@@ -83,9 +85,7 @@ TEST(Janus, BrokenWeightsAreNamed) {
     io::save_safetensors(c->dir / "model.safetensors", tensors);
     try {
       load_codec(c->dir);
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "nothing thrown";
   };
   auto fewer = c->weights;
@@ -93,8 +93,11 @@ TEST(Janus, BrokenWeightsAreNamed) {
   EXPECT_NE(says(fewer).find("model.vqmodel.decoder.mid.attn_1.k.weight is missing"), std::string::npos) << says(fewer);
   auto wrong = c->weights;
   wrong[c->prefix + "quant_conv.bias"] = at::zeros({3});
-  EXPECT_NE(says(wrong).find("model.vqmodel.quant_conv.bias must have shape [8] by the config, got [3]"), std::string::npos) << says(wrong);
-  EXPECT_NE(says({{"something", at::zeros({1})}}).find("expected the weights of transformers' JanusVQVAE"), std::string::npos);
+  EXPECT_NE(says(wrong).find("model.vqmodel.quant_conv.bias must have shape [8] by the config, got [3]"),
+            std::string::npos)
+      << says(wrong);
+  EXPECT_NE(says({{"something", at::zeros({1})}}).find("expected the weights of transformers' JanusVQVAE"),
+            std::string::npos);
   EXPECT_EQ(says(c->weights), "nothing thrown");
 
   auto config = io::read_json(c->dir / "config.json");

@@ -32,7 +32,8 @@ CodecTrainConfig quick(int64_t steps) {
 // Discs and bars of random colours on white.
 at::Tensor drawings(int64_t count, int64_t size) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{5});
-  const auto colour = at::randint(0, 200, {count, 3, 1, 1}, generator, at::kLong), centre = at::randint(3, size - 3, {count, 2, 1, 1}, generator, at::kLong);
+  const auto colour = at::randint(0, 200, {count, 3, 1, 1}, generator, at::kLong),
+             centre = at::randint(3, size - 3, {count, 2, 1, 1}, generator, at::kLong);
   const auto axis = at::arange(size);
   const auto x = axis.view({1, 1, size}) - centre.select(1, 0), y = axis.view({1, size, 1}) - centre.select(1, 1);
   const auto inside = (x.square() + y.square() < 10).unsqueeze(1);
@@ -43,7 +44,8 @@ class CodecTest : public ::testing::Test {
  protected:
   void SetUp() override {
     at::set_num_threads(1);  // tensors this small only lose time to a second thread, minutes of it on a busy machine
-    dir_ = fs::path(testing::TempDir()) / ("codec_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
+    dir_ = fs::path(testing::TempDir()) /
+           ("codec_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
     fs::remove_all(dir_);
     fs::create_directories(dir_);
   }
@@ -55,12 +57,11 @@ template <class E = UserError, class F>
 std::string message_of(F&& f) {
   try {
     f();
-  } catch (const E& e) {
-    return e.what();
-  }
+  } catch (const E& e) { return e.what(); }
   return "nothing thrown";
 }
-#define EXPECT_SAYS(text, ...) EXPECT_NE(message_of([&] { __VA_ARGS__; }).find(text), std::string::npos) << message_of([&] { __VA_ARGS__; })
+#define EXPECT_SAYS(text, ...) \
+  EXPECT_NE(message_of([&] { __VA_ARGS__; }).find(text), std::string::npos) << message_of([&] { __VA_ARGS__; })
 
 TEST_F(CodecTest, SaveAndLoadGiveTheSameCodec) {
   VqCodec model(tiny(), 3);
@@ -97,7 +98,8 @@ TEST_F(CodecTest, IdsNameTheNearestCode) {
 }
 
 TEST_F(CodecTest, PatchesKeepTheirPlace) {
-  // With patch = image_size / grid and no position mixing, a code's own cell is all it reaches beyond the 3x3 neighbourhoods of two convolutions.
+  // With patch = image_size / grid and no position mixing, a code's own cell is all it reaches beyond the 3x3
+  // neighbourhoods of two convolutions.
   VqConfig c = tiny();
   c.image_size = 60, c.mixer_blocks = 0, c.channels = {8}, c.encoder_blocks = {0}, c.decoder_blocks = {0}, c.patch = 6;
   VqCodec model(c, 3);
@@ -174,14 +176,21 @@ TEST_F(CodecTest, NewWeightsNeverStandBesideAnotherConfig) {
 }
 
 TEST_F(CodecTest, ConfigRules) {
-  auto parse = [](const std::string& yaml) { return config::parse<CodecRunConfig>(config::Document::from_string(yaml)); };
+  auto parse = [](const std::string& yaml) {
+    return config::parse<CodecRunConfig>(config::Document::from_string(yaml));
+  };
   const std::string base = "dir: out\ndata: { train: [{ path: x.jsonl }] }\n";
   EXPECT_EQ(parse(base).codec.grid(), 6);
   const auto says = [&](const std::string& yaml) { return message_of<UsageError>([&] { parse(yaml); }); };
-  EXPECT_NE(says(base + "codec: { image_size: 35 }").find("codec.image_size must be a multiple of patch * 2^(levels-1) = 6, got 35"), std::string::npos) << says(base + "codec: { image_size: 35 }");
-  EXPECT_NE(says(base + "codec: { channels: [8] }").find("encoder_blocks must have one entry per level"), std::string::npos);
+  EXPECT_NE(says(base + "codec: { image_size: 35 }")
+                .find("codec.image_size must be a multiple of patch * 2^(levels-1) = 6, got 35"),
+            std::string::npos)
+      << says(base + "codec: { image_size: 35 }");
+  EXPECT_NE(says(base + "codec: { channels: [8] }").find("encoder_blocks must have one entry per level"),
+            std::string::npos);
   EXPECT_NE(says(base + "train: { warm_share: 0.9 }").find("warm_share"), std::string::npos);
-  EXPECT_NE(says("dir: out\ndata: { train: [] }\n").find("data.train must list at least one source"), std::string::npos);
+  EXPECT_NE(says("dir: out\ndata: { train: [] }\n").find("data.train must list at least one source"),
+            std::string::npos);
   EXPECT_NE(says(base + "train: { stepz: 3 }").find("steps"), std::string::npos);
 }
 
@@ -199,7 +208,8 @@ TEST_F(CodecTest, DeadCodesRestartAtEncoderOutputs) {
     const double value = now[code][0].item<double>();
     EXPECT_TRUE(value == 1.5 || value == -2.0) << value;
   }
-  // c = sum / count: counts 3 -> 4.5, 5.25, … ; starting at 1 with weight 3·2^-k. After 6 updates the share of the old centre is 3·2^-6 / (6 - 3·2^-6).
+  // c = sum / count: counts 3 -> 4.5, 5.25, … ; starting at 1 with weight 3·2^-k. After 6 updates the share of the old
+  // centre is 3·2^-6 / (6 - 3·2^-6).
   const double old_share = 3.0 / 64 / (6 - 3.0 / 64);
   EXPECT_NEAR(now[0][0].item<double>(), 1.5 * (1 - old_share) + 1.0 * old_share, 1e-5);
 }
@@ -256,7 +266,8 @@ TEST_F(CodecTest, TrainingLowersTheLossAndRepeats) {
   EXPECT_NE(other.front(), first.front());
 }
 
-// Shards of 14, 14 and 12 pictures on three threads: who computes which changes no bit. One thread has shards of other sizes, and the same training. Both precisions.
+// Shards of 14, 14 and 12 pictures on three threads: who computes which changes no bit. One thread has shards of other
+// sizes, and the same training. Both precisions.
 TEST_F(CodecTest, ThreadsShareAStepAndRepeat) {
   const auto pixels = drawings(48, 12);
   for (const char* precision : {"float32", "bf16"}) {
@@ -271,11 +282,13 @@ TEST_F(CodecTest, ThreadsShareAStepAndRepeat) {
     };
     const auto three = losses(3);
     EXPECT_EQ(losses(3), three) << precision;
-    EXPECT_NEAR(losses(1).front(), three.front(), 1e-5 * three.front()) << precision;  // sums in another order; the products of a row are the same
+    EXPECT_NEAR(losses(1).front(), three.front(), 1e-5 * three.front())
+        << precision;  // sums in another order; the products of a row are the same
   }
 }
 
-// One step on three shards against plain autograd over the whole batch: AdamW's first update is lr towards the gradient's sign, where there is a gradient.
+// One step on three shards against plain autograd over the whole batch: AdamW's first update is lr towards the
+// gradient's sign, where there is a gradient.
 TEST_F(CodecTest, AStepFollowsTheGradientOfTheWholeBatch) {
   const auto pixels = drawings(24, 12);
   auto config = quick(4);
@@ -299,7 +312,8 @@ TEST_F(CodecTest, AStepFollowsTheGradientOfTheWholeBatch) {
   for (const auto& p : after->decoder_parameters()) moved.push_back(p);
   for (size_t i = 0; i < moved.size(); ++i) {
     const auto expected = parameters[i].second.detach() - config.lr * gradients[i].sign();
-    const auto clear = gradients[i].abs() > 1e-5;  // beyond float32's sums in another order, and far above AdamW's epsilon
+    const auto clear =
+        gradients[i].abs() > 1e-5;  // beyond float32's sums in another order, and far above AdamW's epsilon
     const auto error = ((moved[i].second - expected).abs() * clear).max().item<double>();
     EXPECT_LT(error, 0.01 * config.lr) << moved[i].first;
     EXPECT_GT(clear.sum().item<int64_t>(), 0) << moved[i].first;
@@ -314,7 +328,8 @@ TEST_F(CodecTest, TheLastPhaseMovesTheDecoderOnly) {
   config.steps = 60, config.warm_share = 0.05, config.freeze_share = 0.5;
   const auto whole = train_vq(tiny(), config, 9, pixels);
   const auto before = half->encoder_parameters(), after = whole->encoder_parameters();
-  for (size_t i = 0; i < before.size(); ++i) EXPECT_TRUE(at::equal(before[i].second, after[i].second)) << before[i].first;
+  for (size_t i = 0; i < before.size(); ++i)
+    EXPECT_TRUE(at::equal(before[i].second, after[i].second)) << before[i].first;
   EXPECT_TRUE(at::equal(half->codebook_NZ(), whole->codebook_NZ()));
   EXPECT_FALSE(at::equal(half->decoder_parameters()[0].second, whole->decoder_parameters()[0].second));
   EXPECT_GT(measure(*whole, pixels).psnr, measure(*half, pixels).psnr);
@@ -329,7 +344,9 @@ TEST_F(CodecTest, BadPicturesAreSkippedAndCounted) {
   EXPECT_EQ(folder.skipped, 1);
   EXPECT_TRUE(at::equal(folder.pixels_N3HW, drawn));
 
-  io::write_file_atomic(dir_ / "m.jsonl", "{\"image\": \"p2.png\", \"text\": \"two\"}\n\n{\"text\": \"no picture\"}\n{\"image\": \"gone.png\"}\n{\"image\": \"p0.png\"}\n");
+  io::write_file_atomic(dir_ / "m.jsonl",
+                        "{\"image\": \"p2.png\", \"text\": \"two\"}\n\n{\"text\": \"no picture\"}\n{\"image\": "
+                        "\"gone.png\"}\n{\"image\": \"p0.png\"}\n");
   const auto listed = load_pictures(dir_ / "m.jsonl", 12, "pad");
   EXPECT_EQ(listed.skipped, 1);
   EXPECT_TRUE(at::equal(listed.pixels_N3HW, at::stack({drawn[2], drawn[0]})));

@@ -18,7 +18,8 @@ struct KindRow {
   const char *name, *meaning;
   bool routed;
 };
-constexpr KindRow kKinds[] = {{Kind::modality_lora, "modality_lora", "Gated.", false}, {Kind::mixture, "mixture", "", true}};
+constexpr KindRow kKinds[] = {{Kind::modality_lora, "modality_lora", "Gated.", false},
+                              {Kind::mixture, "mixture", "", true}};
 constexpr std::span<const KindRow> choices_of(Kind) { return kKinds; }
 
 struct Group {
@@ -72,7 +73,9 @@ struct Train {
     v("betas", betas, range(0, 1), "Betas.");
     v("grid", grid, any(), "Grid.");
   }
-  void validate(const std::string& path) const { MOEGRAFT_CHECK_USAGE(betas.size() == 2, path, ".betas must hold 2 numbers, got ", betas.size()); }
+  void validate(const std::string& path) const {
+    MOEGRAFT_CHECK_USAGE(betas.size() == 2, path, ".betas must hold 2 numbers, got ", betas.size());
+  }
 };
 
 struct Whole {
@@ -93,14 +96,14 @@ struct Whole {
   }
 };
 
-Whole load(const std::string& yaml, const std::vector<std::string>& set = {}) { return parse<Whole>(Document::from_string(yaml, set, "c.yaml")); }
+Whole load(const std::string& yaml, const std::vector<std::string>& set = {}) {
+  return parse<Whole>(Document::from_string(yaml, set, "c.yaml"));
+}
 
 std::string error_of(const std::string& yaml, const std::vector<std::string>& set = {}) {
   try {
     load(yaml, set);
-  } catch (const UsageError& error) {
-    return error.what();
-  }
+  } catch (const UsageError& error) { return error.what(); }
   return "no error";
 }
 
@@ -158,7 +161,8 @@ TEST(Config, ErrorsNameTheKeyTheRuleAndTheValue) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"dir: x\ntrain: {step: 3}", "train.step is not a known key; did you mean train.steps? (c.yaml:2)"},
       {"dirr: x", "dirr is not a known key; did you mean dir? (c.yaml:1)"},
-      {"dir: x\nzzzzzzzzz: 1", "zzzzzzzzz is not a known key; expected one of dir, init, limit, modalities, adapters, train (c.yaml:2)"},
+      {"dir: x\nzzzzzzzzz: 1",
+       "zzzzzzzzz is not a known key; expected one of dir, init, limit, modalities, adapters, train (c.yaml:2)"},
       {"{}", "dir is required: The run directory. (c.yaml)"},
       {"", "dir is required: The run directory. (c.yaml)"},
       {"dir:", "dir must be text, got null (write \"\" for empty text) (c.yaml:1)"},
@@ -170,27 +174,38 @@ TEST(Config, ErrorsNameTheKeyTheRuleAndTheValue) {
       {"dir: x\nadapters: [{rank: 1.5}]", "adapters[0].rank must be an integer, got 1.5 (c.yaml:2)"},
       {"dir: x\nadapters: [{rank: '4'}]", "adapters[0].rank must be an integer, got the text \"4\" (c.yaml:2)"},
       {"dir: x\nadapters: [{rank: four}]", "adapters[0].rank must be an integer, got four (c.yaml:2)"},
-      {"dir: x\nadapters: [{rank: 99999999999999999999}]", "adapters[0].rank does not fit a 64-bit integer, got 99999999999999999999 (c.yaml:2)"},
+      {"dir: x\nadapters: [{rank: 99999999999999999999}]",
+       "adapters[0].rank does not fit a 64-bit integer, got 99999999999999999999 (c.yaml:2)"},
       {"dir: x\nadapters: [{rank: }]", "adapters[0].rank must be an integer, got null (c.yaml:2)"},
-      {"dir: x\nadapters: [{sites: [gate, upp]}]", "adapters[0].sites[1] must be one of gate, up, down, q, got upp; did you mean up? (c.yaml:2)"},
+      {"dir: x\nadapters: [{sites: [gate, upp]}]",
+       "adapters[0].sites[1] must be one of gate, up, down, q, got upp; did you mean up? (c.yaml:2)"},
       {"dir: x\nadapters: [{sites: gate}]", "adapters[0].sites must be a list, got gate (write [gate]) (c.yaml:2)"},
-      {"dir: x\nadapters: modality_lora", "adapters must be a list, got modality_lora (write [{ kind: modality_lora }]) (c.yaml:2)"},
-      {"dir: x\nadapters: [modality_lora]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got modality_lora (write { kind: modality_lora }) (c.yaml:2)"},
-      {"dir: x\nadapters: [[a]]", "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got a list (c.yaml:2)"},
-      {"dir: x\ntrain: {lora: &g {lr: 1}, embeddings: {<<: *g}}", "train.embeddings.<< is YAML's merge, which is not read here: write its keys out (c.yaml:2)"},
-      {"dir: x\nadapters: [{kind: mixtur}]", "adapters[0].kind must be one of modality_lora, mixture, got mixtur; did you mean mixture? (c.yaml:2)"},
+      {"dir: x\nadapters: modality_lora",
+       "adapters must be a list, got modality_lora (write [{ kind: modality_lora }]) (c.yaml:2)"},
+      {"dir: x\nadapters: [modality_lora]",
+       "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got modality_lora (write { kind: "
+       "modality_lora }) (c.yaml:2)"},
+      {"dir: x\nadapters: [[a]]",
+       "adapters[0] must be a mapping with the keys kind, rank, sites, layers, got a list (c.yaml:2)"},
+      {"dir: x\ntrain: {lora: &g {lr: 1}, embeddings: {<<: *g}}",
+       "train.embeddings.<< is YAML's merge, which is not read here: write its keys out (c.yaml:2)"},
+      {"dir: x\nadapters: [{kind: mixtur}]",
+       "adapters[0].kind must be one of modality_lora, mixture, got mixtur; did you mean mixture? (c.yaml:2)"},
       {"dir: x\nadapters: {rank: 1}", "adapters must be a list, got a mapping (c.yaml:2)"},
       {"dir: x\nadapters:", "adapters must be a list, got null (write [] for an empty list) (c.yaml:2)"},
       {"dir: x\nadapters: [{layers: [-1]}]", "adapters[0].layers[0] must be in [0, 100], got -1 (c.yaml:2)"},
       {"dir: x\nmodalities: [a]", "modalities must be a mapping of names to values, got a list (c.yaml:2)"},
       {"dir: x\nmodalities: {image: {lr: 11}}", "modalities.image.lr must be in [0, 10], got 11 (c.yaml:2)"},
-      {"dir: x\ntrain: 7", "train must be a mapping with the keys steps, schedule, flag, clip, lora, embeddings, betas, grid, got 7 (c.yaml:2)"},
+      {"dir: x\ntrain: 7",
+       "train must be a mapping with the keys steps, schedule, flag, clip, lora, embeddings, betas, grid, got 7 "
+       "(c.yaml:2)"},
       {"dir: x\ntrain: {flag: yes}", "train.flag must be true or false, got yes (c.yaml:2)"},
       {"dir: x\ntrain: {clip: nan}", "train.clip must be a number, got nan (c.yaml:2)"},
       {"dir: x\ntrain: {clip: .nan}", "train.clip must be a number, got .nan (c.yaml:2)"},
       {"dir: x\ntrain: {clip: 1e999}", "train.clip must be a number, got 1e999 (c.yaml:2)"},
       {"dir: x\ntrain: {clip: 0x10}", "train.clip must be a number, got 0x10 (c.yaml:2)"},
-      {"dir: x\ntrain: {schedule: cosin}", "train.schedule must be one of cosine, linear, got cosin; did you mean cosine? (c.yaml:2)"},
+      {"dir: x\ntrain: {schedule: cosin}",
+       "train.schedule must be one of cosine, linear, got cosin; did you mean cosine? (c.yaml:2)"},
       {"dir: x\ntrain: {betas: [0.9]}", "train.betas must hold 2 numbers, got 1"},
       {"dir: x\nlimit: 6", "limit must be in [0, 5], got 6 (c.yaml:2)"},
       {"dir: x\ndir: y", "c.yaml:2: the key 'dir' appears twice"},
@@ -205,7 +220,8 @@ TEST(Config, ErrorsNameTheKeyTheRuleAndTheValue) {
 }
 
 TEST(Config, SyntaxErrorsNameTheLine) {
-  EXPECT_EQ(error_of("dir: x\ntrain: {steps: 1").find("c.yaml:2: not valid YAML: "), 0u) << error_of("dir: x\ntrain: {steps: 1");
+  EXPECT_EQ(error_of("dir: x\ntrain: {steps: 1").find("c.yaml:2: not valid YAML: "), 0u)
+      << error_of("dir: x\ntrain: {steps: 1");
   EXPECT_EQ(error_of("dir: x\n\tbad: y").find("c.yaml:2: not valid YAML: "), 0u) << error_of("dir: x\n\tbad: y");
   EXPECT_NE(error_of("dir: \"unterminated"), "no error");
 }
@@ -258,13 +274,12 @@ TEST(Config, PathsAreExpandedAsAShellWould) {
   for (const auto& c : cases) {
     std::string got;
     try {
-      const auto read = parse<Paths>(Document::from_string("dir: '" + std::string(c.dir) + "'\nname: '$NOWHERE'\nshards: ['" + c.dir + "']"));
+      const auto read = parse<Paths>(
+          Document::from_string("dir: '" + std::string(c.dir) + "'\nname: '$NOWHERE'\nshards: ['" + c.dir + "']"));
       got = read.dir;
       EXPECT_EQ(read.shards, std::vector<std::string>{got});
       EXPECT_EQ(read.name, "$NOWHERE") << "no path";
-    } catch (const UsageError& e) {
-      got = std::string(e.what()).substr(0, std::string(c.expected).size());
-    }
+    } catch (const UsageError& e) { got = std::string(e.what()).substr(0, std::string(c.expected).size()); }
     EXPECT_EQ(got, c.expected) << c.dir;
   }
   setenv("HOME", home.c_str(), 1);
@@ -278,8 +293,9 @@ TEST(Config, AnchorsWork) {
 
 TEST(Config, Overrides) {
   const Whole c = load("dir: x\nadapters: [{rank: 2}]\ntrain:\n",
-                       {"train.steps=7", "adapters[0].rank=3", "adapters[1].rank=5", "dir=a=b", "init.tokenizer=t", "modalities.image.lr=0.125", "train.betas=[0.1, 0.2]",
-                        "train.embeddings={lr: 0.5}", "train.betas[1]=0.3", "limit="});
+                       {"train.steps=7", "adapters[0].rank=3", "adapters[1].rank=5", "dir=a=b", "init.tokenizer=t",
+                        "modalities.image.lr=0.125", "train.betas=[0.1, 0.2]", "train.embeddings={lr: 0.5}",
+                        "train.betas[1]=0.3", "limit="});
   EXPECT_EQ(c.train.steps, 7);
   ASSERT_EQ(c.adapters.size(), 2u);
   EXPECT_EQ(c.adapters[0].rank, 3);
@@ -303,7 +319,8 @@ TEST(Config, OverrideErrors) {
   EXPECT_EQ(with("adapters.rank=1"), "--set adapters.rank=1: adapters is a list, expected a mapping");
   EXPECT_EQ(with("train.steps={"), error_of("dir: x", {"train.steps={"}));
   EXPECT_EQ(with("train.steps={").find("--set train.steps={: not valid YAML: "), 0u) << with("train.steps={");
-  for (const char* path : {"", ".a", "a.", "a..b", "[0]", "a[", "a[x]", "a[-1]", "a[0]b", "a]", "a[99999999999999999999]"})
+  for (const char* path :
+       {"", ".a", "a.", "a..b", "[0]", "a[", "a[x]", "a[-1]", "a[0]b", "a]", "a[99999999999999999999]"})
     EXPECT_NE(with(std::string(path) + "=1").find("is not a key path"), std::string::npos) << path;
 }
 
@@ -316,7 +333,10 @@ struct Moved {
     v("threshold", threshold, any(), "A bound.");
   }
   static std::vector<MovedKey> moved_keys() {
-    return {{"train.shape", "train.schedule", [](const std::string& shape, const std::string& schedule) -> std::string { return shape == "straight" ? "linear" : schedule; }},
+    return {{"train.shape", "train.schedule",
+             [](const std::string& shape, const std::string& schedule) -> std::string {
+               return shape == "straight" ? "linear" : schedule;
+             }},
             {"limits.upper", "threshold"},
             {"group", "train.lora"}};
   }
@@ -324,8 +344,10 @@ struct Moved {
 
 TEST(Config, AMovedKeyIsRefusedWithItsNewPlace) {
   const std::vector<std::pair<std::string, std::string>> cases = {
-      {"train:\n  shape: straight", "train.shape has moved to train.schedule: write train.schedule: linear instead (c.yaml:2)"},
-      {"train: {shape: bent, schedule: cosine}", "train.shape has moved to train.schedule: write train.schedule: cosine instead (c.yaml:1)"},
+      {"train:\n  shape: straight",
+       "train.shape has moved to train.schedule: write train.schedule: linear instead (c.yaml:2)"},
+      {"train: {shape: bent, schedule: cosine}",
+       "train.shape has moved to train.schedule: write train.schedule: cosine instead (c.yaml:1)"},
       {"limits: {upper: 3}", "limits.upper has moved to threshold: write threshold: 3 instead (c.yaml:1)"},
       {"group: {lr: 0.5}", "group has moved to train.lora: write it there instead (c.yaml:1)"},
       {"limits: {lower: 3}", "limits is not a known key; expected one of train, threshold (c.yaml:1)"},
@@ -334,9 +356,7 @@ TEST(Config, AMovedKeyIsRefusedWithItsNewPlace) {
     try {
       parse<Moved>(Document::from_string(yaml, {}, "c.yaml"));
       ADD_FAILURE() << yaml;
-    } catch (const UsageError& error) {
-      EXPECT_EQ(error.what(), message);
-    }
+    } catch (const UsageError& error) { EXPECT_EQ(error.what(), message); }
   }
 }
 
@@ -359,7 +379,8 @@ TEST(Config, FileErrors) {
     EXPECT_STREQ(error.what(), "cannot read the config /nonexistent/c.yaml: No such file or directory");
   }
   EXPECT_THROW(Document::from_file("/tmp"), UsageError);
-  const auto path = std::filesystem::temp_directory_path() / ("moegraft_config_" + std::to_string(::getpid()) + ".yaml");
+  const auto path =
+      std::filesystem::temp_directory_path() / ("moegraft_config_" + std::to_string(::getpid()) + ".yaml");
   std::ofstream(path) << "dir: here\n";
   EXPECT_EQ(parse<Whole>(Document::from_file(path.string(), {"train.steps=5"})).train.steps, 5);
   std::filesystem::remove(path);
@@ -410,9 +431,7 @@ TEST(Config, AnOptionsWordIsReadByTheTableToo) {
   try {
     parse_choice<Device>("--device", "tpu");
     FAIL() << "tpu is no device";
-  } catch (const UsageError& e) {
-    EXPECT_STREQ(e.what(), "--device must be auto, cpu or cuda, got 'tpu'");
-  }
+  } catch (const UsageError& e) { EXPECT_STREQ(e.what(), "--device must be auto, cpu or cuda, got 'tpu'"); }
 }
 
 TEST(Config, DumpIsReadableYaml) {
@@ -465,9 +484,14 @@ TEST(Config, DescribeListsEveryKey) {
 
 TEST(Config, MarkdownHasATablePerSection) {
   const std::string text = to_markdown(describe<Whole>());
-  for (const char* line : {"| `dir` | text | **required** | The run directory. |\n", "| `limit` | optional number in [0, 5] | `2.0` | A limit. |\n", "\n### init\n\nFrom scratch. (optional section)\n\n",
-                           "| `init.family` | text: one of `olmoe`, `mixtral` | `olmoe` | Layout. |\n", "| `modalities.<name>.lr` | number in [0, 10] | `1.0e-04` | Peak learning rate. |\n",
-                           "\n### adapters\n\nAdapters. (list of sections)\n\n| key | type | default | meaning |\n|---|---|---|---|\n| `adapters[].kind` | text: one of `modality_lora`, `mixture` | `modality_lora` | Kind.<br>`modality_lora`: Gated. |\n",
+  for (const char* line : {"| `dir` | text | **required** | The run directory. |\n",
+                           "| `limit` | optional number in [0, 5] | `2.0` | A limit. |\n",
+                           "\n### init\n\nFrom scratch. (optional section)\n\n",
+                           "| `init.family` | text: one of `olmoe`, `mixtral` | `olmoe` | Layout. |\n",
+                           "| `modalities.<name>.lr` | number in [0, 10] | `1.0e-04` | Peak learning rate. |\n",
+                           "\n### adapters\n\nAdapters. (list of sections)\n\n| key | type | default | meaning "
+                           "|\n|---|---|---|---|\n| `adapters[].kind` | text: one of `modality_lora`, `mixture` | "
+                           "`modality_lora` | Kind.<br>`modality_lora`: Gated. |\n",
                            "| `train.embeddings` | section |  | Group. |\n"})
     EXPECT_NE(text.find(line), std::string::npos) << line << "\nin\n" << text;
 }
@@ -477,7 +501,10 @@ TEST(Config, YamlTemplateParsesToTheDefaults) {
   EXPECT_EQ(dump(load(text, {"dir=x"})), dump(load("dir: x")));
   EXPECT_EQ(text.find("# The run directory. (text, required)\ndir:\n"), 0u) << text;
   // Entries stand there as comments: without their # they parse too.
-  const std::string list = "\nadapters: []\n#  -\n#    # Kind. (text: one of modality_lora, mixture)\n#    #   modality_lora: Gated.\n#    kind: modality_lora\n", mapping = "\nmodalities: {}\n#  <name>:\n#    # Peak learning rate.";
+  const std::string list =
+                        "\nadapters: []\n#  -\n#    # Kind. (text: one of modality_lora, mixture)\n#    #   "
+                        "modality_lora: Gated.\n#    kind: modality_lora\n",
+                    mapping = "\nmodalities: {}\n#  <name>:\n#    # Peak learning rate.";
   for (const auto& lines : {list, mapping}) EXPECT_NE(text.find(lines), std::string::npos) << lines << "\nin\n" << text;
   std::string entries;
   for (size_t at = 0, end; at < text.size(); at = end + 1) {
@@ -485,7 +512,8 @@ TEST(Config, YamlTemplateParsesToTheDefaults) {
     std::string line = text.substr(at, end - at);
     if (line.starts_with("#  ")) line.erase(0, 1);
     for (const char* empty : {" null", " []", " {}"})
-      if (line.starts_with("init:") || line.starts_with("adapters:") || line.starts_with("modalities:")) line = line.substr(0, line.find(empty));
+      if (line.starts_with("init:") || line.starts_with("adapters:") || line.starts_with("modalities:"))
+        line = line.substr(0, line.find(empty));
     entries += line + "\n";
   }
   const Whole c = load(entries, {"dir=x", "init.tokenizer=t"});

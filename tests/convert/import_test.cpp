@@ -34,9 +34,7 @@ class Folder {
 std::string error_of(const std::function<void()>& f) {
   try {
     f();
-  } catch (const UserError& e) {
-    return e.what();
-  }
+  } catch (const UserError& e) { return e.what(); }
   return "no error";
 }
 
@@ -44,10 +42,12 @@ TEST(Gguf, EveryTypeGivesThePackagesValues) {
   const GgufFile file(kGolden / "types.gguf");
   const auto expected = io::load_safetensors(kGolden / "types.safetensors");
   ASSERT_EQ(file.names().size(), gguf_types().size());
-  for (const auto& [name, values] : expected) EXPECT_TRUE(file.read(name).view(at::kInt).equal(values.view(at::kInt))) << name;
+  for (const auto& [name, values] : expected)
+    EXPECT_TRUE(file.read(name).view(at::kInt).equal(values.view(at::kInt))) << name;
 }
 
-// Q8_0 rounds to 1/254 of a block's largest value; the other types of these files hold bf16 numbers exactly, float16 but for its smallest.
+// Q8_0 rounds to 1/254 of a block's largest value; the other types of these files hold bf16 numbers exactly, float16
+// but for its smallest.
 double tolerance(const std::string& dtype) { return dtype == "Q8_0" ? 0.5 / 127 : dtype == "F16" ? 1e-7 : 0; }
 
 TEST(ImportGguf, TensorsConfigAndIdsAreHuggingFaces) {
@@ -57,16 +57,20 @@ TEST(ImportGguf, TensorsConfigAndIdsAreHuggingFaces) {
     const auto golden = io::read_json(kGolden / (name + ".json"));
     import_gguf(kGolden / (name + ".gguf"), out.path / "model", {.dtype = at::kFloat});
 
-    const auto expected = io::load_safetensors(kGolden / (name + ".safetensors")), tensors = io::load_safetensors(out.path / "model/model.safetensors");
+    const auto expected = io::load_safetensors(kGolden / (name + ".safetensors")),
+               tensors = io::load_safetensors(out.path / "model/model.safetensors");
     for (const auto& [key, value] : expected) {
       ASSERT_TRUE(tensors.contains(key)) << key;
       const at::Tensor wide = value.to(at::kFloat);
-      EXPECT_LE((tensors.at(key) - wide).abs().max().item<double>(), tolerance(golden["dtype"]) * std::max(1.0, wide.abs().max().item<double>())) << key;
+      EXPECT_LE((tensors.at(key) - wide).abs().max().item<double>(),
+                tolerance(golden["dtype"]) * std::max(1.0, wide.abs().max().item<double>()))
+          << key;
     }
     EXPECT_EQ(tensors.size(), expected.size());
 
     const auto config = io::read_json(out.path / "model/config.json");
-    for (const auto& [key, value] : golden["config"].items()) EXPECT_EQ(config.contains(key) ? config[key] : io::Json(nullptr), value) << key;
+    for (const auto& [key, value] : golden["config"].items())
+      EXPECT_EQ(config.contains(key) ? config[key] : io::Json(nullptr), value) << key;
 
     const auto tokenizer = tokenizer::load_tokenizer(out.path / "model");
     for (size_t i = 0; i < golden["texts"].size(); ++i) {
@@ -104,8 +108,12 @@ struct Bytes {
     text += s;
     return *this;
   }
-  Bytes& header(uint64_t tensors, uint64_t keys) { return number<uint32_t>(3).number<uint64_t>(tensors).number<uint64_t>(keys); }
-  Bytes& key(const std::string& name, const std::string& value) { return string(name).number<uint32_t>(8).string(value); }
+  Bytes& header(uint64_t tensors, uint64_t keys) {
+    return number<uint32_t>(3).number<uint64_t>(tensors).number<uint64_t>(keys);
+  }
+  Bytes& key(const std::string& name, const std::string& value) {
+    return string(name).number<uint32_t>(8).string(value);
+  }
 };
 
 TEST(Gguf, DamagedAndForeignFilesAreRefusedInOneLine) {
@@ -130,8 +138,18 @@ TEST(Gguf, DamagedAndForeignFilesAreRefusedInOneLine) {
       {"one byte less", whole.substr(0, whole.size() - 40), "truncated"},
       {"keys that are not there", Bytes().header(0, 1000).text, "truncated or damaged"},
       {"a string of 2^60 bytes", Bytes().header(0, 1).number<uint64_t>(uint64_t{1} << 60).text, "truncated or damaged"},
-      {"an array of 2^60 numbers", Bytes().header(0, 1).string("k").number<uint32_t>(9).number<uint32_t>(4).number<uint64_t>(uint64_t{1} << 60).text, "more than the file holds"},
-      {"an array of arrays", Bytes().header(0, 1).string("k").number<uint32_t>(9).number<uint32_t>(9).number<uint64_t>(1).text, "array of arrays"},
+      {"an array of 2^60 numbers",
+       Bytes()
+           .header(0, 1)
+           .string("k")
+           .number<uint32_t>(9)
+           .number<uint32_t>(4)
+           .number<uint64_t>(uint64_t{1} << 60)
+           .text,
+       "more than the file holds"},
+      {"an array of arrays",
+       Bytes().header(0, 1).string("k").number<uint32_t>(9).number<uint32_t>(9).number<uint64_t>(1).text,
+       "array of arrays"},
       {"an unknown value type", Bytes().header(0, 1).string("k").number<uint32_t>(99).text, "unknown type 99"},
       {"a key twice", Bytes().header(0, 2).key("k", "a").key("k", "b").text, "is there twice"},
       {"five dimensions", tensor({1, 1, 1, 1, 1}, 0, 0), "5 dimensions"},
@@ -157,10 +175,12 @@ TEST(ImportGguf, WhatCannotBeImportedIsNamed) {
   const std::string whole = io::read_file(kGolden / "llama.gguf");
   const auto with = [&](const std::string& from, const std::string& to) {
     std::string bytes = whole;
-    for (size_t at = bytes.find(from); at != std::string::npos; at = bytes.find(from, at + to.size())) bytes.replace(at, from.size(), to);
+    for (size_t at = bytes.find(from); at != std::string::npos; at = bytes.find(from, at + to.size()))
+      bytes.replace(at, from.size(), to);
     return bytes;
   };
-  const auto with_type = [&](const std::string& tensor, char type) {  // of two dimensions: name, u32 2, u64 sizes, u32 type
+  const auto with_type = [&](const std::string& tensor,
+                             char type) {  // of two dimensions: name, u32 2, u64 sizes, u32 type
     std::string bytes = whole;
     bytes[bytes.find(tensor) + tensor.size() + 4 + 2 * 8] = type;
     return bytes;
@@ -171,9 +191,12 @@ TEST(ImportGguf, WhatCannotBeImportedIsNamed) {
   };
   const std::vector<Case> cases{
       {"half of the file", whole.substr(0, whole.size() / 2), "truncated"},
-      {"type", with_type("blk.0.ffn_up.weight", 16), "blk.0.ffn_up.weight has type 16, which cannot be read; known: F32"},
-      {"architecture", with("llama", "gemma"), "architecture \"gemma\" cannot be imported; known: llama, llama with experts, olmoe with experts"},
-      {"pre-tokenizer", with("smollm", "tekken"), "tokenizer.ggml.pre \"tekken\" is not known here; known: gpt-2, smollm"},
+      {"type", with_type("blk.0.ffn_up.weight", 16),
+       "blk.0.ffn_up.weight has type 16, which cannot be read; known: F32"},
+      {"architecture", with("llama", "gemma"),
+       "architecture \"gemma\" cannot be imported; known: llama, llama with experts, olmoe with experts"},
+      {"pre-tokenizer", with("smollm", "tekken"),
+       "tokenizer.ggml.pre \"tekken\" is not known here; known: gpt-2, smollm"},
       {"tokenizer", with("gpt2", "bert"), "tokenizer.ggml.model \"bert\" is not known here"},
       {"a missing tensor", with("blk.1.ffn_up.weight", "blk.9.ffn_up.weight"), "blk.1.ffn_up.weight is missing"},
       {"a missing key", with("llama.context_length", "llama.kontext_length"), "llama.context_length is missing"},

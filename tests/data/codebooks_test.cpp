@@ -1,4 +1,5 @@
-// Several modalities in one set: pictures whose codes are no square, and a sequence with two codebooks at each position, alone and beside each other in a document.
+// Several modalities in one set: pictures whose codes are no square, and a sequence with two codebooks at each
+// position, alone and beside each other in a document.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -67,12 +68,24 @@ TEST_F(Codebooks, ACodeOfAnotherCodebookIsRefusedWhenWrittenAndWhenRead) {
   const Ids swapped{4, 0, 1, 5, 0, 4}, late{0, 4, 1, 5, 0, 3}, second_item{0, 4, 1, 5, 0, 4, 0, 4, 5, 5, 0, 4};
   EXPECT_EQ(error_of([&] { writer.add({{2, swapped}}); }), "document 0: sound id 4 is outside [0, 4), codebook 0 of 2");
   EXPECT_EQ(error_of([&] { writer.add({{2, late}}); }), "document 0: sound id 3 is outside [4, 8), codebook 1 of 2");
-  EXPECT_EQ(error_of([&] { writer.add({{2, second_item}}); }), "document 0: sound id 5 is outside [0, 4), codebook 0 of 2");
+  EXPECT_EQ(error_of([&] { writer.add({{2, second_item}}); }),
+            "document 0: sound id 5 is outside [0, 4), codebook 0 of 2");
   const auto file = folder / "x.safetensors";
   io::save_safetensors(file,
-                       {{"ids", at::tensor(late, at::kInt)}, {"modality", at::full({6}, 1, at::kByte)}, {"document_offsets", at::tensor(Longs{0, 6}, at::kLong)}},
-                       {{"format", "moegraft.shard"}, {"version", "1"}, {"modalities", "text,sound"}, {"text_vocab", "10"}, {"codes_sound", "8"}, {"item_length_sound", "6"}, {"codebooks_sound", "2"}});
-  EXPECT_NE(error_of([&] { ShardSet(file).validate(); }).find("document 0 has sound id 3 at token 5, outside [4, 8), codebook 1 of 2"), std::string::npos);
+                       {{"ids", at::tensor(late, at::kInt)},
+                        {"modality", at::full({6}, 1, at::kByte)},
+                        {"document_offsets", at::tensor(Longs{0, 6}, at::kLong)}},
+                       {{"format", "moegraft.shard"},
+                        {"version", "1"},
+                        {"modalities", "text,sound"},
+                        {"text_vocab", "10"},
+                        {"codes_sound", "8"},
+                        {"item_length_sound", "6"},
+                        {"codebooks_sound", "2"}});
+  EXPECT_NE(error_of([&] {
+              ShardSet(file).validate();
+            }).find("document 0 has sound id 3 at token 5, outside [4, 8), codebook 1 of 2"),
+            std::string::npos);
 }
 
 TEST_F(Codebooks, ASequenceHoldsBothAndItsOutlineKnowsIt) {
@@ -80,8 +93,24 @@ TEST_F(Codebooks, ASequenceHoldsBothAndItsOutlineKnowsIt) {
   const auto s = assemble(test::to_segments(document), vocabulary(), config);
   const auto image = [](int64_t code) { return kImage + 2 + code; };
   const auto sound_code = [](int64_t code) { return kSound + 2 + code; };
-  const Longs ids{1, 30, kImage, image(0), image(1), image(2), image(3), image(4), image(0), kImage + 1,
-                  kSound, sound_code(0), sound_code(4), sound_code(1), sound_code(5), sound_code(1), sound_code(5), kSound + 1};
+  const Longs ids{1,
+                  30,
+                  kImage,
+                  image(0),
+                  image(1),
+                  image(2),
+                  image(3),
+                  image(4),
+                  image(0),
+                  kImage + 1,
+                  kSound,
+                  sound_code(0),
+                  sound_code(4),
+                  sound_code(1),
+                  sound_code(5),
+                  sound_code(1),
+                  sound_code(5),
+                  kSound + 1};
   EXPECT_EQ(s.ids, ids);
   EXPECT_EQ(s.modality, (Longs{0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2}));
   for (size_t t = 0; t < ids.size(); ++t) {
@@ -110,10 +139,10 @@ TEST_F(Codebooks, TheStreamPacksAllOfThemAndComesBack) {
       const auto& batch = step.micro_batches[0];
       const auto ids = values(batch.ids_T), modality = values(batch.modality_T);
       std::set<std::set<int64_t>> kinds;
-      for (int64_t s = 0; s < batch.num_sequences(); ++s) kinds.insert(std::set<int64_t>(modality.begin() + batch.cu_seqlens[size_t(s)], modality.begin() + batch.cu_seqlens[size_t(s) + 1]));
-      if (config.batching == "modality") {
-        EXPECT_EQ(kinds.size(), 1u);
-      }
+      for (int64_t s = 0; s < batch.num_sequences(); ++s)
+        kinds.insert(std::set<int64_t>(modality.begin() + batch.cu_seqlens[size_t(s)],
+                                       modality.begin() + batch.cu_seqlens[size_t(s) + 1]));
+      if (config.batching == "modality") { EXPECT_EQ(kinds.size(), 1u); }
       for (size_t t = 0; t < ids.size(); ++t) {
         EXPECT_EQ(vocabulary().modality_of(ids[t]), modality[t]);
         ++seen[modality[t]];
@@ -166,10 +195,20 @@ TEST_F(Codebooks, EachModalityIsComparedWithTheRuns) {
     return error_of([&] { Source((folder / "set").string(), v); });
   };
   EXPECT_EQ(error([](auto&) {}), "");
-  EXPECT_NE(error([](auto& v) { v.modalities[1].codebooks = 1; }).find("sound codes come from 2 codebook(s) at each position, the run's from 1"), std::string::npos);
-  EXPECT_NE(error([](auto& v) { v.modalities[1].num_codes = 10; }).find("sound codes come from a codebook of 8, the run's has 10"), std::string::npos);
-  EXPECT_NE(error([](auto& v) { v.modalities[0].item_length = 8; }).find("a image has 6 codes, the run's has 8"), std::string::npos);
-  EXPECT_NE(error([](auto& v) { v.modalities.pop_back(); }).find("holds the modality \"sound\", which the run does not have (its modalities: image)"), std::string::npos);
+  EXPECT_NE(error([](auto& v) {
+              v.modalities[1].codebooks = 1;
+            }).find("sound codes come from 2 codebook(s) at each position, the run's from 1"),
+            std::string::npos);
+  EXPECT_NE(error([](auto& v) {
+              v.modalities[1].num_codes = 10;
+            }).find("sound codes come from a codebook of 8, the run's has 10"),
+            std::string::npos);
+  EXPECT_NE(error([](auto& v) { v.modalities[0].item_length = 8; }).find("a image has 6 codes, the run's has 8"),
+            std::string::npos);
+  EXPECT_NE(error([](auto& v) {
+              v.modalities.pop_back();
+            }).find("holds the modality \"sound\", which the run does not have (its modalities: image)"),
+            std::string::npos);
   // A run may have them in another order: they are found by name.
   const model::Vocabulary turned{1024, 1, 2, {{"sound", 1, 1024, 8, 6, 2}, {"image", 2, 1034, 5, 6}}};
   const Source source((folder / "set").string(), turned);

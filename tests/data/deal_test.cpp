@@ -41,7 +41,8 @@ TEST(Deal, IsBalancedAndWithinTheBound) {
           Rng rng(trial, "deal");
           Longs lengths;
           const uint64_t count = 1 + rng.below(200);
-          for (uint64_t i = 0; i < count; ++i) lengths.push_back(1 + static_cast<int64_t>(rng.below(rng.below(2) ? 16 : static_cast<uint64_t>(longest))));
+          for (uint64_t i = 0; i < count; ++i)
+            lengths.push_back(1 + static_cast<int64_t>(rng.below(rng.below(2) ? 16 : static_cast<uint64_t>(longest))));
           const Share share{accumulation, 0, world};
           const Deal d = deal(lengths, share, longest);
           Longs tokens(d.tokens.size(), 0), cost(d.tokens.size(), 0);
@@ -59,13 +60,13 @@ TEST(Deal, IsBalancedAndWithinTheBound) {
           Longs ranks(world, 0);
           for (int64_t p = 0; p < share.parts(); ++p) ranks[p / accumulation] += cost[p];
           const auto [low, high] = std::minmax_element(ranks.begin(), ranks.end());
-          if (longest <= 512) {
-            EXPECT_LE(*high - *low, sequence_cost(largest));
-          }
+          if (longest <= 512) { EXPECT_LE(*high - *low, sequence_cost(largest)); }
           for (int64_t i = 0; i < accumulation && longest <= 512; ++i) {
             Longs at_once;
             for (int64_t r = 0; r < world; ++r) at_once.push_back(cost[r * accumulation + i]);
-            EXPECT_LE(*std::max_element(at_once.begin(), at_once.end()) - *std::min_element(at_once.begin(), at_once.end()), sequence_cost(largest));
+            EXPECT_LE(
+                *std::max_element(at_once.begin(), at_once.end()) - *std::min_element(at_once.begin(), at_once.end()),
+                sequence_cost(largest));
           }
         }
 }
@@ -96,11 +97,14 @@ struct Dealing : Data {
     std::vector<Longs> out = sequences(batch);
     const auto labels = values(batch.labels_T), modality = values(batch.modality_T);
     for (int64_t s = 0; s < batch.num_sequences(); ++s)
-      for (int64_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t) out[s].push_back(labels[t]), out[s].push_back(modality[t]);
+      for (int64_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t)
+        out[s].push_back(labels[t]), out[s].push_back(modality[t]);
     return out;
   }
-  // Of one step for all ranks: every part's sequences in order of the whole step, its sums, and the same cursor everywhere.
-  void expect_dealt(const StepBatch& one, const std::string& state, std::vector<BatchStream>& ranks, const Layout& layout) {
+  // Of one step for all ranks: every part's sequences in order of the whole step, its sums, and the same cursor
+  // everywhere.
+  void expect_dealt(const StepBatch& one, const std::string& state, std::vector<BatchStream>& ranks,
+                    const Layout& layout) {
     const auto whole = contents(one.micro_batches[0]);
     std::vector<Longs> all;
     for (size_t r = 0; r < ranks.size(); ++r) {
@@ -143,7 +147,8 @@ TEST_F(Dealing, RanksTogetherHaveTheStepOfOneProcess) {
   for (const Batching batching : {Batching::mixed, Batching::modality})
     for (const Packing packing : {Packing::documents, Packing::stream})
       for (const Layout& layout : layouts()) {
-        SCOPED_TRACE(::testing::Message() << config::name_of(batching) << " " << config::name_of(packing) << " world " << layout.world << " accumulation " << layout.accumulation);
+        SCOPED_TRACE(::testing::Message() << config::name_of(batching) << " " << config::name_of(packing) << " world "
+                                          << layout.world << " accumulation " << layout.accumulation);
         config.batching = batching, config.packing = packing;
         config.tokens_per_step = 150;
         auto one = stream();
@@ -208,7 +213,8 @@ TEST_F(Dealing, PrefetchingDealsTheSame) {
   for (const Batching batching : {Batching::mixed, Batching::modality}) {
     config.batching = batching;
     auto plain = stream(17, {2, 1, 3});
-    PrefetchStream ahead(std::make_unique<BatchStream>(config.train, config, test::vocabulary(), 17, Share{2, 1, 3}), 3);
+    PrefetchStream ahead(std::make_unique<BatchStream>(config.train, config, test::vocabulary(), 17, Share{2, 1, 3}),
+                         3);
     for (int i = 0; i < 12; ++i) {
       const StepBatch a = ahead.next(), b = plain.next();
       EXPECT_EQ(a.rank_tokens, b.rank_tokens);

@@ -25,10 +25,14 @@ struct Modality : test::StreamData {
     config.tokens_per_step = 60;
     std::vector<Lists> mixed;
     for (int32_t i = 0; i < 60; ++i) {
-      const Lists::value_type text{0, std::vector<int32_t>(1 + (i * 7) % 11, 100 + i)}, picture{1, {i % 5, (i / 5) % 5, (i / 25) % 5, 1}};
-      if (i % 6 < 3) mixed.push_back({text});
-      else if (i % 6 < 5) mixed.push_back({text, picture});
-      else mixed.push_back({picture});
+      const Lists::value_type text{0, std::vector<int32_t>(1 + (i * 7) % 11, 100 + i)},
+          picture{1, {i % 5, (i / 5) % 5, (i / 25) % 5, 1}};
+      if (i % 6 < 3)
+        mixed.push_back({text});
+      else if (i % 6 < 5)
+        mixed.push_back({text, picture});
+      else
+        mixed.push_back({picture});
     }
     test::write_shards(folder / "mixed", test::kSchema, mixed, 200);
     config.train = {{(folder / "mixed").string(), 1.0}};
@@ -39,7 +43,8 @@ struct Modality : test::StreamData {
     return (ids[2] - kFirst - 2) + 5 * (ids[3] - kFirst - 2) + 25 * (ids[4] - kFirst - 2);
   }
   static std::string kind(const Longs& ids) {
-    const bool text = ids[1] < kFirst, picture = std::any_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; });
+    const bool text = ids[1] < kFirst,
+               picture = std::any_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; });
     return text && picture ? "both" : text ? "text" : "picture";
   }
 };
@@ -115,7 +120,8 @@ TEST(MegaBatches, TheLastOfAKindIsKeptFullOrNot) {
   const Packer packer{false, 10, 20};
   for (const int64_t count : {1, 2, 3, 4, 5, 6, 7, 8}) {  // of 10 tokens: two fill a mega-batch
     std::vector<Document> documents;
-    for (int64_t i = 0; i < count; ++i) documents.push_back(document(i, 10)), documents.push_back(document(100 + i, 5, 3));
+    for (int64_t i = 0; i < count; ++i)
+      documents.push_back(document(i, 10)), documents.push_back(document(100 + i, 5, 3));
     const auto batches = cut_mega_batches(documents, packer, 1, 0, none);
     std::map<bool, int64_t> of_kind;
     std::set<int64_t> seen;
@@ -151,8 +157,10 @@ TEST_F(Modality, StreamPackingLosesNoToken) {
   std::vector<Lists> documents;
   for (int32_t i = 0; i < 40; ++i) {
     std::vector<int32_t> text(i % 9 == 0 ? 150 : 1 + i % 5, 100 + i);  // some longer than a step
-    if (i % 2) documents.push_back({{0, std::vector<int32_t>(1 + i % 3, 100 + i)}, {1, {1, 2, 3, 4}}});
-    else documents.push_back({{0, text}});
+    if (i % 2)
+      documents.push_back({{0, std::vector<int32_t>(1 + i % 3, 100 + i)}, {1, {1, 2, 3, 4}}});
+    else
+      documents.push_back({{0, text}});
   }
   test::write_shards(folder / "long", test::kSchema, documents);
   config.train = {{(folder / "long").string(), 1.0}};
@@ -186,7 +194,9 @@ TEST_F(Modality, DroppedCaptionsStayAmongTheirLike) {
   for (int i = 0; i < 200; ++i) {
     const auto all = sequences(whole(s.next()));
     const auto dropped = std::count_if(all.begin(), all.end(), [](const Longs& ids) { return ids[1] == kFirst; });
-    const auto texts = std::count_if(all.begin(), all.end(), [](const Longs& ids) { return std::none_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; }); });
+    const auto texts = std::count_if(all.begin(), all.end(), [](const Longs& ids) {
+      return std::none_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; });
+    });
     EXPECT_TRUE(texts == 0 || texts == static_cast<int64_t>(all.size()));
     if (texts > 0) continue;
     dropped == static_cast<int64_t>(all.size()) ? ++dropped_alone : ++mixed;
@@ -195,7 +205,8 @@ TEST_F(Modality, DroppedCaptionsStayAmongTheirLike) {
 }
 
 TEST_F(Modality, WeightsAndLongDocumentsWork) {
-  config.train = {{(folder / "text").string(), 1.0}, {(folder / "pictures").string(), 3.0}, {(folder / "mixed").string(), 0.0}};
+  config.train = {
+      {(folder / "text").string(), 1.0}, {(folder / "pictures").string(), 3.0}, {(folder / "mixed").string(), 0.0}};
   config.sequence_length = 9;  // pictures of three caption tokens do not fit
   auto s = stream();
   int64_t pictures = 0, all = 0;
@@ -221,9 +232,7 @@ TEST_F(Modality, RefusesACursorOfOtherBatchingOrOtherSizes) {
   const auto error = [](BatchStream stream, const std::string& state) -> std::string {
     try {
       stream.restore(state);
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   };
   auto s = stream();

@@ -61,7 +61,9 @@ class NumberFeed : public BatchFeed {
   Warn warn_;
 };
 
-PrefetchStream numbers(Watched& watched, int64_t depth, int64_t throws_at = -1) { return {std::make_unique<NumberFeed>(watched, throws_at), depth}; }
+PrefetchStream numbers(Watched& watched, int64_t depth, int64_t throws_at = -1) {
+  return {std::make_unique<NumberFeed>(watched, throws_at), depth};
+}
 int64_t number(const StepBatch& step) { return values(step.micro_batches[0].ids_T)[0]; }
 // False instead of a hang when it never comes true.
 bool comes_true(const std::function<bool()>& done) {
@@ -72,14 +74,14 @@ bool comes_true(const std::function<bool()>& done) {
 std::string error_of(PrefetchStream& stream) {
   try {
     stream.next();
-  } catch (const UserError& e) {
-    return e.what();
-  }
+  } catch (const UserError& e) { return e.what(); }
   return "";
 }
 
 struct Prefetch : test::StreamData {
-  PrefetchStream prefetched(int64_t depth) { return {std::make_unique<BatchStream>(config.train, config, test::vocabulary(), 17), depth}; }
+  PrefetchStream prefetched(int64_t depth) {
+    return {std::make_unique<BatchStream>(config.train, config, test::vocabulary(), 17), depth};
+  }
 };
 
 TEST_F(Prefetch, GivesTheBatchesOfThePlainStream) {

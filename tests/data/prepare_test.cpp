@@ -26,37 +26,59 @@ using test::write;
 TEST(Unicode, PlainLower) {
   EXPECT_EQ(plain_lower("  Piñata\u00a0 ÅLAND\tO’Clock “x” "), "piñata åland o'clock \"x\"");
   EXPECT_EQ(to_utf8(to_code_points("a👍é")), "a👍é");
-  EXPECT_EQ(to_code_points("\xff" "a"), U"\uFFFDa");
+  EXPECT_EQ(to_code_points("\xff"
+                           "a"),
+            U"\uFFFDa");
 }
 
 TEST(Manifest, EveryShape) {
   Folder folder;
   for (const char* name : {"a.png", "b.png", "c.png", "d.png", "e.png"}) write(folder / name, "");
-  write(folder / "m.jsonl",
-        R"({"image": "a.png", "text": "red heart", "captions": ["red heart", "love"], "keywords": ["x"]})" "\n\n"
-        R"({"segments": [{"text": "look: "}, {"image": "b.png"}, {"text": "nice"}]})" "\n"
-        R"({"image": "c.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]})" "\n"
-        R"({"images": ["d.png", "e.png"], "conversations": [{"from": "human", "value": "1 <image> 2 <image>"}]})" "\n"
-        R"({"text": "words"})" "\r\n"
-        R"({"file_name": "a.png", "caption": "hugging face", "width": 12})" "\n"
-        R"({"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "a dog"}]})" "\n"
-        R"({"images": ["c.png"], "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image"}]}]})" "\n"
-        R"({"images": ["c.png"], "messages": [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a dog"}]})" "\n"
-        R"({"image": "d.png", "messages": [{"role": "user", "content": "what?"}]})" "\n"
-        R"({"image": null, "messages": [{"role": "user", "content": "no picture here"}]})" "\n"
-        R"({"images": ["d.png", "e.png"], "text": "<image> beside <image>!"})" "\n"
-        R"({"images": ["d.png"], "text": "dog"})" "\n"
-        R"({"image": ["d.png", "e.png"], "caption": ["dogs", "two"]})" "\n"
-        R"({"image": "a.png", "text": "x", "caption": "y", "captions": ["z"], "sentence": "s", "texts": "t", "image2": 3, "message": "m"})" "\n"
-        R"({"text": "<image> is a tag of HTML"})" "\n"
-        R"({"messages": [{"content": "words"}], "message": "m", "conversation": 3})" "\n"
-        R"({"messages": [{"content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": " <image> is text here"}]}]})" "\n");
+  write(
+      folder / "m.jsonl",
+      R"({"image": "a.png", "text": "red heart", "captions": ["red heart", "love"], "keywords": ["x"]})"
+      "\n\n"
+      R"({"segments": [{"text": "look: "}, {"image": "b.png"}, {"text": "nice"}]})"
+      "\n"
+      R"({"image": "c.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a dog"}]})"
+      "\n"
+      R"({"images": ["d.png", "e.png"], "conversations": [{"from": "human", "value": "1 <image> 2 <image>"}]})"
+      "\n"
+      R"({"text": "words"})"
+      "\r\n"
+      R"({"file_name": "a.png", "caption": "hugging face", "width": 12})"
+      "\n"
+      R"({"messages": [{"role": "user", "content": [{"type": "image", "path": "b.png"}, {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "a dog"}]})"
+      "\n"
+      R"({"images": ["c.png"], "messages": [{"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image"}]}]})"
+      "\n"
+      R"({"images": ["c.png"], "messages": [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a dog"}]})"
+      "\n"
+      R"({"image": "d.png", "messages": [{"role": "user", "content": "what?"}]})"
+      "\n"
+      R"({"image": null, "messages": [{"role": "user", "content": "no picture here"}]})"
+      "\n"
+      R"({"images": ["d.png", "e.png"], "text": "<image> beside <image>!"})"
+      "\n"
+      R"({"images": ["d.png"], "text": "dog"})"
+      "\n"
+      R"({"image": ["d.png", "e.png"], "caption": ["dogs", "two"]})"
+      "\n"
+      R"({"image": "a.png", "text": "x", "caption": "y", "captions": ["z"], "sentence": "s", "texts": "t", "image2": 3, "message": "m"})"
+      "\n"
+      R"({"text": "<image> is a tag of HTML"})"
+      "\n"
+      R"({"messages": [{"content": "words"}], "message": "m", "conversation": 3})"
+      "\n"
+      R"({"messages": [{"content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": " <image> is text here"}]}]})"
+      "\n");
   const auto entries = read_manifest(folder / "m.jsonl");
   ASSERT_EQ(entries.size(), 18u);
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"red heart", "love"}));
   auto shape = [&](const ManifestEntry& entry) {
     std::string out;
-    for (const auto& s : entry.segments) out += s.is_image() ? "[" + std::filesystem::path(s.image.name()).filename().string() + "]" : s.text;
+    for (const auto& s : entry.segments)
+      out += s.is_image() ? "[" + std::filesystem::path(s.image.name()).filename().string() + "]" : s.text;
     return out;
   };
   EXPECT_EQ(shape(entries[0]), "red heart[a.png]");
@@ -85,9 +107,14 @@ TEST(Manifest, EveryShape) {
 
 TEST(Manifest, ImageFolders) {
   Folder folder;
-  for (const char* name : {"lines/a.png", "table/a.png", "table/b.png", "labels/cat/a.png", "labels/dog/b.JPG"}) write(folder / name, "");
-  write(folder / "lines/metadata.jsonl", "\xEF\xBB\xBF" R"({"file_name": "a.png", "text": "x"})");
-  write(folder / "table/metadata.csv", "\xEF\xBB\xBF" "file_name,text\r\na.png,\"one, \"\"two\"\"\nthree\"\r\n\r\nb.png,y");
+  for (const char* name : {"lines/a.png", "table/a.png", "table/b.png", "labels/cat/a.png", "labels/dog/b.JPG"})
+    write(folder / name, "");
+  write(folder / "lines/metadata.jsonl",
+        "\xEF\xBB\xBF"
+        R"({"file_name": "a.png", "text": "x"})");
+  write(folder / "table/metadata.csv",
+        "\xEF\xBB\xBF"
+        "file_name,text\r\na.png,\"one, \"\"two\"\"\nthree\"\r\n\r\nb.png,y");
   EXPECT_EQ(read_manifest(folder / "lines").front().captions.front(), "x");
   const auto table = read_manifest(folder / "table");
   ASSERT_EQ(table.size(), 2u);
@@ -101,7 +128,8 @@ TEST(Manifest, ImageFolders) {
 
 TEST(Manifest, FoldersThatAreNoImageFolder) {
   const std::vector<std::tuple<std::vector<std::string>, std::string>> cases = {
-      {{"train/cat/a.png", "test/cat/b.png"}, "holds ImageFolders (splits?), not a folder for each label: name one of them, such as "},
+      {{"train/cat/a.png", "test/cat/b.png"},
+       "holds ImageFolders (splits?), not a folder for each label: name one of them, such as "},
       {{"train/metadata.jsonl", "train/a.png"}, "holds ImageFolders (splits?)"},
       {{"cat/a.png", "loose.png"}, "the picture has no text"},
       {{"notes.txt"}, "has no document that can be read"}};
@@ -113,7 +141,10 @@ TEST(Manifest, FoldersThatAreNoImageFolder) {
   }
   Folder folder;
   write(folder / "m.csv", "file_name,text\na.png,x\nb.png,\"never closed\nc.png,y\n");
-  EXPECT_NE(error_of([&] { read_manifest(folder / "m.csv", [](const std::string&) {}); }).find("m.csv:3: a quote opens in this row and never closes"), std::string::npos);
+  EXPECT_NE(error_of([&] {
+              read_manifest(folder / "m.csv", [](const std::string&) {});
+            }).find("m.csv:3: a quote opens in this row and never closes"),
+            std::string::npos);
 }
 
 TEST(Manifest, NamesTheBrokenLine) {
@@ -131,19 +162,22 @@ TEST(Manifest, NamesTheBrokenLine) {
       {"{\"image\": \"a.png\"}", "the picture has no text"},
       {"{\"image\": \"a.png\", \"text\": \"\"}", "the picture has no text"},
       {"{\"image\": \"none.png\", \"text\": \"x\"}", "image not found"},
-      {"{\"image\": \"data:image/png;base64," + std::string(5000, 'A') + "\", \"text\": \"x\"}", "is in the manifest itself"},
+      {"{\"image\": \"data:image/png;base64," + std::string(5000, 'A') + "\", \"text\": \"x\"}",
+       "is in the manifest itself"},
       {"{\"image\": \"https://example.org/a.png\", \"text\": \"x\"}", "is an address"},
       {"{\"imgae\": \"a.png\", \"text\": \"x\"}", "unknown key \"imgae\"; did you mean \"image\"?"},
       {"{\"image\": \"a.png\", \"captoin\": \"x\"}", "did you mean \"caption"},
       {"{\"img_path\": \"a.png\", \"text\": \"x\"}", "\"img_path\" holds a picture"},
       {"{\"segments\": [{\"sound\": \"a\"}]}", "a segment must be"},
-      {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}", "2 places for pictures (<image>, or parts of type image), and 1 picture(s)"},
+      {"{\"image\": \"a.png\", \"conversations\": [{\"value\": \"<image><image>\"}]}",
+       "2 places for pictures (<image>, or parts of type image), and 1 picture(s)"},
       {"{\"messages\": [{\"content\": [{\"type\": \"image\"}]}]}", "1 places for pictures"},
       {"{\"messages\": [{\"content\": \"<image>\"}]}", "1 places for pictures"},
       {"{\"messages\": [{\"content\": [{\"type\": \"image\", \"image\": \"\"}]}]}", "an image path is empty"},
       {"{\"messages\": [{\"content\": [{\"type\": \"audio\"}]}]}", "got the type audio"},
       {"{\"images\": [\"a.png\"], \"text\": \"<image> and <image>\"}", "2 places for pictures"},
-      {"{\"images\": [\"a.png\"], \"text\": \"<image>\", \"captions\": [\"x\"]}", "\"captions\" do not go with a text that says where its pictures stand"},
+      {"{\"images\": [\"a.png\"], \"text\": \"<image>\", \"captions\": [\"x\"]}",
+       "\"captions\" do not go with a text that says where its pictures stand"},
       {"{\"image\": null, \"text\": \"x\"}", "the document's picture is missing: \"image\" is null"},
       {"{\"images\": [], \"text\": \"x\"}", "the document's picture is missing: \"images\" is []"},
       {"{\"images\": [null], \"text\": \"x\"}", "\"images\" must hold strings, got null"},
@@ -168,27 +202,38 @@ TEST(Manifest, NamesTheBrokenLine) {
     EXPECT_EQ(error.find('\n'), std::string::npos) << error;
   }
   EXPECT_NE(error_of([&] { read_manifest(folder / "none.jsonl"); }).find("none.jsonl"), std::string::npos);
-  EXPECT_NE(error_of([&] { read_manifest(folder / "set-0000.tar"); }).find("cannot read " + (folder / "set-0000.tar").string()), std::string::npos);
+  EXPECT_NE(error_of([&] {
+              read_manifest(folder / "set-0000.tar");
+            }).find("cannot read " + (folder / "set-0000.tar").string()),
+            std::string::npos);
 }
 
 TEST(Manifest, ColumnsByAnotherName) {
   Folder folder;
   write(folder / "a.png", ""), write(folder / "b.png", "");
-  write(folder / "m.jsonl", R"({"jpg": "a.png", "en": "dog", "text": "Hund", "image": "b.png"})" "\n" R"({"jpg": "b.png", "de": "Katze"})");
+  write(folder / "m.jsonl", R"({"jpg": "a.png", "en": "dog", "text": "Hund", "image": "b.png"})"
+                            "\n"
+                            R"({"jpg": "b.png", "de": "Katze"})");
   std::vector<std::string> bad;
-  const auto entries = read_manifest(folder / "m.jsonl", [&](const std::string& why) { bad.push_back(why); }, {"jpg", "en"});
+  const auto entries =
+      read_manifest(folder / "m.jsonl", [&](const std::string& why) { bad.push_back(why); }, {"jpg", "en"});
   ASSERT_EQ(entries.size(), 1u);
   EXPECT_EQ(entries[0].captions, (std::vector<std::string>{"dog"}));
   EXPECT_EQ(entries[0].segments[1].image.name(), (folder / "a.png").string());
   ASSERT_EQ(bad.size(), 1u);
-  EXPECT_NE(bad[0].find("m.jsonl:2: has no \"en\" (--text-column), it has \"de\", \"jpg\""), std::string::npos) << bad[0];
-  EXPECT_NE(error_of([&] { read_manifest(folder / "m.jsonl", [](const std::string&) {}, {"none", ""}); }).find("none of its 2 rows can be read; the first: "), std::string::npos);
+  EXPECT_NE(bad[0].find("m.jsonl:2: has no \"en\" (--text-column), it has \"de\", \"jpg\""), std::string::npos)
+      << bad[0];
+  EXPECT_NE(error_of([&] {
+              read_manifest(folder / "m.jsonl", [](const std::string&) {}, {"none", ""});
+            }).find("none of its 2 rows can be read; the first: "),
+            std::string::npos);
 }
 
 // Named as it lies in the folder where one is: no folder in the name.
 TEST(Manifest, InTheCurrentFolder) {
   Folder folder;
-  write(folder / "img/a.png", ""), write(folder / "m.jsonl", R"({"image": "img/a.png", "text": "x"})"), write(folder / "m.csv", "image,text\nimg/a.png,x\n");
+  write(folder / "img/a.png", ""), write(folder / "m.jsonl", R"({"image": "img/a.png", "text": "x"})"),
+      write(folder / "m.csv", "image,text\nimg/a.png,x\n");
   const auto before = std::filesystem::current_path();
   std::filesystem::current_path(folder / "");
   for (const char* name : {"m.jsonl", "m.csv"}) EXPECT_EQ(error_of([&] { read_manifest(name); }), "") << name;
@@ -198,9 +243,11 @@ TEST(Manifest, InTheCurrentFolder) {
 TEST(Manifest, QuotesWithinAField) {
   Folder folder;
   write(folder / "a.png", "");
-  write(folder / "m.csv", "image,text\na.png,5\" pipe\na.png,\"6\"\" pipe, long\"\na.png,a \"red\" heart\na.png,\"\"\n");
+  write(folder / "m.csv",
+        "image,text\na.png,5\" pipe\na.png,\"6\"\" pipe, long\"\na.png,a \"red\" heart\na.png,\"\"\n");
   std::vector<std::string> texts;
-  for (const auto& entry : read_manifest(folder / "m.csv", [](const std::string&) {})) texts.push_back(entry.captions.front());
+  for (const auto& entry : read_manifest(folder / "m.csv", [](const std::string&) {}))
+    texts.push_back(entry.captions.front());
   EXPECT_EQ(texts, (std::vector<std::string>{"5\" pipe", "6\" pipe, long", "a \"red\" heart"}));
 }
 
@@ -223,7 +270,8 @@ struct Prepare : ::testing::Test {
     training.vocab_size = 300;
     tokenizer::train_sentencepiece({*shared / "train.txt"}, *shared / "tokenizer", training);
     codec::VqConfig config;
-    config.image_size = 12, config.channels = {8, 8}, config.mixer_width = 8, config.mixer_blocks = 1, config.codebook_size = 16, config.code_width = 4;
+    config.image_size = 12, config.channels = {8, 8}, config.mixer_width = 8, config.mixer_blocks = 1,
+    config.codebook_size = 16, config.code_width = 4;
     codec::VqCodec(config, 3).save(*shared / "codec");
   }
   static void TearDownTestSuite() { delete shared; }
@@ -231,16 +279,20 @@ struct Prepare : ::testing::Test {
   Folder folder;
   ShardOptions options;
   void SetUp() override {
-    options.tokenizer = *shared / "tokenizer", options.codec = *shared / "codec", options.output = folder / "shards", options.batch_size = 2;
+    options.tokenizer = *shared / "tokenizer", options.codec = *shared / "codec", options.output = folder / "shards",
+    options.batch_size = 2;
     std::filesystem::create_directories(folder / "images");
-    for (int i = 0; i < 5; ++i) io::save_image(folder / ("images/" + std::to_string(i) + ".png"), at::full({3, 12, 12}, 40 * i, at::kByte));
+    for (int i = 0; i < 5; ++i)
+      io::save_image(folder / ("images/" + std::to_string(i) + ".png"), at::full({3, 12, 12}, 40 * i, at::kByte));
   }
 };
 
 TEST_F(Prepare, CaptionedPictures) {
   std::string manifest;
   for (int i = 0; i < 5; ++i)
-    manifest += R"({"image": "images/)" + std::to_string(i) + R"(.png", "text": "red heart", "captions": ["red heart", "a green apple"]})" "\n";
+    manifest += R"({"image": "images/)" + std::to_string(i) +
+                R"(.png", "text": "red heart", "captions": ["red heart", "a green apple"]})"
+                "\n";
   write(folder / "m.jsonl", manifest);
   options.manifests = {folder / "m.jsonl"};
   options.captions = "all";
@@ -266,11 +318,17 @@ TEST_F(Prepare, CaptionedPictures) {
 
 TEST_F(Prepare, TwoModalitiesOfImagesInOneSet) {
   codec::VqConfig config;
-  config.image_size = 12, config.patch = 2, config.channels = {8}, config.encoder_blocks = config.decoder_blocks = {0}, config.mixer_width = 8, config.mixer_blocks = 1, config.codebook_size = 9, config.code_width = 4;
+  config.image_size = 12, config.patch = 2, config.channels = {8}, config.encoder_blocks = config.decoder_blocks = {0},
+  config.mixer_width = 8, config.mixer_blocks = 1, config.codebook_size = 9, config.code_width = 4;
   codec::VqCodec(config, 5).save(folder / "fine");
-  write(folder / "m.jsonl", R"({"image": "images/1.png", "text": "red heart"})" "\n"
-                            R"({"segments": [{"text": "a green apple"}, {"image": "images/1.png", "modality": "fine"}]})" "\n"
-                            R"({"segments": [{"image": "images/2.png", "modality": "fine"}, {"image": "images/3.png"}, {"text": "number 7"}]})" "\n");
+  write(
+      folder / "m.jsonl",
+      R"({"image": "images/1.png", "text": "red heart"})"
+      "\n"
+      R"({"segments": [{"text": "a green apple"}, {"image": "images/1.png", "modality": "fine"}]})"
+      "\n"
+      R"({"segments": [{"image": "images/2.png", "modality": "fine"}, {"image": "images/3.png"}, {"text": "number 7"}]})"
+      "\n");
   options.manifests = {folder / "m.jsonl"};
   options.codecs = {{"fine", folder / "fine"}};
   const auto summary = prepare_shards(options);
@@ -278,11 +336,20 @@ TEST_F(Prepare, TwoModalitiesOfImagesInOneSet) {
   EXPECT_EQ(summary.images, 4);  // the first by both codecs
   const ShardSet shards(options.output);
   const auto tokenizer = tokenizer::load_tokenizer(options.tokenizer);
-  EXPECT_EQ(shards.schema(), (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, 4, 1, {2, 2}}, {"fine", 9, 36, 1, {6, 6}}}}));
-  EXPECT_EQ(shards.fingerprints(), (std::map<std::string, std::string>{{"tokenizer", tokenizer_fingerprint(*tokenizer)}, {"codec.image", codec_fingerprint(options.codec)}, {"codec.fine", codec_fingerprint(folder / "fine")}}));
+  EXPECT_EQ(shards.schema(),
+            (Schema{{{"text", tokenizer->size(), 0}, {"image", 16, 4, 1, {2, 2}}, {"fine", 9, 36, 1, {6, 6}}}}));
+  EXPECT_EQ(shards.fingerprints(),
+            (std::map<std::string, std::string>{{"tokenizer", tokenizer_fingerprint(*tokenizer)},
+                                                {"codec.image", codec_fingerprint(options.codec)},
+                                                {"codec.fine", codec_fingerprint(folder / "fine")}}));
   const auto codes = [&](const std::filesystem::path& of, int picture) {
     const auto codec = codec::load_codec(of);
-    const auto ids = test::values(codec->encode(codec->prepare(io::load_image(folder / ("images/" + std::to_string(picture) + ".png"))).unsqueeze(0)).reshape(-1).contiguous());
+    const auto ids = test::values(
+        codec
+            ->encode(
+                codec->prepare(io::load_image(folder / ("images/" + std::to_string(picture) + ".png"))).unsqueeze(0))
+            .reshape(-1)
+            .contiguous());
     return std::vector<int32_t>(ids.begin(), ids.end());
   };
   const auto text = [&](const char* words) {
@@ -290,26 +357,37 @@ TEST_F(Prepare, TwoModalitiesOfImagesInOneSet) {
     return std::vector<int32_t>(ids.begin(), ids.end());
   };
   EXPECT_EQ(test::to_lists(shards.document(0)), (test::Lists{{0, text("red heart")}, {1, codes(options.codec, 1)}}));
-  EXPECT_EQ(test::to_lists(shards.document(1)), (test::Lists{{0, text("a green apple")}, {2, codes(folder / "fine", 1)}}));
-  EXPECT_EQ(test::to_lists(shards.document(2)), (test::Lists{{2, codes(folder / "fine", 2)}, {1, codes(options.codec, 3)}, {0, text("number 7")}}));
+  EXPECT_EQ(test::to_lists(shards.document(1)),
+            (test::Lists{{0, text("a green apple")}, {2, codes(folder / "fine", 1)}}));
+  EXPECT_EQ(test::to_lists(shards.document(2)),
+            (test::Lists{{2, codes(folder / "fine", 2)}, {1, codes(options.codec, 3)}, {0, text("number 7")}}));
 
   options.overwrite = true;
   options.codecs.clear();
-  EXPECT_EQ(error_of([&] { prepare_shards(options); }), "the manifest holds images of the modality \"fine\": name the folder of their codec with --codec-of fine=DIR");
+  EXPECT_EQ(
+      error_of([&] { prepare_shards(options); }),
+      "the manifest holds images of the modality \"fine\": name the folder of their codec with --codec-of fine=DIR");
   options.codecs = {{"image", folder / "fine"}};
-  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec-of image is given by --codec and --modality already"), std::string::npos);
+  EXPECT_NE(
+      error_of([&] { prepare_shards(options); }).find("--codec-of image is given by --codec and --modality already"),
+      std::string::npos);
   options.codecs = {{"a,b", folder / "fine"}};
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("--codec-of must name"), std::string::npos);
   write(folder / "m.jsonl", R"({"segments": [{"image": "images/2.png", "modality": 3}]})");
   options.codecs = {{"fine", folder / "fine"}}, options.strict = true;
-  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("\"modality\" must be a string, got number"), std::string::npos);
+  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("\"modality\" must be a string, got number"),
+            std::string::npos);
   write(folder / "m.jsonl", R"({"segments": [{"image": "images/2.png", "modality": ""}]})");
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("a segment's \"modality\" is empty"), std::string::npos);
 }
 
 TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {
   write(folder / "images/bad.png", "\x89PNG\r\n\x1a\nnonsense");
-  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})" "\n" R"({"image": "images/1.png", "text": "green"})" "\n" R"({"text": "apple"})");
+  write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})"
+                            "\n"
+                            R"({"image": "images/1.png", "text": "green"})"
+                            "\n"
+                            R"({"text": "apple"})");
   options.manifests = {folder / "m.jsonl"};
   const auto summary = prepare_shards(options);
   EXPECT_EQ(summary.documents, 2);
@@ -321,10 +399,15 @@ TEST_F(Prepare, AnImageThatDoesNotDecodeIsSkippedAndCounted) {
   options.strict = false;
   write(folder / "m.jsonl", R"({"image": "images/bad.png", "text": "red"})");
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("1 of 1 documents would be skipped"), std::string::npos);
-  write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})" "\n" R"({"text": "apple"})" "\n" R"({"image": "images/gone.png", "text": "red"})");
+  write(folder / "m.jsonl", R"({"image": "images/none.png", "text": "red"})"
+                            "\n"
+                            R"({"text": "apple"})"
+                            "\n"
+                            R"({"image": "images/gone.png", "text": "red"})");
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("2 of 3 documents would be skipped"), std::string::npos);
   EXPECT_EQ(ShardSet(options.output).num_documents(), 2) << "a failed --overwrite leaves what was there";
-  EXPECT_EQ(ShardSet(options.output).counts(), (std::map<std::string, int64_t>{{"bad_rows", 0}, {"skipped_documents", 1}, {"skipped_images", 1}}));
+  EXPECT_EQ(ShardSet(options.output).counts(),
+            (std::map<std::string, int64_t>{{"bad_rows", 0}, {"skipped_documents", 1}, {"skipped_images", 1}}));
 }
 
 TEST_F(Prepare, PlainText) {
@@ -349,7 +432,10 @@ TEST_F(Prepare, PlainText) {
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("text file not found"), std::string::npos);
   write(folder / "rows.jsonl", "{}");
   options.texts = {folder / "rows.jsonl"};
-  EXPECT_NE(error_of([&] { prepare_shards(options); }).find("rows.jsonl is a data set, whose rows are not lines of text: name it by --manifest"), std::string::npos);
+  EXPECT_NE(error_of([&] {
+              prepare_shards(options);
+            }).find("rows.jsonl is a data set, whose rows are not lines of text: name it by --manifest"),
+            std::string::npos);
   options.texts.clear();
   EXPECT_NE(error_of([&] { prepare_shards(options); }).find("nothing to prepare"), std::string::npos);
   write(folder / "m.jsonl", R"({"image": "images/1.png", "text": "green"})");

@@ -19,9 +19,10 @@ using Ids = std::vector<int32_t>;
 
 const Schema kSchema{{{"text", 11, 0}, {"image", 5, 4}}};
 
-
 void write(const std::filesystem::path& path, io::TensorMap tensors, std::map<std::string, std::string> changes = {}) {
-  std::map<std::string, std::string> metadata = {{"format", "moegraft.shard"}, {"version", "1"}, {"modalities", "text,image"}, {"text_vocab", "11"}, {"codes_image", "5"}, {"item_length_image", "4"}};
+  std::map<std::string, std::string> metadata = {{"format", "moegraft.shard"}, {"version", "1"},
+                                                 {"modalities", "text,image"}, {"text_vocab", "11"},
+                                                 {"codes_image", "5"},         {"item_length_image", "4"}};
   for (auto& [key, value] : changes) metadata[key] = value;
   io::TensorMap all = {{"ids", at::tensor(Ids{5, 6, 0, 1, 2, 3}, at::kInt)},
                        {"modality", at::tensor(std::vector<uint8_t>{0, 0, 1, 1, 1, 1}, at::kByte)},
@@ -132,9 +133,15 @@ TEST(Shard, NamesWhatIsWrongInAFile) {
       {"\"codes_audio\" is missing", {}, {{"modalities", "text,audio"}}},
       {"\"codebooks_image\" must be a positive integer, got \"0\"", {}, {{"codebooks_image", "0"}}},
       {"2 codebooks of image must divide its 5 codes and its item length 4", {}, {{"codebooks_image", "2"}}},
-      {"3 codebooks of image must divide its 6 codes and its item length 4", {}, {{"codebooks_image", "3"}, {"codes_image", "6"}}},
-      {"\"positions_image\" must be like \"6x4\" (rows x columns) or \"75\", got \"2*2\"", {}, {{"positions_image", "2*2"}}},
-      {"2x3 positions of image with 1 codebook(s) make items of 6 codes, its item length is 4", {}, {{"positions_image", "2x3"}}},
+      {"3 codebooks of image must divide its 6 codes and its item length 4",
+       {},
+       {{"codebooks_image", "3"}, {"codes_image", "6"}}},
+      {"\"positions_image\" must be like \"6x4\" (rows x columns) or \"75\", got \"2*2\"",
+       {},
+       {{"positions_image", "2*2"}}},
+      {"2x3 positions of image with 1 codebook(s) make items of 6 codes, its item length is 4",
+       {},
+       {{"positions_image", "2x3"}}},
       {"\"ids\" must be Int", {{"ids", longs({5, 6, 0, 1, 2, 3})}}, {}},
       {"as many entries", {{"modality", at::zeros({5}, at::kByte)}}, {}},
       {"go from 0 to 6", {{"document_offsets", longs({0, 7})}}, {}},
@@ -170,16 +177,21 @@ int64_t private_memory() {
 
 // A sparse file: three documents, the second of T - 12 tokens. pad: spaces behind the header, which move the data.
 void write_sparse(const std::filesystem::path& path, int64_t T, int64_t pad = 0) {
-  const std::string offsets = std::to_string(32), ids = std::to_string(32 + 4 * T), end = std::to_string(32 + 5 * T), shape = "\"shape\":[" + std::to_string(T) + "]";
-  std::string header = R"({"__metadata__":{"format":"moegraft.shard","version":"1","modalities":"text","text_vocab":"11"},)"
-                       R"("document_offsets":{"dtype":"I64","shape":[4],"data_offsets":[0,)" + offsets + R"(]},"ids":{"dtype":"I32",)" + shape + R"(,"data_offsets":[)" + offsets + "," + ids +
-                       R"(]},"modality":{"dtype":"U8",)" + shape + R"(,"data_offsets":[)" + ids + "," + end + "]}}";
+  const std::string offsets = std::to_string(32), ids = std::to_string(32 + 4 * T), end = std::to_string(32 + 5 * T),
+                    shape = "\"shape\":[" + std::to_string(T) + "]";
+  std::string header =
+      R"({"__metadata__":{"format":"moegraft.shard","version":"1","modalities":"text","text_vocab":"11"},)"
+      R"("document_offsets":{"dtype":"I64","shape":[4],"data_offsets":[0,)" +
+      offsets + R"(]},"ids":{"dtype":"I32",)" + shape + R"(,"data_offsets":[)" + offsets + "," + ids +
+      R"(]},"modality":{"dtype":"U8",)" + shape + R"(,"data_offsets":[)" + ids + "," + end + "]}}";
   header.append((8 - header.size() % 8) % 8 + pad, ' ');
   const uint64_t header_bytes = header.size();
   const int64_t document_offsets[] = {0, 8, T - 4, T};
   const int32_t last[] = {7, 8, 9, 10};
   std::ofstream out(path, std::ios::binary);
-  out.write(reinterpret_cast<const char*>(&header_bytes), 8).write(header.data(), header.size()).write(reinterpret_cast<const char*>(document_offsets), 32);
+  out.write(reinterpret_cast<const char*>(&header_bytes), 8)
+      .write(header.data(), header.size())
+      .write(reinterpret_cast<const char*>(document_offsets), 32);
   out.seekp(8 + header_bytes + 32 + 4 * (T - 4));
   out.write(reinterpret_cast<const char*>(last), 16);
   out.close();
@@ -216,7 +228,9 @@ TEST(Shard, MissingEmptyAndTruncatedSources) {
   EXPECT_NE(error_of([&] { ShardSet(folder / "none"); }).find("not found"), std::string::npos);
   std::filesystem::create_directory(folder / "empty");
   EXPECT_NE(error_of([&] { ShardSet(folder / "empty"); }).find("holds no shard"), std::string::npos);
-  write(folder / "x.safetensors", {{"ids", at::zeros({0}, at::kInt)}, {"modality", at::zeros({0}, at::kByte)}, {"document_offsets", at::zeros({1}, at::kLong)}});
+  write(folder / "x.safetensors", {{"ids", at::zeros({0}, at::kInt)},
+                                   {"modality", at::zeros({0}, at::kByte)},
+                                   {"document_offsets", at::zeros({1}, at::kLong)}});
   EXPECT_NE(error_of([&] { ShardSet(folder / "x.safetensors"); }).find("is empty"), std::string::npos);
   write(folder / "x.safetensors", {});
   std::filesystem::resize_file(folder / "x.safetensors", std::filesystem::file_size(folder / "x.safetensors") - 3);
@@ -243,19 +257,25 @@ TEST(ShardSet, ASetThatLostAFileIsIncomplete) {
   for (const char* lost : {"shard-00000", "shard-00001", "shard-00002"}) {
     make(folder / lost);
     std::filesystem::remove(folder / lost / (std::string(lost) + ".safetensors"));
-    EXPECT_NE(message(folder / lost).find("is incomplete: it holds 2 file(s)"), std::string::npos) << lost << ": " << message(folder / lost);
+    EXPECT_NE(message(folder / lost).find("is incomplete: it holds 2 file(s)"), std::string::npos)
+        << lost << ": " << message(folder / lost);
   }
   make(folder / "mixed");
   std::filesystem::copy_file(folder / "mixed/shard-00000.safetensors", folder / "mixed/shard-99999.safetensors");
-  EXPECT_NE(message(folder / "mixed").find("is incomplete: it holds 4 file(s) of a set of 3"), std::string::npos) << message(folder / "mixed");
-  EXPECT_EQ(ShardSet(folder / "whole/shard-00001.safetensors").num_documents(), 2) << "one file by itself is what its reader asked for";
+  EXPECT_NE(message(folder / "mixed").find("is incomplete: it holds 4 file(s) of a set of 3"), std::string::npos)
+      << message(folder / "mixed");
+  EXPECT_EQ(ShardSet(folder / "whole/shard-00001.safetensors").num_documents(), 2)
+      << "one file by itself is what its reader asked for";
 }
 
 TEST(ShardWriter, WhatIsNoShardIsNeverReplaced) {
   const Folder folder;
   std::filesystem::create_directories(folder / "model");
   io::save_safetensors(folder / "model/model.safetensors", {{"weight", at::ones({2})}});
-  EXPECT_NE(error_of([&] { ShardWriter(folder / "model", kSchema, true); }).find("holds model.safetensors, which is no shard"), std::string::npos);
+  EXPECT_NE(error_of([&] {
+              ShardWriter(folder / "model", kSchema, true);
+            }).find("holds model.safetensors, which is no shard"),
+            std::string::npos);
   EXPECT_TRUE(std::filesystem::exists(folder / "model/model.safetensors"));
 }
 
@@ -271,9 +291,12 @@ TEST(ShardWriter, WhatWasMadeMeanwhileIsNotReplaced) {
   EXPECT_EQ(finish("other", false, [] {}), "");
   for (const bool overwrite : {false, true}) {
     const std::string name = overwrite ? "allowed" : "refused";
-    const std::string error = finish(name, overwrite, [&] { std::filesystem::rename(folder / "other", folder / name); });
-    if (overwrite) EXPECT_EQ(error, "");
-    else EXPECT_NE(error.find("already holds 1 shard(s); give --overwrite"), std::string::npos) << error;
+    const std::string error =
+        finish(name, overwrite, [&] { std::filesystem::rename(folder / "other", folder / name); });
+    if (overwrite)
+      EXPECT_EQ(error, "");
+    else
+      EXPECT_NE(error.find("already holds 1 shard(s); give --overwrite"), std::string::npos) << error;
     std::filesystem::rename(folder / name, folder / "other");
     const std::string notes = finish(name, overwrite, [&] {
       std::filesystem::create_directories(folder / name);

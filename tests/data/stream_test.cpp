@@ -16,15 +16,17 @@ namespace {
 
 using test::kFirst;
 using test::Lists;
-using test::vocabulary;
 using test::values;
+using test::vocabulary;
 using Longs = std::vector<int64_t>;
 
 int64_t code(int64_t c) { return kFirst + 2 + c; }
 using Data = test::StreamData;
 constexpr int64_t kBegin = kFirst, kEnd = kFirst + 1, kNone = model::kNoLabel;
 
-Sequence assembled(const Lists& document, const DataConfig& config = {}, bool drop = false) { return assemble(test::to_segments(document), vocabulary(), config, drop); }
+Sequence assembled(const Lists& document, const DataConfig& config = {}, bool drop = false) {
+  return assemble(test::to_segments(document), vocabulary(), config, drop);
+}
 
 TEST(Assemble, TextAlonePredictsEveryToken) {
   const auto s = assembled({{0, {10, 11, 12}}});
@@ -47,7 +49,8 @@ TEST(Assemble, CaptionedPicturePredictsCodesAndEnd) {
   EXPECT_FALSE(s.text_only);
   DataConfig with_captions;
   with_captions.caption_labels = true;
-  EXPECT_EQ(assembled(document, with_captions).labels, (Longs{10, 11, kNone, code(3), code(0), code(4), code(3), kEnd, kNone}));
+  EXPECT_EQ(assembled(document, with_captions).labels,
+            (Longs{10, 11, kNone, code(3), code(0), code(4), code(3), kEnd, kNone}));
   const auto dropped = assembled(document, with_captions, true);
   EXPECT_EQ(dropped.ids, (Longs{1, kBegin, code(3), code(0), code(4), code(3), kEnd}));
   EXPECT_EQ(dropped.labels, (Longs{kNone, code(3), code(0), code(4), code(3), kEnd, kNone}));
@@ -56,7 +59,8 @@ TEST(Assemble, CaptionedPicturePredictsCodesAndEnd) {
 TEST(Assemble, TwoPicturesThenText) {
   const Lists document = {{1, {0, 1, 2, 3, 4, 4, 4, 4}}, {0, {10}}};
   const auto s = assembled(document);
-  EXPECT_EQ(s.ids, (Longs{1, kBegin, code(0), code(1), code(2), code(3), kEnd, kBegin, code(4), code(4), code(4), code(4), kEnd, 10, 2}));
+  EXPECT_EQ(s.ids, (Longs{1, kBegin, code(0), code(1), code(2), code(3), kEnd, kBegin, code(4), code(4), code(4),
+                          code(4), kEnd, 10, 2}));
   EXPECT_EQ(s.labels[6], kNone);  // the second begin is forced too
   EXPECT_EQ(s.labels[7], code(4));
   EXPECT_EQ(s.labels[11], kEnd);
@@ -117,7 +121,8 @@ TEST_F(Data, FactsCountWhatTheBatchHolds) {
     const auto ids = values(batch.ids_T), labels = values(batch.labels_T), modality = values(batch.modality_T);
     EXPECT_EQ(batch.facts->id_bounds, (Longs{0, kFirst, kFirst + 7}));
     EXPECT_EQ(batch.facts->num_labels, std::count_if(labels.begin(), labels.end(), [](int64_t l) { return l >= 0; }));
-    EXPECT_EQ(batch.facts->label_tokens[1].size(0), std::count_if(labels.begin(), labels.end(), [](int64_t l) { return l >= kFirst; }));
+    EXPECT_EQ(batch.facts->label_tokens[1].size(0),
+              std::count_if(labels.begin(), labels.end(), [](int64_t l) { return l >= kFirst; }));
     for (int64_t i = 0; i < batch.num_sequences(); ++i) {
       const auto begin = modality.begin() + batch.cu_seqlens[i], end = modality.begin() + batch.cu_seqlens[i + 1];
       EXPECT_EQ(batch.facts->text_prefix[i], std::find(begin, end, 1) - begin);
@@ -129,9 +134,13 @@ TEST_F(Data, FactsCountWhatTheBatchHolds) {
 TEST_F(Data, OneProcessGetsTheBatchesItAlwaysGot) {
   config.caption_dropout = 0.5;
   config.sequence_length = 9;
-  for (const auto& [packing, expected, cursor] :
-       {std::tuple(Packing::documents, 3875596617002253661ull, R"({"documents":[30,13],"draws":949,"offset":0,"seed":17,"skipped":48,"taken":[630,319],"truncated":0,"version":1})"),
-        {Packing::stream, 14765556610395030359ull, R"({"documents":[30,13],"draws":975,"offset":1,"seed":17,"skipped":49,"taken":[647,328],"truncated":0,"version":1})"}}) {
+  for (
+      const auto& [packing, expected, cursor] :
+      {std::tuple(
+           Packing::documents, 3875596617002253661ull,
+           R"({"documents":[30,13],"draws":949,"offset":0,"seed":17,"skipped":48,"taken":[630,319],"truncated":0,"version":1})"),
+       {Packing::stream, 14765556610395030359ull,
+        R"({"documents":[30,13],"draws":975,"offset":1,"seed":17,"skipped":49,"taken":[647,328],"truncated":0,"version":1})"}}) {
     config.packing = packing;
     auto s = stream();
     uint64_t hash = 14695981039346656037ull;
@@ -140,7 +149,8 @@ TEST_F(Data, OneProcessGetsTheBatchesItAlwaysGot) {
     };
     for (int b = 0; b < 100; ++b) {
       const auto batch = whole(s.next());
-      mix(batch.cu_seqlens), mix(values(batch.ids_T)), mix(values(batch.modality_T)), mix(values(batch.labels_T)), mix(values(batch.positions_T));
+      mix(batch.cu_seqlens), mix(values(batch.ids_T)), mix(values(batch.modality_T)), mix(values(batch.labels_T)),
+          mix(values(batch.positions_T));
     }
     EXPECT_EQ(hash, expected) << config::name_of(packing);
     EXPECT_EQ(s.state(), cursor);
@@ -188,7 +198,8 @@ TEST_F(Data, WeightsSetTheShares) {
   int64_t pictures = 0, all = 0;
   for (int b = 0; b < 400; ++b)
     for (const auto& ids : sequences(whole(s.next()))) pictures += ids[1] >= 420, ++all;
-  EXPECT_NEAR(static_cast<double>(pictures) / all, 0.75, 4 * std::sqrt(0.75 * 0.25 / all));  // four standard deviations of a binomial share
+  EXPECT_NEAR(static_cast<double>(pictures) / all, 0.75,
+              4 * std::sqrt(0.75 * 0.25 / all));  // four standard deviations of a binomial share
   config.train[1].weight = 0.0;
   auto text = stream();
   for (int b = 0; b < 20; ++b) EXPECT_EQ(whole(text.next()).modality_T.sum().item<int64_t>(), 0);
@@ -239,7 +250,8 @@ TEST_F(Data, BosOfOneSource) {
   auto s = stream();
   EvalStream eval(config.eval, config, vocabulary());
   const auto check = [](const std::vector<Longs>& all) {
-    for (const auto& ids : all) EXPECT_EQ(ids[0] == 1, std::none_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; }));
+    for (const auto& ids : all)
+      EXPECT_EQ(ids[0] == 1, std::none_of(ids.begin(), ids.end(), [](int64_t id) { return id >= kFirst; }));
   };
   for (int b = 0; b < 20; ++b) check(sequences(whole(s.next())));
   while (const auto batch = eval.next()) check(sequences(*batch));
@@ -308,7 +320,8 @@ TEST_F(Data, CodeNoiseIsReadNotLearnt) {
         EXPECT_EQ(before[t], after[t]);  // text, begin and end
         continue;
       }
-      EXPECT_TRUE(after[t] >= vocabulary().modalities[0].code_id(0) && after[t] < vocabulary().modalities[0].code_id(5));
+      EXPECT_TRUE(after[t] >= vocabulary().modalities[0].code_id(0) &&
+                  after[t] < vocabulary().modalities[0].code_id(5));
       ++codes, replaced += before[t] != after[t];
     }
     last = n;
@@ -338,7 +351,8 @@ TEST_F(Data, StreamPackingJoinsTextAndFillsTheBudget) {
     for (int64_t id : values(batch.ids_T)) joined.push_back(id);
     for (int64_t id : values(batch.labels_T)) labels.push_back(id);
   }
-  // No token is lost or doubled where a document is cut: a document of id x has 1 + (x - 20) % 7 of them between BOS and EOS.
+  // No token is lost or doubled where a document is cut: a document of id x has 1 + (x - 20) % 7 of them between BOS
+  // and EOS.
   ASSERT_EQ(joined[0], 1);
   for (size_t t = 0; t + 10 < joined.size();) {
     const int64_t id = joined[t + 1], length = 1 + (id - 20) % 7;
@@ -398,7 +412,8 @@ TEST_F(Data, EvaluationGoesOnceThroughInOrder) {
   EXPECT_EQ(run(), seen);
   EvalStream some(config.train, config, vocabulary(), 50);
   int64_t tokens = 0, pictures = 0;
-  while (auto batch = some.next()) tokens += batch->num_tokens(), pictures += batch->modality_T.eq(1).any().item<bool>();
+  while (auto batch = some.next())
+    tokens += batch->num_tokens(), pictures += batch->modality_T.eq(1).any().item<bool>();
   EXPECT_LE(tokens, 50);
   EXPECT_GT(pictures, 0);
 }
@@ -407,9 +422,7 @@ TEST_F(Data, RefusesWhatDoesNotFitTogether) {
   auto error = [](const std::function<void()>& act) -> std::string {
     try {
       act();
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   };
   auto v = vocabulary();
@@ -417,20 +430,25 @@ TEST_F(Data, RefusesWhatDoesNotFitTogether) {
   EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("vocabulary has 900"), std::string::npos);
   v = vocabulary();
   v.modalities[0].num_codes = 6;
-  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("codebook of 5, the run's has 6"), std::string::npos);
+  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("codebook of 5, the run's has 6"),
+            std::string::npos);
   v = vocabulary();
   v.modalities[0].item_length = 9;
-  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("has 4 codes, the run's has 9"), std::string::npos);
+  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("has 4 codes, the run's has 9"),
+            std::string::npos);
   v = vocabulary();
   v.modalities.clear();
-  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("\"image\", which the run does not have"), std::string::npos);
+  EXPECT_NE(error([&] { BatchStream(config.train, config, v, 1); }).find("\"image\", which the run does not have"),
+            std::string::npos);
   EXPECT_NE(error([&] { BatchStream({}, config, vocabulary(), 1); }).find("data.train must name"), std::string::npos);
   auto small = config;
   small.tokens_per_step = 23;
-  EXPECT_NE(error([&] { BatchStream(small.train, small, vocabulary(), 1); }).find("at least data.sequence_length (24)"), std::string::npos);
+  EXPECT_NE(error([&] { BatchStream(small.train, small, vocabulary(), 1); }).find("at least data.sequence_length (24)"),
+            std::string::npos);
   auto none = config;
   none.train[0].weight = none.train[1].weight = 0;
-  EXPECT_NE(error([&] { BatchStream(none.train, none, vocabulary(), 1); }).find("must not all be 0"), std::string::npos);
+  EXPECT_NE(error([&] { BatchStream(none.train, none, vocabulary(), 1); }).find("must not all be 0"),
+            std::string::npos);
 
   auto s = stream();
   const std::string state = s.state();
@@ -439,7 +457,9 @@ TEST_F(Data, RefusesWhatDoesNotFitTogether) {
   EXPECT_NE(error([&] { stream(18).restore(state); }).find("belongs to seed 17"), std::string::npos);
   auto less = config;
   less.train.pop_back();
-  EXPECT_NE(error([&] { BatchStream(less.train, less, vocabulary(), 17).restore(state); }).find("may not change on resume"), std::string::npos);
+  EXPECT_NE(
+      error([&] { BatchStream(less.train, less, vocabulary(), 17).restore(state); }).find("may not change on resume"),
+      std::string::npos);
 }
 
 }  // namespace

@@ -33,9 +33,7 @@ class Folder {
 inline std::string error_of(const std::function<void()>& act) {
   try {
     act();
-  } catch (const UserError& e) {
-    return e.what();
-  }
+  } catch (const UserError& e) { return e.what(); }
   return "";
 }
 inline void write(const std::filesystem::path& path, const std::string& bytes) {
@@ -56,9 +54,12 @@ inline std::vector<Segment> to_segments(const Lists& lists) {
   for (const auto& [modality, ids] : lists) out.push_back({modality, ids});
   return out;
 }
-inline std::vector<int64_t> values(const at::Tensor& tensor) { return {tensor.const_data_ptr<int64_t>(), tensor.const_data_ptr<int64_t>() + tensor.numel()}; }
+inline std::vector<int64_t> values(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr<int64_t>(), tensor.const_data_ptr<int64_t>() + tensor.numel()};
+}
 
-inline void write_shards(const std::filesystem::path& folder, const Schema& schema, const std::vector<Lists>& documents, int64_t max_tokens = 1 << 20) {
+inline void write_shards(const std::filesystem::path& folder, const Schema& schema, const std::vector<Lists>& documents,
+                         int64_t max_tokens = 1 << 20) {
   ShardWriter writer(folder, schema, true, max_tokens);
   for (const auto& document : documents) writer.add(to_segments(document));
   writer.finish();

@@ -48,21 +48,25 @@ RANK_BODY(copies) {
         all.broadcast(t, root, "rows").wait();
         EXPECT_TRUE(at::equal(t, at::full({rows, 3}, root + 1, at::kLong).to(dtype)));
       }
-      at::Tensor in = (at::arange(rows * 3).view({rows, 3}) % 7 + me).to(dtype), out = at::empty({n * rows, 3}, in.options());
+      at::Tensor in = (at::arange(rows * 3).view({rows, 3}) % 7 + me).to(dtype),
+                 out = at::empty({n * rows, 3}, in.options());
       all.all_gather(out, in, "rows").wait();
       std::vector<at::Tensor> expected;
       for (int64_t r = 0; r < n; ++r) expected.push_back((at::arange(rows * 3).view({rows, 3}) % 7 + r).to(dtype));
       EXPECT_TRUE(at::equal(out, at::cat(expected)));
     }
   }
-  const auto texts = all.all_gather_text(std::string(static_cast<size_t>(me) * 3, static_cast<char>('a' + me)), "names");
+  const auto texts =
+      all.all_gather_text(std::string(static_cast<size_t>(me) * 3, static_cast<char>('a' + me)), "names");
   ASSERT_EQ(static_cast<int64_t>(texts.size()), n);
-  for (int64_t r = 0; r < n; ++r) EXPECT_EQ(texts[static_cast<size_t>(r)], std::string(static_cast<size_t>(r) * 3, static_cast<char>('a' + r)));
+  for (int64_t r = 0; r < n; ++r)
+    EXPECT_EQ(texts[static_cast<size_t>(r)], std::string(static_cast<size_t>(r) * 3, static_cast<char>('a' + r)));
   all.barrier("the end");
 }
 
 // Rank s sends count(s, d) rows of value 100 s + d to rank d.
-void exchange(Communicator& group, at::ScalarType dtype, const std::vector<int64_t>& row_shape, const std::function<int64_t(int64_t, int64_t)>& count) {
+void exchange(Communicator& group, at::ScalarType dtype, const std::vector<int64_t>& row_shape,
+              const std::function<int64_t(int64_t, int64_t)>& count) {
   const int64_t n = group.size(), me = group.rank();
   std::vector<int64_t> in_rows, out_rows;
   std::vector<at::Tensor> in, expected;
@@ -86,11 +90,12 @@ RANK_BODY(exchanges) {
   auto& all = world->all();
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kLong, at::kInt, at::kByte}) {
     exchange(all, dtype, {3}, [](int64_t, int64_t) { return 2; });
-    exchange(all, dtype, {}, [](int64_t s, int64_t d) { return s * 3 + d; });                      // uneven, row 0 -> 0 empty
-    exchange(all, dtype, {5, 2}, [](int64_t s, int64_t d) { return d == 1 ? 7 + s : 0; });         // all to one: the others receive nothing
-    exchange(all, dtype, {4}, [](int64_t s, int64_t) { return s == 0 ? 9 : 0; });                  // only one sends
-    exchange(all, dtype, {4}, [](int64_t, int64_t) { return 0; });                                 // nobody sends
-    exchange(all, dtype, {0}, [](int64_t s, int64_t d) { return s + d; });                         // rows without bytes
+    exchange(all, dtype, {}, [](int64_t s, int64_t d) { return s * 3 + d; });  // uneven, row 0 -> 0 empty
+    exchange(all, dtype, {5, 2},
+             [](int64_t s, int64_t d) { return d == 1 ? 7 + s : 0; });  // all to one: the others receive nothing
+    exchange(all, dtype, {4}, [](int64_t s, int64_t) { return s == 0 ? 9 : 0; });  // only one sends
+    exchange(all, dtype, {4}, [](int64_t, int64_t) { return 0; });                 // nobody sends
+    exchange(all, dtype, {0}, [](int64_t s, int64_t d) { return s + d; });         // rows without bytes
     exchange(all, dtype, {65}, [](int64_t s, int64_t d) { return (s * 31 + d * 17) % 101 * 11; });
   }
 }
@@ -110,7 +115,8 @@ RANK_BODY(sums_repeat) {
           first = t;
           at::Tensor everybody = at::empty({all.size(), numel}, t.options());
           all.all_gather(everybody, t, "sums").wait();
-          for (int64_t r = 0; r < all.size(); ++r) EXPECT_TRUE(at::equal(everybody[r], t)) << "rank " << r << " has other bits";
+          for (int64_t r = 0; r < all.size(); ++r)
+            EXPECT_TRUE(at::equal(everybody[r], t)) << "rank " << r << " has other bits";
         }
         EXPECT_TRUE(at::equal(t, first)) << dtype << ' ' << numel << " round " << round;
       }
@@ -156,7 +162,8 @@ RANK_BODY(meshes) {
     mesh.expert->all_reduce(sum, "ranks").wait();
     mesh.data->all_reduce(other, "ranks").wait();
     double in_expert = 0, in_data = 0;
-    for (int64_t r = 0; r < n; ++r) in_expert += r / expert == me / expert ? double(r) : 0, in_data += r % expert == me % expert ? double(r) : 0;
+    for (int64_t r = 0; r < n; ++r)
+      in_expert += r / expert == me / expert ? double(r) : 0, in_data += r % expert == me % expert ? double(r) : 0;
     EXPECT_EQ(sum[2].item<double>(), in_expert);
     EXPECT_EQ(other[2].item<double>(), in_data);
   }
@@ -168,7 +175,8 @@ RANK_BODY(notes) {
   EXPECT_FALSE(world->look("nothing"));
   world->post("from/" + std::to_string(world->rank()), std::string("a\0b", 3));
   world->all().barrier("posted");
-  for (int64_t r = 0; r < world->size(); ++r) EXPECT_EQ(world->look("from/" + std::to_string(r)), std::string("a\0b", 3));
+  for (int64_t r = 0; r < world->size(); ++r)
+    EXPECT_EQ(world->look("from/" + std::to_string(r)), std::string("a\0b", 3));
 }
 
 TEST(Collectives, Reductions) {

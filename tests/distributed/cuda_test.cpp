@@ -26,7 +26,8 @@ TEST(Nccl, EveryCollectiveOfOneProcess) {
     all.all_gather(out, t, "t").wait();
     EXPECT_TRUE(at::equal(out, ramp));
     out.zero_();
-    at::Tensor rows = t.narrow(0, 0, 1000).view({100, 10}), to = at::empty_like(rows), none = rows.narrow(0, 0, 0), to_none = to.narrow(0, 0, 0);
+    at::Tensor rows = t.narrow(0, 0, 1000).view({100, 10}), to = at::empty_like(rows), none = rows.narrow(0, 0, 0),
+               to_none = to.narrow(0, 0, 0);
     all.all_to_all(to, rows, {100}, {100}, "rows").wait();
     EXPECT_TRUE(at::equal(to, rows));
     all.all_to_all(to_none, none, {0}, {0}, "no rows").wait();
@@ -42,7 +43,9 @@ TEST(Nccl, ABuildWithoutItSaysHowToGetIt) {
     make_nccl({}, 0, 2, std::chrono::seconds(1), "world", at::Device(at::kCUDA, 0));
     FAIL() << "there is no NCCL here";
   } catch (const UserError& e) {
-    for (const char* word : {"NCCL", "MOEGRAFT_CUDA=ON", "tools/setup.sh --cuda", "MOEGRAFT_NCCL_INCLUDE", "model.device: cpu"}) EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << word;
+    for (const char* word :
+         {"NCCL", "MOEGRAFT_CUDA=ON", "tools/setup.sh --cuda", "MOEGRAFT_NCCL_INCLUDE", "model.device: cpu"})
+      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << word;
   }
 }
 #endif

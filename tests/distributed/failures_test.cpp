@@ -29,7 +29,8 @@ double now() { return Seconds(std::chrono::steady_clock::now().time_since_epoch(
 // The rank ended with code 1 and one line that the pattern describes as a whole.
 void expect_line(const ProcessResult& result, const std::string& pattern) {
   EXPECT_EQ(result.code, 1) << "signal " << result.signal << '\n' << result.err;
-  EXPECT_TRUE(std::regex_match(result.err, std::regex(pattern + "\n"))) << "expected " << pattern << "\ngot " << result.err;
+  EXPECT_TRUE(std::regex_match(result.err, std::regex(pattern + "\n")))
+      << "expected " << pattern << "\ngot " << result.err;
 }
 
 RANK_BODY(short_join) { join(std::chrono::milliseconds(1000)); }
@@ -46,7 +47,9 @@ TEST(Failures, MissingFirstRankIsNamed) {
   const auto results = Ranks("short_join", 3, "", {1, 2}).wait();
   for (int i = 0; i < 2; ++i) {
     expect_line(results[static_cast<size_t>(i)],
-                "rank " + std::to_string(i + 1) + ": nobody answers at 127\\.0\\.0\\.1:\\d+ after 1 s: rank 0 should; check that it has started, MASTER_ADDR and MASTER_PORT, and firewalls");
+                "rank " + std::to_string(i + 1) +
+                    ": nobody answers at 127\\.0\\.0\\.1:\\d+ after 1 s: rank 0 should; check that it has started, "
+                    "MASTER_ADDR and MASTER_PORT, and firewalls");
   }
 }
 
@@ -61,8 +64,10 @@ RANK_BODY(disagree) {
   auto world = join(std::chrono::seconds(20));
   world->agree({{"version", "1"}, {"config", "run:\n  seed: 1\n"}});
   const auto rank = world->rank();
-  std::vector<World::Fact> facts = {{"version", "1"}, {"config", "run:\n  seed: 1\n  steps: " + std::to_string(rank == 2 ? 20 : 10) + "\n"}};
-  if (rank_argument() == "extra" && rank == 3) facts = {{"version", "1"}, {"config", "run:\n  seed: 1\n  steps: 10\n"}, {"new", "7"}};
+  std::vector<World::Fact> facts = {
+      {"version", "1"}, {"config", "run:\n  seed: 1\n  steps: " + std::to_string(rank == 2 ? 20 : 10) + "\n"}};
+  if (rank_argument() == "extra" && rank == 3)
+    facts = {{"version", "1"}, {"config", "run:\n  seed: 1\n  steps: 10\n"}, {"new", "7"}};
   if (rank_argument() == "extra" && rank == 2) facts[1].value = "run:\n  seed: 1\n  steps: 10\n";
   if (rank_argument() == "several") facts[0].value = std::to_string(std::max<int64_t>(rank, 1));
   world->agree(facts);
@@ -71,14 +76,19 @@ RANK_BODY(disagree) {
 TEST(Failures, DisagreementNamesTheFactAndTheRanks) {
   Ranks one("disagree", 3), several("disagree", 4, "several");
   for (const auto& r : one.wait()) {
-    expect_line(r, "config differs between ranks: rank 0 has 'steps: 10', rank 2 has 'steps: 20': start all ranks with the same");
+    expect_line(
+        r,
+        "config differs between ranks: rank 0 has 'steps: 10', rank 2 has 'steps: 20': start all ranks with the same");
   }
   Ranks extra("disagree", 4, "extra");
   for (const auto& r : several.wait()) {
-    expect_line(r, "version differs between ranks: rank 0 has '1', ranks 2, 3 have others, the first '2': start all ranks with the same");
+    expect_line(r,
+                "version differs between ranks: rank 0 has '1', ranks 2, 3 have others, the first '2': start all ranks "
+                "with the same");
   }
   for (const auto& r : extra.wait()) {
-    expect_line(r, "new differs between ranks: rank 3 has '7', rank 0 does not know it: start all ranks with the same binary");
+    expect_line(
+        r, "new differs between ranks: rank 3 has '7', rank 0 does not know it: start all ranks with the same binary");
   }
 }
 
@@ -127,7 +137,8 @@ RANK_BODY(trouble) {
   }
 }
 
-const std::string kOperation = ": all_reduce of \"gradients, bucket 3\" in group world \\((ranks [-0-9, ]+)\\) failed after ";
+const std::string kOperation =
+    ": all_reduce of \"gradients, bucket 3\" in group world \\((ranks [-0-9, ]+)\\) failed after ";
 
 TEST(Failures, ADeadRankIsNoticedAtOnce) {
   const double begin = now();
@@ -135,8 +146,10 @@ TEST(Failures, ADeadRankIsNoticedAtOnce) {
   EXPECT_LT(now() - begin, 20);  // of a timeout of 60 s
   EXPECT_EQ(results[1].signal, SIGKILL);
   for (const int r : {0, 2, 3}) {
-    expect_line(results[static_cast<size_t>(r)], "rank " + std::to_string(r) + kOperation + "[0-9.]+ s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\)"
-                                                 "(; ranks? [0-9, ]+ waits? in it too)?.*");
+    expect_line(results[static_cast<size_t>(r)],
+                "rank " + std::to_string(r) + kOperation +
+                    "[0-9.]+ s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\)"
+                    "(; ranks? [0-9, ]+ waits? in it too)?.*");
   }
 }
 
@@ -148,14 +161,18 @@ TEST(Failures, AHungRankEndsInATimeout) {
   EXPECT_GT(took, 1.5);
   EXPECT_LT(took, 20);  // the timeout, a second to hear the others, two to answer them
   ranks[1].send(SIGKILL);
-  expect_line(ranks.wait()[0], "rank 0" + kOperation + "[12]\\.\\d s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\) \\(.*[Tt]ime.?.?out.*\\)");
+  expect_line(
+      ranks.wait()[0],
+      "rank 0" + kOperation +
+          "[12]\\.\\d s: rank 1 did not take part \\(last seen at step 7, \\d s ago\\) \\(.*[Tt]ime.?.?out.*\\)");
 }
 
 TEST(Failures, AFailedRankIsQuoted) {
   const auto results = Ranks("trouble", 3, "throw").wait();
   expect_line(results[1], "out of memory at step 8");
   for (const int r : {0, 2}) {
-    expect_line(results[static_cast<size_t>(r)], "rank " + std::to_string(r) + kOperation + "[0-9.]+ s: rank 1 failed with: out of memory at step 8.*");
+    expect_line(results[static_cast<size_t>(r)],
+                "rank " + std::to_string(r) + kOperation + "[0-9.]+ s: rank 1 failed with: out of memory at step 8.*");
   }
 }
 

@@ -20,9 +20,7 @@ LaunchEnvironment read(const Variables& variables) {
 std::string error_of(const Variables& variables) {
   try {
     read(variables);
-  } catch (const UsageError& e) {
-    return e.what();
-  }
+  } catch (const UsageError& e) { return e.what(); }
   return "no error";
 }
 
@@ -31,13 +29,26 @@ Variables with(Variables base, const Variables& changes) {
   return base;
 }
 
-const Variables kTorchrun = {{"RANK", "5"},         {"WORLD_SIZE", "8"},      {"LOCAL_RANK", "1"},
-                             {"LOCAL_WORLD_SIZE", "4"}, {"MASTER_ADDR", "host7"}, {"MASTER_PORT", "4242"},
-                             {"TORCHELASTIC_RESTART_COUNT", "2"}, {"TORCHELASTIC_USE_AGENT_STORE", "True"}};
-const Variables kSlurm = {{"SLURM_PROCID", "6"},           {"SLURM_LOCALID", "2"},     {"SLURM_NODEID", "1"},
-                          {"SLURM_STEP_ID", "0"},          {"SLURM_STEP_NUM_TASKS", "9"}, {"SLURM_STEP_TASKS_PER_NODE", "4(x2),1"},
-                          {"SLURM_STEP_NODELIST", "node[03-05,9],x1"}, {"SLURM_JOB_ID", "1234567"}};
-const Variables kOpenMpi = {{"OMPI_COMM_WORLD_SIZE", "4"}, {"OMPI_COMM_WORLD_RANK", "3"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "3"}};
+const Variables kTorchrun = {{"RANK", "5"},
+                             {"WORLD_SIZE", "8"},
+                             {"LOCAL_RANK", "1"},
+                             {"LOCAL_WORLD_SIZE", "4"},
+                             {"MASTER_ADDR", "host7"},
+                             {"MASTER_PORT", "4242"},
+                             {"TORCHELASTIC_RESTART_COUNT", "2"},
+                             {"TORCHELASTIC_USE_AGENT_STORE", "True"}};
+const Variables kSlurm = {{"SLURM_PROCID", "6"},
+                          {"SLURM_LOCALID", "2"},
+                          {"SLURM_NODEID", "1"},
+                          {"SLURM_STEP_ID", "0"},
+                          {"SLURM_STEP_NUM_TASKS", "9"},
+                          {"SLURM_STEP_TASKS_PER_NODE", "4(x2),1"},
+                          {"SLURM_STEP_NODELIST", "node[03-05,9],x1"},
+                          {"SLURM_JOB_ID", "1234567"}};
+const Variables kOpenMpi = {{"OMPI_COMM_WORLD_SIZE", "4"},
+                            {"OMPI_COMM_WORLD_RANK", "3"},
+                            {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"},
+                            {"OMPI_COMM_WORLD_LOCAL_RANK", "3"}};
 
 TEST(LaunchEnvironment, NoneIsOneProcess) {
   const auto e = read({});
@@ -72,17 +83,24 @@ TEST(LaunchEnvironment, Slurm) {
   EXPECT_EQ(e.master_address, "node03");
   EXPECT_EQ(e.master_port, 20000 + 1234567 % 10000);
   EXPECT_FALSE(e.agent_store);
-  EXPECT_EQ(read(with(kSlurm, {{"SLURM_PROCID", "8"}, {"SLURM_LOCALID", "0"}, {"SLURM_NODEID", "2"}})).local_world_size, 1);
+  EXPECT_EQ(read(with(kSlurm, {{"SLURM_PROCID", "8"}, {"SLURM_LOCALID", "0"}, {"SLURM_NODEID", "2"}})).local_world_size,
+            1);
   EXPECT_EQ(read(with(kSlurm, {{"MASTER_ADDR", "elsewhere"}, {"MASTER_PORT", "99"}})).master_address, "elsewhere");
   EXPECT_EQ(read(with(kSlurm, {{"MASTER_PORT", "99"}})).master_port, 99);
 }
 
 TEST(LaunchEnvironment, SlurmNodeLists) {
-  const std::vector<std::pair<std::string, std::string>> cases = {
-      {"node7", "node7"},          {"a,b,c", "a"},           {"node[03-05,9],x1", "node03"}, {"n[1,5]", "n1"},
-      {"n[007]", "n007"},          {"x1,node[03-05]", "x1"}, {"gpu[2-3]-ib", "gpu2-ib"},     {"rack[1-2]node[04-06]", "rack1node04"},
-      {"n[1-2].cluster.org,m", "n1.cluster.org"}};
-  for (const auto& [list, first] : cases) EXPECT_EQ(read(with(kSlurm, {{"SLURM_STEP_NODELIST", list}})).master_address, first) << list;
+  const std::vector<std::pair<std::string, std::string>> cases = {{"node7", "node7"},
+                                                                  {"a,b,c", "a"},
+                                                                  {"node[03-05,9],x1", "node03"},
+                                                                  {"n[1,5]", "n1"},
+                                                                  {"n[007]", "n007"},
+                                                                  {"x1,node[03-05]", "x1"},
+                                                                  {"gpu[2-3]-ib", "gpu2-ib"},
+                                                                  {"rack[1-2]node[04-06]", "rack1node04"},
+                                                                  {"n[1-2].cluster.org,m", "n1.cluster.org"}};
+  for (const auto& [list, first] : cases)
+    EXPECT_EQ(read(with(kSlurm, {{"SLURM_STEP_NODELIST", list}})).master_address, first) << list;
   EXPECT_NE(error_of(with(kSlurm, {{"SLURM_STEP_NODELIST", "n[1-2"}})).find("no ']' in 'n[1-2'"), std::string::npos);
 }
 
@@ -99,7 +117,9 @@ TEST(LaunchEnvironment, OpenMpi) {
   EXPECT_EQ(e.rank, 3);
   EXPECT_EQ(e.local_rank, 3);
   EXPECT_EQ(e.master_address, "127.0.0.1");
-  EXPECT_NE(error_of(with(kOpenMpi, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}})).find("MASTER_ADDR is not set"), std::string::npos);
+  EXPECT_NE(error_of(with(kOpenMpi, {{"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}}))
+                .find("MASTER_ADDR is not set"),
+            std::string::npos);
 }
 
 TEST(LaunchEnvironment, ErrorsNameTheVariable) {

@@ -34,9 +34,7 @@ int run_launch(int argc, char** argv) {
   try {
     tools::parse(app, argc, argv);
     return 0;
-  } catch (const CLI::RuntimeError& e) {
-    return e.get_exit_code();
-  } catch (const CLI::ParseError& e) {
+  } catch (const CLI::RuntimeError& e) { return e.get_exit_code(); } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : 2;
   } catch (const UsageError& e) {
     std::cerr << e.what() << '\n';
@@ -51,7 +49,8 @@ std::vector<std::string> body_variables(const std::string& body, const std::stri
   return {"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "OMP_WAIT_POLICY=PASSIVE"};
 }
 
-ProcessResult launch(const std::vector<std::string>& options, const std::string& body, const std::string& argument = {}) {
+ProcessResult launch(const std::vector<std::string>& options, const std::string& body,
+                     const std::string& argument = {}) {
   std::vector<std::string> argv = {program(), "launch"};
   argv.insert(argv.end(), options.begin(), options.end());
   return Process(argv, body_variables(body, argument)).wait();
@@ -91,8 +90,9 @@ RANK_BODY(report) {
   at::Tensor sum = at::full({3}, static_cast<double>(e.rank + 1));
   world->all().all_reduce(sum, "ranks").wait();
   const char* threads = std::getenv("OMP_NUM_THREADS");
-  note(std::to_string(e.rank), detail::concat(e.launcher, ' ', e.world_size, ' ', e.local_rank, ' ', e.local_world_size, ' ', e.restart, ' ', e.agent_store, ' ', sum[2].item<double>(),
-                                              " threads ", threads ? threads : "?"));
+  note(std::to_string(e.rank),
+       detail::concat(e.launcher, ' ', e.world_size, ' ', e.local_rank, ' ', e.local_world_size, ' ', e.restart, ' ',
+                      e.agent_store, ' ', sum[2].item<double>(), " threads ", threads ? threads : "?"));
   std::cerr << "hello from " << e.rank << '\n';
 }
 
@@ -143,7 +143,8 @@ TEST_F(Launchers, LaunchGivesEachRankItsPlace) {
 TEST_F(Launchers, LaunchStartsAgainAfterAKill) {
   auto result = launch({"--nproc", "2", "--max-restarts", "1", "--", "train"}, "killed_once", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;
-  EXPECT_NE(result.err.find("rank 1 was ended by signal 9; starting all 2 ranks again (1 of 1)"), std::string::npos) << result.err;
+  EXPECT_NE(result.err.find("rank 1 was ended by signal 9; starting all 2 ranks again (1 of 1)"), std::string::npos)
+      << result.err;
   for (const char* rank : {"0", "1"}) EXPECT_EQ(read(rank), "restart 1");
   result = launch({"--nproc", "2", "--", "train"}, "killed_once", folder_.string());
   EXPECT_EQ(result.code, 128 + SIGKILL);
@@ -166,7 +167,8 @@ TEST_F(Launchers, LaunchPassesExitCodesOn) {
 }
 
 TEST_F(Launchers, LaunchForwardsSignalsOnce) {
-  Process launcher({program(), "launch", "--nproc", "2", "--max-restarts", "3", "--", "train"}, body_variables("sleeper", folder_.string()));
+  Process launcher({program(), "launch", "--nproc", "2", "--max-restarts", "3", "--", "train"},
+                   body_variables("sleeper", folder_.string()));
   await("pid0"), await("pid1");
   launcher.send(SIGTERM);
   const auto result = launcher.wait();
@@ -201,7 +203,8 @@ TEST_F(Launchers, LaunchRefusesBadUsage) {
   EXPECT_NE(launch({"--help"}, "report").out.find("Example:\n  moegraft launch --nproc 4"), std::string::npos);
 }
 
-ProcessResult run_torchrun(std::vector<std::string> argv, const std::vector<std::string>& options, const std::string& body, const std::string& argument) {
+ProcessResult run_torchrun(std::vector<std::string> argv, const std::vector<std::string>& options,
+                           const std::string& body, const std::string& argument) {
   argv.insert(argv.end(), options.begin(), options.end());
   argv.insert(argv.end(), {"--standalone", "--no-python", "--nproc-per-node", "2", program()});
   return Process(argv, body_variables(body, argument)).wait();
@@ -219,7 +222,8 @@ TEST_F(Launchers, Torchrun) {
 TEST_F(Launchers, TorchrunStartsAgainAfterAKill) {
   const auto argv = testing::torchrun(test_source_dir());
   if (argv.empty()) GTEST_SKIP() << "no torchrun that works: set MOEGRAFT_TORCHRUN, or tools/setup.sh --tests";
-  const auto result = run_torchrun(argv, {"--max-restarts", "1", "--monitor-interval", "0.1"}, "killed_once", folder_.string());
+  const auto result =
+      run_torchrun(argv, {"--max-restarts", "1", "--monitor-interval", "0.1"}, "killed_once", folder_.string());
   EXPECT_EQ(result.code, 0) << result.err;
   for (const char* rank : {"0", "1"}) EXPECT_EQ(read(rank), "restart 1") << result.err;
 }

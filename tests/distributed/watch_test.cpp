@@ -1,4 +1,5 @@
-// The watch over collectives on a GPU, with works that a test completes. What NCCL itself does needs a GPU: cuda_test.cpp.
+// The watch over collectives on a GPU, with works that a test completes. What NCCL itself does needs a GPU:
+// cuda_test.cpp.
 #include <gtest/gtest.h>
 
 #include <c10/core/impl/FakeGuardImpl.h>
@@ -128,7 +129,8 @@ TEST(StoreGuard, ACallThatOutlivesItsLimitIsNamed) {
   EXPECT_EQ(line.wait_for(std::chrono::milliseconds(600)), std::future_status::timeout) << "a call that ended in time";
   const StoreGuard::Call frozen(guard, std::chrono::milliseconds(50));
   ASSERT_EQ(line.wait_for(std::chrono::seconds(10)), std::future_status::ready);
-  EXPECT_NE(line.get().find("rank 1: rank 0 (its store at 127.0.0.1:1) has not answered for 0.05 s"), std::string::npos);
+  EXPECT_NE(line.get().find("rank 1: rank 0 (its store at 127.0.0.1:1) has not answered for 0.05 s"),
+            std::string::npos);
 }
 
 TEST(StoppingStore, WaitingForAKeyEndsWithAnotherRanksTrouble) {

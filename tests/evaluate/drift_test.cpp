@@ -19,11 +19,14 @@ namespace {
 namespace fs = std::filesystem;
 using testing::Process;
 
-at::Tensor text_ids(int64_t B, int64_t S, int64_t vocab) { return (at::arange(B * S, at::kLong) * 7919 + 13).remainder(vocab).view({B, S}); }
+at::Tensor text_ids(int64_t B, int64_t S, int64_t vocab) {
+  return (at::arange(B * S, at::kLong) * 7919 + 13).remainder(vocab).view({B, S});
+}
 
 bool equal_bits(const at::Tensor& a, const at::Tensor& b) {
   const at::Tensor x = a.contiguous(), y = b.contiguous();
-  return x.sizes() == y.sizes() && x.scalar_type() == y.scalar_type() && std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+  return x.sizes() == y.sizes() && x.scalar_type() == y.scalar_type() &&
+         std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
 }
 
 class DriftContract : public ::testing::Test {
@@ -35,7 +38,8 @@ class DriftContract : public ::testing::Test {
     // Every factor and row is a large random number, so that anything of the graft that reached text would show.
     testing::write_run(*world_, 2.0);
     const int64_t shapes[][2] = {{1, 1}, {3, 37}};
-    for (const auto& s : shapes) io::save_safetensors(ids_file(s[0], s[1]), {{"input_ids", text_ids(s[0], s[1], vocab_)}});
+    for (const auto& s : shapes)
+      io::save_safetensors(ids_file(s[0], s[1]), {{"input_ids", text_ids(s[0], s[1], vocab_)}});
   }
   static void TearDownTestSuite() {
     delete world_;
@@ -45,16 +49,20 @@ class DriftContract : public ::testing::Test {
     if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
   }
 
-  static fs::path ids_file(int64_t B, int64_t S) { return folder_->path() / ("ids-" + std::to_string(B) + "x" + std::to_string(S) + ".safetensors"); }
+  static fs::path ids_file(int64_t B, int64_t S) {
+    return folder_->path() / ("ids-" + std::to_string(B) + "x" + std::to_string(S) + ".safetensors");
+  }
 
   // Logits of the base's text columns, from a process of its own for each model: [0] of the base, [1] of the run.
-  static std::array<at::Tensor, 2> both(const fs::path& run, int64_t B, int64_t S, std::vector<std::string> more, const std::vector<std::string>& run_only = {}) {
+  static std::array<at::Tensor, 2> both(const fs::path& run, int64_t B, int64_t S, std::vector<std::string> more,
+                                        const std::vector<std::string>& run_only = {}) {
     std::array<at::Tensor, 2> out;
     std::array<std::unique_ptr<Process>, 2> processes;
     std::array<fs::path, 2> files;
     for (int i = 0; i < 2; ++i) {
       files[i] = folder_->path() / ("logits-" + std::to_string(i) + ".safetensors");
-      std::vector<std::string> args{"logits", (i ? run : world_->base).string(), "--ids", ids_file(B, S).string(), "-o", files[i].string()};
+      std::vector<std::string> args{
+          "logits", (i ? run : world_->base).string(), "--ids", ids_file(B, S).string(), "-o", files[i].string()};
       args.insert(args.end(), more.begin(), more.end());
       if (i) args.insert(args.end(), run_only.begin(), run_only.end());
       processes[i] = std::make_unique<Process>(testing::moegraft_command(args));
@@ -83,7 +91,8 @@ TEST_F(DriftContract, EveryBitOfTextLogitsIsTheBasesInBothTypes) {
     for (const auto& [B, S] : {std::pair<int64_t, int64_t>{1, 1}, {3, 37}}) {
       const auto [base, run] = both(world_->run, B, S, {"--dtype", dtype});
       ASSERT_TRUE(base.defined() && run.defined());
-      EXPECT_TRUE(equal_bits(base, run)) << dtype << " " << B << "x" << S << ": largest difference " << (base - run).abs().max().item<float>();
+      EXPECT_TRUE(equal_bits(base, run)) << dtype << " " << B << "x" << S << ": largest difference "
+                                         << (base - run).abs().max().item<float>();
       EXPECT_GT(base.abs().max().item<float>(), 0.1);
     }
     const auto [base, run] = both(world_->run, 3, 37, {"--dtype", dtype, "--decode"});
@@ -108,7 +117,8 @@ TEST_F(DriftContract, HoldsForAQuantisedBase) {
 TEST_F(DriftContract, PackedRaggedTextHasTheSameLikelihood) {
   io::Json results[2];
   for (int i = 0; i < 2; ++i) {
-    const auto result = testing::run_moegraft({"eval", (i ? world_->run : world_->base).string(), "--text", world_->text_shards.string(), "--set", "sequence_length=64", "--json"});
+    const auto result = testing::run_moegraft({"eval", (i ? world_->run : world_->base).string(), "--text",
+                                               world_->text_shards.string(), "--set", "sequence_length=64", "--json"});
     ASSERT_EQ(result.code, 0) << result.err;
     results[i] = io::Json::parse(result.out);
   }
@@ -152,7 +162,8 @@ TEST(DriftMeasure, IsExactForAGatedGraftAndNotForALeak) {
     EXPECT_GT(drift.gate_open, 1e-2);
     EXPECT_EQ(model.decoder->total_vocab(), vocab);  // all attached again
 
-    auto leak = std::make_shared<adapters::ModalityLora>(model.decoder->spec(), model.config->adapters[0], 0, std::vector<int64_t>{0, 1}, model.device());
+    auto leak = std::make_shared<adapters::ModalityLora>(model.decoder->spec(), model.config->adapters[0], 0,
+                                                         std::vector<int64_t>{0, 1}, model.device());
     {
       const at::NoGradGuard no_grad;
       for (size_t i = 0; i < leak->factors().size(); ++i) {

@@ -28,9 +28,7 @@ template <class E = UserError, class F>
 std::string message_of(F&& f) {
   try {
     f();
-  } catch (const E& e) {
-    return e.what();
-  } catch (const std::exception& e) {
+  } catch (const E& e) { return e.what(); } catch (const std::exception& e) {
     return std::string("another kind of error: ") + e.what();
   }
   return "no error";
@@ -72,7 +70,8 @@ testing::TinyWorld* Measures::world_ = nullptr;
 
 TEST_F(Measures, AUniformModelHasTheLogOfItsVocabulary) {
   const graft::GraftedModel m = uniform();
-  data::EvalStream stream({{text_of(world_->text_shards), 1.0}, {text_of(world_->image_shards), 1.0}}, world_->config.data, m.vocabulary);
+  data::EvalStream stream({{text_of(world_->text_shards), 1.0}, {text_of(world_->image_shards), 1.0}},
+                          world_->config.data, m.vocabulary);
   const Likelihood l = measure_likelihood(m, stream);
   EXPECT_NEAR(l.nll_M[0], std::log(double(m.vocabulary.text_size)), 1e-5);
   EXPECT_NEAR(l.nll_M[1], std::log(18.0), 1e-5);
@@ -86,15 +85,18 @@ TEST_F(Measures, AUniformModelHasTheLogOfItsVocabulary) {
   EXPECT_NEAR(use.prompt_used(), 0, 1e-6);
 }
 
-// A set of two modalities: pictures, and a sequence of two positions with a code of each of two codebooks. Labels are normalised over all rows of their modality.
+// A set of two modalities: pictures, and a sequence of two positions with a code of each of two codebooks. Labels are
+// normalised over all rows of their modality.
 TEST_F(Measures, TwoModalitiesOfOneSet) {
   const at::NoGradGuard no_grad;
   graft::GraftedModel m = uniform();
   const int64_t V = m.vocabulary.text_size, sound = V + 18;
   m.vocabulary.modalities.push_back({"sound", 2, sound, 6, 4, 2});
-  m.decoder->attach_rows({2, sound, at::ones({8, m.decoder->spec().hidden_size}), at::zeros({8, m.decoder->spec().hidden_size})});
+  m.decoder->attach_rows(
+      {2, sound, at::ones({8, m.decoder->spec().hidden_size}), at::zeros({8, m.decoder->spec().hidden_size})});
   const testing::TemporaryFolder folder;
-  data::ShardWriter writer(folder / "shards", {{{"text", 10, 0}, {"image", 16, 4, 1, {2, 2}}, {"sound", 6, 4, 2, {2}}}});
+  data::ShardWriter writer(folder / "shards",
+                           {{{"text", 10, 0}, {"image", 16, 4, 1, {2, 2}}, {"sound", 6, 4, 2, {2}}}});
   const std::vector<int32_t> red{3}, low{4, 5}, picture{0, 15, 2, 3}, a{0, 3, 2, 5}, b{1, 3, 2, 4};
   writer.add({{0, red}, {1, picture}});
   writer.add({{0, red}, {2, a}});
@@ -133,16 +135,21 @@ TEST_F(Measures, CaptionsAgreeWithTheStreamAndShufflingChangesThem) {
 TEST_F(Measures, ItemsAreSpreadOverTheShards) {
   const auto m = uniform();
   const auto& tokens = m.vocabulary.modalities[0];
-  const auto all = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 100), some = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 4);
+  const auto all = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 100),
+             some = read_captioned_items(text_of(world_->image_shards), m.vocabulary, tokens, 4);
   ASSERT_EQ(all.size(), 16u);
   ASSERT_EQ(some.size(), 4u);
   for (size_t i = 0; i < 4; ++i) EXPECT_EQ(some[i].before, all[4 * i].before);
-  EXPECT_NE(message_of([&] { read_captioned_items(text_of(world_->text_shards), m.vocabulary, tokens, 4); }).find("holds no document with a caption"), std::string::npos);
+  EXPECT_NE(message_of([&] {
+              read_captioned_items(text_of(world_->text_shards), m.vocabulary, tokens, 4);
+            }).find("holds no document with a caption"),
+            std::string::npos);
 }
 
 TEST(Captions, EachIsBorrowedFromAnotherPicture) {
   std::vector<CaptionedItem> items;
-  for (int32_t i = 0; i < 20; ++i) items.push_back({{i / 2}, {i / 4, 1}, {}});  // captions come in pairs, pictures in fours
+  for (int32_t i = 0; i < 20; ++i)
+    items.push_back({{i / 2}, {i / 4, 1}, {}});  // captions come in pairs, pictures in fours
   const auto lender = borrow_captions(items, 7);
   for (size_t i = 0; i < items.size(); ++i) {
     const auto& other = items[size_t(lender[i])];
@@ -170,7 +177,8 @@ TEST(Captions, UnigramOnKnownCounts) {
   // With one added: 7, 2, 2, 1, 3 of 15.
   EXPECT_DOUBLE_EQ(u.nll(int64_t{0}), std::log(15.0 / 7));
   EXPECT_DOUBLE_EQ(u.nll(int64_t{3}), std::log(15.0));
-  EXPECT_DOUBLE_EQ(u.nll({{{}, {0, 1, 3, 3}, {}}}), (std::log(15.0 / 7) + std::log(15.0 / 2) + 2 * std::log(15.0) + std::log(5.0)) / 5);
+  EXPECT_DOUBLE_EQ(u.nll({{{}, {0, 1, 3, 3}, {}}}),
+                   (std::log(15.0 / 7) + std::log(15.0 / 2) + 2 * std::log(15.0) + std::log(5.0)) / 5);
   const auto items = read_captioned_items((folder / "shards").string(), vocabulary, tokens, 10);
   ASSERT_EQ(items.size(), 2u);
   EXPECT_EQ(items[0].before, caption);
@@ -184,7 +192,8 @@ TEST(Retrieval, RanksOnPicturesWhereTheAnswerIsKnown) {
   at::Tensor samples = at::zeros({5, 3, 2, 2});
   const double values[] = {0.0, 0.26, 0.375, 1.0, 0.1875};
   for (int64_t n = 0; n < 5; ++n) samples[n].fill_(values[n]);
-  // 0.26 is nearest to 2/8; 0.375 is 3 and its twin; 1.0 is furthest from 0; 0.1875 lies in the middle of 1/8 and 2/8: a tie counts against.
+  // 0.26 is nearest to 2/8; 0.375 is 3 and its twin; 1.0 is furthest from 0; 0.1875 lies in the middle of 1/8 and 2/8:
+  // a tie counts against.
   const Ranking r = rank_pictures(samples, candidates, {0, 1, 4, 0, 2});
   EXPECT_EQ(r.rank_N, (std::vector<int64_t>{1, 4, 1, 6, 2}));
   EXPECT_EQ(r.nearest_N, (std::vector<int64_t>{0, 2, 3, 5, 1}));
@@ -202,7 +211,10 @@ TEST_F(Measures, RetrievalFindsThePictureThatTheModelDraws) {
   std::string manifest = io::Json{{"image", "zero.png"}, {"text", "zero"}}.dump() + "\n";
   io::write_file_atomic(dir / "broken.png", "not a picture");
   manifest += io::Json{{"image", "broken.png"}, {"text", "broken"}}.dump() + "\n";
-  for (const char* name : {"red-disc", "blue-bar"}) manifest += io::Json{{"image", (world_->dir / "images" / (std::string(name) + ".png")).string()}, {"text", name}}.dump() + "\n";
+  for (const char* name : {"red-disc", "blue-bar"})
+    manifest +=
+        io::Json{{"image", (world_->dir / "images" / (std::string(name) + ".png")).string()}, {"text", name}}.dump() +
+        "\n";
   io::write_file_atomic(dir / "m.jsonl", manifest);
   RetrievalSection options;
   options.name = "gallery", options.manifest = text_of(dir / "m.jsonl"), options.sheet = text_of(dir / "sheet.png");
@@ -236,7 +248,9 @@ class DarkCodec : public codec::ImageCodec {
   codec::CodeShape shape() const override { return {{2, 2}}; }
   int64_t codebook_size() const override { return 8; }
   at::Tensor codebook_NZ() const override { return at::zeros({8, 1}); }
-  at::Tensor encode(const at::Tensor& x) const override { return at::arange(4, at::kLong).remainder(2).expand({x.size(0), 4}); }
+  at::Tensor encode(const at::Tensor& x) const override {
+    return at::arange(4, at::kLong).remainder(2).expand({x.size(0), 4});
+  }
   at::Tensor decode(const at::Tensor& ids) const override { return at::full({ids.size(0), 3, 4, 4}, 0.75); }
   void to(at::Device) override {}
 };
@@ -256,17 +270,24 @@ TEST_F(Measures, CodecQualityOfAKnownError) {
 }
 
 EvalConfig everything(const testing::TinyWorld& world) {
-  return config::parse<EvalConfig>(config::Document::from_string(
-      "text: { shards: [" + world.text_shards.string() + "] }\n"
-      "images: [{ name: all, shards: " + world.image_shards.string() + " }]\n"
-      "codec: [{ name: all, pictures: " + world.manifest.string() + " }]\n"
-      "retrieval: [{ name: all, manifest: " + world.manifest.string() + ", n: 5 }]\n"
-      "drift: {}\nrouting: { max_tokens: 512 }\n"));
+  return config::parse<EvalConfig>(config::Document::from_string("text: { shards: [" + world.text_shards.string() +
+                                                                 "] }\n"
+                                                                 "images: [{ name: all, shards: " +
+                                                                 world.image_shards.string() +
+                                                                 " }]\n"
+                                                                 "codec: [{ name: all, pictures: " +
+                                                                 world.manifest.string() +
+                                                                 " }]\n"
+                                                                 "retrieval: [{ name: all, manifest: " +
+                                                                 world.manifest.string() +
+                                                                 ", n: 5 }]\n"
+                                                                 "drift: {}\nrouting: { max_tokens: 512 }\n"));
 }
 
 TEST_F(Measures, TheWholeEvaluationOfARun) {
   std::string table;
-  const auto j = io::Json::parse(evaluate_model(world_->run, everything(*world_), {{}, [&](const std::string& rows) { table += rows; }}));
+  const auto j = io::Json::parse(
+      evaluate_model(world_->run, everything(*world_), {{}, [&](const std::string& rows) { table += rows; }}));
   EXPECT_TRUE(j["text"]["equal_bits"].get<bool>());
   for (const char* dtype : {"float32", "bfloat16"}) EXPECT_TRUE(j["drift"][dtype]["exact"].get<bool>()) << dtype;
   EXPECT_TRUE(j["images"]["all"].contains("unigram"));
@@ -277,7 +298,9 @@ TEST_F(Measures, TheWholeEvaluationOfARun) {
   EXPECT_EQ(j["routing"]["now"], j["routing"]["start"]);
   for (const char* key : {"model", "dtype", "device", "step"}) EXPECT_TRUE(j.contains(key)) << key;
   EXPECT_EQ(j["drift"]["float32"]["max_abs"].get<double>(), 0);
-  for (const char* row : {"every bit equal", "tokens, stream of 64\n", "equal to the last bit", "retrieval top-1, all", "routing divergence, start"}) EXPECT_NE(table.find(row), std::string::npos) << row << " in\n" << table;
+  for (const char* row : {"every bit equal", "tokens, stream of 64\n", "equal to the last bit", "retrieval top-1, all",
+                          "routing divergence, start"})
+    EXPECT_NE(table.find(row), std::string::npos) << row << " in\n" << table;
 }
 
 TEST_F(Measures, ARunAloneIsJudgedOnItsHeldOutData) {
@@ -294,7 +317,8 @@ TEST_F(Measures, TextSaysHowItWasPacked) {
   EXPECT_EQ(stream["sequence_length"], 256);  // the base's positions
   config.sequence_length = 32, config.text->packing = data::Packing::documents;
   std::string table;
-  const auto documents = io::Json::parse(evaluate_model(world_->base, config, {{}, [&](const std::string& rows) { table += rows; }}))["text"];
+  const auto documents = io::Json::parse(
+      evaluate_model(world_->base, config, {{}, [&](const std::string& rows) { table += rows; }}))["text"];
   EXPECT_EQ(documents["packing"], "documents");
   EXPECT_EQ(documents["sequence_length"], 32);
   EXPECT_NE(documents["nll"], stream["nll"]);
@@ -306,10 +330,12 @@ TEST_F(Measures, BracesNameSeveralManifests) {
   for (const char* name : {"part-0.jsonl", "part-1.jsonl"}) fs::copy_file(world_->manifest, folder / name);
   EvalConfig config;
   config.retrieval.emplace_back();
-  config.retrieval[0].name = "r", config.retrieval[0].manifest = text_of(folder / "part-{0..1}.jsonl"), config.retrieval[0].n = 2;
+  config.retrieval[0].name = "r", config.retrieval[0].manifest = text_of(folder / "part-{0..1}.jsonl"),
+  config.retrieval[0].n = 2;
   EXPECT_EQ(io::Json::parse(evaluate_model(world_->run, config))["retrieval"]["r"]["n"], 2);
   fs::remove(folder / "part-1.jsonl");
-  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config); }).find("stands for 2 files, of which"), std::string::npos);
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config); }).find("stands for 2 files, of which"),
+            std::string::npos);
   fs::remove(folder / "part-0.jsonl");
 }
 
@@ -321,7 +347,8 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   config.text.emplace().shards = {text_of(world_->text_shards)};
   config.images = {{"a", text_of(shards)}, {"b", text_of(world_->image_shards)}};
   config.retrieval.emplace_back();
-  config.retrieval[0].name = "r", config.retrieval[0].manifest = text_of(world_->manifest), config.retrieval[0].n = 2, config.retrieval[0].sheet = text_of(folder_->path() / "kept.png");
+  config.retrieval[0].name = "r", config.retrieval[0].manifest = text_of(world_->manifest), config.retrieval[0].n = 2,
+  config.retrieval[0].sheet = text_of(folder_->path() / "kept.png");
   config.unigram = {text_of(world_->image_shards)};
   const std::vector<std::string> labels{"text", "images.a", "images.b", "retrieval.r"};
   const auto place = [](io::Json& j, const std::string& label) -> io::Json& {
@@ -355,12 +382,15 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   config.images[0].max_items = 8;
   EXPECT_EQ(measured(), Labels{"images.a"});
   fs::copy(world_->text_shards, shards, fs::copy_options::recursive | fs::copy_options::overwrite_existing);
-  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config, {output, {}}); }), "no error");  // other data of the same name: measured, not kept
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config, {output, {}}); }),
+            "no error");  // other data of the same name: measured, not kept
   fs::copy(world_->image_shards, shards, fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   EXPECT_EQ(measured(), Labels{});
   const std::string lines = io::read_file(world_->manifest);
-  const fs::path picture = world_->manifest.parent_path() / io::Json::parse(lines.substr(0, lines.find('\n')))["image"].get<std::string>();
-  fs::last_write_time(picture, fs::last_write_time(picture) + std::chrono::seconds(1));  // another picture behind the same manifest
+  const fs::path picture =
+      world_->manifest.parent_path() / io::Json::parse(lines.substr(0, lines.find('\n')))["image"].get<std::string>();
+  fs::last_write_time(
+      picture, fs::last_write_time(picture) + std::chrono::seconds(1));  // another picture behind the same manifest
   EXPECT_EQ(measured(), Labels{"retrieval.r"});
   fs::remove(config.retrieval[0].sheet);
   EXPECT_EQ(measured(), Labels{"retrieval.r"});
@@ -372,7 +402,8 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   EXPECT_EQ(measured(), Labels{});
   const fs::path foreign = folder_->path() / "foreign.json";
   io::write_json(foreign, {{"hello", 1}});
-  EXPECT_NE(message_of([&] { evaluate_model(world_->run, less, {foreign, {}}); }).find("is no result of moegraft eval"), std::string::npos);
+  EXPECT_NE(message_of([&] { evaluate_model(world_->run, less, {foreign, {}}); }).find("is no result of moegraft eval"),
+            std::string::npos);
   EXPECT_EQ(io::read_json(foreign), (io::Json{{"hello", 1}}));
   config.sequence_length = 48;
   EXPECT_EQ(measured(), labels);
@@ -384,24 +415,38 @@ TEST_F(Measures, FinishedSectionsAreKept) {
   testing::replace_parameters(world_->run, parameters);
 
   io::write_file_atomic(output, "[]");
-  EXPECT_NE(message_of([&] { evaluate_model(world_->run, config, {output, {}}); }).find("is no result of moegraft eval"), std::string::npos);
-  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->run, config, {output.parent_path(), {}}); }).find("is a folder; give a file"), std::string::npos);
+  EXPECT_NE(
+      message_of([&] { evaluate_model(world_->run, config, {output, {}}); }).find("is no result of moegraft eval"),
+      std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] {
+              evaluate_model(world_->run, config, {output.parent_path(), {}});
+            }).find("is a folder; give a file"),
+            std::string::npos);
 }
 
 // A result is kept while the pictures are the same, however they are named.
 TEST_F(Measures, AnotherPictureBehindAnyKindOfManifestIsMeasured) {
   const fs::path dir = folder_->path() / "behind";
   const std::string first = io::read_file(world_->manifest);
-  const fs::path picture = world_->manifest.parent_path() / io::Json::parse(first.substr(0, first.find('\n')))["image"].get<std::string>();
+  const fs::path picture =
+      world_->manifest.parent_path() / io::Json::parse(first.substr(0, first.find('\n')))["image"].get<std::string>();
   for (const char* folder : {"pics", "bare", "f", "red", "labels", "flat"}) fs::create_directories(dir / folder);
-  for (const char* copy : {"pics/a.png", "pics/b.png", "bare/a", "red/a.png", "flat/a.png"}) fs::copy_file(picture, dir / copy);
+  for (const char* copy : {"pics/a.png", "pics/b.png", "bare/a", "red/a.png", "flat/a.png"})
+    fs::copy_file(picture, dir / copy);
   fs::create_directory_symlink("../red", dir / "labels/red");
   io::write_file_atomic(dir / "m-0.jsonl", R"({"image": "pics/a.png", "text": "x"})");
   io::write_file_atomic(dir / "m-1.jsonl", R"({"image": "pics/b.png", "text": "x"})");
   io::write_file_atomic(dir / "f/metadata.jsonl", R"({"file_name": "../pics/a.png", "text": "x"})");
-  io::write_file_atomic(dir / "bare.jsonl", R"({"image": "bare/a", "text": "a text that is longer than the name of a file may be )" + std::string(5000, '.') + "\"}");
+  io::write_file_atomic(dir / "bare.jsonl",
+                        R"({"image": "bare/a", "text": "a text that is longer than the name of a file may be )" +
+                            std::string(5000, '.') + "\"}");
   io::write_file_atomic(dir / "list.csv", "file_name,text\npics/b.png,x\n");
-  for (const auto& [pictures, changed] : {std::pair("m-{0,1}.jsonl", "pics/b.png"), {"f", "pics/a.png"}, {"bare.jsonl", "bare/a"}, {"list.csv", "pics/b.png"}, {"labels", "red/a.png"}, {"flat", "flat/a.png"},
+  for (const auto& [pictures, changed] : {std::pair("m-{0,1}.jsonl", "pics/b.png"),
+                                          {"f", "pics/a.png"},
+                                          {"bare.jsonl", "bare/a"},
+                                          {"list.csv", "pics/b.png"},
+                                          {"labels", "red/a.png"},
+                                          {"flat", "flat/a.png"},
                                           {"flat/a.png", "flat/a.png"}}) {
     SCOPED_TRACE(pictures);
     EvalConfig config;
@@ -415,8 +460,10 @@ TEST_F(Measures, AnotherPictureBehindAnyKindOfManifestIsMeasured) {
     };
     EXPECT_FALSE(kept());
     EXPECT_TRUE(kept());
-    if (std::string(pictures) == changed) io::write_file_atomic(dir / changed, io::read_file(dir / changed) + "x");  // itself, by its content
-    else fs::last_write_time(dir / changed, fs::last_write_time(dir / changed) + std::chrono::seconds(1));
+    if (std::string(pictures) == changed)
+      io::write_file_atomic(dir / changed, io::read_file(dir / changed) + "x");  // itself, by its content
+    else
+      fs::last_write_time(dir / changed, fs::last_write_time(dir / changed) + std::chrono::seconds(1));
     EXPECT_FALSE(kept());
     EXPECT_TRUE(kept());
   }
@@ -433,13 +480,19 @@ TEST_F(Measures, ResultsThatWereEditedAreMeasuredAgain) {
     j[io::Json::json_pointer(at)] = value;
     return j;
   };
-  for (const auto& j : {edited("/text", 5), edited("/text/packing", 5), edited("/text", io::Json::object()), edited("/codec", "none"), edited("/codec/c", io::Json::array()), edited("/sections/codec.c", 1),
+  for (const auto& j : {edited("/text", 5), edited("/text/packing", 5), edited("/text", io::Json::object()),
+                        edited("/codec", "none"), edited("/codec/c", io::Json::array()), edited("/sections/codec.c", 1),
                         edited("/sections/images.all", "00"), edited("/sections/images", "00")}) {
     io::write_json(output, j);
     std::string table;
-    EXPECT_EQ(message_of([&] { evaluate_model(world_->run, config, {output, [&](const std::string& rows) { table += rows; }}); }), "no error") << j["sections"];
+    EXPECT_EQ(message_of([&] {
+                evaluate_model(world_->run, config, {output, [&](const std::string& rows) { table += rows; }});
+              }),
+              "no error")
+        << j["sections"];
     EXPECT_NE(table.find("codec PSNR, c"), std::string::npos);
-    for (const char* key : {"text", "codec"}) EXPECT_EQ(io::read_json(output)[key], io::Json::parse(whole)[key]) << j["sections"];
+    for (const char* key : {"text", "codec"})
+      EXPECT_EQ(io::read_json(output)[key], io::Json::parse(whole)[key]) << j["sections"];
   }
   auto images = edited("/images", 5);
   images["sections"]["images.all"] = "00";
@@ -449,16 +502,21 @@ TEST_F(Measures, ResultsThatWereEditedAreMeasuredAgain) {
 }
 
 TEST_F(Measures, BadInputIsRefused) {
-  const auto parse = [](const std::string& yaml) { return message_of<UsageError>([&] { config::parse<EvalConfig>(config::Document::from_string(yaml)); }); };
+  const auto parse = [](const std::string& yaml) {
+    return message_of<UsageError>([&] { config::parse<EvalConfig>(config::Document::from_string(yaml)); });
+  };
   EXPECT_NE(parse("txt: {}\n").find("text"), std::string::npos);
-  EXPECT_NE(parse("images: [{ name: a, shards: x }, { name: a, shards: y }]\n").find("images[1].name must differ"), std::string::npos);
+  EXPECT_NE(parse("images: [{ name: a, shards: x }, { name: a, shards: y }]\n").find("images[1].name must differ"),
+            std::string::npos);
   EXPECT_NE(parse("drift: { dtypes: [float16] }\n").find("float16"), std::string::npos);
   EXPECT_NE(parse("routing: {}\n").find("`text` and `images`"), std::string::npos);
   EXPECT_NE(parse("text: { shards: [] }\n").find("text.shards"), std::string::npos);
   EvalConfig images;
   images.images.push_back({"a", text_of(world_->image_shards)});
-  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, images); }).find("plain text model"), std::string::npos);
-  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, {}); }).find("nothing to measure"), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, images); }).find("plain text model"),
+            std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { evaluate_model(world_->base, {}); }).find("nothing to measure"),
+            std::string::npos);
   EvalConfig missing;
   missing.text.emplace().shards = {"/nowhere/shards"};
   EXPECT_NE(message_of([&] { evaluate_model(world_->run, missing); }).find("/nowhere/shards"), std::string::npos);
@@ -468,7 +526,9 @@ TEST_F(Measures, BadInputIsRefused) {
 
 TEST_F(Measures, TheCommandPrintsATableOrOneObject) {
   if (testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
-  const auto json = testing::run_moegraft({"eval", world_->run.string(), "--images", world_->image_shards.string(), "--retrieval", world_->manifest.string(), "--ranking", world_->manifest.string(), "--n", "3", "--json"});
+  const auto json =
+      testing::run_moegraft({"eval", world_->run.string(), "--images", world_->image_shards.string(), "--retrieval",
+                             world_->manifest.string(), "--ranking", world_->manifest.string(), "--n", "3", "--json"});
   ASSERT_EQ(json.code, 0) << json.err;
   const auto j = io::Json::parse(json.out);
   EXPECT_EQ(j["images"]["image"]["items"], 16);
@@ -482,9 +542,11 @@ TEST_F(Measures, TheCommandPrintsATableOrOneObject) {
   ASSERT_EQ(two.code, 0) << two.err;
   EvalConfig once;
   once.text.emplace().shards = {text};
-  EXPECT_EQ(io::Json::parse(two.out)["text"]["tokens"], 2 * io::Json::parse(evaluate_model(base, once))["text"]["tokens"].get<int64_t>());
+  EXPECT_EQ(io::Json::parse(two.out)["text"]["tokens"],
+            2 * io::Json::parse(evaluate_model(base, once))["text"]["tokens"].get<int64_t>());
   const std::string file = text_of(folder_->path() / "command.json");
-  const auto table = testing::run_moegraft({"eval", base, "--text", text, "-o", file}), again = testing::run_moegraft({"eval", base, "--text", text, "-o", file});
+  const auto table = testing::run_moegraft({"eval", base, "--text", text, "-o", file}),
+             again = testing::run_moegraft({"eval", base, "--text", text, "-o", file});
   ASSERT_EQ(table.code, 0) << table.err;
   EXPECT_EQ(table.out, again.out);
   EXPECT_NE(again.err.find("command.json holds these already, which are kept: text"), std::string::npos) << again.err;

@@ -89,7 +89,8 @@ TEST_F(Understanding, RanksAgreeWithEveryPairComputedAlone) {
     EXPECT_EQ(all.captions->rank_N[k], rank(i, [&](int64_t c) { return by_caption[c][i]; })) << i;
     EXPECT_EQ(all.pictures->rank_N[k], rank(i, [&](int64_t p) { return by_caption[i][p]; })) << i;
     EXPECT_EQ(all.pictures_pmi->rank_N[k], rank(i, [&](int64_t p) { return by_caption[i][p] - alone[p]; })) << i;
-    differ |= all.pictures->rank_N[k] != all.pictures_pmi->rank_N[k] && all.pictures->rank_N[k] != all.captions->rank_N[k];
+    differ |=
+        all.pictures->rank_N[k] != all.pictures_pmi->rank_N[k] && all.pictures->rank_N[k] != all.captions->rank_N[k];
   }
   EXPECT_TRUE(differ);  // the three are not one
 
@@ -116,18 +117,27 @@ TEST_F(Understanding, TiesCountAgainst) {
 TEST(Baselines, WordsOfACaption) {
   using Words = std::vector<std::string>;
   EXPECT_EQ(words_of("A Red-heart, 2nd!"), (Words{"a", "red", "heart", "2nd"}));
-  EXPECT_EQ(words_of("  Stra\xc3\x9f" "e \xe2\x9d\xa4 "), (Words{"stra\xc3\x9f" "e", "\xe2\x9d\xa4"}));
+  EXPECT_EQ(words_of("  Stra\xc3\x9f"
+                     "e \xe2\x9d\xa4 "),
+            (Words{"stra\xc3\x9f"
+                   "e",
+                   "\xe2\x9d\xa4"}));
   EXPECT_EQ(words_of("-- "), Words{});
 }
 
-// Colours and shapes add up well enough in pixels: the bag of words finds pictures by their words in any order, and pictures it never saw.
+// Colours and shapes add up well enough in pixels: the bag of words finds pictures by their words in any order, and
+// pictures it never saw.
 TEST_F(Understanding, TheBagOfWordsFindsPicturesItHasNotSeen) {
   std::string seen, unseen;
   for (const char* colour : {"red", "green", "blue", "black"})
     for (const char* shape : {"disc", "bar", "cross", "frame"}) {
       const bool held_out = std::string(colour) == "blue" && std::string(shape) == "bar";
       const std::string image = (world_->dir / "images" / (std::string(colour) + "-" + shape + ".png")).string();
-      (held_out ? unseen : seen) += io::Json{{"image", image}, {"text", std::string("a ") + colour + " " + shape}, {"captions", {std::string(shape) + ": " + colour}}}.dump() + "\n";
+      (held_out ? unseen : seen) += io::Json{{"image", image},
+                                             {"text", std::string("a ") + colour + " " + shape},
+                                             {"captions", {std::string(shape) + ": " + colour}}}
+                                        .dump() +
+                                    "\n";
     }
   io::write_file_atomic(folder_->path() / "seen.jsonl", seen);
   io::write_file_atomic(folder_->path() / "unseen.jsonl", unseen);
@@ -136,10 +146,13 @@ TEST_F(Understanding, TheBagOfWordsFindsPicturesItHasNotSeen) {
   auto unseen_task = retrieval("unseen", folder_->path() / "unseen.jsonl");
   unseen_task.candidates = section.manifest;
   // Not a word of it is known.
-  io::write_file_atomic(folder_->path() / "foreign.jsonl", io::Json{{"image", (world_->dir / "images/red-bar.png").string()}, {"text", "xyz"}}.dump() + "\n");
+  io::write_file_atomic(
+      folder_->path() / "foreign.jsonl",
+      io::Json{{"image", (world_->dir / "images/red-bar.png").string()}, {"text", "xyz"}}.dump() + "\n");
   auto foreign = retrieval("foreign", folder_->path() / "foreign.jsonl");
   foreign.candidates = section.manifest;
-  const Baselines b = measure_baselines(*model_, tokens(), section, {retrieval("seen", section.manifest), unseen_task, foreign});
+  const Baselines b =
+      measure_baselines(*model_, tokens(), section, {retrieval("seen", section.manifest), unseen_task, foreign});
   EXPECT_EQ(b.pictures, 15);
   EXPECT_EQ(b.captions, 30);
   EXPECT_EQ(b.bag_of_words.features, 9);  // "a", four colours, four shapes
@@ -161,32 +174,38 @@ TEST_F(Understanding, TheSectionsInOneEvaluation) {
   config.baselines.emplace().manifest = world_->manifest.string();
   config.ranking = {ranking(4, 4)};
   std::string table;
-  const auto j = io::Json::parse(evaluate_model(world_->run, config, {{}, [&](const std::string& rows) { table += rows; }}));
+  const auto j =
+      io::Json::parse(evaluate_model(world_->run, config, {{}, [&](const std::string& rows) { table += rows; }}));
   const auto& task = j["baselines"]["tasks"]["all"];
   for (const char* key : {"bag_of_words", "base_states"}) EXPECT_TRUE(task[key].contains("top10")) << key;
   EXPECT_EQ(task["n"], 2);
   EXPECT_DOUBLE_EQ(task["chance"]["top1"].get<double>(), 1.0 / 16);
-  for (const char* key : {"image_to_caption", "caption_to_image", "caption_to_image_pmi"}) EXPECT_TRUE(j["ranking"]["all"][key].contains("mean_rank")) << key;
+  for (const char* key : {"image_to_caption", "caption_to_image", "caption_to_image_pmi"})
+    EXPECT_TRUE(j["ranking"]["all"][key].contains("mean_rank")) << key;
   EXPECT_EQ(j["ranking"]["all"]["candidates"], 4);
-  for (const char* row : {"bag of words top-1, all", "base states top-1, all", "likeliest caption, all", "likeliest picture, all"}) EXPECT_NE(table.find(row), std::string::npos) << row << " in\n" << table;
+  for (const char* row :
+       {"bag of words top-1, all", "base states top-1, all", "likeliest caption, all", "likeliest picture, all"})
+    EXPECT_NE(table.find(row), std::string::npos) << row << " in\n" << table;
 }
 
 TEST_F(Understanding, BadInputIsRefused) {
   const auto parse = [](const std::string& yaml) -> std::string {
     try {
       config::parse<EvalConfig>(config::Document::from_string(yaml));
-    } catch (const UsageError& e) {
-      return e.what();
-    }
+    } catch (const UsageError& e) { return e.what(); }
     return "no error";
   };
   EXPECT_NE(parse("baselines: { manifest: x }\n").find("`retrieval`"), std::string::npos);
-  EXPECT_NE(parse("ranking: [{ name: a, manifest: x, candidates: 1 }]\n").find("ranking[0].candidates"), std::string::npos);
+  EXPECT_NE(parse("ranking: [{ name: a, manifest: x, candidates: 1 }]\n").find("ranking[0].candidates"),
+            std::string::npos);
   EXPECT_NE(parse("ranking: [{ name: a, manifest: x, direction: up }]\n").find("image_to_caption"), std::string::npos);
-  EXPECT_NE(parse("ranking: [{ name: a, manifest: x }, { name: a, manifest: y }]\n").find("ranking[1].name must differ"), std::string::npos);
+  EXPECT_NE(
+      parse("ranking: [{ name: a, manifest: x }, { name: a, manifest: y }]\n").find("ranking[1].name must differ"),
+      std::string::npos);
   // One picture under two names: nothing to choose among.
   const std::string image = (world_->dir / "images/red-disc.png").string();
-  io::write_file_atomic(folder_->path() / "one.jsonl", io::Json{{"image", image}, {"text", "a"}}.dump() + "\n" + io::Json{{"image", image}, {"text", "b"}}.dump() + "\n");
+  io::write_file_atomic(folder_->path() / "one.jsonl", io::Json{{"image", image}, {"text", "a"}}.dump() + "\n" +
+                                                           io::Json{{"image", image}, {"text", "b"}}.dump() + "\n");
   auto section = ranking(2, 2);
   section.manifest = (folder_->path() / "one.jsonl").string();
   try {

@@ -31,7 +31,8 @@ TEST(Ridge, AgreesWithNumpy) {
     };
     const NormalEquations rows = sums(0, fitted), rest = sums(fitted, held_out);
     for (size_t r = 0; r < ratios.size(); ++r) {
-      const double error = rest.squared_error(rows.solve(ratios[r] * rows.mean_variance())) / double(held_out * y.size(1));
+      const double error =
+          rest.squared_error(rows.solve(ratios[r] * rows.mean_variance())) / double(held_out * y.size(1));
       EXPECT_NEAR(error, golden["errors"][r].get<double>(), 1e-9 * error);
     }
     const ChosenRidge chosen = choose_ridge(rows, rest, ratios);
@@ -39,7 +40,8 @@ TEST(Ridge, AgreesWithNumpy) {
     EXPECT_NEAR(chosen.held_out_error, golden["errors"][golden["best"].get<size_t>()].get<double>(), 1e-9);
     EXPECT_NEAR(chosen.ridge.lambda, golden["lambda"].get<double>(), 1e-10);
     EXPECT_LT((chosen.ridge.weight_FP - matrix("weight")).abs().max().item<double>(), 1e-10);
-    EXPECT_LT((chosen.ridge.predict(sparse ? x.to_sparse() : x) - matrix("prediction")).abs().max().item<double>(), 1e-10);
+    EXPECT_LT((chosen.ridge.predict(sparse ? x.to_sparse() : x) - matrix("prediction")).abs().max().item<double>(),
+              1e-10);
   }
 }
 

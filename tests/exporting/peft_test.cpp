@@ -33,13 +33,15 @@ constexpr double kExact = 1e-14;
 
 model::DecoderSpec small_spec() {
   model::DecoderSpec s;
-  s.family = "qwen3_moe", s.vocab_size = 10, s.hidden_size = 4, s.num_layers = 2, s.num_heads = 2, s.num_kv_heads = 1, s.head_dim = 2;
+  s.family = "qwen3_moe", s.vocab_size = 10, s.hidden_size = 4, s.num_layers = 2, s.num_heads = 2, s.num_kv_heads = 1,
+  s.head_dim = 2;
   s.moe_intermediate_size = 3, s.num_experts = 3, s.num_experts_per_tok = 1;
   s.layers.assign(2, {});
   return s;
 }
 
-std::shared_ptr<adapters::ModalityLora> make_lora(const model::DecoderSpec& spec, std::vector<std::string> sites, std::vector<int64_t> layers = {}, double alpha = 4) {
+std::shared_ptr<adapters::ModalityLora> make_lora(const model::DecoderSpec& spec, std::vector<std::string> sites,
+                                                  std::vector<int64_t> layers = {}, double alpha = 4) {
   adapters::AdapterConfig c;
   c.rank = 2, c.alpha = alpha, c.sites = std::move(sites), c.layers = std::move(layers);
   return std::make_shared<adapters::ModalityLora>(spec, c, 0, std::vector<int64_t>{1}, at::kCPU);
@@ -106,12 +108,14 @@ TEST(PeftLayout, KeysNestWhenBothExpertWeightsAreTargeted) {
   const auto both = collect_targets(small_spec(), {make_lora(small_spec(), {"down", "up", "q"})});
   ASSERT_EQ(both.size(), 6u);
   EXPECT_EQ(tensor_key(both[0], both, "lora_A"), "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
-  EXPECT_EQ(tensor_key(both[1], both, "lora_B"), "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight");
+  EXPECT_EQ(tensor_key(both[1], both, "lora_B"),
+            "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight");
   EXPECT_EQ(tensor_key(both[2], both, "lora_A"), "base_model.model.model.layers.0.mlp.experts.lora_A.weight");
 }
 
 TEST(PeftLayout, ScalesOfSeveralAdaptersAreFolded) {
-  const auto a = make_lora(small_spec(), {"q"}, {0}, 4), b = make_lora(small_spec(), {"q"}, {0}, 1);  // scales 2 and 0.5
+  const auto a = make_lora(small_spec(), {"q"}, {0}, 4),
+             b = make_lora(small_spec(), {"q"}, {0}, 1);  // scales 2 and 0.5
   number(*a);
   number(*b);
   const auto targets = collect_targets(small_spec(), {a, b});
@@ -136,7 +140,8 @@ struct Case {
   TinyWorld world;
 };
 
-Case make_case(const TinyWorld& base, const std::string& name, const std::function<void(run::RunConfig&)>& change = {}) {
+Case make_case(const TinyWorld& base, const std::string& name,
+               const std::function<void(run::RunConfig&)>& change = {}) {
   Case c{name, base};
   c.world.run = base.dir / ("run-" + name);
   c.world.config.run.dir = c.world.run.string();
@@ -154,7 +159,8 @@ graft::GraftedModel open(const TinyWorld& world) {
 // Text and new ids, mixed at random.
 at::Tensor make_ids(const graft::GraftedModel& m) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(5);
-  const at::Tensor text = at::randint(0, m.vocabulary.text_size, {2, 12}, generator, at::kLong), grafted = at::randint(m.vocabulary.text_size, m.vocabulary.size(), {2, 12}, generator, at::kLong);
+  const at::Tensor text = at::randint(0, m.vocabulary.text_size, {2, 12}, generator, at::kLong),
+                   grafted = at::randint(m.vocabulary.text_size, m.vocabulary.size(), {2, 12}, generator, at::kLong);
   at::Tensor ids = at::cat({text.narrow(1, 0, 6), grafted, text.narrow(1, 6, 6)}, 1);
   ids[0][6] = m.vocabulary.modalities[0].begin_id();
   ids[0][17] = m.vocabulary.modalities[0].end_id();
@@ -165,7 +171,9 @@ at::Tensor ungated_logits(const graft::GraftedModel& m, const at::Tensor& ids_BS
   const at::NoGradGuard no_grad;
   model::ForwardOptions options;
   options.gate = model::Gate::all;
-  return m.decoder->all_logits(m.decoder->forward(model::pack_rows(ids_BS), options).hidden_TD).view({ids_BS.size(0), ids_BS.size(1), -1}).clone();
+  return m.decoder->all_logits(m.decoder->forward(model::pack_rows(ids_BS), options).hidden_TD)
+      .view({ids_BS.size(0), ids_BS.size(1), -1})
+      .clone();
 }
 
 void set_adapter(run::RunConfig& c, std::vector<std::string> sites, std::vector<int64_t> layers = {}) {
@@ -186,12 +194,15 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
   cases.push_back(make_case(testing::make_tiny_world(folder / "dots1", {"dots1", false, 2, 10}), "dots1"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "llama", {"llama", false, 2, 7}), "llama"));
   cases.push_back(make_case(testing::make_tiny_world(folder / "mistral", {"mistral", false, 2, 8}), "mistral"));
-  cases.push_back(make_case(testing::make_tiny_world(folder / "qwen3", {"qwen3", false, 2, 9}), "qwen3-up", [](auto& c) { set_adapter(c, {"up", "q", "gate"}, {1}); }));
+  cases.push_back(make_case(testing::make_tiny_world(folder / "qwen3", {"qwen3", false, 2, 9}), "qwen3-up",
+                            [](auto& c) { set_adapter(c, {"up", "q", "gate"}, {1}); }));
   cases.push_back(make_case(qwen, "only-down", [](auto& c) { set_adapter(c, {"down"}); }));
   cases.push_back(make_case(qwen, "only-up", [](auto& c) { set_adapter(c, {"up"}); }));
   cases.push_back(make_case(qwen, "experts", [](auto& c) { set_adapter(c, {"gate", "up", "down"}); }));
-  cases.push_back(make_case(qwen, "attention-rslora", [](auto& c) { set_adapter(c, {"q", "v"}), c.adapters[0].use_rslora = true; }));
-  cases.push_back(make_case(qwen, "vera", [](auto& c) { c.adapters[0].kind = adapters::AdapterKind::vera, c.adapters[0].rank = 12; }));
+  cases.push_back(make_case(qwen, "attention-rslora",
+                            [](auto& c) { set_adapter(c, {"q", "v"}), c.adapters[0].use_rslora = true; }));
+  cases.push_back(make_case(
+      qwen, "vera", [](auto& c) { c.adapters[0].kind = adapters::AdapterKind::vera, c.adapters[0].rank = 12; }));
   cases.push_back(make_case(qwen, "one-layer", [](auto& c) { set_adapter(c, {"gate", "down", "o"}, {1}); }));
   cases.push_back(make_case(qwen, "two-adapters", [](auto& c) {
     c.adapters.push_back(c.adapters[0]);
@@ -210,14 +221,20 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
     const at::Tensor ids = make_ids(m);
     io::save_safetensors(options.output.string() + ".ids", {{"input_ids", ids}});
     io::save_safetensors(options.output.string() + ".logits", {{"logits", ungated_logits(m, ids)}});
-    list.push_back({{"name", c.name}, {"base", c.world.base.string()}, {"export", options.output.string()}, {"ids", options.output.string() + ".ids"},
-                    {"logits", options.output.string() + ".logits"}, {"vocab_size", m.vocabulary.size()}});
+    list.push_back({{"name", c.name},
+                    {"base", c.world.base.string()},
+                    {"export", options.output.string()},
+                    {"ids", options.output.string() + ".ids"},
+                    {"logits", options.output.string() + ".logits"},
+                    {"vocab_size", m.vocabulary.size()}});
   }
   // The control: experts in reverse order must be seen.
   fs::copy(folder / "peft-experts", folder / "peft-scrambled");
   io::TensorMap tensors;
   for (const auto& [name, t] : io::load_safetensors(folder / "peft-experts/adapter_model.safetensors"))
-    tensors[name] = name.ends_with("experts.lora_B.weight") ? t.view({t.size(0), -1, 4}).flip(2).reshape(t.sizes()).contiguous() : t.clone();
+    tensors[name] = name.ends_with("experts.lora_B.weight")
+                        ? t.view({t.size(0), -1, 4}).flip(2).reshape(t.sizes()).contiguous()
+                        : t.clone();
   io::save_safetensors(folder / "peft-scrambled/adapter_model.safetensors", tensors, {{"format", "pt"}});
   for (const Json& entry : Json(list))
     if (entry["name"] == "experts") {
@@ -226,7 +243,8 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
       list.push_back(scrambled);
     }
   io::write_json(folder / "cases.json", list);
-  testing::Process process({python, test_source_dir() + "/tests/exporting/check_peft.py", (folder / "cases.json").string(), (folder / "results.json").string()},
+  testing::Process process({python, test_source_dir() + "/tests/exporting/check_peft.py",
+                            (folder / "cases.json").string(), (folder / "results.json").string()},
                            {"OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", "CUDA_VISIBLE_DEVICES="});
   const testing::ProcessResult done = process.wait();
   ASSERT_EQ(done.code, 0) << done.err;
@@ -244,7 +262,9 @@ TEST(Peft, TransformersAndPeftGiveTheRunsLogits) {
     EXPECT_LE(r["text_off"].get<double>(), 1e-5) << name;
     for (const auto& w : r["warnings"]) {
       const std::string text = w;
-      EXPECT_TRUE(text.find("moegraft_gate") != std::string::npos || (text.find("_pattern keys did not match") != std::string::npos && (name == "experts" || name == "two-adapters")))
+      EXPECT_TRUE(text.find("moegraft_gate") != std::string::npos ||
+                  (text.find("_pattern keys did not match") != std::string::npos &&
+                   (name == "experts" || name == "two-adapters")))
           << name << ": " << text;
     }
   }
@@ -302,7 +322,8 @@ TEST_F(Export, WritesConfigMarkerVocabularyAndReadme) {
   EXPECT_EQ(report.tensors, 2 * 6 * 2 + 2);
   for (const auto& t : report.targets)
     for (const int64_t n : t.nonzero) EXPECT_GT(n, 0) << t.path;
-  for (const auto& entry : fs::directory_iterator(folder_->path())) EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
+  for (const auto& entry : fs::directory_iterator(folder_->path()))
+    EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
 }
 
 TEST_F(Export, VerificationSeesDamage) {
@@ -326,16 +347,24 @@ TEST_F(Export, VerificationSeesDamage) {
     at::Tensor& B = t.at(experts + "lora_B.weight");
     B = B.view({B.size(0), -1, 4}).transpose(1, 2).reshape(B.sizes()).contiguous();
   });
-  refuses("one expert dropped", [&](io::TensorMap& t) { t.at(experts + "base_layer.lora_A.weight").narrow(0, 8, 8).zero_(); });
+  refuses("one expert dropped",
+          [&](io::TensorMap& t) { t.at(experts + "base_layer.lora_A.weight").narrow(0, 8, 8).zero_(); });
   refuses("one element off", [&](io::TensorMap& t) { t.at(experts + "lora_A.weight")[3][2].add_(1e-3); });
   refuses("missing tensor", [&](io::TensorMap& t) { t.erase(experts + "lora_A.weight"); });
   refuses("superfluous tensor", [&](io::TensorMap& t) { t["extra"] = at::zeros({1}); });
   refuses("wrong shape", [&](io::TensorMap& t) { t.at(experts + "lora_A.weight") = at::zeros({3, 3}); });
-  refuses("not a number", [&](io::TensorMap& t) { t.at("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")[0][0].fill_(NAN); });
-  refuses("a row", [&](io::TensorMap& t) { t.at("base_model.model.lm_head.token_adapter.trainable_tokens_delta")[17][0].add_(1); });
+  refuses("not a number", [&](io::TensorMap& t) {
+    t.at("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")[0][0].fill_(NAN);
+  });
+  refuses("a row", [&](io::TensorMap& t) {
+    t.at("base_model.model.lm_head.token_adapter.trainable_tokens_delta")[17][0].add_(1);
+  });
   const Json config = io::read_json(json);
-  const std::vector<std::pair<std::string, Json>> edits = {
-      {"lora_alpha", 17}, {"rank_pattern", Json::object()}, {"target_parameters", Json::array()}, {"use_rslora", true}, {"r", "x"}};
+  const std::vector<std::pair<std::string, Json>> edits = {{"lora_alpha", 17},
+                                                           {"rank_pattern", Json::object()},
+                                                           {"target_parameters", Json::array()},
+                                                           {"use_rslora", true},
+                                                           {"r", "x"}};
   for (const auto& [key, value] : edits) {
     Json bad = config;
     bad[key] = value;
@@ -352,7 +381,8 @@ TEST_F(Export, ANaNInTheRunLeavesNothingBehind) {
   }
   EXPECT_THROW(export_peft(m, to("nan")), UserError);
   EXPECT_FALSE(fs::exists(to("nan").output));
-  for (const auto& entry : fs::directory_iterator(folder_->path())) EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
+  for (const auto& entry : fs::directory_iterator(folder_->path()))
+    EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
 }
 
 TEST_F(Export, SilentExpertsAreCounted) {
@@ -383,14 +413,13 @@ TEST_F(Export, ABrokenWriteKeepsTheEarlierExport) {
   std::string error;
   try {
     export_peft(m, options);
-  } catch (const UserError& e) {
-    error = e.what();
-  }
+  } catch (const UserError& e) { error = e.what(); }
   setrlimit(RLIMIT_FSIZE, &old);
   std::signal(SIGXFSZ, handler);
   EXPECT_FALSE(error.empty());
   EXPECT_EQ(io::read_file(options.output / "adapter_model.safetensors"), before);
-  for (const auto& entry : fs::directory_iterator(folder_->path())) EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
+  for (const auto& entry : fs::directory_iterator(folder_->path()))
+    EXPECT_EQ(entry.path().filename().string().find(".part"), std::string::npos) << entry.path();
   EXPECT_NO_THROW(export_peft(m, options));
 }
 
@@ -425,8 +454,10 @@ TEST_F(Export, CommandLine) {
   const graft::GraftedModel m = open(*world_);
   const at::Tensor ids = make_ids(m);
   io::save_safetensors(out + ".ids", {{"input_ids", ids}});
-  ASSERT_EQ(testing::run_moegraft({"logits", run, "--ids", out + ".ids", "-o", out + ".logits", "--gate", "all"}).code, 0);
-  EXPECT_LE((io::SafetensorsFile(out + ".logits").tensor("logits") - ungated_logits(m, ids)).abs().max().item<float>(), 1e-5f);  // threads may split sums elsewhere
+  ASSERT_EQ(testing::run_moegraft({"logits", run, "--ids", out + ".ids", "-o", out + ".logits", "--gate", "all"}).code,
+            0);
+  EXPECT_LE((io::SafetensorsFile(out + ".logits").tensor("logits") - ungated_logits(m, ids)).abs().max().item<float>(),
+            1e-5f);  // threads may split sums elsewhere
   EXPECT_EQ(testing::run_moegraft({"export", run, "-o", out}).code, 2);
   EXPECT_EQ(testing::run_moegraft({"export", run, "-o", out, "--overwrite"}).code, 0);
   const auto later = testing::run_moegraft({"export", run, "-o", out + "2", "--format", "hf-merged"});

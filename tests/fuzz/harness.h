@@ -1,5 +1,6 @@
 #pragma once
-// Runs a reader over mutated inputs for a bounded time: it may refuse an input with a UserError and nothing else, within seconds.
+// Runs a reader over mutated inputs for a bounded time: it may refuse an input with a UserError and nothing else,
+// within seconds.
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -55,28 +56,29 @@ inline void run(const Target& target, const std::function<void(const Scratch&, c
   const Scratch dir;
   for (const auto& good : target.seeds) ASSERT_NO_THROW(read(dir, good)) << target.name << ": a seed must read";
   int64_t inputs = 0, refused = 0;
-  for (const auto begin = Clock::now(); std::chrono::duration<double>(Clock::now() - begin).count() < seconds; ++inputs) {
+  for (const auto begin = Clock::now(); std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
+       ++inputs) {
     Rng rng(seed ? std::strtoull(seed, nullptr, 10) : 17, target.name, uint64_t(inputs));
     const std::string text = mutate(target.seeds, rng);
     const auto start = Clock::now();
     std::string trouble;
     try {
       read(dir, text);
-    } catch (const UserError&) {
-      ++refused;
-    } catch (const std::exception& e) {
+    } catch (const UserError&) { ++refused; } catch (const std::exception& e) {
       trouble = std::string("not a UserError: ") + e.what();
     }
     const double took = std::chrono::duration<double>(Clock::now() - start).count();
     if (took > kMostSeconds) trouble = "took " + std::to_string(took) + " s";
     if (trouble.empty()) continue;
-    const auto kept = std::filesystem::temp_directory_path() / ("moegraft-fuzz-" + std::string(target.name) + "-" + std::to_string(inputs));
+    const auto kept = std::filesystem::temp_directory_path() /
+                      ("moegraft-fuzz-" + std::string(target.name) + "-" + std::to_string(inputs));
     std::ofstream(kept, std::ios::binary) << text;
     ADD_FAILURE() << target.name << ", input " << inputs << " (kept in " << kept << "): " << trouble;
     break;
   }
   log::set_level(log::Level::info);
-  std::printf("%s: %lld inputs, %lld refused\n", target.name, static_cast<long long>(inputs), static_cast<long long>(refused));
+  std::printf("%s: %lld inputs, %lld refused\n", target.name, static_cast<long long>(inputs),
+              static_cast<long long>(refused));
 }
 
 }  // namespace moegraft::fuzz

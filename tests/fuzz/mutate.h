@@ -1,5 +1,6 @@
 #pragma once
-// Damaged and hostile variants of a good file: bytes changed, cut, doubled and spliced, and what breaks parsers of JSON and YAML put between.
+// Damaged and hostile variants of a good file: bytes changed, cut, doubled and spliced, and what breaks parsers of JSON
+// and YAML put between.
 
 #include <algorithm>
 #include <string>
@@ -10,14 +11,51 @@
 namespace moegraft::fuzz {
 
 inline std::string mutate(const std::vector<std::string>& seeds, Rng& rng) {
-  static const std::vector<std::string> tokens{
-      "null", "-1", "0", "1e999", "-1e999", "99999999999999999999", "9223372036854775807", "-9223372036854775808", "1e-400", "true", "\"\"", "{}", "[]", "{\"", "\"\\ud83d\"", "\"\\u0000\"", "\xff\xfe", "\xEF\xBB\xBF",
-      "\xF0\x9F", "[[[[[[[[", std::string(3000, '['), std::string(3000, '{'), "\n", "\r\n", "\t", "\0\0\0\0\0\0\0\0", "\\", "../../../etc/passwd", "(?:a?){30}a{30}", "(a+)+$", "\\C", "(*UTF)", "[a", "{1,99999}", "&a [*a]", "!!python/object:os.system",
-      "- - - -", "data_offsets", "\"ids\":", std::string(70000, 'x')};
+  static const std::vector<std::string> tokens{"null",
+                                               "-1",
+                                               "0",
+                                               "1e999",
+                                               "-1e999",
+                                               "99999999999999999999",
+                                               "9223372036854775807",
+                                               "-9223372036854775808",
+                                               "1e-400",
+                                               "true",
+                                               "\"\"",
+                                               "{}",
+                                               "[]",
+                                               "{\"",
+                                               "\"\\ud83d\"",
+                                               "\"\\u0000\"",
+                                               "\xff\xfe",
+                                               "\xEF\xBB\xBF",
+                                               "\xF0\x9F",
+                                               "[[[[[[[[",
+                                               std::string(3000, '['),
+                                               std::string(3000, '{'),
+                                               "\n",
+                                               "\r\n",
+                                               "\t",
+                                               "\0\0\0\0\0\0\0\0",
+                                               "\\",
+                                               "../../../etc/passwd",
+                                               "(?:a?){30}a{30}",
+                                               "(a+)+$",
+                                               "\\C",
+                                               "(*UTF)",
+                                               "[a",
+                                               "{1,99999}",
+                                               "&a [*a]",
+                                               "!!python/object:os.system",
+                                               "- - - -",
+                                               "data_offsets",
+                                               "\"ids\":",
+                                               std::string(70000, 'x')};
   std::string text = seeds[rng.below(seeds.size())];
   const auto place = [&] { return text.empty() ? size_t{0} : size_t(rng.below(text.size())); };
   for (uint64_t n = 1 + rng.below(6); n > 0; --n) {
-    const size_t at = place(), length = std::min<size_t>(text.size() - at, 1 + rng.below(rng.below(4) == 0 ? 4096 : 24));
+    const size_t at = place(),
+                 length = std::min<size_t>(text.size() - at, 1 + rng.below(rng.below(4) == 0 ? 4096 : 24));
     switch (rng.below(9)) {
       case 0:
         if (!text.empty()) text[at] = char(rng.below(256));

@@ -24,10 +24,13 @@ class FrameCodec : public codec::Codec {
 graft::GraftedModel two_modalities() {
   graft::GraftedModel m = tiny_graft();
   const FrameCodec codec;
-  m.vocabulary.modalities.push_back({"sound", 2, kSound, codec.num_codes(), codec.item_length(), codec.shape().codebooks});
+  m.vocabulary.modalities.push_back(
+      {"sound", 2, kSound, codec.num_codes(), codec.item_length(), codec.shape().codebooks});
   m.codecs["sound"] = std::make_shared<FrameCodec>();
   auto generator = at::make_generator<at::CPUGeneratorImpl>(12);
-  const auto normal = [&](double std) { return at::empty({kSoundCodes + 2, m.decoder->spec().hidden_size}, at::kFloat).normal_(0.0, std, generator); };
+  const auto normal = [&](double std) {
+    return at::empty({kSoundCodes + 2, m.decoder->spec().hidden_size}, at::kFloat).normal_(0.0, std, generator);
+  };
   m.decoder->attach_rows({2, kSound, normal(1.0), normal(0.5)});
   return m;
 }
@@ -51,14 +54,16 @@ TEST(Codebooks, TheVocabularysPlacesAreTheCodecs) {
     const codec::Codec& codec = *m.codecs.at(tokens.name);
     EXPECT_EQ(tokens.codebook_size(), codec.codebook_size());
     EXPECT_EQ(tokens.item_length, codec.item_length());
-    for (int64_t place = 0; place < tokens.item_length; ++place) EXPECT_EQ(tokens.first_code(place), place % codec.shape().codebooks * codec.codebook_size());
+    for (int64_t place = 0; place < tokens.item_length; ++place)
+      EXPECT_EQ(tokens.first_code(place), place % codec.shape().codebooks * codec.codebook_size());
   }
   EXPECT_EQ(m.vocabulary.size(), kSound + kSoundCodes + 2);
 }
 
 TEST(Codebooks, EveryPlaceIsDrawnFromItsCodebook) {
   const auto m = two_modalities();
-  // Every place would take a code of the other codebook, begin or end: the first codebook's rows are made large, and those of begin and end larger.
+  // Every place would take a code of the other codebook, begin or end: the first codebook's rows are made large, and
+  // those of begin and end larger.
   const at::NoGradGuard no_grad;
   at::Tensor head = m.decoder->rows()[1].head_ND;
   head.narrow(0, 2, kSize).mul_(100);
@@ -96,7 +101,9 @@ TEST(Codebooks, GreedyPicksTheBestCodeOfTheCodebook) {
     batch.modality_T = at::tensor(at::ArrayRef<int64_t>(whole.modality), at::kLong);
     batch.positions_T = at::arange(whole.size(), at::kLong);
     batch.cu_seqlens = {0, whole.size()};
-    const at::Tensor logits = m.decoder->modality_logits(m.decoder->forward(batch).hidden_TD, 1).narrow(1, 2, kSoundCodes).narrow(0, prompt.size(), kSoundLength);
+    const at::Tensor logits = m.decoder->modality_logits(m.decoder->forward(batch).hidden_TD, 1)
+                                  .narrow(1, 2, kSoundCodes)
+                                  .narrow(0, prompt.size(), kSoundLength);
     for (int64_t i = 0; i < kSoundLength; ++i) {
       const int64_t first = i % kBooks * kSize;
       EXPECT_EQ(ids_L[i].item<int64_t>(), first + logits[i].narrow(0, first, kSize).argmax().item<int64_t>()) << i;
@@ -108,9 +115,12 @@ TEST(Codebooks, APromptTakesCodesAtTheirPlacesAlone) {
   const auto m = two_modalities();
   const auto with = [](std::vector<int64_t> codes) { return Prompt{{"sound", "", {}, at::tensor(codes, at::kLong)}}; };
   const PromptTokens tokens = tokenize(m, with({0, 4, 3, 7, 1, 5}));
-  EXPECT_EQ(tokens.ids, (std::vector<int64_t>{kBos, kSound, kSound + 2, kSound + 6, kSound + 5, kSound + 9, kSound + 3, kSound + 7, kSound + 1}));
-  EXPECT_EQ(message_of<UserError>([&] { tokenize(m, with({0, 3, 0, 4, 0, 4})); }), "code 3 of sound is outside [4, 8), the codebook of place 1");
-  EXPECT_EQ(message_of<UserError>([&] { tokenize(m, with({0, 4, 4, 4, 0, 4})); }), "code 4 of sound is outside [0, 4), the codebook of place 2");
+  EXPECT_EQ(tokens.ids, (std::vector<int64_t>{kBos, kSound, kSound + 2, kSound + 6, kSound + 5, kSound + 9, kSound + 3,
+                                              kSound + 7, kSound + 1}));
+  EXPECT_EQ(message_of<UserError>([&] { tokenize(m, with({0, 3, 0, 4, 0, 4})); }),
+            "code 3 of sound is outside [4, 8), the codebook of place 1");
+  EXPECT_EQ(message_of<UserError>([&] { tokenize(m, with({0, 4, 4, 4, 0, 4})); }),
+            "code 4 of sound is outside [0, 4), the codebook of place 2");
 }
 
 TEST(Codebooks, ACodecOfAnotherKindMakesNoPictures) {
@@ -121,7 +131,8 @@ TEST(Codebooks, ACodecOfAnotherKindMakesNoPictures) {
   EXPECT_EQ(message_of<UserError>([&] { generate_images(m, std::vector<std::string>{"x"}, o); }), expected);
   EXPECT_EQ(message_of<UserError>([&] { tokenize(m, {{"sound", "", "x.png", {}}}); }), expected);
   // Beside it pictures are what they were.
-  EXPECT_TRUE(at::equal(generate_images(m, std::vector<std::string>{"red heart"})[0].ids_L, generate_images(tiny_graft(), std::vector<std::string>{"red heart"})[0].ids_L));
+  EXPECT_TRUE(at::equal(generate_images(m, std::vector<std::string>{"red heart"})[0].ids_L,
+                        generate_images(tiny_graft(), std::vector<std::string>{"red heart"})[0].ids_L));
 }
 
 }  // namespace

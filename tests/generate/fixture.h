@@ -48,7 +48,11 @@ class GreyCodec : public codec::ImageCodec {
   }
   at::Tensor decode(const at::Tensor& ids) const override {
     check_ids(ids);
-    return (ids.to(at::kFloat) / 15).reshape({-1, 1, kGrid, kGrid}).expand({-1, 3, kGrid, kGrid}).repeat_interleave(2, 2).repeat_interleave(2, 3);
+    return (ids.to(at::kFloat) / 15)
+        .reshape({-1, 1, kGrid, kGrid})
+        .expand({-1, 3, kGrid, kGrid})
+        .repeat_interleave(2, 2)
+        .repeat_interleave(2, 3);
   }
   void to(at::Device) override {}
 };
@@ -86,9 +90,13 @@ inline graft::GraftedModel tiny_graft(bool with_images = true) {
   m.vocabulary.modalities.push_back({"image", 1, kText, kCodes, kLength});
   m.codecs["image"] = std::make_shared<GreyCodec>();
   auto generator = at::make_generator<at::CPUGeneratorImpl>(11);
-  const auto normal = [&](at::IntArrayRef shape, double std) { return at::empty(shape, at::kFloat).normal_(0.0, std, generator); };
-  m.decoder->attach_rows({1, kText, normal({kCodes + 2, spec.hidden_size}, 1.0), normal({kCodes + 2, spec.hidden_size}, 0.5)});
-  auto lora = std::make_shared<adapters::ModalityLora>(spec, adapters::AdapterConfig{}, 0, std::vector<int64_t>{1}, at::kCPU);
+  const auto normal = [&](at::IntArrayRef shape, double std) {
+    return at::empty(shape, at::kFloat).normal_(0.0, std, generator);
+  };
+  m.decoder->attach_rows(
+      {1, kText, normal({kCodes + 2, spec.hidden_size}, 1.0), normal({kCodes + 2, spec.hidden_size}, 0.5)});
+  auto lora =
+      std::make_shared<adapters::ModalityLora>(spec, adapters::AdapterConfig{}, 0, std::vector<int64_t>{1}, at::kCPU);
   const at::NoGradGuard no_grad;
   for (auto& factor : lora->factors()) {
     factor.A.copy_(normal(factor.A.sizes(), 0.1));
@@ -123,9 +131,7 @@ template <class E, class F>
 std::string message_of(const F& f) {
   try {
     f();
-  } catch (const E& e) {
-    return e.what();
-  } catch (const std::exception& e) {
+  } catch (const E& e) { return e.what(); } catch (const std::exception& e) {
     return std::string("another kind of error: ") + e.what();
   }
   return "no error";

@@ -24,7 +24,8 @@ ImageOptions greedy(double cfg = 1.0) {
 TEST(GenerateImages, CachedStepsEqualTheFullForward) {
   const auto m = tiny_graft();
   const at::NoGradGuard no_grad;
-  PromptTokens short_prompt = tokenize(m, text_prompt("cat")), long_prompt = tokenize(m, text_prompt("a longer prompt"));
+  PromptTokens short_prompt = tokenize(m, text_prompt("cat")),
+               long_prompt = tokenize(m, text_prompt("a longer prompt"));
   for (auto* p : {&short_prompt, &long_prompt}) p->ids.push_back(kText), p->modality.push_back(1);
   const Prefix a = prefill(m, short_prompt), b = prefill(m, long_prompt);
   model::KvCache cache(m.decoder->spec(), 2, 40, at::kFloat, at::kCPU);
@@ -33,7 +34,8 @@ TEST(GenerateImages, CachedStepsEqualTheFullForward) {
   Steps step(m, cache, 2, 1, [](const at::Tensor& hidden) { return hidden; }, DecodeSteps::plain);
   for (const int64_t code : {3, 15, 0, 7}) {
     for (auto* p : {&short_prompt, &long_prompt}) p->ids.push_back(kText + 2 + code), p->modality.push_back(1);
-    const at::Tensor logits = m.decoder->modality_logits(step({kText + 2 + code, kText + 2 + code}), 0).narrow(1, 2, kCodes);
+    const at::Tensor logits =
+        m.decoder->modality_logits(step({kText + 2 + code, kText + 2 + code}), 0).narrow(1, 2, kCodes);
     EXPECT_LE((logits[0] - full_code_logits(m, long_prompt)[-1]).abs().max().item<float>(), 1e-5);
     EXPECT_LE((logits[1] - full_code_logits(m, short_prompt)[-1]).abs().max().item<float>(), 1e-5);
     EXPECT_GT((logits[1] - logits[0]).abs().max().item<float>(), 1e-3);
@@ -49,7 +51,8 @@ TEST(GenerateImages, StepsForRecordingDrawTheSamePictures) {
   o.steps = DecodeSteps::fixed;
   const auto results = generate_images(m, std::vector<std::string>{"red heart", "a much longer prompt", "x"}, o);
   ASSERT_EQ(results.size(), expected.size());
-  for (size_t i = 0; i < results.size(); ++i) EXPECT_TRUE(at::equal(results[i].ids_L, expected[i].ids_L)) << "picture " << i;
+  for (size_t i = 0; i < results.size(); ++i)
+    EXPECT_TRUE(at::equal(results[i].ids_L, expected[i].ids_L)) << "picture " << i;
   o.steps = DecodeSteps::recorded;
   const std::string error = message_of<UsageError>([&] { generate_images(m, std::vector<std::string>{"x"}, o); });
   EXPECT_NE(error.find("the model is on cpu; leave --cuda-graphs out"), std::string::npos) << error;
@@ -60,7 +63,8 @@ TEST(GenerateImages, DecodesInFixedStepsOnAGpuUnlessToldOtherwise) {
   EXPECT_EQ(decode_steps(DecodeSteps::automatic, at::kCPU), DecodeSteps::plain);
   EXPECT_EQ(decode_steps(DecodeSteps::automatic, at::Device(at::kCUDA, 0)), DecodeSteps::fixed);
   for (const auto asked : {DecodeSteps::plain, DecodeSteps::fixed, DecodeSteps::recorded})
-    for (const at::Device device : {at::Device(at::kCPU), at::Device(at::kCUDA, 0)}) EXPECT_EQ(decode_steps(asked, device), asked);
+    for (const at::Device device : {at::Device(at::kCPU), at::Device(at::kCUDA, 0)})
+      EXPECT_EQ(decode_steps(asked, device), asked);
 }
 
 TEST(GenerateImages, GreedyPicksTheBestCodeOfTheFullForward) {
@@ -69,10 +73,12 @@ TEST(GenerateImages, GreedyPicksTheBestCodeOfTheFullForward) {
   ASSERT_EQ(results.size(), 2u);
   for (size_t p = 0; p < 2; ++p) {
     const PromptTokens prompt = tokenize(m, text_prompt(p ? "dog" : "red heart"));
-    const at::Tensor logits = full_code_logits(m, append_picture(prompt, results[p].ids_L)).narrow(0, prompt.size(), kLength);
+    const at::Tensor logits =
+        full_code_logits(m, append_picture(prompt, results[p].ids_L)).narrow(0, prompt.size(), kLength);
     EXPECT_TRUE(at::equal(logits.argmax(1), results[p].ids_L));
     EXPECT_EQ(results[p].prompt, int64_t(p));
-    EXPECT_TRUE(at::equal(results[p].pixels_3HW, graft::find_image_codec(m, "image")->decode(results[p].ids_L.unsqueeze(0))[0]));
+    EXPECT_TRUE(at::equal(results[p].pixels_3HW,
+                          graft::find_image_codec(m, "image")->decode(results[p].ids_L.unsqueeze(0))[0]));
   }
   EXPECT_FALSE(at::equal(results[0].ids_L, results[1].ids_L));
 }
@@ -86,7 +92,8 @@ TEST(GenerateImages, GuidanceMovesLogitsAwayFromTheUnconditionalOnes) {
     const PromptTokens prompt = tokenize(m, text_prompt("red heart")), dropped = unconditional(m);
     ASSERT_EQ(dropped.ids, std::vector<int64_t>{kBos});
     const at::Tensor cond = full_code_logits(m, append_picture(prompt, got[0].ids_L)).narrow(0, prompt.size(), kLength);
-    const at::Tensor uncond = full_code_logits(m, append_picture(dropped, got[0].ids_L)).narrow(0, dropped.size(), kLength);
+    const at::Tensor uncond =
+        full_code_logits(m, append_picture(dropped, got[0].ids_L)).narrow(0, dropped.size(), kLength);
     EXPECT_TRUE(at::equal((uncond + cfg * (cond - uncond)).argmax(1), got[0].ids_L)) << cfg;
     differs |= !at::equal(got[0].ids_L, plain[0].ids_L);
   }
@@ -112,7 +119,8 @@ TEST(GenerateImages, APictureDependsOnNothingElseInTheCall) {
       o.n = 3;
       const auto some = generate_images(m, std::vector<std::string>{"dog"}, o);
       ASSERT_EQ(some.size(), 3u);
-      for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(at::equal(some[i].ids_L, all[5 + i].ids_L)) << "batch " << batch << ", picture " << i;
+      for (size_t i = 0; i < 3; ++i)
+        EXPECT_TRUE(at::equal(some[i].ids_L, all[5 + i].ids_L)) << "batch " << batch << ", picture " << i;
     }
     o.max_batch = 64;
     o.max_cache_bytes = 1;  // one picture at a time
@@ -163,21 +171,29 @@ TEST(GenerateImages, RefusesBadCalls) {
   EXPECT_THROW(generate_images(m, prompt, o), UsageError);
   o = {};
   o.modality = "audio";
-  EXPECT_NE(message_of<UsageError>([&] { generate_images(m, prompt, o); }).find("no modality \"audio\""), std::string::npos);
+  EXPECT_NE(message_of<UsageError>([&] { generate_images(m, prompt, o); }).find("no modality \"audio\""),
+            std::string::npos);
   const auto text_only = tiny_graft(false);
-  EXPECT_NE(message_of<UsageError>([&] { generate_images(text_only, prompt); }).find("no modality \"image\" in models/tiny"), std::string::npos);
+  EXPECT_NE(
+      message_of<UsageError>([&] { generate_images(text_only, prompt); }).find("no modality \"image\" in models/tiny"),
+      std::string::npos);
   // BOS + 53 bytes + begin, 9 codes and end are 65 of 64 positions; one byte less fits.
-  EXPECT_NE(message_of<UserError>([&] { generate_images(m, std::vector<std::string>{std::string(53, 'x')}); }).find("shorten the prompt by 1 tokens"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] {
+              generate_images(m, std::vector<std::string>{std::string(53, 'x')});
+            }).find("shorten the prompt by 1 tokens"),
+            std::string::npos);
   EXPECT_EQ(generate_images(m, std::vector<std::string>{std::string(52, 'x')}).size(), 1u);
   auto no_codec = tiny_graft();
   no_codec.codecs.clear();
-  EXPECT_NE(message_of<UserError>([&] { generate_images(no_codec, prompt); }).find("codec of image"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { generate_images(no_codec, prompt); }).find("codec of image"),
+            std::string::npos);
   o = {};
   o.pixels = false;
   EXPECT_FALSE(generate_images(no_codec, prompt, o)[0].pixels_3HW.defined());
   auto no_tokenizer = tiny_graft();
   no_tokenizer.tokenizer = nullptr;
-  EXPECT_NE(message_of<UserError>([&] { generate_images(no_tokenizer, prompt); }).find("no tokenizer"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { generate_images(no_tokenizer, prompt); }).find("no tokenizer"),
+            std::string::npos);
   auto narrow = tiny_graft();
   narrow.vocabulary.text_size = 100;  // 'd' is 103: it would be read as a code
   EXPECT_THROW(generate_images(narrow, prompt), UserError);
@@ -212,19 +228,24 @@ TEST(Prompt, PicturesBecomeCodesInPlace) {
   modality.push_back(0);
   EXPECT_EQ(tokens.ids, ids);
   EXPECT_EQ(tokens.modality, modality);
-  EXPECT_NE(message_of<UserError>([&] { tokenize(m, {{"image", "", file, {}}}); }).find(file.string()), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { tokenize(m, {{"image", "", file, {}}}); }).find(file.string()),
+            std::string::npos);
   EXPECT_THROW(tokenize(m, {{"image", "", {}, codes.narrow(0, 0, 3)}}), UserError);
   EXPECT_THROW(tokenize(m, {{"image", "", {}, codes + kCodes}}), UserError);
 }
 
 TEST(Prompt, APictureInThePromptIsSeen) {
   const auto m = tiny_graft();
-  const auto with = [](int64_t code) { return Prompt{{"", "after", {}, {}}, {"image", "", {}, at::full({kLength}, code, at::kLong)}, {"", "now", {}, {}}}; };
+  const auto with = [](int64_t code) {
+    return Prompt{{"", "after", {}, {}}, {"image", "", {}, at::full({kLength}, code, at::kLong)}, {"", "now", {}, {}}};
+  };
   const auto drawn = generate_images(m, std::vector<Prompt>{with(1), with(9), with(1)}, greedy());
   EXPECT_TRUE(at::equal(drawn[0].ids_L, drawn[2].ids_L));
   EXPECT_FALSE(at::equal(drawn[0].ids_L, drawn[1].ids_L));
   const PromptTokens prompt = tokenize(m, with(9));
-  EXPECT_TRUE(at::equal(full_code_logits(m, append_picture(prompt, drawn[1].ids_L)).narrow(0, prompt.size(), kLength).argmax(1), drawn[1].ids_L));
+  EXPECT_TRUE(
+      at::equal(full_code_logits(m, append_picture(prompt, drawn[1].ids_L)).narrow(0, prompt.size(), kLength).argmax(1),
+                drawn[1].ids_L));
 }
 
 }  // namespace

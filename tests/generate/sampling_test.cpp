@@ -27,14 +27,15 @@ TEST(Sampling, ClosedForm) {
   expect_near(probabilities(kLogits, {}), {0.1, 0.4, 0.2, 0.3});
   expect_near(probabilities(kLogits, {0.5, 0, 1.0}), {0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3});
   expect_near(probabilities(kLogits, {1.0, 2, 1.0}), {0, 4.0 / 7, 0, 3.0 / 7});
-  expect_near(probabilities(kLogits, {1.0, 0, 0.65}), {0, 4.0 / 7, 0, 3.0 / 7});          // .4 + .3 reaches .65
-  expect_near(probabilities(kLogits, {1.0, 0, 0.75}), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9});    // .7 does not reach .75
-  expect_near(probabilities(kLogits, {1.0, 0, 0.01}), {0, 1, 0, 0});                      // the best always stays
-  expect_near(probabilities(kLogits, {1.0, 3, 0.7}), {0, 4.0 / 7, 0, 3.0 / 7});           // the mass is of what top-k left: 4/9 + 3/9 = .78
+  expect_near(probabilities(kLogits, {1.0, 0, 0.65}), {0, 4.0 / 7, 0, 3.0 / 7});        // .4 + .3 reaches .65
+  expect_near(probabilities(kLogits, {1.0, 0, 0.75}), {0, 4.0 / 9, 2.0 / 9, 3.0 / 9});  // .7 does not reach .75
+  expect_near(probabilities(kLogits, {1.0, 0, 0.01}), {0, 1, 0, 0});                    // the best always stays
+  expect_near(probabilities(kLogits, {1.0, 3, 0.7}),
+              {0, 4.0 / 7, 0, 3.0 / 7});  // the mass is of what top-k left: 4/9 + 3/9 = .78
   expect_near(probabilities(kLogits, {0.0, 0, 1.0}), {0, 1, 0, 0});
   expect_near(probabilities(std::vector<float>{1, 1, 0}, {1.0, 1, 1.0}), {0.5, 0.5, 0});  // equal to the k-th: kept
   expect_near(probabilities(std::vector<float>{0, -kInf}, {}), {1, 0});
-  expect_near(probabilities(std::vector<float>{300, 299}, {1e-4, 0, 0.9999}), {1, 0});    // no overflow
+  expect_near(probabilities(std::vector<float>{300, 299}, {1e-4, 0, 0.9999}), {1, 0});  // no overflow
 }
 
 TEST(Sampling, EqualsTransformers) {
@@ -48,7 +49,8 @@ TEST(Sampling, EqualsTransformers) {
     for (auto& v : logits) in >> v;
     for (auto& v : want) in >> v;
     SCOPED_TRACE(cases);
-    expect_near(probabilities(logits, options), want, 2e-6);  // float32 division by the temperature on scores up to 10 / 0.1
+    expect_near(probabilities(logits, options), want,
+                2e-6);  // float32 division by the temperature on scores up to 10 / 0.1
   }
   EXPECT_EQ(cases, 10);
 }
@@ -58,14 +60,16 @@ TEST(Sampling, DrawsWithTheseProbabilities) {
   Rng rng(3, "test");
   for (int i = 0; i < 20000; ++i) ++counts[sample(kLogits, {}, rng)];
   const double want[] = {0.1, 0.4, 0.2, 0.3};
-  for (int i = 0; i < 4; ++i) EXPECT_NEAR(counts[i] / 20000.0, want[i], 4 * std::sqrt(want[i] * (1 - want[i]) / 20000)) << i;
+  for (int i = 0; i < 4; ++i)
+    EXPECT_NEAR(counts[i] / 20000.0, want[i], 4 * std::sqrt(want[i] * (1 - want[i]) / 20000)) << i;
   for (int i = 0; i < 200; ++i) EXPECT_NE(sample(kLogits, {1.0, 2, 1.0}, rng) % 2, 0);  // ids 1 and 3 only
 }
 
 TEST(Sampling, IsAFunctionOfItsStream) {
   Rng a(3, "test", 1), b(3, "test", 1), c(3, "test", 2);
   std::vector<int64_t> x, y, z;
-  for (int i = 0; i < 50; ++i) x.push_back(sample(kLogits, {}, a)), y.push_back(sample(kLogits, {}, b)), z.push_back(sample(kLogits, {}, c));
+  for (int i = 0; i < 50; ++i)
+    x.push_back(sample(kLogits, {}, a)), y.push_back(sample(kLogits, {}, b)), z.push_back(sample(kLogits, {}, c));
   EXPECT_EQ(x, y);
   EXPECT_NE(x, z);
 }
@@ -78,7 +82,12 @@ TEST(Sampling, GreedyTakesTheFirstOfEquals) {
 
 TEST(Sampling, RefusesBadInput) {
   Rng rng(1, "test");
-  for (const SamplingOptions& bad : {SamplingOptions{-0.1, 0, 1.0}, {std::nan(""), 0, 1.0}, {1.0, -1, 1.0}, {1.0, 0, 0.0}, {1.0, 0, 1.5}, {1.0, 0, std::nan("")}}) {
+  for (const SamplingOptions& bad : {SamplingOptions{-0.1, 0, 1.0},
+                                     {std::nan(""), 0, 1.0},
+                                     {1.0, -1, 1.0},
+                                     {1.0, 0, 0.0},
+                                     {1.0, 0, 1.5},
+                                     {1.0, 0, std::nan("")}}) {
     EXPECT_THROW(bad.validate(), UsageError);
     EXPECT_THROW(probabilities(kLogits, bad), UsageError);
   }

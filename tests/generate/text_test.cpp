@@ -50,7 +50,8 @@ TEST(GenerateText, GreedyEqualsTheFullForwardAfterTextAndAfterPictures) {
     tokens.ids.insert(tokens.ids.end(), result.ids.begin(), result.ids.end());
     tokens.modality.resize(tokens.ids.size(), 0);
     const at::Tensor best = full_text_logits(m, tokens).narrow(1, 0, 259).argmax(1);
-    for (size_t i = 0; i < 8; ++i) EXPECT_EQ(best[first + int64_t(i)].item<int64_t>(), result.ids[i]) << picture << " " << i;
+    for (size_t i = 0; i < 8; ++i)
+      EXPECT_EQ(best[first + int64_t(i)].item<int64_t>(), result.ids[i]) << picture << " " << i;
     EXPECT_EQ(result.text, m.tokenizer->decode(result.ids));
   }
 }
@@ -59,8 +60,9 @@ TEST(GenerateText, NeverDrawsNewRowsOrPadding) {
   auto m = tiny_graft();
   const at::NoGradGuard no_grad;
   silence_eos(m);
-  const_cast<at::Tensor&>(m.decoder->rows()[0].head_ND).mul_(1000);          // pictures would win
-  m.decoder->base().weights->head_VD().tensor().narrow(0, 259, kText - 259).mul_(1000);  // so would ids that the tokenizer lacks
+  const_cast<at::Tensor&>(m.decoder->rows()[0].head_ND).mul_(1000);                      // pictures would win
+  m.decoder->base().weights->head_VD().tensor().narrow(0, 259, kText - 259).mul_(1000);  // so would ids that the
+                                                                                         // tokenizer lacks
   TextOptions o;
   o.max_tokens = 40;
   o.n = 3;
@@ -74,7 +76,8 @@ TEST(GenerateText, NeverDrawsNewRowsOrPadding) {
   }
   EXPECT_NE(results[0].ids, results[1].ids);
   o.n = 1;
-  EXPECT_EQ(generate_text(m, std::vector<std::string>{"other", "x"}, o)[1].ids, results[0].ids) << "neither n nor other prompts change a continuation";
+  EXPECT_EQ(generate_text(m, std::vector<std::string>{"other", "x"}, o)[1].ids, results[0].ids)
+      << "neither n nor other prompts change a continuation";
 }
 
 TEST(GenerateText, StopsAtEos) {
@@ -99,7 +102,8 @@ TEST(GenerateText, StopsAtEveryIdOfGenerationConfig) {
   io::write_json(base / "generation_config.json", {{"eos_token_id", {kEos, open.ids[3]}}});
   const auto closed = generate_text(m, std::vector<std::string>{"x"}, greedy(6)).at(0);
   EXPECT_TRUE(closed.ended);
-  EXPECT_EQ(closed.ids, std::vector<int64_t>(open.ids.begin(), std::find(open.ids.begin(), open.ids.end(), open.ids[3])));
+  EXPECT_EQ(closed.ids,
+            std::vector<int64_t>(open.ids.begin(), std::find(open.ids.begin(), open.ids.end(), open.ids[3])));
 }
 
 TEST(GenerateText, StreamsWholeCharacters) {
@@ -125,14 +129,18 @@ TEST(GenerateText, RefusesBadCalls) {
   TextOptions o = greedy(4);
   o.sampling.top_p = 0;
   EXPECT_THROW(generate_text(m, prompt, o), UsageError);
-  EXPECT_NE(message_of<UserError>([&] { generate_text(m, prompt, greedy(63)); }).find("lower --max-tokens"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] { generate_text(m, prompt, greedy(63)); }).find("lower --max-tokens"),
+            std::string::npos);
   EXPECT_LE(generate_text(m, prompt, greedy(62)).at(0).ids.size(), 62u);
   auto mute = tiny_graft(false);
   mute.tokenizer = nullptr;
   EXPECT_THROW(generate_text(mute, prompt), UserError);
   auto no_bos = tiny_graft(false);
   no_bos.vocabulary.bos_id = -1;
-  EXPECT_NE(message_of<UserError>([&] { generate_text(no_bos, std::vector<std::string>{""}, greedy(4)); }).find("nothing to continue"), std::string::npos);
+  EXPECT_NE(message_of<UserError>([&] {
+              generate_text(no_bos, std::vector<std::string>{""}, greedy(4));
+            }).find("nothing to continue"),
+            std::string::npos);
 }
 
 }  // namespace

@@ -54,7 +54,8 @@ TEST(GwSubspace, NormRankAndDeterminism) {
 }
 
 TEST(GwSubspace, FindsTheStretchedDirectionsOfAnIsometricCopy) {
-  // x_v = x_t turned by R. Then M is (nearly) R^T, aligned states are x_t's, and A x = U^T M x reads x_v along R u: u the top directions of x_t.
+  // x_v = x_t turned by R. Then M is (nearly) R^T, aligned states are x_t's, and A x = U^T M x reads x_v along R u: u
+  // the top directions of x_t.
   const at::Tensor scale = at::tensor({9.0, 6.0, 3.0, 0.3, 0.2, 0.1}, at::kFloat), x_t = cloud(60, 6, 4) * scale;
   const at::Tensor turn = std::get<0>(at::linalg_qr(cloud(6, 6, 5)));
   const at::Tensor x_v = at::mm(x_t, turn).index_select(0, at::tensor(Rng(6, "test.order").permutation(60), at::kLong));
@@ -70,9 +71,12 @@ TEST(GwSubspace, FindsTheStretchedDirectionsOfAnIsometricCopy) {
 }
 
 TEST(GwSubspace, WideStatesNeedNoSquareMatrix) {
-  // Columns of zeros change no distance, no ridge and no direction: 60 columns take the one form, the same with 2,000 more the other.
+  // Columns of zeros change no distance, no ridge and no direction: 60 columns take the one form, the same with 2,000
+  // more the other.
   const at::Tensor x_v = cloud(40, 60, 8), x_t = cloud(50, 60, 9), zeros = at::zeros({50, 2000});
-  const at::Tensor narrow = gw_subspace_A(x_v, x_t, 8, quick(), 3), wide = gw_subspace_A(at::cat({x_v, zeros.slice(0, 0, 40)}, 1), at::cat({x_t, zeros}, 1), 8, quick(), 3);
+  const at::Tensor narrow = gw_subspace_A(x_v, x_t, 8, quick(), 3),
+                   wide =
+                       gw_subspace_A(at::cat({x_v, zeros.slice(0, 0, 40)}, 1), at::cat({x_t, zeros}, 1), 8, quick(), 3);
   EXPECT_TRUE(at::allclose(narrow, wide.slice(1, 0, 60), 1e-5, 1e-6));
   EXPECT_EQ(wide.slice(1, 60, 2060).abs().max().item<double>(), 0.0);
 }
@@ -94,7 +98,8 @@ TEST(Calibration, ReservoirKeepsAUniformDeterministicSample) {
   Calibration a(50, 1), b(50, 1);
   // Two experts, text and one new modality; every row's first entry is its number.
   for (int64_t call = 0; call < 20; ++call) {
-    const at::Tensor rows = (at::arange(60, at::kFloat) + 60.0 * double(call)).unsqueeze(1).expand({60, 3}).contiguous();
+    const at::Tensor rows =
+        (at::arange(60, at::kFloat) + 60.0 * double(call)).unsqueeze(1).expand({60, 3}).contiguous();
     for (Calibration* c : {&a, &b}) c->observe_experts(2, model::Site::gate, rows, {0, 40, 50, 50, 60}, 2);
   }
   EXPECT_EQ(a.seen(2, model::Site::gate, 0, 0), 800);
@@ -118,7 +123,8 @@ TEST(Calibration, KeepsRowsInTheDtypeThatTheyComeIn) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     Calibration c(40, 1);
     const at::Tensor rows = cloud(60, 8, 3).to(dtype);
-    c.observe_experts(0, model::Site::down, rows, {0, 20, 60}, 2);  // 20 of text, 40 of the new modality: all are kept, in order
+    c.observe_experts(0, model::Site::down, rows, {0, 20, 60},
+                      2);  // 20 of text, 40 of the new modality: all are kept, in order
     EXPECT_EQ(c.rows(0, model::Site::down, 0, 1).scalar_type(), dtype);
     EXPECT_TRUE(at::equal(c.rows(0, model::Site::down, 0, 0), rows.slice(0, 0, 20)));
     EXPECT_TRUE(at::equal(c.rows(0, model::Site::down, 0, 1), rows.slice(0, 20, 60)));
@@ -193,14 +199,17 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
   Calibration calibration(32, 1);
   for (int64_t layer = 0; layer < 2; ++layer) {
     // Expert 2 sees two new rows only: it must use the pool.
-    calibration.observe_experts(layer, model::Site::gate, cloud(152, 24, uint64_t(layer)), {0, 30, 60, 90, 120, 150, 152}, 2);
-    if (layer == 0) calibration.observe_experts(layer, model::Site::down, cloud(150, 16, 9), {0, 30, 60, 90, 120, 150, 150}, 2);
+    calibration.observe_experts(layer, model::Site::gate, cloud(152, 24, uint64_t(layer)),
+                                {0, 30, 60, 90, 120, 150, 152}, 2);
+    if (layer == 0)
+      calibration.observe_experts(layer, model::Site::down, cloud(150, 16, 9), {0, 30, 60, 90, 120, 150, 150}, 2);
   }
   for (const auto& [value, method, meaning, needs_calibration, needs_ot] : adapters::kFactorInits) {
     adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU), again(spec, config, 0, {1}, at::kCPU);
     ::testing::internal::CaptureStderr();
     const auto report = nlohmann::json::parse(initialise_lora(lora, value, &calibration, 1, quick(), 5));
-    const bool told = ::testing::internal::GetCapturedStderr().find("experts 12/12") != std::string::npos;  // 2 layers x 3 experts x (gate with up, down)
+    const bool told = ::testing::internal::GetCapturedStderr().find("experts 12/12") !=
+                      std::string::npos;  // 2 layers x 3 experts x (gate with up, down)
     EXPECT_EQ(told, needs_calibration);
     initialise_lora(again, value, &calibration, 1, quick(), 5);
     EXPECT_EQ(report["method"], method);
@@ -211,9 +220,7 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
       EXPECT_TRUE(at::equal(f.A, again.factors()[i].A)) << f.name;
       EXPECT_NEAR(f.A.square().sum(-1).mean().item<double>(), 1.0 / 3.0, 0.12) << method << " " << f.name;
       EXPECT_TRUE(f.A.requires_grad()) << f.name;
-      if (f.A.dim() == 3) {
-        EXPECT_FALSE(at::equal(f.A[0], f.A[1])) << f.name;
-      }
+      if (f.A.dim() == 3) { EXPECT_FALSE(at::equal(f.A[0], f.A[1])) << f.name; }
     }
     if (!needs_calibration) continue;
     EXPECT_EQ(report["sites"]["adapters.0.layers.0.gate"]["from_pool"], 1);
@@ -221,7 +228,8 @@ TEST(InitialiseLora, FillsEverySiteAndKeepsBZero) {
     EXPECT_EQ(report["sites"]["adapters.0.layers.1.down"]["kaiming_fallback"], 3);  // never observed
   }
   adapters::ModalityLora lora(spec, config, 0, {1}, at::kCPU);
-  EXPECT_THROW(initialise_lora(lora, FactorInit::activation_svd, nullptr, 1, quick(), 5), InvariantError) << "no calibration";
+  EXPECT_THROW(initialise_lora(lora, FactorInit::activation_svd, nullptr, 1, quick(), 5), InvariantError)
+      << "no calibration";
 }
 
 TEST(InitialiseLora, TextIsReadOnlyWhereItIsCoupled) {

@@ -21,7 +21,9 @@ at::Tensor cloud(int64_t n, int64_t d, uint64_t seed) {
 }
 
 // Anisotropic, off-centre text rows, as embeddings are.
-at::Tensor text_rows(int64_t v, int64_t d, uint64_t seed) { return at::mm(cloud(v, d, seed), cloud(d, d, seed + 100)) * 0.3 + cloud(1, d, seed + 200); }
+at::Tensor text_rows(int64_t v, int64_t d, uint64_t seed) {
+  return at::mm(cloud(v, d, seed), cloud(d, d, seed + 100)) * 0.3 + cloud(1, d, seed + 200);
+}
 
 ot::OtConfig quick() {
   ot::OtConfig ot;
@@ -34,7 +36,9 @@ ot::OtConfig quick() {
 TEST(InitialiseRows, ShapesScaleAndDeterminism) {
   const at::Tensor e = text_rows(300, 12, 1), h = text_rows(300, 12, 2), z = cloud(80, 5, 3);
   for (const auto& [value, method, meaning, needs_ot] : kRowInits) {
-    const RowsInit a = initialise_rows(value, e, h, z, 2, quick(), 7), b = initialise_rows(value, e, h, z, 2, quick(), 7), c = initialise_rows(value, e, h, z, 2, quick(), 8);
+    const RowsInit a = initialise_rows(value, e, h, z, 2, quick(), 7),
+                   b = initialise_rows(value, e, h, z, 2, quick(), 7),
+                   c = initialise_rows(value, e, h, z, 2, quick(), 8);
     for (const auto& [rows, text] : {std::pair{a.embedding_ND, e}, {a.head_ND, h}}) {
       EXPECT_EQ(rows.sizes(), (std::vector<int64_t>{82, 12})) << method;
       EXPECT_EQ(rows.scalar_type(), at::kFloat) << method;
@@ -62,13 +66,16 @@ TEST(InitialiseRows, ShapesScaleAndDeterminism) {
 TEST(InitialiseRows, MomentMatchHasTheTextMoments) {
   const at::Tensor e = text_rows(200, 6, 4), h = e * 0.5 + text_rows(200, 6, 5);
   const RowsInit init = initialise_rows(RowInit::moment_match, e, h, cloud(20000, 2, 6), 2, quick(), 1);
-  const auto covariance = [](const at::Tensor& x, const at::Tensor& y) { return at::mm((x - x.mean(0)).t(), y - y.mean(0)) / double(x.size(0)); };
+  const auto covariance = [](const at::Tensor& x, const at::Tensor& y) {
+    return at::mm((x - x.mean(0)).t(), y - y.mean(0)) / double(x.size(0));
+  };
   const at::Tensor rows = init.embedding_ND.slice(0, 2), head = init.head_ND.slice(0, 2);
   const double sd = e.var().sqrt().item<double>();
   EXPECT_LT((rows.mean(0) - e.mean(0)).abs().max().item<double>(), 5 * sd * 1.5 / std::sqrt(20000.0));
   const at::Tensor target = covariance(e, e), cross = covariance(e, h);
   EXPECT_LT(((covariance(rows, rows) - target).norm() / target.norm()).item<double>(), 0.03);
-  EXPECT_LT(((covariance(rows, head) - cross).norm() / cross.norm()).item<double>(), 0.05);  // embedding and head stay related
+  EXPECT_LT(((covariance(rows, head) - cross).norm() / cross.norm()).item<double>(),
+            0.05);  // embedding and head stay related
 }
 
 TEST(InitialiseRows, SampledRowsAreDistinctTextRows) {
@@ -90,7 +97,9 @@ TEST(InitialiseRows, SampledRowsAreDistinctTextRows) {
 TEST(InitialiseRows, ProcrustesKeepsTheCodebooksGeometry) {
   const at::Tensor e = text_rows(120, 10, 10), z = cloud(50, 4, 11);
   const RowsInit init = initialise_rows(RowInit::gw_procrustes, e, {}, z, 2, quick(), 1);
-  const at::Tensor got = at::cdist(init.embedding_ND.slice(0, 2).to(at::kDouble), init.embedding_ND.slice(0, 2).to(at::kDouble), 2.0, 2), want = at::cdist(z.to(at::kDouble), z.to(at::kDouble), 2.0, 2);
+  const at::Tensor got = at::cdist(init.embedding_ND.slice(0, 2).to(at::kDouble),
+                                   init.embedding_ND.slice(0, 2).to(at::kDouble), 2.0, 2),
+                   want = at::cdist(z.to(at::kDouble), z.to(at::kDouble), 2.0, 2);
   const at::Tensor scale = (got * want).sum() / want.square().sum();
   EXPECT_LT(((got - want * scale).norm() / got.norm()).item<double>(), 1e-6);
   EXPECT_LE(init.report.embedding.effective_rank, 4.0 + 1e-6);
@@ -132,11 +141,17 @@ TEST(InitialiseRows, LargeCloudsAreClusteredFirst) {
   ot::OtConfig ot = quick();
   ot.max_points = 30;
   for (const RowInit method : {RowInit::gw_barycentric, RowInit::gw_procrustes}) {
-    const RowsInit init = initialise_rows(method, text_rows(200, 6, 17), text_rows(200, 6, 18), cloud(90, 4, 19), 2, ot, 1);
+    const RowsInit init =
+        initialise_rows(method, text_rows(200, 6, 17), text_rows(200, 6, 18), cloud(90, 4, 19), 2, ot, 1);
     EXPECT_EQ(init.report.points_x, 30);
     EXPECT_EQ(init.report.points_y, 30);
     // Codes of one cluster still differ.
-    EXPECT_GT(at::cdist(init.embedding_ND.slice(0, 2), init.embedding_ND.slice(0, 2)).fill_diagonal_(1e9).min().item<double>(), 1e-4) << config::name_of(method);
+    EXPECT_GT(at::cdist(init.embedding_ND.slice(0, 2), init.embedding_ND.slice(0, 2))
+                  .fill_diagonal_(1e9)
+                  .min()
+                  .item<double>(),
+              1e-4)
+        << config::name_of(method);
   }
 }
 

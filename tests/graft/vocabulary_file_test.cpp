@@ -41,8 +41,9 @@ TEST_F(VocabularyFile, KeepsSeveralModalitiesAndTheirCodebooks) {
 
 // As runs were written before there were codebooks.
 TEST_F(VocabularyFile, WithoutCodebooksThereIsOne) {
-  io::write_file_atomic(dir_ / "vocabulary.json",
-                        R"({"text_size": 100, "bos_id": 1, "eos_id": 2, "size": 118, "modalities": [{"name": "image", "modality": 1, "first_id": 100, "begin_id": 100, "end_id": 101, "num_codes": 16, "item_length": 4}]})");
+  io::write_file_atomic(
+      dir_ / "vocabulary.json",
+      R"({"text_size": 100, "bos_id": 1, "eos_id": 2, "size": 118, "modalities": [{"name": "image", "modality": 1, "first_id": 100, "begin_id": 100, "end_id": 101, "num_codes": 16, "item_length": 4}]})");
   const auto read = read_vocabulary(dir_);
   ASSERT_TRUE(read);
   EXPECT_EQ(read->modalities[0].codebooks, 1);
@@ -60,7 +61,10 @@ TEST_F(VocabularyFile, CodebooksDivideCodesAndItems) {
       read_vocabulary(dir_);
       ADD_FAILURE() << codebooks;
     } catch (const UserError& e) {
-      EXPECT_NE(std::string(e.what()).find("sound: " + std::to_string(codebooks) + " codebooks do not divide its num_codes and item_length: damaged"), std::string::npos) << e.what();
+      EXPECT_NE(std::string(e.what()).find("sound: " + std::to_string(codebooks) +
+                                           " codebooks do not divide its num_codes and item_length: damaged"),
+                std::string::npos)
+          << e.what();
     }
   }
 }

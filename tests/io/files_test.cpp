@@ -29,9 +29,7 @@ class Files : public ::testing::Test {
   static std::string error_of(F f) {
     try {
       f();
-    } catch (const UserError& error) {
-      return error.what();
-    }
+    } catch (const UserError& error) { return error.what(); }
     return "no error";
   }
   fs::path dir_;
@@ -50,8 +48,10 @@ TEST_F(Files, RoundTripsAnyBytes) {
 
 TEST_F(Files, ErrorsNameThePathAndTheReason) {
   EXPECT_EQ(error_of([] { read_file("/nonexistent/f"); }), "cannot read /nonexistent/f: No such file or directory");
-  EXPECT_EQ(error_of([&] { read_file(dir_); }), "cannot read " + dir_.string() + ": it is a directory, expected a file");
-  EXPECT_EQ(error_of([] { write_file_atomic("/nonexistent/f", "x"); }), "cannot write /nonexistent/f: No such file or directory");
+  EXPECT_EQ(error_of([&] { read_file(dir_); }),
+            "cannot read " + dir_.string() + ": it is a directory, expected a file");
+  EXPECT_EQ(error_of([] { write_file_atomic("/nonexistent/f", "x"); }),
+            "cannot write /nonexistent/f: No such file or directory");
   EXPECT_NE(error_of([] { checksum_file("/nonexistent/f"); }), "no error");
   EXPECT_NE(error_of([] { sync_directory("/nonexistent"); }), "no error");
   fs::create_directories(dir_ / "d");
@@ -119,11 +119,15 @@ TEST_F(Files, WhatAKilledProcessStagedIsRemovedByTheNext) {
       if (name.starts_with(".settee.")) return name;
     return std::string();
   }();
-  fs::create_directories(dir_ / ".set.part-1");      // between the two steps of publish(), where a file system exchanges nothing
+  fs::create_directories(dir_ /
+                         ".set.part-1");  // between the two steps of publish(), where a file system exchanges nothing
   fs::create_directories(dir_ / ".set.part-1.old");
-  for (const char* name : {".set.part-mynotes", ".set.part-", ".set.part-07", ".set.part-7a"}) fs::create_directories(dir_ / name);  // somebody's own
+  for (const char* name : {".set.part-mynotes", ".set.part-", ".set.part-07", ".set.part-7a"})
+    fs::create_directories(dir_ / name);  // somebody's own
   StagedFolder staged(dir_ / "set");
-  const std::set<std::string> expected{other, ".set.part-1", ".set.part-1.old", ".set.part-mynotes", ".set.part-", ".set.part-07", ".set.part-7a", staged.path().filename().string()};
+  const std::set<std::string> expected{
+      other,        ".set.part-1",  ".set.part-1.old", ".set.part-mynotes",
+      ".set.part-", ".set.part-07", ".set.part-7a",    staged.path().filename().string()};
   EXPECT_EQ(names(), expected);
   // What a living process stages stays.
   if (::fork() == 0) {
@@ -144,9 +148,13 @@ TEST_F(Files, WhatIsThereByNowIsReplacedByPermissionOnly) {
   const struct {
     const char *name, *meanwhile, *error, *content;  // what somebody else makes of the target
     std::function<void()> check;
-  } cases[] = {{"absent", "", "no error", "new", {}},          {"absent, refused", "", "no error", "new", refuse},     {"empty", "folder", "no error", "new", {}},
-               {"taken", "file in folder", "name another folder, or remove it first", "old", {}}, {"taken, refused", "file in folder", "refused", "old", refuse},
-               {"taken, allowed", "file in folder", "no error", "new", allow}, {"a file", "file", "name another folder, or remove it first", "", {}}};
+  } cases[] = {{"absent", "", "no error", "new", {}},
+               {"absent, refused", "", "no error", "new", refuse},
+               {"empty", "folder", "no error", "new", {}},
+               {"taken", "file in folder", "name another folder, or remove it first", "old", {}},
+               {"taken, refused", "file in folder", "refused", "old", refuse},
+               {"taken, allowed", "file in folder", "no error", "new", allow},
+               {"a file", "file", "name another folder, or remove it first", "", {}}};
   for (const auto& c : cases) {
     SCOPED_TRACE(c.name);
     const fs::path parent = dir_ / c.name, target = parent / "set";
@@ -175,14 +183,18 @@ TEST_F(Files, ALinkIsFollowedAndTheCurrentDirectoryStays) {
     StagedFolder staged(dir_ / link);
     write_file_atomic(staged.path() / "f", "new");
     staged.publish();
-    EXPECT_TRUE(fs::is_symlink(fs::path((dir_ / link).string().substr(0, (dir_ / link).string().find_last_not_of('/') + 1))));
+    EXPECT_TRUE(
+        fs::is_symlink(fs::path((dir_ / link).string().substr(0, (dir_ / link).string().find_last_not_of('/') + 1))));
     EXPECT_EQ(read_file(dir_ / real / "f"), "new");
   }
   EXPECT_NE(error_of([&] { StagedFolder(dir_ / "loop"); }).find("leads to itself"), std::string::npos);
   const fs::path before = fs::current_path();
   fs::create_directories(dir_ / "here/below");
   fs::current_path(dir_ / "here/below");
-  for (const char* name : {".", "..", "../below/"}) EXPECT_NE(error_of([&] { StagedFolder{fs::path(name)}; }).find("is the current directory or holds it"), std::string::npos) << name;
+  for (const char* name : {".", "..", "../below/"})
+    EXPECT_NE(error_of([&] { StagedFolder{fs::path(name)}; }).find("is the current directory or holds it"),
+              std::string::npos)
+        << name;
   EXPECT_EQ(error_of([&] { StagedFolder{fs::path("../beside")}; }), "no error");
   fs::current_path(before);
 }

@@ -40,9 +40,7 @@ int64_t max_difference(const at::Tensor& a, const at::Tensor& b) {
 std::string error_of(const std::string& bytes) {
   try {
     decode_image(bytes, "pic");
-  } catch (const UserError& error) {
-    return error.what();
-  }
+  } catch (const UserError& error) { return error.what(); }
   return "no error";
 }
 
@@ -73,18 +71,27 @@ TEST_F(Image, PngOfEveryKind) {
 }
 
 TEST_F(Image, OtherFormatsAsPillowWroteThem) {
-  for (const char* name : {"rgb.webp", "rgb.gif", "rgb.bmp", "rgb.tif", "deflated.tif"}) EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected_rgb())) << name;
-  const std::pair<const char*, at::Tensor> tiffs[] = {{"bits1.tif", (expected_gray() > 90).to(at::kByte) * 255}, {"fax.tif", (expected_gray() > 90).to(at::kByte) * 255},
-                                                      {"palette.tif", expected_rgb()}, {"gray16.tif", expected_gray()}, {"rgba.tif", on_white(expected_rgb())}, {"cmyk.tif", expected_rgb()}};
-  for (const auto& [name, expected] : tiffs) EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected)) << name << "\n" << load_image(kGolden / name);
+  for (const char* name : {"rgb.webp", "rgb.gif", "rgb.bmp", "rgb.tif", "deflated.tif"})
+    EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected_rgb())) << name;
+  const std::pair<const char*, at::Tensor> tiffs[] = {{"bits1.tif", (expected_gray() > 90).to(at::kByte) * 255},
+                                                      {"fax.tif", (expected_gray() > 90).to(at::kByte) * 255},
+                                                      {"palette.tif", expected_rgb()},
+                                                      {"gray16.tif", expected_gray()},
+                                                      {"rgba.tif", on_white(expected_rgb())},
+                                                      {"cmyk.tif", expected_rgb()}};
+  for (const auto& [name, expected] : tiffs)
+    EXPECT_TRUE(torch::equal(load_image(kGolden / name), expected)) << name << "\n" << load_image(kGolden / name);
 }
 
 // The picture with its orientation tag (0x0112, one short) set to another value.
 std::string with_orientation(std::string bytes, char value) {
   const std::string little("\x12\x01\x03\x00\x01\x00\x00\x00", 8), big("\x01\x12\x00\x03\x00\x00\x00\x01", 8);
-  if (const size_t at = bytes.find(little); at != std::string::npos) bytes[at + 8] = value;
-  else if (const size_t here = bytes.find(big); here != std::string::npos) bytes[here + 9] = value;
-  else ADD_FAILURE() << "no orientation tag";
+  if (const size_t at = bytes.find(little); at != std::string::npos)
+    bytes[at + 8] = value;
+  else if (const size_t here = bytes.find(big); here != std::string::npos)
+    bytes[here + 9] = value;
+  else
+    ADD_FAILURE() << "no orientation tag";
   return bytes;
 }
 
@@ -106,7 +113,8 @@ TEST_F(Image, EveryOrientationOfEveryFormat) {
     const auto stored = decode_image(with_orientation(bytes, 1), name);
     if (std::string(name) != "rotated.jpg") EXPECT_TRUE(torch::equal(stored, expected_rgb())) << name;
     for (char orientation = 0; orientation <= 9; ++orientation)
-      EXPECT_TRUE(torch::equal(decode_image(with_orientation(bytes, orientation), name), turn(stored, orientation))) << name << " " << int(orientation);
+      EXPECT_TRUE(torch::equal(decode_image(with_orientation(bytes, orientation), name), turn(stored, orientation)))
+          << name << " " << int(orientation);
   }
 }
 
@@ -114,7 +122,8 @@ TEST_F(Image, OtherFormatsDamaged) {
   for (const char* name : {"rgb.webp", "rgb.gif", "rgb.bmp", "rgb.tif", "turned.webp"}) {
     const std::string whole = read_file(kGolden / name);
     error_of(whole.substr(0, whole.size() / 2));  // a part may be shown or refused, but nothing else may happen
-    for (size_t n = 0; n < std::min<size_t>(whole.size(), 30); ++n) EXPECT_NE(error_of(whole.substr(0, n)), "no error") << name << " cut to " << n;
+    for (size_t n = 0; n < std::min<size_t>(whole.size(), 30); ++n)
+      EXPECT_NE(error_of(whole.substr(0, n)), "no error") << name << " cut to " << n;
     Rng rng(17, name);
     for (int i = 0; i < 400; ++i) {
       std::string damaged = whole;
@@ -128,7 +137,8 @@ TEST_F(Image, OtherFormatsDamaged) {
   bmp[20] = bmp[24] = 0x7f;
   // A width that lies elsewhere in the file (LONG8): 2^30 columns.
   std::string tiff = read_file(kGolden / "rgb.tif");
-  const size_t width = tiff.find(std::string("\x00\x01\x04\x00\x01\x00\x00\x00", 8)), height = tiff.find(std::string("\x01\x01\x04\x00\x01\x00\x00\x00", 8));
+  const size_t width = tiff.find(std::string("\x00\x01\x04\x00\x01\x00\x00\x00", 8)),
+               height = tiff.find(std::string("\x01\x01\x04\x00\x01\x00\x00\x00", 8));
   ASSERT_NE(width, std::string::npos);
   ASSERT_NE(height, std::string::npos);
   std::string far_tiff = tiff;
@@ -137,13 +147,15 @@ TEST_F(Image, OtherFormatsDamaged) {
   const auto end = uint32_t(far_tiff.size());
   std::memcpy(far_tiff.data() + width + 8, &end, 4);
   far_tiff += std::string("\0\0\0\x40\0\0\0\0", 8);
-  for (const auto& bomb : {gif, bmp, tiff, far_tiff}) EXPECT_NE(error_of(bomb).find("pixels are read"), std::string::npos) << error_of(bomb);
+  for (const auto& bomb : {gif, bmp, tiff, far_tiff})
+    EXPECT_NE(error_of(bomb).find("pixels are read"), std::string::npos) << error_of(bomb);
 }
 
 TEST_F(Image, JpegAsPillowDecodesIt) {
   const SafetensorsFile golden(kGolden / "pixels.safetensors");
   // Decoders may round the inverse DCT and the colour conversion differently by one.
-  for (const char* name : {"rgb.jpg", "gray.jpg", "progressive.jpg", "cmyk.jpg"}) EXPECT_LE(max_difference(load_image(kGolden / name), golden.tensor(name)), 1) << name;
+  for (const char* name : {"rgb.jpg", "gray.jpg", "progressive.jpg", "cmyk.jpg"})
+    EXPECT_LE(max_difference(load_image(kGolden / name), golden.tensor(name)), 1) << name;
   // Orientation 6: the stored rows are the shown columns, right to left.
   const auto turned = load_image(kGolden / "rotated.jpg");
   EXPECT_EQ(turned.sizes(), (std::vector<int64_t>{3, 32, 24}));
@@ -163,7 +175,8 @@ TEST_F(Image, RoundTrips) {
   save_image(dir_ / "a.jpg", flat);
   EXPECT_LE(max_difference(load_image(dir_ / "a.jpg"), flat), 1);
   save_image(dir_ / "n.png", torch::tensor({NAN, -1.0f, 2.0f}).view({3, 1, 1}));
-  EXPECT_TRUE(torch::equal(load_image(dir_ / "n.png").flatten(), torch::tensor({0, 0, 255}).to(at::kByte))) << load_image(dir_ / "n.png").flatten();
+  EXPECT_TRUE(torch::equal(load_image(dir_ / "n.png").flatten(), torch::tensor({0, 0, 255}).to(at::kByte)))
+      << load_image(dir_ / "n.png").flatten();
   EXPECT_THROW(save_image(dir_ / "a.gif", noise), UserError);
   EXPECT_THROW(save_image(dir_ / "a.png", noise[0]), UserError);
   EXPECT_THROW(save_image("/nonexistent/a.png", noise), UserError);
@@ -177,7 +190,8 @@ TEST_F(Image, DamagedPicturesAreErrors) {
     const size_t step = whole.size() > 2000 ? 37 : 1;
     // A JPEG may lack its last two bytes, the end marker, and still hold every pixel.
     const size_t enough = whole.size() - (std::string(name).ends_with("jpg") ? 2 : 0);
-    for (size_t n = 0; n < enough; n += step) EXPECT_NE(error_of(whole.substr(0, n)), "no error") << name << " cut to " << n;
+    for (size_t n = 0; n < enough; n += step)
+      EXPECT_NE(error_of(whole.substr(0, n)), "no error") << name << " cut to " << n;
     Rng rng(17, name);
     for (int i = 0; i < 400; ++i) {
       std::string damaged = whole;
@@ -199,7 +213,8 @@ TEST_F(Image, ResizeMatchesPillow) {
   EXPECT_EQ(half.scalar_type(), at::kFloat);
   EXPECT_TRUE((half.slice(1, 0, 4) == 1).all().item<bool>());
   EXPECT_TRUE((half.slice(1, 24) == 1).all().item<bool>());
-  // Pillow rounds to 8 bits after each of its two passes: 0.5 grown by the weights' sum of absolute values (about 1.3), and 0.5.
+  // Pillow rounds to 8 bits after each of its two passes: 0.5 grown by the weights' sum of absolute values (about 1.3),
+  // and 0.5.
   const auto reference = golden.tensor("noise_20x28").to(at::kFloat);
   EXPECT_LE((half.slice(1, 4, 24) * 255 - reference).abs().max().item<float>(), 1.2f);
   const auto cropped = resize_and_crop(noise, 20);  // 20 x 28, four columns off each side
@@ -208,7 +223,8 @@ TEST_F(Image, ResizeMatchesPillow) {
 
 TEST_F(Image, ResizeClosedForms) {
   const auto rgb = expected_rgb();  // 4 x 6
-  EXPECT_TRUE(torch::equal(resize_and_crop(rgb, 4), rgb.slice(2, 1, 5).to(at::kFloat) / 255)) << "no scaling: the exact centre";
+  EXPECT_TRUE(torch::equal(resize_and_crop(rgb, 4), rgb.slice(2, 1, 5).to(at::kFloat) / 255))
+      << "no scaling: the exact centre";
   const auto flat = torch::full({3, 50, 70}, 0.25f);
   for (const int64_t size : {1, 7, 50, 96}) {
     EXPECT_LE((resize_and_crop(flat, size) - 0.25f).abs().max().item<float>(), 1e-6f) << size;

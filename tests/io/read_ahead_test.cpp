@@ -20,7 +20,9 @@ namespace fs = std::filesystem;
 
 class ReadAhead : public ::testing::Test {
  protected:
-  ReadAhead() : dir_(fs::temp_directory_path() / ("moegraft_read_ahead_" + std::to_string(::getpid()))) { fs::create_directories(dir_); }
+  ReadAhead() : dir_(fs::temp_directory_path() / ("moegraft_read_ahead_" + std::to_string(::getpid()))) {
+    fs::create_directories(dir_);
+  }
   ~ReadAhead() override { fs::remove_all(dir_); }
 
   // A file of random bytes, kept in contents_.
@@ -31,21 +33,23 @@ class ReadAhead : public ::testing::Test {
     std::ofstream(dir_ / name, std::ios::binary) << text;
     return dir_ / name;
   }
-  std::string expected(const FileRange& r) const { return contents_.at(r.file).substr(size_t(r.offset), size_t(r.bytes)); }
+  std::string expected(const FileRange& r) const {
+    return contents_.at(r.file).substr(size_t(r.offset), size_t(r.bytes));
+  }
 
   static std::vector<at::Tensor> buffers(int64_t count, int64_t bytes) {
     std::vector<at::Tensor> out;
     for (int64_t i = 0; i < count; ++i) out.push_back(at::full({bytes}, 0xEE, at::kByte));
     return out;
   }
-  static std::string text(const at::Tensor& t) { return {static_cast<const char*>(t.const_data_ptr()), size_t(t.numel())}; }
+  static std::string text(const at::Tensor& t) {
+    return {static_cast<const char*>(t.const_data_ptr()), size_t(t.numel())};
+  }
 
   std::string error_of(const std::vector<FileRange>& ranges) const {
     try {
       read_ahead(ranges, buffers(2, 128), {3, 64}, [](const auto&) {});
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   }
 
@@ -55,7 +59,8 @@ class ReadAhead : public ::testing::Test {
 
 TEST_F(ReadAhead, BringsEveryByteOnceFileByFile) {
   const fs::path a = write("a", 5000), b = write("b", 3000), c = write("c", 1);
-  const std::vector<FileRange> ranges{{b, 100, 2900}, {a, 4990, 10}, {a, 0, 4000}, {c, 0, 1}, {a, 4000, 0}, {b, 0, 77}, {a, 4001, 333}};
+  const std::vector<FileRange> ranges{{b, 100, 2900}, {a, 4990, 10}, {a, 0, 4000},  {c, 0, 1},
+                                      {a, 4000, 0},   {b, 0, 77},    {a, 4001, 333}};
   for (const int64_t room : {64, 192, 1024, 16384})
     for (const int64_t piece : {64, 128, 65536})
       for (const int64_t threads : {1, 2, 5})
@@ -106,7 +111,9 @@ TEST_F(ReadAhead, ErrorsReachTheCallerInOneLine) {
   EXPECT_NE(error_of({{a, 0, 1000}, {dir_ / "absent", 0, 10}}).find("absent: No such file"), std::string::npos);
   const std::string cut = error_of({{a, 0, 500}, {a, 600, 600}});
   EXPECT_NE(cut.find("a has 1000 bytes, 1200 are needed: it was cut short"), std::string::npos) << cut;
-  EXPECT_NE(error_of({{a, 0, 1000}, {dir_, 0, 1000}}).find("cannot read " + dir_.string() + ": Is a directory"), std::string::npos) << "a read that fails in a thread";
+  EXPECT_NE(error_of({{a, 0, 1000}, {dir_, 0, 1000}}).find("cannot read " + dir_.string() + ": Is a directory"),
+            std::string::npos)
+      << "a read that fails in a thread";
 }
 
 TEST_F(ReadAhead, AFileThatIsCutMeanwhile) {

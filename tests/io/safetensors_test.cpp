@@ -42,9 +42,7 @@ class Safetensors : public ::testing::Test {
   std::string error_of(const std::string& header, size_t data_bytes) const {
     try {
       load_safetensors(craft(header, data_bytes));
-    } catch (const UserError& error) {
-      return error.what();
-    }
+    } catch (const UserError& error) { return error.what(); }
     return "no error";
   }
   // Thousands of files: an fsync for each would take half a minute.
@@ -64,7 +62,8 @@ TEST_F(Safetensors, ReadsEveryDtypeOfThePythonPackage) {
   EXPECT_EQ(golden.names().size(), 15u);
   const auto ramp = torch::arange(12).reshape({3, 4});
   const auto floats = ramp.to(torch::kDouble) / 4 - 1;
-  const std::map<std::string, at::ScalarType> floating = {{"f64", at::kDouble}, {"f32", at::kFloat}, {"f16", at::kHalf}, {"bf16", at::kBFloat16},
+  const std::map<std::string, at::ScalarType> floating = {{"f64", at::kDouble},         {"f32", at::kFloat},
+                                                          {"f16", at::kHalf},           {"bf16", at::kBFloat16},
                                                           {"e4m3", at::kFloat8_e4m3fn}, {"e5m2", at::kFloat8_e5m2}};
   for (const auto& [name, dtype] : floating) {
     const auto tensor = golden.tensor(name);
@@ -72,7 +71,8 @@ TEST_F(Safetensors, ReadsEveryDtypeOfThePythonPackage) {
     EXPECT_EQ(golden.dtype(name), dtype);
     EXPECT_TRUE(torch::equal(tensor.to(at::kDouble), floats)) << name;
   }
-  const std::map<std::string, at::ScalarType> integers = {{"i64", at::kLong}, {"i32", at::kInt}, {"i16", at::kShort}, {"i8", at::kChar}, {"u8", at::kByte}};
+  const std::map<std::string, at::ScalarType> integers = {
+      {"i64", at::kLong}, {"i32", at::kInt}, {"i16", at::kShort}, {"i8", at::kChar}, {"u8", at::kByte}};
   for (const auto& [name, dtype] : integers) {
     const auto tensor = golden.tensor(name);
     EXPECT_EQ(tensor.scalar_type(), dtype) << name;
@@ -135,8 +135,11 @@ int64_t resident_kib(const fs::path& path) {
   bool here = false;
   int64_t total = 0;
   for (std::string line; std::getline(in, line);) {
-    if (line.find('-') != std::string::npos && line.find(':') != std::string::npos && line.find("kB") == std::string::npos) here = line.ends_with(path.string());
-    else if (here && line.starts_with("Rss:")) total += std::stoll(line.substr(4));
+    if (line.find('-') != std::string::npos && line.find(':') != std::string::npos &&
+        line.find("kB") == std::string::npos)
+      here = line.ends_with(path.string());
+    else if (here && line.starts_with("Rss:"))
+      total += std::stoll(line.substr(4));
   }
   return total;
 }
@@ -162,7 +165,8 @@ TEST_F(Safetensors, ReleasedPagesComeBack) {
 TEST_F(Safetensors, CopiesMisalignedTensors) {
   // One byte, then a float at an odd offset: legal in the format.
   const float value = 1.25f;
-  const std::string header = R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}})";
+  const std::string header =
+      R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}})";
   const fs::path path = craft(header, 5);
   std::string bytes = read_file(path);
   std::memcpy(bytes.data() + bytes.size() - 4, &value, 4);
@@ -185,7 +189,8 @@ TEST_F(Safetensors, DamagedHeadersAreNamed) {
   EXPECT_HAS(error_of(one("F32", "[2.0]", "[0,8]"), 8), "must be a non-negative integer");
   EXPECT_HAS(error_of(one("F32", "[2]", "[8,0]"), 8), "outside");
   EXPECT_HAS(error_of(one("F32", "[2]", "[0,18446744073709551615]"), 8), "outside");
-  EXPECT_HAS(error_of(one("F32", "[4611686018427387906,4]", "[0,8]"), 8), "overflows");  // the product wraps to 32 bytes
+  EXPECT_HAS(error_of(one("F32", "[4611686018427387906,4]", "[0,8]"), 8),
+             "overflows");  // the product wraps to 32 bytes
   EXPECT_HAS(error_of(one("F32", "[0,9223372036854775807,9223372036854775807]", "[0,0]"), 0), "overflows");
   EXPECT_HAS(error_of(one("F32", "[18446744073709551615]", "[0,8]"), 8), "overflows");
   EXPECT_HAS(error_of(one("F32", "2", "[0,8]"), 8), "shape must be a list");
@@ -251,9 +256,7 @@ TEST_F(Safetensors, BitFlipsInTheHeaderNeverCrash) {
     try {
       // A flip inside a name or a metadata value is a different, valid file; then every tensor must still be readable.
       for (const auto& [name, tensor] : load_safetensors(file("f"))) tensor.to(at::kDouble).sum();
-    } catch (const UserError&) {
-      ++refused;
-    }
+    } catch (const UserError&) { ++refused; }
   }
   EXPECT_GT(refused, static_cast<int64_t>(header_bytes) / 2);
 }
@@ -270,13 +273,14 @@ TEST_F(Safetensors, RefusesWhatItCannotHold) {
 // A write that fails half-way (a full disk; here a file size limit) leaves the old file and no temporary one.
 TEST_F(Safetensors, FailedWriteKeepsTheOldFile) {
   save_safetensors(file("a"), {{"x", torch::ones({4})}});
-  // Made before the fork: the child has none of the OpenMP pool's threads, so a parallel operation there would wait for ever.
+  // Made before the fork: the child has none of the OpenMP pool's threads, so a parallel operation there would wait for
+  // ever.
   const TensorMap large = {{"x", torch::zeros({100000})}};
   const pid_t child = ::fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
     ::signal(SIGXFSZ, SIG_IGN);
-    const struct rlimit limit {4096, 4096};
+    const struct rlimit limit{4096, 4096};
     ::setrlimit(RLIMIT_FSIZE, &limit);
     try {
       save_safetensors(file("a"), large);

@@ -64,9 +64,11 @@ TEST(Quantize8, TakesTheBinThatHoldsTheValue) {
     const auto e = edges(map);
     const bool with_sign = map == DynamicMap::with_sign;
     ASSERT_EQ(e.size(), with_sign ? 128u : 255u);
-    // Magnitudes down to below the smallest bin, and both sides of every edge: 1e-5 from it, about twice what float32 leaves of a bin at 0.1.
+    // Magnitudes down to below the smallest bin, and both sides of every edge: 1e-5 from it, about twice what float32
+    // leaves of a bin at 0.1.
     const auto edge = at::tensor(e, at::kDouble);
-    auto x = at::cat({at::pow(10.0, -8 * at::rand({4096})), (edge * (1 + 1e-5)).clamp_max(1.0).to(at::kFloat), (edge * (1 - 1e-5)).to(at::kFloat)});
+    auto x = at::cat({at::pow(10.0, -8 * at::rand({4096})), (edge * (1 + 1e-5)).clamp_max(1.0).to(at::kFloat),
+                      (edge * (1 - 1e-5)).to(at::kFloat)});
     if (with_sign) x = at::cat({x, -x});
     const auto blocks = at::cat({x, at::zeros({(255 - x.numel() % 255) % 255})}).view({-1, 255});
     const auto q = quantize8(at::cat({blocks, at::ones({blocks.size(0), 1})}, 1), map);  // each block's largest is 1
@@ -93,15 +95,18 @@ TEST(Quantize8, ErrorIsBoundedInEveryBlock) {
       ASSERT_EQ(q.scales.numel(), (n + 255) / 256);
       const auto y = dequantize8(q, map);
       for (int64_t b = 0; b * 256 < n; ++b) {
-        const auto xb = x.slice(0, b * 256, std::min(n, b * 256 + 256)), yb = y.slice(0, b * 256, std::min(n, b * 256 + 256));
+        const auto xb = x.slice(0, b * 256, std::min(n, b * 256 + 256)),
+                   yb = y.slice(0, b * 256, std::min(n, b * 256 + 256));
         const double largest = xb.abs().max().item<double>();
         EXPECT_EQ(q.scales[b].item<double>(), largest);
         // Half a bin: 0.45 / n of the decade's top, n = 64 or 128 in the top decade and halved in each one below.
         const bool with_sign = map == DynamicMap::with_sign;
         const auto r = xb.abs() / largest;
-        const auto decade = at::floor(at::log10(r.clamp_min(1e-30))).add(7).clamp(0, 6), bins = at::pow(2.0, decade + (with_sign ? 0 : 1));
+        const auto decade = at::floor(at::log10(r.clamp_min(1e-30))).add(7).clamp(0, 6),
+                   bins = at::pow(2.0, decade + (with_sign ? 0 : 1));
         auto bound = at::pow(10.0, decade - 6) * 0.45 / bins;
-        if (with_sign) bound = at::where(xb < -0.99 * largest, at::full_like(bound, 0.9 / 64), bound);  // -1 is not in the map
+        if (with_sign)
+          bound = at::where(xb < -0.99 * largest, at::full_like(bound, 0.9 / 64), bound);  // -1 is not in the map
         EXPECT_LE(((yb - xb).abs() / largest - bound).max().item<double>(), 2e-7) << "n " << n << ", block " << b;
       }
     }
@@ -114,9 +119,12 @@ TEST(Quantize8, ZerosTinyAndBrokenValues) {
   auto x = at::zeros({256});
   x[3] = 1e-30f;
   x[4] = 1.0f;
-  EXPECT_GT(dequantize8(quantize8(x, DynamicMap::without_sign), DynamicMap::without_sign)[3].item<float>(), 0.0f) << "a positive root never becomes 0";
+  EXPECT_GT(dequantize8(quantize8(x, DynamicMap::without_sign), DynamicMap::without_sign)[3].item<float>(), 0.0f)
+      << "a positive root never becomes 0";
   EXPECT_EQ(dequantize8(quantize8(x, DynamicMap::with_sign), DynamicMap::with_sign)[3].item<float>(), 0.0f);
-  EXPECT_TRUE(at::equal(dequantize8(quantize8(at::full({5}, 1e-40f), DynamicMap::with_sign), DynamicMap::with_sign), at::zeros({5}))) << "below the normal range";
+  EXPECT_TRUE(at::equal(dequantize8(quantize8(at::full({5}, 1e-40f), DynamicMap::with_sign), DynamicMap::with_sign),
+                        at::zeros({5})))
+      << "below the normal range";
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     x = at::ones({512});
     x[5] = bad;
@@ -133,7 +141,8 @@ struct Plain {
     const auto g = grad * o.grad_factor;
     exp_avg = exp_avg * o.beta1 + g * (1 - o.beta1);
     root = (root * root * o.beta2 + g * g * (1 - o.beta2)).sqrt();
-    const auto direction = exp_avg / (1 - std::pow(o.beta1, double(o.step))) / (root / std::sqrt(1 - std::pow(o.beta2, double(o.step))) + o.epsilon);
+    const auto direction = exp_avg / (1 - std::pow(o.beta1, double(o.step))) /
+                           (root / std::sqrt(1 - std::pow(o.beta2, double(o.step))) + o.epsilon);
     p.mul_(1 - o.lr * o.weight_decay).sub_(direction * o.lr);
   }
 };
@@ -150,9 +159,11 @@ TEST(Adamw8, IsReadUpdateAndRoundAgain) {
       theirs.copy_(ours);
       plain.step(theirs, g, o);
       adamw8_step(ours, g, state, o);
-      // A handful of roundings in other places: 1e-2 times a few ulp of the direction (at most ~7), plus an ulp of the parameter.
+      // A handful of roundings in other places: 1e-2 times a few ulp of the direction (at most ~7), plus an ulp of the
+      // parameter.
       EXPECT_LE((ours - theirs).abs().max().item<double>(), 1e-6) << "n " << n << ", step " << t;
-      const auto m = quantize8(plain.exp_avg, DynamicMap::with_sign), r = quantize8(plain.root, DynamicMap::without_sign);
+      const auto m = quantize8(plain.exp_avg, DynamicMap::with_sign),
+                 r = quantize8(plain.root, DynamicMap::without_sign);
       EXPECT_LE((m.scales - state.exp_avg.scales).abs().max().item<double>(), 1e-6 * m.scales.max().item<double>());
       // A value within a rounding of a boundary may fall on its other side.
       EXPECT_LE((m.codes.to(at::kInt) - state.exp_avg.codes.to(at::kInt)).abs().max().item<int64_t>(), 1);
@@ -174,13 +185,15 @@ TEST(Adamw8, BitsDoNotDependOnThreads) {
     const auto state = adamw8_zero_state(p);
     for (int64_t t = 1; t <= 3; ++t) adamw8_step(p, grads[t - 1], state, {1e-2, 0.9, 0.95, 1e-8, 0.0, t});
     at::set_num_threads(before);
-    return at::cat({p, state.exp_avg.codes.to(at::kFloat), state.exp_avg.scales, state.root.codes.to(at::kFloat), state.root.scales});
+    return at::cat({p, state.exp_avg.codes.to(at::kFloat), state.exp_avg.scales, state.root.codes.to(at::kFloat),
+                    state.root.scales});
   };
   EXPECT_TRUE(at::equal(run(1), run(3)));
 }
 
 TEST(Adamw8, SmallGradientsBesideLargeOnesMakeNoLargeUpdates) {
-  // Gradients over five decades in one block that then stop: a second moment rounded to 0 would divide the first by epsilon.
+  // Gradients over five decades in one block that then stop: a second moment rounded to 0 would divide the first by
+  // epsilon.
   const auto p = at::zeros({256}), g = at::pow(10.0, -at::arange(256).to(at::kFloat) * (5.0 / 255));
   const auto state = adamw8_zero_state(p);
   for (int64_t t = 1; t <= 20; ++t) {
@@ -218,8 +231,12 @@ TEST(Adamw8, CudaHasTheBitsOfTheCpu) {
       adamw8_step(device, g.to(at::kCUDA), on_device, {1e-2, 0.9, 0.95, 1e-8, 0.1, t, 0.5});
     }
     EXPECT_TRUE(at::equal(host, device.cpu())) << n;
-    EXPECT_TRUE(at::equal(on_host.exp_avg.codes, on_device.exp_avg.codes.cpu()) && at::equal(on_host.exp_avg.scales, on_device.exp_avg.scales.cpu())) << n;
-    EXPECT_TRUE(at::equal(on_host.root.codes, on_device.root.codes.cpu()) && at::equal(on_host.root.scales, on_device.root.scales.cpu())) << n;
+    EXPECT_TRUE(at::equal(on_host.exp_avg.codes, on_device.exp_avg.codes.cpu()) &&
+                at::equal(on_host.exp_avg.scales, on_device.exp_avg.scales.cpu()))
+        << n;
+    EXPECT_TRUE(at::equal(on_host.root.codes, on_device.root.codes.cpu()) &&
+                at::equal(on_host.root.scales, on_device.root.scales.cpu()))
+        << n;
   }
 }
 

@@ -27,7 +27,8 @@ AttentionShape usual() {
 }
 
 TEST(AttentionChoice, FlashUnlessCudnnIsAskedForAndServes) {
-  EXPECT_EQ(choose_attention(usual(), std::nullopt).kernel, DeviceAttention::flash) << "the default until both have been compared";
+  EXPECT_EQ(choose_attention(usual(), std::nullopt).kernel, DeviceAttention::flash)
+      << "the default until both have been compared";
   EXPECT_EQ(choose_attention(usual(), DeviceAttention::flash).kernel, DeviceAttention::flash);
   EXPECT_EQ(choose_attention(usual(), DeviceAttention::cudnn).kernel, DeviceAttention::cudnn);
   const std::vector<std::tuple<std::function<void(AttentionShape&)>, DeviceAttention, const char*>> table{
@@ -43,7 +44,8 @@ TEST(AttentionChoice, FlashUnlessCudnnIsAskedForAndServes) {
       {[](AttentionShape& s) { s.queries = 0; }, DeviceAttention::flash, "no rows"},
       {[](AttentionShape& s) { s.queries = s.keys = int64_t{1} << 20; }, DeviceAttention::flash, "32 bits"},
       // 2 bytes for every pair of 8 x 32 heads x 4096 x 4096: 8 GiB.
-      {[](AttentionShape& s) { s.longest_q = s.longest_kv = 4096, s.queries = s.keys = 8 * 4096; }, DeviceAttention::flash, "8192 MiB"},
+      {[](AttentionShape& s) { s.longest_q = s.longest_kv = 4096, s.queries = s.keys = 8 * 4096; },
+       DeviceAttention::flash, "8192 MiB"},
       {[](AttentionShape& s) { s.sequences = 1, s.longest_q = s.longest_kv = 4096; }, DeviceAttention::cudnn, ""},
   };
   for (size_t i = 0; i < table.size(); ++i) {
@@ -94,7 +96,13 @@ TEST(AttentionChoice, BucketsHoldTheirProblemsAndAreFew) {
 }
 
 TEST(AttentionChoice, AProblemsShape) {
-  const AttentionProblem p{at::empty({9, 4, 16}, at::kBFloat16), at::empty({14, 2, 16}, at::kBFloat16), at::empty({14, 2, 16}, at::kBFloat16), {0, 3, 3, 9}, {0, 8, 8, 14}, 5, 0.25};
+  const AttentionProblem p{at::empty({9, 4, 16}, at::kBFloat16),
+                           at::empty({14, 2, 16}, at::kBFloat16),
+                           at::empty({14, 2, 16}, at::kBFloat16),
+                           {0, 3, 3, 9},
+                           {0, 8, 8, 14},
+                           5,
+                           0.25};
   const AttentionShape s = attention_shape(p);
   EXPECT_TRUE(s.bfloat16);
   EXPECT_EQ(std::tuple(s.heads, s.groups, s.head_dim, s.window, s.sequences), std::tuple(4, 2, 16, 5, 3));
@@ -102,9 +110,12 @@ TEST(AttentionChoice, AProblemsShape) {
 }
 
 TEST(AttentionChoice, RaggedOffsetsCountElementsAndTheBucketsRestIsEmpty) {
-  const at::Tensor cu_q = at::tensor({0, 3, 3, 9}, at::kInt), cu_kv = at::tensor({0, 8, 8, 14}, at::kInt), out = at::full({5, 5}, -1, at::kInt);
+  const at::Tensor cu_q = at::tensor({0, 3, 3, 9}, at::kInt), cu_kv = at::tensor({0, 8, 8, 14}, at::kInt),
+                   out = at::full({5, 5}, -1, at::kInt);
   int32_t* to = out.data_ptr<int32_t>();
-  cuda::OnHost::threads(cuda::SequenceOffsets{cu_q.const_data_ptr<int32_t>(), cu_kv.const_data_ptr<int32_t>(), 3, 4, 64, 32, 4, to, to + 5, to + 10, to + 15, to + 20}, 5);
+  cuda::OnHost::threads(cuda::SequenceOffsets{cu_q.const_data_ptr<int32_t>(), cu_kv.const_data_ptr<int32_t>(), 3, 4, 64,
+                                              32, 4, to, to + 5, to + 10, to + 15, to + 20},
+                        5);
   EXPECT_TRUE(at::equal(out[0].narrow(0, 0, 4), at::tensor({3, 0, 6, 0}, at::kInt)));
   EXPECT_TRUE(at::equal(out[1].narrow(0, 0, 4), at::tensor({8, 0, 6, 0}, at::kInt)));
   EXPECT_TRUE(at::equal(out[2], at::tensor({0, 3, 3, 9, 9}, at::kInt) * 64));

@@ -1,5 +1,6 @@
-// The device kernels on a GPU: against the same functors on the host and against plain ATen in double, twice for equal bits, and without waiting for the
-// device. Everything here needs a GPU and skips without one; it has not run on one yet. bf16 is bounded by what plain bf16 ATen makes of the same inputs.
+// The device kernels on a GPU: against the same functors on the host and against plain ATen in double, twice for equal
+// bits, and without waiting for the device. Everything here needs a GPU and skips without one; it has not run on one
+// yet. bf16 is bounded by what plain bf16 ATen makes of the same inputs.
 #include <functional>
 
 #include "../support/gpu.h"
@@ -42,21 +43,25 @@ TEST(CudaKernels, DispatchEqualsTheHosts) {
       const NoWaiting guard;
       return cuda::make_dispatch(ids_d, c.E, group_d, c.groups, host.num_rows());
     }();
-    EXPECT_TRUE(same(d.token_of_row_R, host.token_of_row_R) && same(d.row_of_slot_TK, host.row_of_slot_TK) && same(d.offsets, host.offsets)) << c.T;
+    EXPECT_TRUE(same(d.token_of_row_R, host.token_of_row_R) && same(d.row_of_slot_TK, host.row_of_slot_TK) &&
+                same(d.offsets, host.offsets))
+        << c.T;
     for (const auto dtype : {at::kFloat, at::kBFloat16})
       for (const int64_t D : {5, 64}) {
         const at::Tensor x = randn({c.T, D}, 1, dtype), w = randn({c.T, c.K}, 2);
         const at::Tensor rows = cuda::gather_rows(gpu(x), d.token_of_row_R);
         EXPECT_TRUE(same(rows, x.index_select(0, host.token_of_row_R)));
         const at::Tensor picked = x.to(at::kDouble).unsqueeze(1) * (w.to(at::kDouble) * ids.ge(0)).unsqueeze(-1);
-        EXPECT_LT(distance(cpu(cuda::combine(rows, gpu(w), d.row_of_slot_TK)), picked.sum(1)), (dtype == at::kFloat ? 1e-5 : 2e-2) * (1 + largest(picked)));
+        EXPECT_LT(distance(cpu(cuda::combine(rows, gpu(w), d.row_of_slot_TK)), picked.sum(1)),
+                  (dtype == at::kFloat ? 1e-5 : 2e-2) * (1 + largest(picked)));
       }
   }
 }
 
 TEST(CudaKernels, RouteEqualsTheHosts) {
   MOEGRAFT_NEEDS_GPU();
-  for (const auto& [T, E, K] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 5, 5}, {20, 33, 4}, {4097, 128, 8}, {5, 512, 16}})
+  for (const auto& [T, E, K] :
+       std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 5, 5}, {20, 33, 4}, {4097, 128, 8}, {5, 512, 16}})
     for (const bool renormalise : {false, true}) {
       const at::Tensor logits = randn({T, E}, 1) * 3, dw = randn({T, K}, 2), dp = randn({T, E}, 3);
       at::Tensor exact = wide(logits);
@@ -72,8 +77,12 @@ TEST(CudaKernels, RouteEqualsTheHosts) {
       const Route host = Host::route_forward(logits, K, renormalise);
       EXPECT_LT(distance(cpu(r.probs_TE), probs), 1e-6);
       EXPECT_LT(distance(cpu(r.topk_weights_TK), host.topk_weights_TK), 2e-6);
-      EXPECT_GT((cpu(r.topk_ids_TK) == host.topk_ids_TK).to(at::kFloat).mean().item<double>(), 0.999);  // exp's last bit may swap near ties
-      EXPECT_LT(distance(cpu(dlogits), Host::route_backward({cpu(r.probs_TE), cpu(r.topk_ids_TK), cpu(r.topk_weights_TK)}, dw, dp, renormalise)), 1e-5 * (1 + largest(dp)));
+      EXPECT_GT((cpu(r.topk_ids_TK) == host.topk_ids_TK).to(at::kFloat).mean().item<double>(),
+                0.999);  // exp's last bit may swap near ties
+      EXPECT_LT(
+          distance(cpu(dlogits), Host::route_backward({cpu(r.probs_TE), cpu(r.topk_ids_TK), cpu(r.topk_weights_TK)}, dw,
+                                                      dp, renormalise)),
+          1e-5 * (1 + largest(dp)));
     }
 }
 
@@ -81,15 +90,22 @@ TEST(CudaKernels, RmsNormAndRotary) {
   MOEGRAFT_NEEDS_GPU();
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {133, 192}, {4096, 2048}, {0, 8}})
     for (const bool residual : {false, true})
-      for (const auto& [from, to] : std::vector<std::pair<at::ScalarType, at::ScalarType>>{{at::kFloat, at::kFloat}, {at::kFloat, at::kBFloat16}, {at::kBFloat16, at::kBFloat16}}) {
-        const at::Tensor x = randn(shape, 1, from), delta = residual ? randn(shape, 4, to) : at::Tensor(), w = randn({shape.back()}, 2, from), d = randn(shape, 3, to), ds = randn(shape, 6, from);
-        const Norm host = Host::rms_norm_forward(x, delta, w, 1e-5, to, true), n = cuda::rms_norm_forward(gpu(x), gpu(delta), gpu(w), 1e-5, to, true);
+      for (const auto& [from, to] : std::vector<std::pair<at::ScalarType, at::ScalarType>>{
+               {at::kFloat, at::kFloat}, {at::kFloat, at::kBFloat16}, {at::kBFloat16, at::kBFloat16}}) {
+        const at::Tensor x = randn(shape, 1, from), delta = residual ? randn(shape, 4, to) : at::Tensor(),
+                         w = randn({shape.back()}, 2, from), d = randn(shape, 3, to), ds = randn(shape, 6, from);
+        const Norm host = Host::rms_norm_forward(x, delta, w, 1e-5, to, true),
+                   n = cuda::rms_norm_forward(gpu(x), gpu(delta), gpu(w), 1e-5, to, true);
         const double scale = 1 + largest(host.y.to(at::kDouble));
-        EXPECT_LT(distance(cpu(n.y), host.y), (to == at::kFloat ? 2e-6 : 1e-2) * scale);  // rstd's last bit may tip a bf16 rounding
+        EXPECT_LT(distance(cpu(n.y), host.y),
+                  (to == at::kFloat ? 2e-6 : 1e-2) * scale);  // rstd's last bit may tip a bf16 rounding
         EXPECT_LT(distance(cpu(n.y_wide), host.y_wide), (from == at::kFloat ? 2e-6 : 1e-2) * scale);
         EXPECT_TRUE(same(n.sum, host.sum));
-        const NormGradients a = Host::rms_norm_backward(d, {}, ds, host.sum, w, host.rstd, true), b = cuda::rms_norm_backward(gpu(d), {}, gpu(ds), gpu(host.sum), gpu(w), gpu(host.rstd), true),
-                            c = cuda::rms_norm_backward(gpu(d), {}, gpu(ds), gpu(host.sum), gpu(w), gpu(host.rstd), true);
+        const NormGradients a = Host::rms_norm_backward(d, {}, ds, host.sum, w, host.rstd, true),
+                            b = cuda::rms_norm_backward(gpu(d), {}, gpu(ds), gpu(host.sum), gpu(w), gpu(host.rstd),
+                                                        true),
+                            c = cuda::rms_norm_backward(gpu(d), {}, gpu(ds), gpu(host.sum), gpu(w), gpu(host.rstd),
+                                                        true);
         EXPECT_LT(distance(cpu(b.dx), a.dx), (from == at::kFloat ? 1e-5 : 2e-2) * (1 + largest(a.dx.to(at::kDouble))));
         EXPECT_LT(distance(cpu(b.dw), a.dw), (from == at::kFloat ? 1e-5 : 2e-2) * (1 + largest(a.dw.to(at::kDouble))));
         EXPECT_TRUE(at::equal(b.dx, c.dx) && at::equal(b.dw, c.dw));
@@ -97,7 +113,8 @@ TEST(CudaKernels, RmsNormAndRotary) {
   for (const int64_t C : {2, 6, 128})
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       const at::Tensor joint = randn({9, 6, C}, 4, dtype), x = joint.narrow(1, 3, 3), angle = randn({9, C / 2}, 5);
-      const at::Tensor host = Host::rotary(x, angle.cos(), angle.sin(), -1), y = cuda::rotary(gpu(joint).narrow(1, 3, 3), gpu(angle.cos()), gpu(angle.sin()), -1);
+      const at::Tensor host = Host::rotary(x, angle.cos(), angle.sin(), -1),
+                       y = cuda::rotary(gpu(joint).narrow(1, 3, 3), gpu(angle.cos()), gpu(angle.sin()), -1);
       EXPECT_LT(distance(cpu(y), host), dtype == at::kFloat ? 2e-6 : 2e-2);
     }
 }
@@ -148,9 +165,11 @@ TEST(CudaKernels, ExpertsInBfloat16AreNoWorseThanPlain) {
   std::vector<MoeCase> cases = kMoeCases;
   cases.push_back({{1000, 16, 4, 2, 2}, 256, 192, 16});
   for (const auto& c : cases) {
-    const MoeInputs b = on_gpu(make_moe(c, at::kBFloat16, at::kFloat, Layout::stacked)), d = make_moe(c, at::kDouble, at::kDouble, Layout::stacked),
+    const MoeInputs b = on_gpu(make_moe(c, at::kBFloat16, at::kFloat, Layout::stacked)),
+                    d = make_moe(c, at::kDouble, at::kDouble, Layout::stacked),
                     p = make_moe(c, at::kBFloat16, at::kBFloat16, Layout::stacked);
-    if (!moe_cuda_serves(b.problem)) GTEST_SKIP() << "this GPU has no grouped product in one kernel (Hopper, Blackwell): the experts run through ATen";
+    if (!moe_cuda_serves(b.problem))
+      GTEST_SKIP() << "this GPU has no grouped product in one kernel (Hopper, Blackwell): the experts run through ATen";
     const at::Tensor dout = randn({c.routing.T, c.D}, 30).to(at::kBFloat16), dout_d = gpu(dout);
     at::Tensor exact, plain;
     const auto expected = exact_gradients(d, dout, exact), plain_grads = exact_gradients(p, dout, plain);
@@ -162,12 +181,14 @@ TEST(CudaKernels, ExpertsInBfloat16AreNoWorseThanPlain) {
       return out;
     };
     const auto once = run(), again = run();
-    EXPECT_LE(distance(cpu(once[0]), exact), 2 * distance(plain, exact) + 1e-2 * (1 + largest(exact))) << "T " << c.routing.T;
+    EXPECT_LE(distance(cpu(once[0]), exact), 2 * distance(plain, exact) + 1e-2 * (1 + largest(exact)))
+        << "T " << c.routing.T;
     for (size_t i = 0; i < expected.size(); ++i) {
       const at::Tensor e = expected[i].defined() ? expected[i] : at::zeros_like(d.leaves[i]);
-      // The floor is for cases of one token, where the plain path's error is a single sample: x, g, u, h, dh and the products between are each rounded to 2^-9,
-      // and <h, dh> adds terms larger than itself.
-      const double floor = 2e-2 * (1 + largest(e)), plain_error = plain_grads[i].defined() ? distance(plain_grads[i], e) : 0;
+      // The floor is for cases of one token, where the plain path's error is a single sample: x, g, u, h, dh and the
+      // products between are each rounded to 2^-9, and <h, dh> adds terms larger than itself.
+      const double floor = 2e-2 * (1 + largest(e)),
+                   plain_error = plain_grads[i].defined() ? distance(plain_grads[i], e) : 0;
       EXPECT_LE(distance(cpu(once[i + 1]), e), 2 * plain_error + floor) << "leaf " << i << ", T " << c.routing.T;
     }
     for (size_t i = 0; i < once.size(); ++i) EXPECT_TRUE(at::equal(once[i], again[i])) << "result " << i;
@@ -201,7 +222,8 @@ TEST(CudaKernels, RoutingSumsAndAddedRowsEqualTheHosts) {
     const Route r = Host::route_forward(randn({T, E}, 11) * 2, K, true);
     const at::Tensor modality = at::arange(T, at::kLong) % M, host = at::zeros({M, 2 * E + 3}, at::kDouble);
     const auto sums = [&] {
-      const at::Tensor to = gpu(at::zeros_like(host)), probs = gpu(r.probs_TE), ids = gpu(r.topk_ids_TK), of = gpu(modality);
+      const at::Tensor to = gpu(at::zeros_like(host)), probs = gpu(r.probs_TE), ids = gpu(r.topk_ids_TK),
+                       of = gpu(modality);
       const NoWaiting guard;
       kernels::add_routing_sums(to, probs, ids, of);
       return to;
@@ -212,18 +234,21 @@ TEST(CudaKernels, RoutingSumsAndAddedRowsEqualTheHosts) {
     EXPECT_TRUE(at::equal(once, sums()));
   }
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-    const at::Tensor from = randn({400, 64}, 3, dtype), rows = at::arange(400) * 2 + 1, to = randn({801, 64}, 4, dtype), on_device = gpu(to);
+    const at::Tensor from = randn({400, 64}, 3, dtype), rows = at::arange(400) * 2 + 1, to = randn({801, 64}, 4, dtype),
+                     on_device = gpu(to);
     add_rows(gpu(from), gpu(rows), on_device, 2.0);  // times a power of two: a fused multiplication rounds nothing else
     Host::add_rows(from, rows, to, 2.0);
     EXPECT_TRUE(same(on_device, to));
   }
 }
 
-// ------------------------------------------------------------------------------------------------ as the decoder calls them
+// ------------------------------------------------------------------------------------------------ as the decoder calls
+// them
 
 TEST(CudaKernels, PublicOperationsEqualTheCpus) {
   MOEGRAFT_NEEDS_GPU();
-  for (const auto dtype : {at::kFloat, at::kBFloat16}) compare_public_ops(public_ops(gpu(at::empty({0})).device(), dtype), public_ops(at::kCPU, dtype), dtype);
+  for (const auto dtype : {at::kFloat, at::kBFloat16})
+    compare_public_ops(public_ops(gpu(at::empty({0})).device(), dtype), public_ops(at::kCPU, dtype), dtype);
 }
 
 // ------------------------------------------------------------------------------------------------ attention
@@ -234,11 +259,17 @@ at::Tensor plain_attention(const AttentionProblem& p, const at::Tensor& q, const
   for (int64_t s = 0; s < p.num_sequences(); ++s) {
     const int64_t queries = p.cu_q[s + 1] - p.cu_q[s], keys = p.cu_kv[s + 1] - p.cu_kv[s];
     const at::Tensor qs = q.narrow(0, p.cu_q[s], queries).transpose(0, 1);
-    const auto spread = [&](const at::Tensor& x) { return x.narrow(0, p.cu_kv[s], keys).repeat_interleave(repeat, 1).transpose(0, 1); };
+    const auto spread = [&](const at::Tensor& x) {
+      return x.narrow(0, p.cu_kv[s], keys).repeat_interleave(repeat, 1).transpose(0, 1);
+    };
     const at::Tensor i = at::arange(keys - queries, keys).unsqueeze(1), j = at::arange(keys).unsqueeze(0);
     at::Tensor hidden = j > i;
     if (p.window > 0) hidden = hidden | (j <= i - p.window);
-    out.push_back(at::matmul(at::softmax((at::matmul(qs, spread(k).transpose(1, 2)) * p.scale).masked_fill(hidden, -INFINITY), -1), spread(v)).transpose(0, 1));
+    out.push_back(
+        at::matmul(
+            at::softmax((at::matmul(qs, spread(k).transpose(1, 2)) * p.scale).masked_fill(hidden, -INFINITY), -1),
+            spread(v))
+            .transpose(0, 1));
   }
   return at::cat(out, 0);
 }
@@ -256,18 +287,28 @@ const std::vector<AttentionCase> kAttentionCases{{{0, 1}, {0, 1}, 1, 1, 8, 0},
                                                  {{0, 10, 14}, {0, 25, 60}, 4, 2, 32, 5}};
 
 // serves: of a problem on the GPU. Twice, for equal bits.
-void check_attention(const std::function<bool(const AttentionProblem&)>& serves, const std::function<AttentionOutput(const AttentionProblem&)>& forward,
-                     const std::function<AttentionGradients(const AttentionProblem&, const AttentionOutput&, const at::Tensor&)>& backward) {
+void check_attention(const std::function<bool(const AttentionProblem&)>& serves,
+                     const std::function<AttentionOutput(const AttentionProblem&)>& forward,
+                     const std::function<AttentionGradients(const AttentionProblem&, const AttentionOutput&,
+                                                            const at::Tensor&)>& backward) {
   int served = 0;
   for (const auto& c : kAttentionCases) {
-    AttentionProblem p{randn({c.cu_q.back(), c.H, c.C}, 1).to(at::kBFloat16), randn({c.cu_kv.back(), c.G, c.C}, 2).to(at::kBFloat16), randn({c.cu_kv.back(), c.G, c.C}, 3).to(at::kBFloat16),
-                       c.cu_q, c.cu_kv, c.window, 0.3};
+    AttentionProblem p{randn({c.cu_q.back(), c.H, c.C}, 1).to(at::kBFloat16),
+                       randn({c.cu_kv.back(), c.G, c.C}, 2).to(at::kBFloat16),
+                       randn({c.cu_kv.back(), c.G, c.C}, 3).to(at::kBFloat16),
+                       c.cu_q,
+                       c.cu_kv,
+                       c.window,
+                       0.3};
     std::vector<at::Tensor> exact{wide(p.q_THC), wide(p.k_SGC), wide(p.v_SGC)};
-    const at::Tensor dout = randn(p.q_THC.sizes(), 4).to(at::kBFloat16), z = plain_attention(p, exact[0], exact[1], exact[2]);
+    const at::Tensor dout = randn(p.q_THC.sizes(), 4).to(at::kBFloat16),
+                     z = plain_attention(p, exact[0], exact[1], exact[2]);
     const auto expected = torch::autograd::grad({z}, exact, {dout.to(at::kDouble)});
     AttentionProblem d = p;
     d.q_THC = gpu(p.q_THC), d.k_SGC = gpu(p.k_SGC), d.v_SGC = gpu(p.v_SGC);
-    const auto lengths = [](const std::vector<int64_t>& cu) { return gpu(at::tensor(at::ArrayRef<int64_t>(cu), at::kInt)); };
+    const auto lengths = [](const std::vector<int64_t>& cu) {
+      return gpu(at::tensor(at::ArrayRef<int64_t>(cu), at::kInt));
+    };
     for (const bool given : {false, true}) {  // the lengths, on the device
       if (given) d.on_device = {lengths(c.cu_q), lengths(c.cu_kv)};
       if (!serves(d)) continue;
@@ -281,7 +322,9 @@ void check_attention(const std::function<bool(const AttentionProblem&)>& serves,
       };
       const auto once = run(), again = run();
       EXPECT_LT(distance(cpu(once[0]), z), 1e-2 * (1 + largest(z)));
-      for (int i = 0; i < 3; ++i) EXPECT_LT(distance(cpu(once[i + 1]), expected[i]), 2e-2 * (1 + largest(expected[i]))) << "input " << i << ", window " << c.window;
+      for (int i = 0; i < 3; ++i)
+        EXPECT_LT(distance(cpu(once[i + 1]), expected[i]), 2e-2 * (1 + largest(expected[i])))
+            << "input " << i << ", window " << c.window;
       for (size_t i = 0; i < once.size(); ++i) EXPECT_TRUE(at::equal(once[i], again[i])) << "result " << i;
       EXPECT_FALSE(at::globalContext().deterministicAlgorithms());
     }
@@ -291,7 +334,8 @@ void check_attention(const std::function<bool(const AttentionProblem&)>& serves,
 
 TEST(CudaKernels, FlashAttentionWithGradients) {
   MOEGRAFT_NEEDS_GPU();
-  check_attention([](const AttentionProblem& p) { return attention_cuda_serves(p.q_THC); }, attention_forward_cuda, attention_backward_cuda);
+  check_attention([](const AttentionProblem& p) { return attention_cuda_serves(p.q_THC); }, attention_forward_cuda,
+                  attention_backward_cuda);
 }
 
 #ifdef MOEGRAFT_HAVE_CUDA
@@ -305,7 +349,9 @@ TEST(CudaKernels, CudnnAttentionWithGradients) {
   };
   const auto forward = [](const AttentionProblem& p) {
     if (p.on_device.cu_q.defined()) return attention_forward_cudnn(p, p.on_device);
-    const auto copied = [](const std::vector<int64_t>& cu) { return at::tensor(at::ArrayRef<int64_t>(cu), at::kInt).pin_memory().to(at::kCUDA, /*non_blocking=*/true); };
+    const auto copied = [](const std::vector<int64_t>& cu) {
+      return at::tensor(at::ArrayRef<int64_t>(cu), at::kInt).pin_memory().to(at::kCUDA, /*non_blocking=*/true);
+    };
     return attention_forward_cudnn(p, {copied(p.cu_q), copied(p.cu_kv)});
   };
   check_attention(serves, forward, attention_backward_cudnn);
@@ -315,19 +361,31 @@ TEST(CudaKernels, CudnnAttentionWithGradients) {
 TEST(CudaKernels, CachedAttentionContinuesWhatPackedComputes) {
   MOEGRAFT_NEEDS_GPU();
   for (const int64_t window : {0, 4})
-    for (const auto& past : std::vector<std::vector<int64_t>>{{7, 0}, {10, 5}, {11, 5}}) {  // several queries, one each, none and one
+    for (const auto& past :
+         std::vector<std::vector<int64_t>>{{7, 0}, {10, 5}, {11, 5}}) {  // several queries, one each, none and one
       const std::vector<int64_t> lengths{11, 6};
-      AttentionProblem p{randn({17, 4, 16}, 1).to(at::kBFloat16), randn({17, 2, 16}, 2).to(at::kBFloat16), randn({17, 2, 16}, 3).to(at::kBFloat16), {0, 11, 17}, {0, 11, 17}, window, 0.5};
-      const at::Tensor whole = plain_attention(p, p.q_THC.to(at::kDouble), p.k_SGC.to(at::kDouble), p.v_SGC.to(at::kDouble));
-      at::Tensor keys = at::full({3, 16, 2, 16}, NAN).to(at::kBFloat16), values = keys.clone();  // what lies beyond a length, and a third sequence, must not count
+      AttentionProblem p{randn({17, 4, 16}, 1).to(at::kBFloat16),
+                         randn({17, 2, 16}, 2).to(at::kBFloat16),
+                         randn({17, 2, 16}, 3).to(at::kBFloat16),
+                         {0, 11, 17},
+                         {0, 11, 17},
+                         window,
+                         0.5};
+      const at::Tensor whole =
+          plain_attention(p, p.q_THC.to(at::kDouble), p.k_SGC.to(at::kDouble), p.v_SGC.to(at::kDouble));
+      at::Tensor keys = at::full({3, 16, 2, 16}, NAN).to(at::kBFloat16),
+                 values = keys.clone();  // what lies beyond a length, and a third sequence, must not count
       keys[0].narrow(0, 0, 11).copy_(p.k_SGC.narrow(0, 0, 11));
       values[0].narrow(0, 0, 11).copy_(p.v_SGC.narrow(0, 0, 11));
       keys[1].narrow(0, 0, 6).copy_(p.k_SGC.narrow(0, 11, 6));
       values[1].narrow(0, 0, 6).copy_(p.v_SGC.narrow(0, 11, 6));
-      const auto rest = [&](const at::Tensor& x) { return at::cat({x.narrow(0, past[0], 11 - past[0]), x.narrow(0, 11 + past[1], 6 - past[1])}, 0); };
+      const auto rest = [&](const at::Tensor& x) {
+        return at::cat({x.narrow(0, past[0], 11 - past[0]), x.narrow(0, 11 + past[1], 6 - past[1])}, 0);
+      };
       const at::Tensor q = gpu(rest(p.q_THC));
       if (!attention_cuda_serves(q)) GTEST_SKIP() << "this GPU is older than Ampere";
-      const at::Tensor y = attention_cached_cuda(q, gpu(keys), gpu(values), {0, 11 - past[0], 17 - past[0] - past[1]}, lengths, window, 0.5);
+      const at::Tensor y = attention_cached_cuda(q, gpu(keys), gpu(values), {0, 11 - past[0], 17 - past[0] - past[1]},
+                                                 lengths, window, 0.5);
       EXPECT_LT(distance(cpu(y), rest(whole)), 1e-2 * (1 + largest(whole)));
     }
 }

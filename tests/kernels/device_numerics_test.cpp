@@ -8,7 +8,8 @@
 namespace moegraft::kernels {
 namespace {
 
-// The switches are the process's: what they are to be is set wrong first, as an environment or another library may have.
+// The switches are the process's: what they are to be is set wrong first, as an environment or another library may
+// have.
 TEST(DeviceNumerics, SumsAreInFloat32AndEqualCallsGiveEqualBits) {
   at::Context& library = at::globalContext();
   library.setAllowBF16ReductionCuBLAS(true);

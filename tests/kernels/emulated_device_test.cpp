@@ -1,4 +1,5 @@
-// The public operations' device branches (norm.cpp, route.cpp, cross_entropy.cpp, moe_ffn.cpp) with the device emulated on the host.
+// The public operations' device branches (norm.cpp, route.cpp, cross_entropy.cpp, moe_ffn.cpp) with the device emulated
+// on the host.
 #ifndef MOEGRAFT_HAVE_CUDA
 
 #include "../support/emulated_device.h"
@@ -22,7 +23,8 @@ TEST(EmulatedDevice, PublicOperationsEqualTheCpus) {
 }
 
 TEST(EmulatedDevice, SumsOfRowsHaveTheHostsBits) {
-  const at::Tensor places = at::randint(-1, 40, {23, 4}, at::make_generator<at::CPUGeneratorImpl>(uint64_t{3}), at::kInt);
+  const at::Tensor places =
+      at::randint(-1, 40, {23, 4}, at::make_generator<at::CPUGeneratorImpl>(uint64_t{3}), at::kInt);
   for (const int64_t width : {3, 8, 64})
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       const at::Tensor rows = randn({40, width}, 5).to(dtype), host = sum_rows(rows, places);
@@ -45,7 +47,9 @@ TEST(EmulatedDevice, NormsOfAnyShapeAndUnusedOutputs) {
 TEST(EmulatedDevice, RoutingStatisticsAreTwoLaunches) {
   const Route r = Host::route_forward(randn({50, 8}, 1), 2, true);
   const at::Tensor sums = at::zeros({2, 19}, at::kDouble), modality = at::arange(50, at::kLong) % 2;
-  const auto count = [&] { return launches([&] { kernels::add_routing_sums(sums, r.probs_TE, r.topk_ids_TK, modality); }); };
+  const auto count = [&] {
+    return launches([&] { kernels::add_routing_sums(sums, r.probs_TE, r.topk_ids_TK, modality); });
+  };
   const int64_t host = count();
   const Emulation on;
   EXPECT_EQ(count(), 0) << "of the library; the host needs " << host;
@@ -58,10 +62,12 @@ struct LinearCase {
   bool every_row, bias;
 };
 const std::vector<LinearCase> kLinearCases{
-    {{{{1}}, {{1}}, {{1}}}, false, false},       // q, k, v of one modality
-    {{{{0}}}, true, true},                       // an open gate
-    {{{{1}, {1, 2}}, {}, {{2}}}, false, true},   // two terms on one layer, one of them on two modalities; a layer without any
-    {{{{0, 1, 2}}, {{2}}}, false, false},        // text adapted too
+    {{{{1}}, {{1}}, {{1}}}, false, false},  // q, k, v of one modality
+    {{{{0}}}, true, true},                  // an open gate
+    {{{{1}, {1, 2}}, {}, {{2}}},
+     false,
+     true},                                // two terms on one layer, one of them on two modalities; a layer without any
+    {{{{0, 1, 2}}, {{2}}}, false, false},  // text adapted too
 };
 
 std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::ScalarType masters, bool use_all) {
@@ -74,7 +80,8 @@ std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::S
   uint64_t seed = 2;
   for (const auto& terms : c.groups) {
     const int64_t out = 8 + 16 * int64_t(layers.size());
-    layers.push_back({{randn({out, 16}, seed++, dtype) * 0.3, c.bias ? randn({out}, seed++, dtype) : at::Tensor()}, {}});
+    layers.push_back(
+        {{randn({out, 16}, seed++, dtype) * 0.3, c.bias ? randn({out}, seed++, dtype) : at::Tensor()}, {}});
     for (const auto& groups : terms) {
       const int64_t rank = 3 + int64_t(seed % 3);
       leaves.push_back((randn({rank, 16}, seed++) * 0.3).to(masters).set_requires_grad(true));
@@ -95,7 +102,8 @@ std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::S
 TEST(EmulatedDevice, AdaptedLinearEqualsTheHosts) {
   for (const auto& c : kLinearCases)
     for (const bool use_all : {true, false})
-      for (const auto& [dtype, masters] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kFloat), std::pair(at::kBFloat16, at::kBFloat16)}) {
+      for (const auto& [dtype, masters] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kFloat),
+                                           std::pair(at::kBFloat16, at::kBFloat16)}) {
         const auto exact = adapted(c, at::kFloat, at::kFloat, use_all), host = adapted(c, dtype, masters, use_all);
         const Emulation on;
         const auto device = adapted(c, dtype, masters, use_all);
@@ -103,8 +111,10 @@ TEST(EmulatedDevice, AdaptedLinearEqualsTheHosts) {
         for (size_t i = 0; i < host.size(); ++i) {
           EXPECT_EQ(device[i].scalar_type(), host[i].scalar_type());
           const double error = distance(device[i], exact[i]), scale = 1 + largest(exact[i]);
-          if (dtype == at::kFloat) EXPECT_LT(error, 1e-5 * scale) << "result " << i;
-          else EXPECT_LE(error, 2 * distance(host[i], exact[i]) + 4e-3 * scale) << "result " << i;
+          if (dtype == at::kFloat)
+            EXPECT_LT(error, 1e-5 * scale) << "result " << i;
+          else
+            EXPECT_LE(error, 2 * distance(host[i], exact[i]) + 4e-3 * scale) << "result " << i;
         }
       }
 }
@@ -117,7 +127,12 @@ TEST(EmulatedDevice, AdaptedLinearsGradientsAreThoseOfFiniteDifferences) {
   for (int64_t m = 0; m < 3; ++m) rows.push_back(at::nonzero(at::arange(40) * 3 % 7 % 3 == m).view({-1}));
   std::vector<at::Tensor> leaves{x, randn({3, 16}, 4), randn({8, 3}, 5), randn({4, 16}, 6), randn({8, 4}, 7)};
   const auto objective = [&] {
-    return (adapted_linear(leaves[0], {{{w, {}}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}}, rows)[0] * seeds).sum();
+    return (adapted_linear(
+                leaves[0],
+                {{{w, {}}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}},
+                rows)[0] *
+            seeds)
+        .sum();
   };
   for (auto& leaf : leaves) leaf.set_requires_grad(true);
   objective().backward();
@@ -130,22 +145,27 @@ TEST(EmulatedDevice, AdaptedLinearsGradientsAreThoseOfFiniteDifferences) {
     leaf.copy_(before - h * direction);
     const double down = objective().item<double>();
     leaf.copy_(before);
-    EXPECT_NEAR((up - down) / (2 * h), expected, 2e-3 * (1 + std::abs(expected)));  // the objective is linear in each leaf: only float32's rounding is left
+    EXPECT_NEAR(
+        (up - down) / (2 * h), expected,
+        2e-3 * (1 + std::abs(expected)));  // the objective is linear in each leaf: only float32's rounding is left
   }
 }
 
 TEST(EmulatedDevice, AdaptedLinearKeepsTheBitsOfRowsOnWhichNothingActs) {
   const Emulation on;
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
-    const at::Tensor x = randn({20, 16}, 1, dtype), w = randn({24, 16}, 2, dtype), rows = at::tensor({3, 4, 19}, at::kLong);
+    const at::Tensor x = randn({20, 16}, 1, dtype), w = randn({24, 16}, 2, dtype),
+                     rows = at::tensor({3, 4, 19}, at::kLong);
     const std::vector<at::Tensor> groups{at::Tensor(), rows};
-    const at::Tensor y = adapted_linear(x, {{{w, {}}, {{randn({2, 16}, 3), randn({24, 2}, 4), 1.5, {1}}}}}, groups)[0], base = frozen_linear(x, {{w, {}}})[0];
+    const at::Tensor y = adapted_linear(x, {{{w, {}}, {{randn({2, 16}, 3), randn({24, 2}, 4), 1.5, {1}}}}}, groups)[0],
+                     base = frozen_linear(x, {{w, {}}})[0];
     for (int64_t t = 0; t < 20; ++t) EXPECT_EQ(at::equal(y[t], base[t]), t != 3 && t != 4 && t != 19) << "row " << t;
   }
 }
 
 TEST(EmulatedDevice, AdaptedLinearLaunchesLessThanItsComposition) {
-  const at::Tensor x = randn({40, 16}, 1, at::kBFloat16), w = randn({24, 16}, 2, at::kBFloat16), A = randn({4, 16}, 3), B = randn({24, 4}, 4), rows = at::arange(3, 30);
+  const at::Tensor x = randn({40, 16}, 1, at::kBFloat16), w = randn({24, 16}, 2, at::kBFloat16), A = randn({4, 16}, 3),
+                   B = randn({24, 4}, 4), rows = at::arange(3, 30);
   const AdaptedLinear layer{{w, {}}, {{A, B, 1.5, {0}}}};
   const auto count = [&] { return launches([&] { adapted_linear(x, {layer, layer, layer}, {rows}); }); };
   const int64_t host = count();

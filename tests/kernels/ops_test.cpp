@@ -16,9 +16,13 @@ at::Tensor randn(at::IntArrayRef shape, uint64_t seed, at::ScalarType dtype = at
   auto g = at::make_generator<at::CPUGeneratorImpl>(seed);
   return at::empty(shape, at::kDouble).normal_(0, 1, g).to(dtype);
 }
-double distance(const at::Tensor& a, const at::Tensor& b) { return a.numel() == 0 ? 0 : (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return a.numel() == 0 ? 0 : (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
 
-at::Tensor plain_rms(const at::Tensor& x, const at::Tensor& w, double eps) { return w * (x * at::rsqrt(x.square().mean(-1, true) + eps)); }
+at::Tensor plain_rms(const at::Tensor& x, const at::Tensor& w, double eps) {
+  return w * (x * at::rsqrt(x.square().mean(-1, true) + eps));
+}
 
 TEST(RmsNorm, ClosedForm) {
   const at::Tensor y = rms_norm(at::tensor({3.0f, 4.0f}).view({1, 2}), at::tensor({2.0f, 1.0f}), 0.0);
@@ -29,7 +33,8 @@ TEST(RmsNorm, ClosedForm) {
 TEST(RmsNorm, ValuesAndGradientsMatchAutograd) {
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {3, 4, 24}, {33, 192}, {0, 8}}) {
     at::Tensor x = randn(shape, 1).set_requires_grad(true), w = randn({shape.back()}, 2).set_requires_grad(true);
-    at::Tensor xd = x.detach().to(at::kDouble).set_requires_grad(true), wd = w.detach().to(at::kDouble).set_requires_grad(true);
+    at::Tensor xd = x.detach().to(at::kDouble).set_requires_grad(true),
+               wd = w.detach().to(at::kDouble).set_requires_grad(true);
     const at::Tensor y = rms_norm(x, w, 1e-5), yd = plain_rms(xd, wd, 1e-5);
     EXPECT_LT(distance(y, yd), 1e-5);
     const at::Tensor d = randn(shape, 3);
@@ -41,7 +46,8 @@ TEST(RmsNorm, ValuesAndGradientsMatchAutograd) {
 }
 
 TEST(RmsNorm, Bfloat16IsNoWorseThanPlain) {
-  const at::Tensor x = randn({64, 192}, 1), w = randn({192}, 2), exact = plain_rms(x.to(at::kBFloat16).to(at::kDouble), w.to(at::kBFloat16).to(at::kDouble), 1e-5);
+  const at::Tensor x = randn({64, 192}, 1), w = randn({192}, 2),
+                   exact = plain_rms(x.to(at::kBFloat16).to(at::kDouble), w.to(at::kBFloat16).to(at::kDouble), 1e-5);
   const at::Tensor xb = x.to(at::kBFloat16), wb = w.to(at::kBFloat16);
   const double ours = distance(rms_norm(xb, wb, 1e-5), exact), plain = distance(plain_rms(xb, wb, 1e-5), exact);
   EXPECT_LE(ours, 2 * plain + 1e-3);
@@ -52,23 +58,29 @@ TEST(Rotary, IsTheComplexRotationAndItsBackwardTheInverse) {
   at::Tensor x = randn({T, H, C}, 4).set_requires_grad(true);
   const at::Tensor angle = randn({T, C / 2}, 5);
   const at::Tensor y = rotary(x, angle.cos(), angle.sin());
-  const at::Tensor z = at::complex(x.detach().narrow(2, 0, C / 2).contiguous(), x.detach().narrow(2, C / 2, C / 2).contiguous()) *
-                       at::polar(at::ones_like(angle), angle).unsqueeze(1);
+  const at::Tensor z =
+      at::complex(x.detach().narrow(2, 0, C / 2).contiguous(), x.detach().narrow(2, C / 2, C / 2).contiguous()) *
+      at::polar(at::ones_like(angle), angle).unsqueeze(1);
   EXPECT_LT(distance(y, at::cat({at::real(z), at::imag(z)}, 2)), 1e-5);
   y.backward(y.detach());  // an orthogonal map: J^T J x = x
   EXPECT_LT(distance(x.grad(), x.detach()), 1e-5);
 }
 
-at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& cu, int64_t window, double scale) {
+at::Tensor plain_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const std::vector<int64_t>& cu, int64_t window, double scale) {
   std::vector<at::Tensor> out;
   const int64_t repeat = q.size(1) / k.size(1);
   for (size_t s = 0; s + 1 < cu.size(); ++s) {
     const int64_t b = cu[s], n = cu[s + 1] - b;
-    const at::Tensor qs = q.narrow(0, b, n).transpose(0, 1), ks = k.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1), vs = v.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1);
+    const at::Tensor qs = q.narrow(0, b, n).transpose(0, 1),
+                     ks = k.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1),
+                     vs = v.narrow(0, b, n).repeat_interleave(repeat, 1).transpose(0, 1);
     const at::Tensor i = at::arange(n).unsqueeze(1), j = at::arange(n).unsqueeze(0);
     at::Tensor hidden = j > i;
     if (window > 0) hidden = hidden | (j <= i - window);
-    out.push_back(at::matmul(at::softmax((at::matmul(qs, ks.transpose(1, 2)) * scale).masked_fill(hidden, -INFINITY), -1), vs).transpose(0, 1));
+    out.push_back(
+        at::matmul(at::softmax((at::matmul(qs, ks.transpose(1, 2)) * scale).masked_fill(hidden, -INFINITY), -1), vs)
+            .transpose(0, 1));
   }
   return at::cat(out, 0);
 }
@@ -84,7 +96,8 @@ TEST(NormRotary, IsNormThenRotaryToTheBit) {
           const int64_t H = 3, G = 1;
           const at::Tensor angle = randn({T, C / 2}, 1), cos = angle.cos(), sin = angle.sin();
           const auto part = [&](int64_t heads, uint64_t seed) {
-            return HeadRows{randn({T, heads * C}, seed).to(dtype).requires_grad_(true), heads, kind == 0 ? at::Tensor() : randn({kind == 1 ? C : heads * C}, seed + 1).to(dtype)};
+            return HeadRows{randn({T, heads * C}, seed).to(dtype).requires_grad_(true), heads,
+                            kind == 0 ? at::Tensor() : randn({kind == 1 ? C : heads * C}, seed + 1).to(dtype)};
           };
           const HeadRows q = part(H, 2), k = part(G, 4);
           const auto plain = [&](const HeadRows& r) {
@@ -93,14 +106,17 @@ TEST(NormRotary, IsNormThenRotaryToTheBit) {
             if (kind == 2) x = rms_norm(x, r.norm, 1e-5);
             return rotary(x.view({T, r.num_heads, C}), cos, sin);
           };
-          const std::vector<at::Tensor> x{q.x_TX, k.x_TX}, want{plain(q), plain(k)}, got = norm_rotary({q, k}, cos, sin, 1e-5);
+          const std::vector<at::Tensor> x{q.x_TX, k.x_TX}, want{plain(q), plain(k)},
+              got = norm_rotary({q, k}, cos, sin, 1e-5);
           const std::vector<at::Tensor> d{randn({T, H, C}, 6).to(dtype), randn({T, G, C}, 7).to(dtype)};
-          const auto dwant = torch::autograd::grad(want, x, d), dgot = torch::autograd::grad(got, x, d, /*retain_graph=*/true);
+          const auto dwant = torch::autograd::grad(want, x, d),
+                     dgot = torch::autograd::grad(got, x, d, /*retain_graph=*/true);
           for (size_t i = 0; i < 2; ++i) {
             ASSERT_TRUE(at::equal(got[i], want[i])) << dtype << " T " << T << " C " << C << " kind " << kind;
             ASSERT_TRUE(at::equal(dgot[i], dwant[i])) << dtype << " T " << T << " C " << C << " kind " << kind;
           }
-          const auto alone = torch::autograd::grad({got[1]}, x, {d[1]}, /*retain_graph=*/false, /*create_graph=*/false, /*allow_unused=*/true);
+          const auto alone = torch::autograd::grad({got[1]}, x, {d[1]}, /*retain_graph=*/false, /*create_graph=*/false,
+                                                   /*allow_unused=*/true);
           EXPECT_TRUE(at::equal(alone[1], dwant[1]));
         }
 }
@@ -110,7 +126,16 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
     std::vector<int64_t> cu;
     int64_t H, G, C, window;
   };
-  for (const auto& c : std::vector<Case>{{{0, 1}, 1, 1, 2, 0}, {{0, 5, 5, 18, 19}, 6, 2, 16, 0}, {{0, 37}, 4, 1, 24, 0}, {{0, 40, 45}, 4, 4, 8, 7}, {{0, 3, 9, 12, 40}, 2, 1, 64, 1}, {{0, 130}, 2, 2, 32, 0}, {{0, 200, 201}, 4, 2, 80, 0}, {{0, 1100}, 2, 1, 16, 0}, {{0, 1200, 1207}, 2, 1, 6, 300}, {{0, 700}, 1, 1, 130, 64}}) {
+  for (const auto& c : std::vector<Case>{{{0, 1}, 1, 1, 2, 0},
+                                         {{0, 5, 5, 18, 19}, 6, 2, 16, 0},
+                                         {{0, 37}, 4, 1, 24, 0},
+                                         {{0, 40, 45}, 4, 4, 8, 7},
+                                         {{0, 3, 9, 12, 40}, 2, 1, 64, 1},
+                                         {{0, 130}, 2, 2, 32, 0},
+                                         {{0, 200, 201}, 4, 2, 80, 0},
+                                         {{0, 1100}, 2, 1, 16, 0},
+                                         {{0, 1200, 1207}, 2, 1, 6, 300},
+                                         {{0, 700}, 1, 1, 130, 64}}) {
     const int64_t T = c.cu.back();
     std::vector<at::Tensor> f, d;
     for (int i = 0; i < 3; ++i) {
@@ -118,14 +143,19 @@ TEST(Attention, PackedMatchesPlainWithGradients) {
       f.push_back(x.clone().set_requires_grad(true));
       d.push_back(x.to(at::kDouble).set_requires_grad(true));
     }
-    const at::Tensor y = packed_attention(f[0], f[1], f[2], c.cu, c.cu, c.window, 0.3), z = plain_attention(d[0], d[1], d[2], c.cu, c.window, 0.3);
+    const at::Tensor y = packed_attention(f[0], f[1], f[2], c.cu, c.cu, c.window, 0.3),
+                     z = plain_attention(d[0], d[1], d[2], c.cu, c.window, 0.3);
     EXPECT_LT(distance(y, z), 1e-5);
     const at::Tensor g = randn(y.sizes(), 20);
     y.backward(g);
     z.backward(g.to(at::kDouble));
-    // Without block products this is ATen's flash attention, whose exponentials have 20 bits: held by the size of the gradients.
-    const auto bound = [&](const at::Tensor& exact) { return has_blocks() ? 3e-5 : std::max(3e-5, 1e-5 * exact.abs().max().item<double>()); };
-    for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), bound(d[i].grad())) << "input " << i << " T " << T;
+    // Without block products this is ATen's flash attention, whose exponentials have 20 bits: held by the size of the
+    // gradients.
+    const auto bound = [&](const at::Tensor& exact) {
+      return has_blocks() ? 3e-5 : std::max(3e-5, 1e-5 * exact.abs().max().item<double>());
+    };
+    for (int i = 0; i < 3; ++i)
+      EXPECT_LT(distance(f[i].grad(), d[i].grad()), bound(d[i].grad())) << "input " << i << " T " << T;
   }
 }
 
@@ -145,15 +175,21 @@ TEST(Attention, QueriesMayFollowEarlierKeys) {
       std::vector<at::Tensor> rows;
       for (size_t s = 0; s < 3; ++s) {
         const int64_t queries = cu_q[s + 1] - cu_q[s], keys = cu_kv[s + 1] - cu_kv[s];
-        const at::Tensor padded = at::cat({at::zeros({keys - queries, 4, 24}, at::kDouble), d[0].narrow(0, cu_q[s], queries)}, 0);
-        rows.push_back(plain_attention(padded, d[1].narrow(0, cu_kv[s], keys), d[2].narrow(0, cu_kv[s], keys), {0, keys}, window, 0.2).narrow(0, keys - queries, queries));
+        const at::Tensor padded =
+            at::cat({at::zeros({keys - queries, 4, 24}, at::kDouble), d[0].narrow(0, cu_q[s], queries)}, 0);
+        rows.push_back(plain_attention(padded, d[1].narrow(0, cu_kv[s], keys), d[2].narrow(0, cu_kv[s], keys),
+                                       {0, keys}, window, 0.2)
+                           .narrow(0, keys - queries, queries));
       }
       const at::Tensor z = at::cat(rows, 0), g = randn(y.sizes(), 20).to(dtype);
-      const double tolerance = dtype == at::kFloat ? 3e-5 : 4e-2;  // bf16: 2^-8 relative on values up to 4, a few roundings deep
+      const double tolerance =
+          dtype == at::kFloat ? 3e-5 : 4e-2;  // bf16: 2^-8 relative on values up to 4, a few roundings deep
       EXPECT_LT(distance(y, z), tolerance);
       y.backward(g);
       z.backward(g.to(at::kDouble));
-      for (int i = 0; i < 3; ++i) EXPECT_LT(distance(f[i].grad(), d[i].grad()), tolerance * (1 + d[i].grad().abs().max().item<double>())) << "input " << i << " window " << window;
+      for (int i = 0; i < 3; ++i)
+        EXPECT_LT(distance(f[i].grad(), d[i].grad()), tolerance * (1 + d[i].grad().abs().max().item<double>()))
+            << "input " << i << " window " << window;
     }
 }
 
@@ -162,7 +198,8 @@ TEST(Attention, CacheContinuesWhatPackedComputes) {
     const std::vector<int64_t> lengths{11, 6}, past{7, 0};
     const at::Tensor q = randn({17, 4, 8}, 1), k = randn({17, 2, 8}, 2), v = randn({17, 2, 8}, 3);
     const at::Tensor whole = packed_attention(q, k, v, {0, 11, 17}, {0, 11, 17}, window, 0.5);
-    at::Tensor keys = at::full({2, 16, 2, 8}, NAN), values = keys.clone();  // what lies beyond the length must never be read
+    at::Tensor keys = at::full({2, 16, 2, 8}, NAN),
+               values = keys.clone();  // what lies beyond the length must never be read
     keys[0].narrow(0, 0, 11).copy_(k.narrow(0, 0, 11));
     values[0].narrow(0, 0, 11).copy_(v.narrow(0, 0, 11));
     keys[1].narrow(0, 0, 6).copy_(k.narrow(0, 11, 6));
@@ -179,7 +216,8 @@ TEST(Attention, OneQueryOfEachSequenceOfACacheEqualsThePlainSum) {
       for (const int64_t C : {8, 20, 64}) {
         const std::vector<int64_t> lengths{1, 16, 4, 9};
         const at::Tensor q = randn({4, 6, C}, 1).to(dtype);
-        at::Tensor keys = at::full({5, 16, 2, C}, NAN, dtype), values = keys.clone();  // what lies beyond the length must never be read
+        at::Tensor keys = at::full({5, 16, 2, C}, NAN, dtype),
+                   values = keys.clone();  // what lies beyond the length must never be read
         for (int64_t b = 0; b < 4; ++b) {
           keys[b].narrow(0, 0, lengths[size_t(b)]).copy_(randn({lengths[size_t(b)], 2, C}, 10 + uint64_t(b)));
           values[b].narrow(0, 0, lengths[size_t(b)]).copy_(randn({lengths[size_t(b)], 2, C}, 20 + uint64_t(b)));
@@ -187,9 +225,12 @@ TEST(Attention, OneQueryOfEachSequenceOfACacheEqualsThePlainSum) {
         const at::Tensor y = cached_attention(q, keys, values, {0, 1, 2, 3, 4}, lengths, window, 0.3);
         for (int64_t b = 0; b < 4; ++b) {
           const int64_t n = lengths[size_t(b)], first = window > 0 ? std::max<int64_t>(0, n - window) : 0;
-          const auto seen = [&](const at::Tensor& cache) { return cache[b].narrow(0, first, n - first).repeat_interleave(3, 1).to(at::kDouble); };  // [S, H, C]
-          const at::Tensor weights = at::softmax(0.3 * (seen(keys) * q[b].to(at::kDouble)).sum(-1), 0);                                          // [S, H]
-          EXPECT_LT(distance(y[b], (weights.unsqueeze(-1) * seen(values)).sum(0)), dtype == at::kFloat ? 2e-6 : 2e-2) << "sequence " << b << ", window " << window << ", width " << C;
+          const auto seen = [&](const at::Tensor& cache) {
+            return cache[b].narrow(0, first, n - first).repeat_interleave(3, 1).to(at::kDouble);
+          };  // [S, H, C]
+          const at::Tensor weights = at::softmax(0.3 * (seen(keys) * q[b].to(at::kDouble)).sum(-1), 0);  // [S, H]
+          EXPECT_LT(distance(y[b], (weights.unsqueeze(-1) * seen(values)).sum(0)), dtype == at::kFloat ? 2e-6 : 2e-2)
+              << "sequence " << b << ", window " << window << ", width " << C;
         }
       }
 }
@@ -198,19 +239,23 @@ TEST(Attention, AStepWithItsLengthsOnTheDeviceEqualsOneWithThemOnTheHost) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
     for (const int64_t window : {0, 1, 4, 64}) {
       const std::vector<int64_t> before{0, 15, 3, 7};
-      const at::Tensor q = randn({4, 6, 8}, 1).to(dtype), keys = randn({5, 16, 2, 8}, 2).to(dtype), values = randn({5, 16, 2, 8}, 3).to(dtype);
+      const at::Tensor q = randn({4, 6, 8}, 1).to(dtype), keys = randn({5, 16, 2, 8}, 2).to(dtype),
+                       values = randn({5, 16, 2, 8}, 3).to(dtype);
       std::vector<int64_t> lengths = before;
       for (int64_t& length : lengths) ++length;
       const at::Tensor expected = cached_attention(q, keys, values, {0, 1, 2, 3, 4}, lengths, window, 0.5);
-      const at::Tensor y = step_attention(q, keys, values, at::tensor(at::ArrayRef<int64_t>(before), at::kLong), window, 0.5);
+      const at::Tensor y =
+          step_attention(q, keys, values, at::tensor(at::ArrayRef<int64_t>(before), at::kLong), window, 0.5);
       EXPECT_LT(distance(y, expected), dtype == at::kFloat ? 1e-6 : 2e-2) << "window " << window;
     }
 }
 
 TEST(Route, EqualsSoftmaxTopKAndTheirGradients) {
-  for (const auto& [T, E, K] : std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 4, 2}, {200, 8, 2}, {70, 17, 5}, {65, 64, 8}, {9, 130, 130}, {300, 256, 8}})
+  for (const auto& [T, E, K] : std::vector<std::array<int64_t, 3>>{
+           {1, 1, 1}, {3, 4, 2}, {200, 8, 2}, {70, 17, 5}, {65, 64, 8}, {9, 130, 130}, {300, 256, 8}})
     for (const bool renormalise : {false, true}) {
-      const at::Tensor logits = (3 * randn({T, E}, 7)).set_requires_grad(true), exact = logits.detach().to(at::kDouble).set_requires_grad(true);
+      const at::Tensor logits = (3 * randn({T, E}, 7)).set_requires_grad(true),
+                       exact = logits.detach().to(at::kDouble).set_requires_grad(true);
       const Route r = route(logits, K, renormalise);
       const at::Tensor probs = at::softmax(exact, -1), ids = std::get<1>(at::topk(probs, K, -1));
       at::Tensor weights = probs.gather(1, ids);
@@ -245,10 +290,12 @@ TEST(Route, TakesTheLowerOfEqualsAndStaysInRangeWithoutNumbers) {
 // Cases of the expert path: sizes and who is routed where.
 struct MoeCase {
   int64_t T, D, F, E, K, groups;
-  int routing;  // 0 random, 1 all tokens to expert 0 (and following), 2 last expert empty, 3 some slots' experts elsewhere
+  int routing;  // 0 random, 1 all tokens to expert 0 (and following), 2 last expert empty, 3 some slots' experts
+                // elsewhere
 };
-const std::vector<MoeCase> kMoeCases{{1, 4, 3, 2, 1, 1, 0}, {7, 8, 5, 4, 2, 2, 0}, {50, 16, 24, 8, 3, 2, 2}, {30, 8, 8, 4, 4, 1, 1}, {600, 12, 20, 3, 1, 3, 1}, {65, 16, 8, 5, 2, 2, 1},
-                                     {70, 16, 8, 5, 3, 2, 3}, {300, 8, 12, 4, 1, 1, 3}, {2, 8, 12, 4, 2, 1, 3}};
+const std::vector<MoeCase> kMoeCases{{1, 4, 3, 2, 1, 1, 0},   {7, 8, 5, 4, 2, 2, 0},     {50, 16, 24, 8, 3, 2, 2},
+                                     {30, 8, 8, 4, 4, 1, 1},  {600, 12, 20, 3, 1, 3, 1}, {65, 16, 8, 5, 2, 2, 1},
+                                     {70, 16, 8, 5, 3, 2, 3}, {300, 8, 12, 4, 1, 1, 3},  {2, 8, 12, 4, 2, 1, 3}};
 
 struct MoeInputs {
   at::Tensor x, weights, ids, group;
@@ -257,7 +304,9 @@ struct MoeInputs {
   std::vector<at::Tensor> leaves;
 };
 
-bool is_absent(const MoeCase& c, int64_t t, int64_t k) { return c.routing == 3 && (t % 4 == 0 || (t + k) % 3 == 0); }  // every fourth token has none
+bool is_absent(const MoeCase& c, int64_t t, int64_t k) {
+  return c.routing == 3 && (t % 4 == 0 || (t + k) % 3 == 0);
+}  // every fourth token has none
 
 MoeInputs make_inputs(const MoeCase& c, at::ScalarType dtype, bool stacked) {
   MoeInputs in;
@@ -303,7 +352,8 @@ at::Tensor moe(MoeInputs in, const MoeCase& c, bool fused) {
   return moe_ffn(in.x, in.weights, d, in.frozen, in.adapters);
 }
 
-// Experts that lie in one layout give what those in two give; in bf16 to the bit, as their panels are turned and then multiplied alike.
+// Experts that lie in one layout give what those in two give; in bf16 to the bit, as their panels are turned and then
+// multiplied alike.
 TEST(ExpertFfn, OneLayoutGivesTheGradientsOfTwo) {
   auto cases = kMoeCases;
   cases.insert(cases.end(), {{400, 136, 72, 3, 2, 2, 0}, {90, 70, 97, 2, 1, 2, 0}, {33, 9, 131, 2, 2, 1, 0}});
@@ -314,22 +364,28 @@ TEST(ExpertFfn, OneLayoutGivesTheGradientsOfTwo) {
       at::Tensor y[2];
       for (const bool lean : {false, true}) {
         auto& i = in[lean];
-        for (auto* site : {&i.adapters.gate, &i.adapters.up, &i.adapters.down})  // factors and weights are float32 masters
+        for (auto* site :
+             {&i.adapters.gate, &i.adapters.up, &i.adapters.down})  // factors and weights are float32 masters
           for (auto& term : *site)
             for (at::Tensor* f : {&term.A_EPX, &term.B_EXP}) *f = f->detach().to(at::kFloat).set_requires_grad(true);
         i.weights = i.weights.detach().to(at::kFloat).set_requires_grad(true);
         i.frozen.panels = make_expert_panels(i.frozen, nullptr, lean);
-        y[lean] = moe_ffn(i.x, i.weights, make_dispatch(i.ids, c.E, i.group, c.groups, (i.ids >= 0).sum().item<int64_t>()), i.frozen, i.adapters);
+        y[lean] =
+            moe_ffn(i.x, i.weights, make_dispatch(i.ids, c.E, i.group, c.groups, (i.ids >= 0).sum().item<int64_t>()),
+                    i.frozen, i.adapters);
         y[lean].backward(randn(y[lean].sizes(), 30, dtype));
       }
       ASSERT_TRUE(at::equal(y[0], y[1]));
       const auto compare = [&](const at::Tensor& two, const at::Tensor& one, const char* what) {
-        if (dtype == at::kBFloat16) EXPECT_TRUE(at::equal(two, one)) << what << " T " << c.T;
-        else EXPECT_LT(distance(two, one), 1e-4 * (1 + two.abs().max().item<double>())) << what << " T " << c.T;
+        if (dtype == at::kBFloat16)
+          EXPECT_TRUE(at::equal(two, one)) << what << " T " << c.T;
+        else
+          EXPECT_LT(distance(two, one), 1e-4 * (1 + two.abs().max().item<double>())) << what << " T " << c.T;
       };
       compare(in[0].x.grad(), in[1].x.grad(), "x");
       compare(in[0].weights.grad(), in[1].weights.grad(), "weights");
-      for (size_t i = 0; i < 2; ++i) compare(in[0].adapters.up[i].A_EPX.grad(), in[1].adapters.up[i].A_EPX.grad(), "up's A");
+      for (size_t i = 0; i < 2; ++i)
+        compare(in[0].adapters.up[i].A_EPX.grad(), in[1].adapters.up[i].A_EPX.grad(), "up's A");
       compare(in[0].adapters.down[0].B_EXP.grad(), in[1].adapters.down[0].B_EXP.grad(), "down's B");
     }
 }
@@ -364,11 +420,14 @@ TEST(ExpertFfn, AnAbsentSlotCountsAsWeightZero) {
   EXPECT_EQ(y[0].abs().max().item<float>(), 0.0f);  // no expert here at all
   y.backward(g);
   z.backward(g);
-  EXPECT_LT(distance(absent.weights.grad(), zeroed.weights.grad() * here), 1e-4 * zeroed.weights.grad().abs().max().item<double>());
+  EXPECT_LT(distance(absent.weights.grad(), zeroed.weights.grad() * here),
+            1e-4 * zeroed.weights.grad().abs().max().item<double>());
   EXPECT_EQ(absent.weights.grad().masked_select(here.logical_not()).abs().max().item<float>(), 0.0f);
   for (size_t i = 0; i < absent.leaves.size(); ++i)
     if (i != 1) {
-      EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()), 1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>())) << i;
+      EXPECT_LT(distance(absent.leaves[i].grad(), zeroed.leaves[i].grad()),
+                1e-4 * (1 + zeroed.leaves[i].grad().abs().max().item<double>()))
+          << i;
     }
 }
 
@@ -399,9 +458,7 @@ TEST(ExpertFfn, KeptFactorsGiveTheSameBits) {
       check("another factor");
       in.adapters.down[0].scale *= 3;
       const at::Tensor last = check("another scale");
-      if (c.T == 600) {
-        EXPECT_GT(distance(first, last), 1e-3);
-      }
+      if (c.T == 600) { EXPECT_GT(distance(first, last), 1e-3); }
     }
 }
 
@@ -437,7 +494,8 @@ TEST(ExpertFfn, GradientsMatchFiniteDifferences) {
       flat[j] = before - h;
       const double minus = (moe(in, c, true) * g).sum().item<double>();
       flat[j] = before;
-      EXPECT_NEAR(in.leaves[i].grad().view({-1})[j].item<double>(), (plus - minus) / (2 * h), 1e-6) << "leaf " << i << " element " << j;
+      EXPECT_NEAR(in.leaves[i].grad().view({-1})[j].item<double>(), (plus - minus) / (2 * h), 1e-6)
+          << "leaf " << i << " element " << j;
     }
   }
 }
@@ -486,10 +544,17 @@ TEST(ExpertFfn, SaturatedGatesStayFinite) {
   }
 }
 
-// Every shape must do: odd widths, ranks beside each other, several groups, one thread's worth and many chunks. bf16 is held against the plain path in bf16.
+// Every shape must do: odd widths, ranks beside each other, several groups, one thread's worth and many chunks. bf16 is
+// held against the plain path in bf16.
 TEST(ExpertFfn, OddShapesInBothPrecisions) {
-  for (const auto& c : std::vector<MoeCase>{{1, 1, 1, 1, 1, 1, 0}, {33, 17, 31, 3, 2, 2, 0}, {64, 65, 66, 2, 2, 3, 1}, {1500, 40, 72, 2, 1, 2, 0}, {300, 130, 33, 7, 4, 1, 2}, {257, 64, 64, 1, 1, 2, 0}}) {
-    MoeInputs f = make_inputs(c, at::kFloat, false), b = make_inputs(c, at::kBFloat16, false), p = make_inputs(c, at::kBFloat16, false), d = make_inputs(c, at::kDouble, false);
+  for (const auto& c : std::vector<MoeCase>{{1, 1, 1, 1, 1, 1, 0},
+                                            {33, 17, 31, 3, 2, 2, 0},
+                                            {64, 65, 66, 2, 2, 3, 1},
+                                            {1500, 40, 72, 2, 1, 2, 0},
+                                            {300, 130, 33, 7, 4, 1, 2},
+                                            {257, 64, 64, 1, 1, 2, 0}}) {
+    MoeInputs f = make_inputs(c, at::kFloat, false), b = make_inputs(c, at::kBFloat16, false),
+              p = make_inputs(c, at::kBFloat16, false), d = make_inputs(c, at::kDouble, false);
     // Masters stay float32, as in training; the reference rounds them where it uses them.
     const at::Tensor g = randn({c.T, c.D}, 30);
     for (MoeInputs* i : {&f, &d}) moe(*i, c, i == &f).backward(g.to(i->x.scalar_type()));
@@ -499,13 +564,15 @@ TEST(ExpertFfn, OddShapesInBothPrecisions) {
       const at::Tensor& exact = d.leaves[i].grad();
       const double scale = 1 + exact.abs().max().item<double>();
       EXPECT_LT(distance(f.leaves[i].grad(), exact), 1e-4 * scale) << "leaf " << i << " T " << c.T << " D " << c.D;
-      EXPECT_LE(distance(b.leaves[i].grad(), exact), 2 * distance(p.leaves[i].grad(), exact) + 1e-2 * scale) << "leaf " << i << " T " << c.T << " D " << c.D;
+      EXPECT_LE(distance(b.leaves[i].grad(), exact), 2 * distance(p.leaves[i].grad(), exact) + 1e-2 * scale)
+          << "leaf " << i << " T " << c.T << " D " << c.D;
     }
   }
 }
 
 TEST(Dispatch, SortsByExpertThenGroupStably) {
-  const at::Tensor ids = at::tensor({1, 0, 1, 2, 0, 1}, at::kLong).view({3, 2}), group = at::tensor({1, 0, 0}, at::kLong);
+  const at::Tensor ids = at::tensor({1, 0, 1, 2, 0, 1}, at::kLong).view({3, 2}),
+                   group = at::tensor({1, 0, 0}, at::kLong);
   const Dispatch d = make_dispatch(ids, 4, group, 2);
   EXPECT_EQ(d.host_offsets(), (std::vector<int64_t>{0, 1, 2, 4, 5, 6, 6, 6, 6}));
   // (0,text): t2; (0,image): t0; (1,text): t1, t2; (1,image): t0; (2,text): t1
@@ -525,8 +592,10 @@ TEST(Dispatch, SlotsWithoutAnExpertHaveNoRow) {
 
 TEST(SumRows, AddsATokensRowsInOrder) {
   const at::Tensor places = at::tensor({2, 0, -1, -1, -1, -1, 1, -1, 2}, at::kInt).view({3, 3});
-  const at::Tensor rows = at::tensor({1.0f, 2.0f, 10.0f, 20.0f, 100.0f, 200.0f}).view({3, 2}), want = at::tensor({101.0f, 202.0f, 0.0f, 0.0f, 110.0f, 220.0f}).view({3, 2});
-  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) EXPECT_TRUE(at::equal(sum_rows(rows.to(dtype), places), want.to(dtype))) << dtype;
+  const at::Tensor rows = at::tensor({1.0f, 2.0f, 10.0f, 20.0f, 100.0f, 200.0f}).view({3, 2}),
+                   want = at::tensor({101.0f, 202.0f, 0.0f, 0.0f, 110.0f, 220.0f}).view({3, 2});
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf})
+    EXPECT_TRUE(at::equal(sum_rows(rows.to(dtype), places), want.to(dtype))) << dtype;
   // Rounded once, after the sum: 1 + 2^-8 + 2^-8 is a bf16 number, 1 + 2^-8 is none.
   const at::Tensor parts = at::tensor({1.0f, 1.0f / 256, 1.0f / 256}).view({3, 1}).to(at::kBFloat16);
   EXPECT_EQ(sum_rows(parts, at::tensor({0, 1, 2}, at::kInt).view({1, 3})).item<float>(), 1.0f + 2.0f / 256);
@@ -538,9 +607,11 @@ TEST(SumRows, AddsATokensRowsInOrder) {
 TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
   for (const int64_t X : {1, 7, 300}) {
     at::Tensor h = randn({X, 12}, 1).set_requires_grad(true), w = randn({50, 12}, 2).set_requires_grad(true);
-    at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true), wd = w.detach().to(at::kDouble).set_requires_grad(true);
+    at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true),
+               wd = w.detach().to(at::kDouble).set_requires_grad(true);
     const at::Tensor target = at::arange(X) % 50;
-    const at::Tensor loss = linear_cross_entropy(h, w, target, 1.0 / double(X)), exact = at::cross_entropy_loss(at::matmul(hd, wd.t()), target);
+    const at::Tensor loss = linear_cross_entropy(h, w, target, 1.0 / double(X)),
+                     exact = at::cross_entropy_loss(at::matmul(hd, wd.t()), target);
     EXPECT_NEAR(loss.item<double>(), exact.item<double>(), 1e-5);
     (loss * 2).backward();
     (exact * 2).backward();
@@ -549,28 +620,34 @@ TEST(CrossEntropy, MatchesTheLibraryWithGradients) {
   }
   // 200,000 classes: several chunks.
   const at::Tensor h = randn({100, 4}, 3), w = randn({200000, 4}, 4), target = at::arange(100);
-  EXPECT_NEAR(linear_cross_entropy(h, w, target, 0.01).item<double>(), at::cross_entropy_loss(at::matmul(h, w.t()).to(at::kDouble), target).item<double>(), 1e-4);
+  EXPECT_NEAR(linear_cross_entropy(h, w, target, 0.01).item<double>(),
+              at::cross_entropy_loss(at::matmul(h, w.t()).to(at::kDouble), target).item<double>(), 1e-4);
 }
 
 // By block products where this process has them, else through ATen.
 TEST(CrossEntropy, FrozenHeadMatches) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
-    for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 40000}}) {
+    for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+             {1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 40000}}) {
       at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true);
       const at::Tensor w = randn({V, D}, 2, dtype), target = (at::arange(X) * 7) % V;
       at::Tensor hd = h.detach().to(at::kDouble).set_requires_grad(true);
-      const at::Tensor loss = linear_cross_entropy(h, pack_weight(w), target, 1.0 / double(X)), exact = at::cross_entropy_loss(at::matmul(hd, w.to(at::kDouble).t()), target);
+      const at::Tensor loss = linear_cross_entropy(h, pack_weight(w), target, 1.0 / double(X)),
+                       exact = at::cross_entropy_loss(at::matmul(hd, w.to(at::kDouble).t()), target);
       EXPECT_NEAR(loss.item<double>(), exact.item<double>(), 2e-5 * (1 + exact.item<double>()));
       loss.backward();
       exact.backward();
-      EXPECT_LT(distance(h.grad(), hd.grad()), (dtype == at::kFloat ? 1e-5 : 1e-2) * (1e-3 + hd.grad().abs().max().item<double>())) << X << " " << D << " " << V;
+      EXPECT_LT(distance(h.grad(), hd.grad()),
+                (dtype == at::kFloat ? 1e-5 : 1e-2) * (1e-3 + hd.grad().abs().max().item<double>()))
+          << X << " " << D << " " << V;
     }
 }
 
 TEST(FrozenLinear, SeveralWeightsMatchAutograd) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
     for (const auto& [X, K] : std::vector<std::pair<int64_t, int64_t>>{{1, 3}, {33, 64}, {700, 50}}) {
-      at::Tensor x = randn({X, K}, 1, dtype).set_requires_grad(true), xd = x.detach().to(at::kDouble).set_requires_grad(true);
+      at::Tensor x = randn({X, K}, 1, dtype).set_requires_grad(true),
+                 xd = x.detach().to(at::kDouble).set_requires_grad(true);
       std::vector<FrozenLinearWeight> weights;
       at::Tensor total = at::zeros({}, at::kDouble), exact = total.clone();
       std::vector<at::Tensor> expected;
@@ -590,7 +667,9 @@ TEST(FrozenLinear, SeveralWeightsMatchAutograd) {
       }
       total.backward();
       exact.backward();
-      EXPECT_LT(distance(x.grad(), xd.grad()), (dtype == at::kFloat ? 1e-5 : 1e-2) * xd.grad().abs().max().item<double>()) << X << " " << K;
+      EXPECT_LT(distance(x.grad(), xd.grad()),
+                (dtype == at::kFloat ? 1e-5 : 1e-2) * xd.grad().abs().max().item<double>())
+          << X << " " << K;
     }
 }
 
@@ -598,7 +677,8 @@ TEST(ResidualNorm, ValuesAndGradientsMatchAutograd) {
   for (const auto dtype : {at::kFloat, at::kBFloat16})
     for (const bool also_float : {false, true})
       for (const auto& shape : std::vector<std::vector<int64_t>>{{1, 1}, {5, 7}, {33, 130}}) {
-        at::Tensor x = randn(shape, 1).set_requires_grad(true), delta = randn(shape, 2, dtype).set_requires_grad(true), w = randn({shape[1]}, 3).set_requires_grad(true);
+        at::Tensor x = randn(shape, 1).set_requires_grad(true), delta = randn(shape, 2, dtype).set_requires_grad(true),
+                   w = randn({shape[1]}, 3).set_requires_grad(true);
         std::vector<at::Tensor> d;
         for (const auto& t : {x, delta, w}) d.push_back(t.detach().to(at::kDouble).set_requires_grad(true));
         const ResidualNorm r = residual_norm(x, delta, w, 1e-5, dtype, also_float);
@@ -606,17 +686,18 @@ TEST(ResidualNorm, ValuesAndGradientsMatchAutograd) {
         const double tolerance = dtype == at::kFloat ? 1e-5 : 2e-2;
         EXPECT_LT(distance(r.x_XD, sum), 1e-5);
         EXPECT_LT(distance(r.y_XD, y), tolerance * (1 + y.abs().max().item<double>()));
-        if (also_float) {
-          EXPECT_LT(distance(r.y_float_XD, y), 1e-5 * (1 + y.abs().max().item<double>()));
-        }
+        if (also_float) { EXPECT_LT(distance(r.y_float_XD, y), 1e-5 * (1 + y.abs().max().item<double>())); }
         const at::Tensor gx = randn(shape, 4), gy = randn(shape, 5, dtype);
-        at::Tensor loss = (r.x_XD * gx).sum() + (r.y_XD * gy).sum().to(at::kFloat), exact = (sum * gx.to(at::kDouble)).sum() + (y * gy.to(at::kDouble)).sum();
+        at::Tensor loss = (r.x_XD * gx).sum() + (r.y_XD * gy).sum().to(at::kFloat),
+                   exact = (sum * gx.to(at::kDouble)).sum() + (y * gy.to(at::kDouble)).sum();
         if (also_float) loss = loss + (r.y_float_XD * gx).sum(), exact = exact + (y * gx.to(at::kDouble)).sum();
         loss.backward();
         exact.backward();
         const std::vector<at::Tensor> leaves{x, delta, w};
         for (size_t i = 0; i < leaves.size(); ++i)
-          EXPECT_LT(distance(leaves[i].grad(), d[i].grad()), (i == 1 ? tolerance : 2e-5) * (1 + d[i].grad().abs().max().item<double>())) << "input " << i;
+          EXPECT_LT(distance(leaves[i].grad(), d[i].grad()),
+                    (i == 1 ? tolerance : 2e-5) * (1 + d[i].grad().abs().max().item<double>()))
+              << "input " << i;
       }
 }
 

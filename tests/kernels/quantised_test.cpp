@@ -1,5 +1,5 @@
-// Quantised weights: their numbers are the format's definition, and every product has the bits of the same product with these numbers as floats. Run once for each CPU
-// path (tests/CMakeLists.txt).
+// Quantised weights: their numbers are the format's definition, and every product has the bits of the same product with
+// these numbers as floats. Run once for each CPU path (tests/CMakeLists.txt).
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -47,7 +47,8 @@ TEST(Q8_0, TakesTheValuesOfItsDefinition) {
         EXPECT_EQ(q.columns(), K);
         ASSERT_TRUE(at::equal(q.dense(at::kFloat), q8_0_values(w))) << N << " x " << K << " " << dtype;
         const at::Tensor ids = at::tensor({N - 1, int64_t{0}, N / 2, N - 1}).view({2, 2});
-        for (const auto to : {at::kFloat, at::kBFloat16}) ASSERT_TRUE(at::equal(embedding(q, ids, to), q8_0_values(w).index({ids}).to(to))) << N << " x " << K;
+        for (const auto to : {at::kFloat, at::kBFloat16})
+          ASSERT_TRUE(at::equal(embedding(q, ids, to), q8_0_values(w).index({ids}).to(to))) << N << " x " << K;
         EXPECT_EQ(q.bytes(), q.quantised() ? (N + 15) / 16 * 16 * ((K + 31) / 32) * 34 : 4 * N * K);
       }
   // Halves away from zero; a matrix that is a view of another.
@@ -58,9 +59,11 @@ TEST(Q8_0, TakesTheValuesOfItsDefinition) {
   EXPECT_EQ(got[0][2].item<float>(), -3);
   EXPECT_EQ(got[0][3].item<float>(), 1);
   const at::Tensor both = randn({40, 70}, 3);
-  EXPECT_TRUE(at::equal(quantise(both.narrow(0, 20, 20), WeightFormat::q8_0).dense(at::kFloat), q8_0_values(both.narrow(0, 20, 20))));
+  EXPECT_TRUE(at::equal(quantise(both.narrow(0, 20, 20), WeightFormat::q8_0).dense(at::kFloat),
+                        q8_0_values(both.narrow(0, 20, 20))));
   EXPECT_TRUE(at::equal(quantise(both.t(), WeightFormat::q8_0).dense(at::kFloat), q8_0_values(both.t().contiguous())));
-  EXPECT_TRUE(at::equal(quantise(at::full({3, 40}, 1e-39f), WeightFormat::q8_0).dense(at::kFloat), at::zeros({3, 40}))) << "below what its scale can say";
+  EXPECT_TRUE(at::equal(quantise(at::full({3, 40}, 1e-39f), WeightFormat::q8_0).dense(at::kFloat), at::zeros({3, 40})))
+      << "below what its scale can say";
 }
 
 TEST(Q8_0, NamesWeightsThatItCannotHold) {
@@ -77,7 +80,9 @@ TEST(Q8_0, NamesWeightsThatItCannotHold) {
 }
 
 // The same numbers as floats of the compute dtype.
-Matrix as_floats(const at::Tensor& w, at::ScalarType dtype) { return pack_weight(quantise(w, WeightFormat::q8_0).dense(dtype)); }
+Matrix as_floats(const at::Tensor& w, at::ScalarType dtype) {
+  return pack_weight(quantise(w, WeightFormat::q8_0).dense(dtype));
+}
 
 TEST(Q8_0, LinearLayersHaveTheBitsOfItsValues) {
   if (!quantised_products()) GTEST_SKIP() << "this path keeps the values as floats";
@@ -98,17 +103,20 @@ TEST(Q8_0, LinearLayersHaveTheBitsOfItsValues) {
           return y;
         };
         const auto got = run(stored), want = run(floats);
-        for (size_t i = 0; i < got.size(); ++i) ASSERT_TRUE(at::equal(got[i], want[i])) << dtype << " " << X << " x " << K << ", " << i;
+        for (size_t i = 0; i < got.size(); ++i)
+          ASSERT_TRUE(at::equal(got[i], want[i])) << dtype << " " << X << " x " << K << ", " << i;
       }
 }
 
 TEST(Q8_0, TheLossHasTheBitsOfItsValues) {
   if (!quantised_products()) GTEST_SKIP() << "this path keeps the values as floats";
   for (const auto dtype : {at::kFloat, at::kBFloat16})
-    for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 20011}}) {
+    for (const auto& [X, D, V] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+             {1, 4, 5}, {37, 33, 1000}, {300, 64, 513}, {65, 16, 20011}}) {
       const at::Tensor w = randn({V, D}, 2), target = (at::arange(X) * 7) % V;
       const auto run = [&](const Matrix& head) {
-        const at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true), loss = linear_cross_entropy(h, head, target, 1.0 / double(X));
+        const at::Tensor h = randn({X, D}, 1, dtype).set_requires_grad(true),
+                         loss = linear_cross_entropy(h, head, target, 1.0 / double(X));
         return std::pair(loss, torch::autograd::grad({loss}, {h})[0]);
       };
       const auto [got, dgot] = run(quantise(w, WeightFormat::q8_0));
@@ -121,12 +129,16 @@ TEST(Q8_0, TheLossHasTheBitsOfItsValues) {
 TEST(Q8_0, ExpertsHaveTheBitsOfTheirValues) {
   if (!quantised_products()) GTEST_SKIP() << "this path keeps the values as floats";
   for (const auto dtype : {at::kFloat, at::kBFloat16})
-    for (const auto& [X, D, F] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 33, 17}, {40, 96, 40}, {700, 70, 130}}) {  // one row, few (across), several chunks
+    for (const auto& [X, D, F] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{
+             {1, 33, 17}, {40, 96, 40}, {700, 70, 130}}) {  // one row, few (across), several chunks
       const int64_t E = 3, K = 2;
       ExpertFfnWeights weights, floats;
       for (int64_t e = 0; e < E; ++e) {
-        weights.gate_FD.push_back(randn({F, D}, uint64_t(10 * e + 1))), weights.up_FD.push_back(randn({F, D}, uint64_t(10 * e + 2))), weights.down_DF.push_back(randn({D, F}, uint64_t(10 * e + 3)));
-        floats.gate_FD.push_back(as_floats(weights.gate_FD[size_t(e)], dtype).tensor()), floats.up_FD.push_back(as_floats(weights.up_FD[size_t(e)], dtype).tensor());
+        weights.gate_FD.push_back(randn({F, D}, uint64_t(10 * e + 1))),
+            weights.up_FD.push_back(randn({F, D}, uint64_t(10 * e + 2))),
+            weights.down_DF.push_back(randn({D, F}, uint64_t(10 * e + 3)));
+        floats.gate_FD.push_back(as_floats(weights.gate_FD[size_t(e)], dtype).tensor()),
+            floats.up_FD.push_back(as_floats(weights.up_FD[size_t(e)], dtype).tensor());
         floats.down_DF.push_back(as_floats(weights.down_DF[size_t(e)], dtype).tensor());
       }
       floats.panels = make_expert_panels(floats, nullptr, /*lean=*/true);
@@ -136,12 +148,15 @@ TEST(Q8_0, ExpertsHaveTheBitsOfTheirValues) {
       const at::Tensor group = at::arange(X) % 2, ids = at::stack({at::arange(X) % E, (at::arange(X) + 1) % E}, 1);
       const Dispatch dispatch = make_dispatch(ids, E, group, 2);
       const auto run = [&](const ExpertFfnWeights& w) {
-        const at::Tensor x = randn({X, D}, 20, dtype).set_requires_grad(true), mix = randn({X, K}, 21).abs().set_requires_grad(true);
+        const at::Tensor x = randn({X, D}, 20, dtype).set_requires_grad(true),
+                         mix = randn({X, K}, 21).abs().set_requires_grad(true);
         std::vector<at::Tensor> leaves{x, mix};
         ExpertFfnAdapters adapters;
         uint64_t seed = 30;
-        for (const auto& [list, in, out] : {std::tuple(&adapters.gate, D, F), std::tuple(&adapters.up, D, F), std::tuple(&adapters.down, F, D)}) {
-          const at::Tensor A = randn({E, 4, in}, seed++).set_requires_grad(true), B = randn({E, out, 4}, seed++).set_requires_grad(true);
+        for (const auto& [list, in, out] :
+             {std::tuple(&adapters.gate, D, F), std::tuple(&adapters.up, D, F), std::tuple(&adapters.down, F, D)}) {
+          const at::Tensor A = randn({E, 4, in}, seed++).set_requires_grad(true),
+                           B = randn({E, out, 4}, seed++).set_requires_grad(true);
           list->push_back({A, B, 0.5, {false, true}});
           leaves.push_back(A), leaves.push_back(B);
         }
@@ -153,13 +168,17 @@ TEST(Q8_0, ExpertsHaveTheBitsOfTheirValues) {
         return result;
       };
       const auto got = run(weights), want = run(floats);
-      const bool same_layout = dtype == at::kFloat || one_layout_serves(dtype);  // else the floats' second layout was read: other blocks, other sums
+      const bool same_layout =
+          dtype == at::kFloat ||
+          one_layout_serves(dtype);  // else the floats' second layout was read: other blocks, other sums
       for (size_t i = 0; i < got.size(); ++i) {
         if (same_layout) {
           ASSERT_TRUE(at::equal(got[i], want[i])) << dtype << " " << X << ", result " << i;
           continue;
         }
-        ASSERT_LT((got[i].to(at::kDouble) - want[i].to(at::kDouble)).abs().max().item<double>(), 2e-2 * (1 + want[i].abs().max().item<double>())) << X << ", result " << i;
+        ASSERT_LT((got[i].to(at::kDouble) - want[i].to(at::kDouble)).abs().max().item<double>(),
+                  2e-2 * (1 + want[i].abs().max().item<double>()))
+            << X << ", result " << i;
       }
     }
 }

@@ -1,5 +1,6 @@
-// The device's experts at the sizes of Qwen3-30B-A3B (128 experts, 8 a token, width 2048 and 768, 4096 tokens) against ATen on the same device. It needs a
-// GPU and has not run on one yet; the same body runs small on the host, by ATen and by the emulated device.
+// The device's experts at the sizes of Qwen3-30B-A3B (128 experts, 8 a token, width 2048 and 768, 4096 tokens) against
+// ATen on the same device. It needs a GPU and has not run on one yet; the same body runs small on the host, by ATen and
+// by the emulated device.
 #include <gtest/gtest.h>
 
 #include "../support/emulation.h"
@@ -18,7 +19,9 @@ struct Sizes {
 struct Inputs {
   Inputs(const Sizes& s, at::Device device) : options(at::TensorOptions(at::kFloat).device(device)) {
     at::manual_seed(7);
-    const auto bf16 = [&](at::IntArrayRef shape, double std) { return at::empty(shape, options.dtype(at::kBFloat16)).normal_(0.0, std); };
+    const auto bf16 = [&](at::IntArrayRef shape, double std) {
+      return at::empty(shape, options.dtype(at::kBFloat16)).normal_(0.0, std);
+    };
     const double in_D = 1 / std::sqrt(double(s.D)), in_F = 1 / std::sqrt(double(s.F));
     // Laid out as a device has them (kernels/expert_layout.h).
     const at::Tensor gate_up = bf16({s.E, 2 * s.F, s.D}, in_D), all_down = bf16({s.E, s.D, s.F}, in_F);
@@ -34,7 +37,10 @@ struct Inputs {
     group = (at::arange(s.T, options.dtype(at::kLong)) * 7 % 10 >= 3).to(at::kLong);  // 70 % of another modality
     // B is not zero as at the start of a training, or A would have no gradient.
     const auto term = [&](int64_t width_in, int64_t width_out) {
-      return ExpertLowRank{bf16({s.E, s.P, width_in}, 1 / std::sqrt(double(width_in))).to(at::kFloat), bf16({s.E, width_out, s.P}, 0.25 / std::sqrt(double(s.P))).to(at::kFloat), 2.0, {false, true}};
+      return ExpertLowRank{bf16({s.E, s.P, width_in}, 1 / std::sqrt(double(width_in))).to(at::kFloat),
+                           bf16({s.E, width_out, s.P}, 0.25 / std::sqrt(double(s.P))).to(at::kFloat),
+                           2.0,
+                           {false, true}};
     };
     terms = {std::vector{term(s.D, s.F)}, std::vector{term(s.D, s.F)}, std::vector{term(s.F, s.D)}};
     experts = s.E;
@@ -72,11 +78,15 @@ Named results(const MoeProblem& p, const at::Tensor& dout, const Forward& forwar
   const MoeGradients g = backward(p, y.saved, dout.to(p.x_XD.scalar_type()), needs);
   Named out{{"out", y.out_XD}, {"dx", g.x_XD}, {"dweights", g.weights_XK}};
   const char* names[] = {"gate", "up", "down"};
-  for (int s = 0; s < kSites; ++s) out.emplace_back(std::string("dA of ") + names[s], g.factors[s][0].first), out.emplace_back(std::string("dB of ") + names[s], g.factors[s][0].second);
+  for (int s = 0; s < kSites; ++s)
+    out.emplace_back(std::string("dA of ") + names[s], g.factors[s][0].first),
+        out.emplace_back(std::string("dB of ") + names[s], g.factors[s][0].second);
   return out;
 }
 
-double distance(const at::Tensor& a, const at::Tensor& exact) { return ((a.to(at::kDouble) - exact.to(at::kDouble)).norm() / exact.to(at::kDouble).norm()).item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& exact) {
+  return ((a.to(at::kDouble) - exact.to(at::kDouble)).norm() / exact.to(at::kDouble).norm()).item<double>();
+}
 
 // ours: the device's, against float32 through ATen, whose rounding is far below that of bf16; plain: bf16 through ATen.
 void expect_no_worse_than_aten(const Sizes& s, at::Device device, bool by_aten = false) {
@@ -84,14 +94,19 @@ void expect_no_worse_than_aten(const Sizes& s, at::Device device, bool by_aten =
   const Named exact = results(in.problem(at::kFloat), in.dout, moe_forward_aten, moe_backward_aten);
   const MoeProblem p = in.problem(at::kBFloat16);
   const Named plain = results(p, in.dout, moe_forward_aten, moe_backward_aten);
-  if (!by_aten && !moe_cuda_serves(p)) GTEST_SKIP() << "this GPU has no grouped product in one kernel (Hopper, Blackwell): the experts run through ATen";
-  const auto run = [&] { return by_aten ? results(p, in.dout, moe_forward_aten, moe_backward_aten) : results(p, in.dout, moe_forward_cuda, moe_backward_cuda); };
+  if (!by_aten && !moe_cuda_serves(p))
+    GTEST_SKIP() << "this GPU has no grouped product in one kernel (Hopper, Blackwell): the experts run through ATen";
+  const auto run = [&] {
+    return by_aten ? results(p, in.dout, moe_forward_aten, moe_backward_aten)
+                   : results(p, in.dout, moe_forward_cuda, moe_backward_cuda);
+  };
   const Named once = run(), again = run();
   for (size_t i = 0; i < exact.size(); ++i) {
     SCOPED_TRACE(exact[i].first);
     EXPECT_TRUE(at::isfinite(once[i].second).all().item<bool>());
     EXPECT_GT(exact[i].second.norm().item<double>(), 0);
-    // Beyond twice ATen's error: half a unit in the last place of bf16, for the factors' gradients leave a grouped product in bf16 and ATen's in float32.
+    // Beyond twice ATen's error: half a unit in the last place of bf16, for the factors' gradients leave a grouped
+    // product in bf16 and ATen's in float32.
     EXPECT_LE(distance(once[i].second, exact[i].second), 2 * distance(plain[i].second, exact[i].second) + 1.0 / 512);
     EXPECT_TRUE(at::equal(once[i].second, again[i].second)) << "two calls, two results";
   }

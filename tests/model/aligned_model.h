@@ -32,10 +32,12 @@ class AlignedModel {
   at::Tensor ids_BS;
 
  private:
-  const std::filesystem::path dir_ = std::filesystem::path(testing::TempDir()) / ("moegraft-aligned-" + std::to_string(::getpid()));
+  const std::filesystem::path dir_ =
+      std::filesystem::path(testing::TempDir()) / ("moegraft-aligned-" + std::to_string(::getpid()));
 };
 
-// On the host, weights as a device has them: without the host's own layouts of frozen ones, a layer's experts in one storage.
+// On the host, weights as a device has them: without the host's own layouts of frozen ones, a layer's experts in one
+// storage.
 class AsOnADevice : public WeightProvider {
  public:
   explicit AsOnADevice(std::shared_ptr<WeightProvider> inner) : inner_(std::move(inner)) {}

@@ -23,7 +23,11 @@ std::vector<Longs> values(const std::vector<at::Tensor>& tensors) {
 
 // Base ids [0, 10), one modality [10, 14), another [14, 20); three sequences of 4, 1 and 3 tokens.
 PackedBatch batch() {
-  PackedBatch b{longs({1, 9, 10, 13, 0, 14, 2, 19}), longs({0, 0, 1, 1, 0, 2, 0, 2}), longs({0, 1, 2, 3, 0, 0, 1, 2}), {0, 4, 5, 8}, longs({9, -100, 13, 9, -100, -100, 19, 3})};
+  PackedBatch b{longs({1, 9, 10, 13, 0, 14, 2, 19}),
+                longs({0, 0, 1, 1, 0, 2, 0, 2}),
+                longs({0, 1, 2, 3, 0, 0, 1, 2}),
+                {0, 4, 5, 8},
+                longs({9, -100, 13, 9, -100, -100, 19, 3})};
   return b;
 }
 
@@ -65,13 +69,12 @@ TEST(BatchFacts, RefusesWhatIsOutside) {
     change(b);
     try {
       describe_batch(b, {0, 10, 14, 20});
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   };
   EXPECT_EQ(error([](PackedBatch&) {}), "");
-  EXPECT_NE(error([](PackedBatch& b) { b.ids_T[3] = 20; }).find("token id 20 is outside the vocabulary [0, 20)"), std::string::npos);
+  EXPECT_NE(error([](PackedBatch& b) { b.ids_T[3] = 20; }).find("token id 20 is outside the vocabulary [0, 20)"),
+            std::string::npos);
   EXPECT_NE(error([](PackedBatch& b) { b.ids_T[3] = -1; }).find("token id -1"), std::string::npos);
   EXPECT_NE(error([](PackedBatch& b) { b.labels_T[3] = 20; }).find("label 20"), std::string::npos);
   EXPECT_NE(error([](PackedBatch& b) { b.modality_T[3] = -2; }).find("modality -2 of token 3"), std::string::npos);
@@ -89,7 +92,11 @@ TEST(BatchFacts, BoundsOfAVocabularyFollowItsModalities) {
 
 // 20 tokens of text, then 3 of a modality; 6 of text alone; 2 of a modality.
 PackedBatch captions() {
-  PackedBatch b{at::arange(31) % 10, at::zeros({31}, at::kLong), at::cat({at::arange(23), at::arange(6), at::arange(2)}), {0, 23, 29, 31}, at::arange(31) % 9};
+  PackedBatch b{at::arange(31) % 10,
+                at::zeros({31}, at::kLong),
+                at::cat({at::arange(23), at::arange(6), at::arange(2)}),
+                {0, 23, 29, 31},
+                at::arange(31) % 9};
   for (const int64_t t : {20, 21, 22, 29, 30}) b.ids_T[t] = b.labels_T[t] = 10 + t % 4, b.modality_T[t] = 1;
   return b;
 }
@@ -134,7 +141,9 @@ TEST(BatchFacts, MoveWithTheBatch) {
   b = captions();
   b.facts = std::make_shared<const BatchFacts>(describe_batch(b, {0, 10, 14}));
   const SplitBatch split = *to_device(b, at::Device(at::kMeta)).facts->split;
-  for (const at::Tensor& t : {split.prefix_tokens, split.rest_tokens, split.prefix.ids_T, split.rest.labels_T, split.rest.facts->label_tokens[1], split.prefix.facts->cu_seqlens}) EXPECT_TRUE(t.is_meta());
+  for (const at::Tensor& t : {split.prefix_tokens, split.rest_tokens, split.prefix.ids_T, split.rest.labels_T,
+                              split.rest.facts->label_tokens[1], split.prefix.facts->cu_seqlens})
+    EXPECT_TRUE(t.is_meta());
 }
 
 TEST(BatchFacts, PinnedCopiesHoldTheSame) {

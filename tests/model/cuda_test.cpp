@@ -1,5 +1,6 @@
-// The same model on a GPU: logits and gradients of overlays against the CPU, in float32 and bf16; what may not change a bit there; text. The bodies run on the
-// host too, plainly and on an emulated device, so that only the card is new to them; on a card nothing here has run yet.
+// The same model on a GPU: logits and gradients of overlays against the CPU, in float32 and bf16; what may not change a
+// bit there; text. The bodies run on the host too, plainly and on an emulated device, so that only the card is new to
+// them; on a card nothing here has run yet.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -26,7 +27,9 @@ class Terms : public AdapterSites {
  public:
   Terms(const DecoderSpec& s, at::Device device) {
     at::manual_seed(1);
-    const auto leaf = [&](at::IntArrayRef shape) { return (0.3 * at::randn(shape)).to(device).set_requires_grad(true); };
+    const auto leaf = [&](at::IntArrayRef shape) {
+      return (0.3 * at::randn(shape)).to(device).set_requires_grad(true);
+    };
     gate_ = {leaf({s.num_experts, 3, s.hidden_size}), leaf({s.num_experts, s.moe_intermediate_size, 3}), 2.0, {1}};
     q_ = {leaf({3, s.hidden_size}), leaf({s.num_heads * s.head_dim, 3}), 2.0, {1}};
   }
@@ -44,7 +47,8 @@ TEST(Cuda, LogitsLossAndGradientsEqualTheCpu) {
     std::vector<at::Tensor> results[3];
     for (const int variant : {0, 1, 2}) {  // the CPU, the GPU, the GPU with its experts in host memory
       const at::Device device(variant == 0 ? at::kCPU : at::kCUDA);
-      Decoder decoder(load_base(kGolden / name, {at::kFloat, device, variant == 2 ? Experts::offloaded : Experts::resident}));
+      Decoder decoder(
+          load_base(kGolden / name, {at::kFloat, device, variant == 2 ? Experts::offloaded : Experts::resident}));
       auto terms = std::make_shared<Terms>(decoder.spec(), device);
       decoder.attach(terms);
       const at::Tensor ids = io::load_safetensors(kGolden / name / "golden.safetensors").at("input_ids").to(device);
@@ -54,13 +58,15 @@ TEST(Cuda, LogitsLossAndGradientsEqualTheCpu) {
       const auto forward = decoder.forward(batch);
       const auto loss = cross_entropy_loss(decoder, forward, batch);
       loss.loss.backward();
-      for (const at::Tensor& t : {forward.hidden_TD.detach(), loss.loss.detach(), terms->gate_.A.grad(), terms->gate_.B.grad(), terms->q_.A.grad(), terms->q_.B.grad()})
+      for (const at::Tensor& t : {forward.hidden_TD.detach(), loss.loss.detach(), terms->gate_.A.grad(),
+                                  terms->gate_.B.grad(), terms->q_.A.grad(), terms->q_.B.grad()})
         results[variant].push_back(t.to(at::kCPU, at::kDouble));
     }
     for (size_t i = 0; i < results[0].size(); ++i) {
       const double scale = 1 + results[0][i].abs().max().item<double>();
       for (const int variant : {1, 2})
-        EXPECT_LT((results[0][i] - results[variant][i]).abs().max().item<double>(), 1e-4 * scale) << name << ", result " << i << (variant == 2 ? ", offloaded" : "");
+        EXPECT_LT((results[0][i] - results[variant][i]).abs().max().item<double>(), 1e-4 * scale)
+            << name << ", result " << i << (variant == 2 ? ", offloaded" : "");
     }
   }
 }
@@ -72,7 +78,6 @@ TEST(Cuda, RoutersAreWidenedOnce) {
   EXPECT_EQ(w.router_ED.scalar_type(), at::kFloat);
   EXPECT_EQ(w.input_norm_D.scalar_type(), at::kBFloat16);
 }
-
 
 // ------------------------------------------------------------------------------------------------ bf16
 
@@ -88,8 +93,11 @@ class AllSites : public AdapterSites {
  public:
   AllSites(const DecoderSpec& s, at::Device device) {
     at::manual_seed(1);
-    const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts, q = s.num_heads * s.head_dim, kv = s.num_kv_heads * s.head_dim;
-    const auto leaf = [&](at::IntArrayRef shape, double std) { return (std * at::randn(shape)).to(device).set_requires_grad(true); };
+    const int64_t D = s.hidden_size, F = s.moe_intermediate_size, E = s.num_experts, q = s.num_heads * s.head_dim,
+                  kv = s.num_kv_heads * s.head_dim;
+    const auto leaf = [&](at::IntArrayRef shape, double std) {
+      return (std * at::randn(shape)).to(device).set_requires_grad(true);
+    };
     const auto term = [&](Site site, std::vector<int64_t> experts, int64_t in, int64_t out) {
       const auto shape = [&](int64_t rows, int64_t columns) {
         std::vector<int64_t> sizes = experts;
@@ -118,7 +126,8 @@ class AllSites : public AdapterSites {
 // The experts of each token, sorted: which of two comes first says nothing. And by how much the last one won.
 class Choices : public RoutingObserver {
  public:
-  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor&, const at::Tensor&) override {
+  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor&,
+               const at::Tensor&) override {
     const int64_t K = topk_ids_TK.size(1);
     const at::Tensor top = std::get<0>(probs_TE.topk(K + 1, -1)).log();
     margins.push_back((top.select(1, K - 1) - top.select(1, K)).to(at::kCPU));
@@ -137,7 +146,8 @@ class Checkpoint {
     s.family = "qwen3_moe", s.qk_norm = QkNorm::per_head;
     s.vocab_size = 160, s.hidden_size = 64, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 16;
     s.num_layers = 2, s.layers.assign(2, {});
-    s.moe_intermediate_size = s.intermediate_size = 48, s.num_experts = 8, s.num_experts_per_tok = 2, s.router.renormalise = true;
+    s.moe_intermediate_size = s.intermediate_size = 48, s.num_experts = 8, s.num_experts_per_tok = 2,
+    s.router.renormalise = true;
     s.max_positions = 64;
     save_base(random_base(s, at::kBFloat16, at::kCPU, 3), dir_, at::kBFloat16);
   }
@@ -161,19 +171,23 @@ PackedBatch make_batch(const DecoderSpec& s, const std::vector<int64_t>& which, 
   for (const int64_t i : which) {
     const int64_t text = text_alone ? kLength : 2 + i % 6;
     for (int64_t t = 0; t < kLength; ++t) {
-      ids.push_back(t < text ? 3 + (i * 37 + t * 11 + i * i) % (s.vocab_size - 3) : s.vocab_size + (i * 5 + t * t) % kNewRows);
+      ids.push_back(t < text ? 3 + (i * 37 + t * 11 + i * i) % (s.vocab_size - 3)
+                             : s.vocab_size + (i * 5 + t * t) % kNewRows);
       modality.push_back(t >= text);
       positions.push_back(t);
     }
-    for (int64_t t = 0; t < kLength; ++t) labels.push_back(t + 1 < kLength ? ids[ids.size() - size_t(kLength - 1 - t)] : kNoLabel);
+    for (int64_t t = 0; t < kLength; ++t)
+      labels.push_back(t + 1 < kLength ? ids[ids.size() - size_t(kLength - 1 - t)] : kNoLabel);
     batch.cu_seqlens.push_back(int64_t(ids.size()));
   }
-  batch.ids_T = at::tensor(ids), batch.modality_T = at::tensor(modality), batch.positions_T = at::tensor(positions), batch.labels_T = at::tensor(labels);
+  batch.ids_T = at::tensor(ids), batch.modality_T = at::tensor(modality), batch.positions_T = at::tensor(positions),
+  batch.labels_T = at::tensor(labels);
   return batch;
 }
 
 struct World {
-  World(BaseModel base) : decoder(std::move(base)), sites(std::make_shared<AllSites>(decoder.spec(), decoder.device())) {
+  World(BaseModel base)
+      : decoder(std::move(base)), sites(std::make_shared<AllSites>(decoder.spec(), decoder.device())) {
     const DecoderSpec& s = decoder.spec();
     const auto rows = [&] { return at::randn({kNewRows, s.hidden_size}).to(decoder.device()).set_requires_grad(true); };
     decoder.attach(sites);
@@ -207,8 +221,8 @@ Outcome step(World& w, const PackedBatch& batch, ForwardOptions options = {}) {
   return out;
 }
 
-// Eight of 200 sequences whose every token, in every layer, chose its last expert by a clear margin: the logits of routing are off by about 1 % in bf16, and
-// another expert is another result, not an error.
+// Eight of 200 sequences whose every token, in every layer, chose its last expert by a clear margin: the logits of
+// routing are off by about 1 % in bf16, and another expert is another result, not an error.
 std::vector<int64_t> away_from_ties(World& exact) {
   const at::NoGradGuard no_grad;
   std::vector<int64_t> all(200), clear;
@@ -233,7 +247,8 @@ double relative(const at::Tensor& a, const at::Tensor& exact) {
 // By the same numbers in float32: no further off than the CPU in bf16.
 void expect_bfloat16_as_good_as_the_cpus(const Place& place) {
   const Checkpoint checkpoint;
-  World exact(checkpoint.load(at::kFloat, at::kCPU)), plain(checkpoint.load(at::kBFloat16, at::kCPU)), ours(checkpoint.load(at::kBFloat16, place.device));
+  World exact(checkpoint.load(at::kFloat, at::kCPU)), plain(checkpoint.load(at::kBFloat16, at::kCPU)),
+      ours(checkpoint.load(at::kBFloat16, place.device));
   const std::vector<int64_t> clear = away_from_ties(exact);
   ASSERT_EQ(clear.size(), 8u);
   const PackedBatch batch = make_batch(exact.decoder.spec(), clear);
@@ -247,22 +262,26 @@ void expect_bfloat16_as_good_as_the_cpus(const Place& place) {
     EXPECT_TRUE(at::equal(p.choices.ids[l], e.choices.ids[l])) << "the CPU chose other experts in layer " << l;
     EXPECT_TRUE(at::equal(o.choices.ids[l], e.choices.ids[l])) << "other experts in layer " << l;
   }
-  // A floor of one unit in the last place: the device's grouped products leave factor gradients in bf16, the CPU's in float32.
+  // A floor of one unit in the last place: the device's grouped products leave factor gradients in bf16, the CPU's in
+  // float32.
   for (size_t i = 0; i < e.results.size(); ++i) {
     EXPECT_GT(e.results[i].abs().max().item<double>(), 0) << "result " << i;
-    EXPECT_LE(relative(o.results[i], e.results[i]), 2 * relative(p.results[i], e.results[i]) + 1.0 / 256) << "result " << i;
+    EXPECT_LE(relative(o.results[i], e.results[i]), 2 * relative(p.results[i], e.results[i]) + 1.0 / 256)
+        << "result " << i;
   }
 }
 
 // How a step is computed must not show: layers stored, recomputed, or with experts that come from host memory.
 void expect_equal_bits_however_computed(const Place& place) {
   const Checkpoint checkpoint;
-  World resident(checkpoint.load(at::kBFloat16, place.device)), visiting(checkpoint.load(at::kBFloat16, place.device, true));
+  World resident(checkpoint.load(at::kBFloat16, place.device)),
+      visiting(checkpoint.load(at::kBFloat16, place.device, true));
   const PackedBatch batch = make_batch(resident.decoder.spec(), {0, 1, 2, 3, 4, 5, 6, 7, 8, 9});
   ForwardOptions recompute;
   recompute.recompute_layers = 100;
   kernels::emulated = place.emulated;
-  const Outcome stored = step(resident, batch), again = step(resident, batch), recomputed = step(resident, batch, recompute), offloaded = step(visiting, batch, recompute);
+  const Outcome stored = step(resident, batch), again = step(resident, batch),
+                recomputed = step(resident, batch, recompute), offloaded = step(visiting, batch, recompute);
   kernels::emulated = false;
   for (size_t i = 0; i < stored.results.size(); ++i) {
     EXPECT_TRUE(at::equal(stored.results[i], again.results[i])) << "twice, result " << i;

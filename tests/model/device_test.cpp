@@ -20,7 +20,9 @@ class Card : public c10::DeviceAllocator {
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override { return {}; }
   void resetAccumulatedStats(c10::DeviceIndex) override {}
   void resetPeakStats(c10::DeviceIndex) override {}
-  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) override { return {size_t(3'000'000'000) + size_t(device), size_t(7'000'000'000)}; }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) override {
+    return {size_t(3'000'000'000) + size_t(device), size_t(7'000'000'000)};
+  }
   c10::DataPtr allocate(size_t) override { return {}; }
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };

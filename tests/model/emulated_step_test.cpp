@@ -10,7 +10,9 @@
 namespace moegraft::model {
 namespace {
 
-double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
 
 // Gated terms on all of attention and on one of the experts' products: masters, as in training.
 class AttentionTerms : public AdapterSites {
@@ -19,7 +21,9 @@ class AttentionTerms : public AdapterSites {
     at::manual_seed(1);
     const int64_t D = s.hidden_size, H = s.num_heads * s.head_dim, G = s.num_kv_heads * s.head_dim;
     for (int64_t l = 0; l < s.num_layers; ++l)
-      for (const auto& [site, in, out] : {std::tuple(Site::q, D, H), std::tuple(Site::k, D, G), std::tuple(Site::v, D, G), std::tuple(Site::o, H, D)}) add(l, site, {4, in}, {out, 4}, {1});
+      for (const auto& [site, in, out] :
+           {std::tuple(Site::q, D, H), std::tuple(Site::k, D, G), std::tuple(Site::v, D, G), std::tuple(Site::o, H, D)})
+        add(l, site, {4, in}, {out, 4}, {1});
     add(0, Site::q, {2, D}, {H, 2}, {1, 2});  // a second term on the same rows and on others
     add(1, Site::up, {s.num_experts, 8, D}, {s.num_experts, s.moe_intermediate_size, 8}, {1});
   }
@@ -50,7 +54,8 @@ PackedBatch mixed_batch(const DecoderSpec& s) {
   batch.modality_T.narrow(0, 29 + 6, 7).fill_(1);
   batch.modality_T.narrow(0, 29 + 6 + 7, 5).fill_(2);
   auto g = at::make_generator<at::CPUGeneratorImpl>(3);
-  batch.ids_T = at::randint(0, 20, {T}, g, at::kLong) + at::where(batch.modality_T == 0, 0, s.vocab_size + 20 * (batch.modality_T - 1));
+  batch.ids_T = at::randint(0, 20, {T}, g, at::kLong) +
+                at::where(batch.modality_T == 0, 0, s.vocab_size + 20 * (batch.modality_T - 1));
   std::vector<at::Tensor> positions;
   for (const int64_t n : lengths) positions.push_back(at::arange(n, at::kLong));
   batch.positions_T = at::cat(positions);
@@ -64,7 +69,8 @@ struct Step {
   std::vector<at::Tensor> gradients;  // of the masters, then of the new rows
 };
 
-// In float32: in bf16 a near-tied expert flips and says nothing; there the operations are compared one by one (tests/kernels).
+// In float32: in bf16 a near-tied expert flips and says nothing; there the operations are compared one by one
+// (tests/kernels).
 class EmulatedStep : public testing::Test {
  protected:
   EmulatedStep() {
@@ -95,7 +101,10 @@ class EmulatedStep : public testing::Test {
     const double tolerance = 2e-5;  // sums in another order, a few units of float32 of what is largest
     EXPECT_LT(distance(device.hidden_TD, host.hidden_TD), tolerance * host.hidden_TD.abs().max().item<double>());
     EXPECT_NEAR(device.loss, host.loss, tolerance * host.loss);
-    for (size_t i = 0; i < host.gradients.size(); ++i) EXPECT_LT(distance(device.gradients[i], host.gradients[i]), tolerance * host.gradients[i].abs().max().item<double>()) << "leaf " << i;
+    for (size_t i = 0; i < host.gradients.size(); ++i)
+      EXPECT_LT(distance(device.gradients[i], host.gradients[i]),
+                tolerance * host.gradients[i].abs().max().item<double>())
+          << "leaf " << i;
   }
 
   AlignedModel model_;
@@ -125,7 +134,8 @@ TEST_F(EmulatedStep, AttentionsLengthsLieOnTheDeviceOnceForAllLayers) {
       const size_t passes = prefix ? 2 : 1, layers = 2;
       EXPECT_EQ(queries.size(), passes);
       EXPECT_EQ(keys.size(), passes);
-      EXPECT_EQ(kernels::attention_lengths.size(), layers * (passes + 1 + (recomputed ? 1 : 0)));  // forwards, backwards, and again where recomputed
+      EXPECT_EQ(kernels::attention_lengths.size(),
+                layers * (passes + 1 + (recomputed ? 1 : 0)));  // forwards, backwards, and again where recomputed
     }
 }
 

@@ -1,4 +1,5 @@
-// Decoding in steps that could be recorded: transformers' logits, and nothing in a step that depends on what only the host knows.
+// Decoding in steps that could be recorded: transformers' logits, and nothing in a step that depends on what only the
+// host knows.
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -19,7 +20,9 @@ namespace {
 
 const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 
-double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
 
 std::vector<int64_t> to_vector(const at::Tensor& t) {
   const at::Tensor host = t.to(at::kCPU).contiguous();
@@ -50,12 +53,15 @@ TEST_P(FixedSteps, ContinueTheLogitsOfTransformers) {
   const at::Tensor ids = golden.at("input_ids"), expected = golden.at("logits");
   const double tolerance = 1e-4 * std::max(1.0, expected.abs().max().item<double>());
   KvCache cache = filled(decoder, ids, {4, 2});  // of different lengths
-  FixedStep step(decoder, cache, 2, 0, [&](const at::Tensor& hidden_BD) { return decoder.all_logits(hidden_BD); }, false);
+  FixedStep step(
+      decoder, cache, 2, 0, [&](const at::Tensor& hidden_BD) { return decoder.all_logits(hidden_BD); }, false);
   const auto go_on = [&] {
     std::vector<int64_t> next;
     for (int64_t b = 0; b < 2; ++b) next.push_back(ids[b][cache.length(b)].item<int64_t>());
     const at::Tensor logits = step(next);
-    for (int64_t b = 0; b < 2; ++b) EXPECT_LT(distance(logits[b], expected[b][cache.length(b) - 1]), tolerance) << "sequence " << b << ", position " << cache.length(b) - 1;
+    for (int64_t b = 0; b < 2; ++b)
+      EXPECT_LT(distance(logits[b], expected[b][cache.length(b) - 1]), tolerance)
+          << "sequence " << b << ", position " << cache.length(b) - 1;
   };
   for (int i = 0; i < 7; ++i) go_on();
   cache.truncate(1, 5);  // the host changes its mind
@@ -63,7 +69,9 @@ TEST_P(FixedSteps, ContinueTheLogitsOfTransformers) {
   for (int i = 0; i < 4; ++i) go_on();
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, FixedSteps, testing::Values("olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "qwen3_yarn", "mixtral", "mixtral_window", "mixtral_llama3", "mixtral_linear"),
+INSTANTIATE_TEST_SUITE_P(Families, FixedSteps,
+                         testing::Values("olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "qwen3_yarn",
+                                         "mixtral", "mixtral_window", "mixtral_llama3", "mixtral_linear"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(FixedStep, RefusesWhatItCannotDo) {
@@ -79,7 +87,8 @@ TEST(FixedStep, RefusesWhatItCannotDo) {
   EXPECT_THROW(step({3, decoder.total_vocab()}), UserError);
   EXPECT_THROW(step({-1, 3}), UserError);
   EXPECT_NO_THROW(step({3, 4}));
-  EXPECT_THROW(FixedStep(decoder, cache, 2, 0, [](const at::Tensor& hidden) { return hidden; }, true), UsageError);  // on a CPU
+  EXPECT_THROW(
+      FixedStep(decoder, cache, 2, 0, [](const at::Tensor& hidden) { return hidden; }, true), UsageError);  // on a CPU
 }
 
 #ifndef MOEGRAFT_HAVE_CUDA
@@ -89,10 +98,15 @@ class Terms : public AdapterSites {
  public:
   explicit Terms(const DecoderSpec& s) {
     at::manual_seed(1);
-    gate_ = {0.3 * at::randn({s.num_experts, 8, s.hidden_size}), 0.3 * at::randn({s.num_experts, s.moe_intermediate_size, 8}), 2.0, {1}};
+    gate_ = {0.3 * at::randn({s.num_experts, 8, s.hidden_size}),
+             0.3 * at::randn({s.num_experts, s.moe_intermediate_size, 8}),
+             2.0,
+             {1}};
     q_ = {0.3 * at::randn({8, s.hidden_size}), 0.3 * at::randn({s.num_heads * s.head_dim, 8}), 2.0, {1}};
   }
-  std::vector<LowRank> at(int64_t, Site site) const override { return site == Site::gate ? std::vector{gate_} : site == Site::q ? std::vector{q_} : std::vector<LowRank>{}; }
+  std::vector<LowRank> at(int64_t, Site site) const override {
+    return site == Site::gate ? std::vector{gate_} : site == Site::q ? std::vector{q_} : std::vector<LowRank>{};
+  }
 
  private:
   LowRank gate_, q_;

@@ -17,7 +17,9 @@ namespace {
 namespace fs = std::filesystem;
 const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/model";
 
-double distance(const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>(); }
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return (a.to(at::kDouble) - b.to(at::kDouble)).abs().max().item<double>();
+}
 
 class Golden : public testing::TestWithParam<const char*> {};
 
@@ -34,7 +36,8 @@ TEST_P(Golden, LogitsAndBalanceLossEqualTransformers) {
   EXPECT_GT(expected.abs().max().item<double>(), 0.5);
   EXPECT_LT(distance(logits, expected), 1e-4 * std::max(1.0, expected.abs().max().item<double>()));
   EXPECT_EQ(result.aux_loss.defined(), decoder.spec().has_experts());
-  if (golden.contains("aux_loss")) EXPECT_NEAR(result.aux_loss.item<double>(), golden.at("aux_loss").item<double>(), 1e-5);
+  if (golden.contains("aux_loss"))
+    EXPECT_NEAR(result.aux_loss.item<double>(), golden.at("aux_loss").item<double>(), 1e-5);
 }
 
 TEST_P(Golden, Bfloat16IsNoFurtherFromFloat32ThanTransformers) {
@@ -42,8 +45,11 @@ TEST_P(Golden, Bfloat16IsNoFurtherFromFloat32ThanTransformers) {
   const fs::path dir = kGolden / GetParam();
   const auto golden = io::load_safetensors(dir / "golden.safetensors");
   const Decoder decoder(load_base(dir, {at::kBFloat16, at::kCPU}));
-  const at::Tensor expected = golden.at("logits"), logits = decoder.all_logits(decoder.forward(pack_rows(golden.at("input_ids"))).hidden_TD).view(expected.sizes());
-  // Mean distance: a rounding that flips one top-k choice moves a single position's logits as a whole, in either implementation.
+  const at::Tensor expected = golden.at("logits"),
+                   logits = decoder.all_logits(decoder.forward(pack_rows(golden.at("input_ids"))).hidden_TD)
+                                .view(expected.sizes());
+  // Mean distance: a rounding that flips one top-k choice moves a single position's logits as a whole, in either
+  // implementation.
   const auto mean = [&](const at::Tensor& x) { return (x - expected).abs().mean().item<double>(); };
   EXPECT_LE(mean(logits), 2 * mean(golden.at("logits_bf16")) + 1e-3);
 }
@@ -62,14 +68,16 @@ TEST_P(Golden, DecodingWithACacheContinuesTheSameLogits) {
     PackedBatch batch = pack_rows(ids.narrow(1, s, count));
     batch.positions_T = batch.positions_T + s;
     const at::Tensor logits = decoder.all_logits(decoder.forward(batch, options).hidden_TD).view({2, count, -1});
-    EXPECT_LT(distance(logits, expected.narrow(1, s, count)), 1e-4 * std::max(1.0, expected.abs().max().item<double>())) << "position " << s;
+    EXPECT_LT(distance(logits, expected.narrow(1, s, count)), 1e-4 * std::max(1.0, expected.abs().max().item<double>()))
+        << "position " << s;
     s += count;
   }
 }
 
 TEST_P(Golden, WritesADirectoryThatReadsBackTheSame) {
   at::NoGradGuard no_grad;
-  const fs::path dir = kGolden / GetParam(), copy = fs::path(testing::TempDir()) / ("moegraft-save-" + std::string(GetParam()));
+  const fs::path dir = kGolden / GetParam(),
+                 copy = fs::path(testing::TempDir()) / ("moegraft-save-" + std::string(GetParam()));
   const Decoder before(load_base(dir));
   save_base(before.base(), copy, at::kFloat, 8000);
   const Decoder after(load_base(copy));
@@ -79,9 +87,12 @@ TEST_P(Golden, WritesADirectoryThatReadsBackTheSame) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, Golden,
-                         testing::Values("olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "qwen3_yarn", "qwen3_old_spelling", "mixtral", "mixtral_window", "mixtral_llama3", "mixtral_linear", "llama", "llama_bias_tied",
-                                         "llama_llama3", "mistral_window", "mistral_full_tied", "mistral_yarn", "qwen3_dense", "qwen3_dense_window", "qwen3_dense_tied", "qwen2_moe",
-                                         "qwen2_moe_mixed", "qwen2_moe_tied", "dots1", "dots1_groups", "dots1_tied"),
+                         testing::Values("olmoe", "olmoe_clip_norm_tied", "qwen3", "qwen3_mixed", "qwen3_yarn",
+                                         "qwen3_old_spelling", "mixtral", "mixtral_window", "mixtral_llama3",
+                                         "mixtral_linear", "llama", "llama_bias_tied", "llama_llama3", "mistral_window",
+                                         "mistral_full_tied", "mistral_yarn", "qwen3_dense", "qwen3_dense_window",
+                                         "qwen3_dense_tied", "qwen2_moe", "qwen2_moe_mixed", "qwen2_moe_tied", "dots1",
+                                         "dots1_groups", "dots1_tied"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Packed, SequencesDoNotSeeEachOther) {
@@ -108,9 +119,7 @@ struct Copy {
   std::string error() const {
     try {
       load_base(dir);
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   }
   void edit(const std::function<void(io::Json&)>& change) {
@@ -124,12 +133,17 @@ TEST(BadModel, EachProblemIsNamed) {
   {
     Copy c("qwen3");
     c.edit([](io::Json& j) { j["model_type"] = "gpt2"; });
-    EXPECT_NE(c.error().find("'gpt2' is not a supported family; supported: dots1, llama, mistral, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe"), std::string::npos) << c.error();
+    EXPECT_NE(c.error().find("'gpt2' is not a supported family; supported: dots1, llama, mistral, mixtral, olmoe, "
+                             "qwen2_moe, qwen3, qwen3_moe"),
+              std::string::npos)
+        << c.error();
   }
   {
     Copy c("qwen3");
     c.edit([](io::Json& j) { j["moe_intermediate_size"] = 7; });
-    EXPECT_NE(c.error().find("model.layers.0.mlp.experts.0.gate_proj.weight must have shape [7, 16], got [6, 16]"), std::string::npos) << c.error();
+    EXPECT_NE(c.error().find("model.layers.0.mlp.experts.0.gate_proj.weight must have shape [7, 16], got [6, 16]"),
+              std::string::npos)
+        << c.error();
   }
   {
     Copy c("qwen3");
@@ -160,7 +174,8 @@ TEST(BadModel, EachProblemIsNamed) {
   {
     Copy c("qwen3");
     fs::remove(c.dir / "model.safetensors");
-    EXPECT_NE(c.error().find("holds neither model.safetensors nor model.safetensors.index.json"), std::string::npos) << c.error();
+    EXPECT_NE(c.error().find("holds neither model.safetensors nor model.safetensors.index.json"), std::string::npos)
+        << c.error();
   }
   {
     Copy c("qwen3");
@@ -171,11 +186,10 @@ TEST(BadModel, EachProblemIsNamed) {
     Copy c("qwen3_mixed");
     io::Json j = io::read_json(c.dir / "model.safetensors.index.json");
     j["weight_map"]["model.norm.weight"] = j["weight_map"]["lm_head.weight"];
-    const bool moved = j["weight_map"]["model.norm.weight"] != io::read_json(c.dir / "model.safetensors.index.json")["weight_map"]["model.norm.weight"];
+    const bool moved = j["weight_map"]["model.norm.weight"] !=
+                       io::read_json(c.dir / "model.safetensors.index.json")["weight_map"]["model.norm.weight"];
     io::write_json(c.dir / "model.safetensors.index.json", j);
-    if (moved) {
-      EXPECT_EQ(c.error(), "") << "every tensor of a listed file counts, as in transformers";
-    }
+    if (moved) { EXPECT_EQ(c.error(), "") << "every tensor of a listed file counts, as in transformers"; }
     j["weight_map"]["model.nowhere.weight"] = j["weight_map"]["lm_head.weight"];
     io::write_json(c.dir / "model.safetensors.index.json", j);
     EXPECT_NE(c.error().find("does not hold model.nowhere.weight"), std::string::npos) << c.error();

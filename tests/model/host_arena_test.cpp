@@ -1,4 +1,5 @@
-// Chunks of host memory that layers run through: which bytes lie where, and that nothing but the last chunk's rest is lost.
+// Chunks of host memory that layers run through: which bytes lie where, and that nothing but the last chunk's rest is
+// lost.
 #include "moegraft/model/host_arena.h"
 
 #include "libtorch.h"
@@ -32,7 +33,8 @@ TEST(HostArena, RequestsRunThroughChunks) {
   Memory memory;
   HostArena arena(memory.source(), 64);
   EXPECT_EQ(arena.bytes_locked(), 0);
-  const auto a = arena.take(10, at::kFloat), b = arena.take(10, at::kFloat), c = arena.take(40, at::kFloat), none = arena.take(0, at::kFloat), d = arena.take(4, at::kFloat);
+  const auto a = arena.take(10, at::kFloat), b = arena.take(10, at::kFloat), c = arena.take(40, at::kFloat),
+             none = arena.take(0, at::kFloat), d = arena.take(4, at::kFloat);
   EXPECT_EQ(sizes(a), (std::vector<int64_t>{10}));
   EXPECT_EQ(sizes(b), (std::vector<int64_t>{6, 4})) << "24 bytes were left of the first chunk";
   EXPECT_EQ(sizes(c), (std::vector<int64_t>{12, 16, 12}));
@@ -57,7 +59,8 @@ TEST(HostArena, RequestsRunThroughChunks) {
 }
 
 TEST(HostArena, LosesTheRestOfTheLastChunkAlone) {
-  // 48 layers of 128 experts as in Qwen3-30B-A3B, by their sizes: a request of its own for each layer would lock 96 GiB.
+  // 48 layers of 128 experts as in Qwen3-30B-A3B, by their sizes: a request of its own for each layer would lock 96
+  // GiB.
   const int64_t layer = int64_t{128} * 3 * 768 * 2048 * 2, layers = 48;
   const at::Tensor none = at::empty({1}, at::kByte).expand({kChunkBytes});  // of one byte's memory
   HostArena arena([&](int64_t bytes) { return none.as_strided({bytes}, {0}); });
@@ -82,7 +85,8 @@ TEST(HostArena, RefusesWhatItWasNotMadeFor) {
 
 TEST(CopyEndToEnd, CutsWhereEitherSideIsCut) {
   const at::Tensor all = at::arange(24, at::kFloat);
-  const std::vector<at::Tensor> from{all.narrow(0, 0, 6).view({2, 3}), all.narrow(0, 6, 0), all.narrow(0, 6, 12).view({4, 3}), all.narrow(0, 18, 6)};
+  const std::vector<at::Tensor> from{all.narrow(0, 0, 6).view({2, 3}), all.narrow(0, 6, 0),
+                                     all.narrow(0, 6, 12).view({4, 3}), all.narrow(0, 18, 6)};
   for (const auto& cuts : {std::vector<int64_t>{24}, {1, 23}, {6, 12, 6}, {5, 0, 7, 8, 4}}) {
     std::vector<at::Tensor> to;
     for (const int64_t n : cuts) to.push_back(at::full({n}, -1, at::kFloat));

@@ -1,4 +1,5 @@
-// A base that is quantised at load is the base whose files hold the format's values, to the bit, in every family and both compute dtypes.
+// A base that is quantised at load is the base whose files hold the format's values, to the bit, in every family and
+// both compute dtypes.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -20,7 +21,8 @@ namespace fs = std::filesystem;
 const fs::path kGolden = fs::path(test_source_dir()) / "tests/golden/model";
 
 at::Tensor values(const at::Tensor& w) { return kernels::quantise(w, kernels::WeightFormat::q8_0).dense(at::kFloat); }
-// By the names in the files, so that a matrix that load_base forgets or takes too many shows. Routers, norms and biases stay.
+// By the names in the files, so that a matrix that load_base forgets or takes too many shows. Routers, norms and biases
+// stay.
 at::Tensor stored_as(const std::string& name, const at::Tensor& t) {
   if (name.ends_with("gate.weight") || t.dim() < 2) return t.to(at::kFloat);
   if (t.dim() == 2) return values(t);
@@ -60,9 +62,12 @@ TEST_P(Quantised, HasTheBitsOfItsValues) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     const Decoder got(load_base(kGolden / GetParam(), q8_0(dtype))), want(load_base(dir_, {dtype}));
     EXPECT_EQ(got.dtype(), dtype);
-    const auto logits = [](const Decoder& d, const at::Tensor& ids) { return d.all_logits(d.forward(pack_rows(ids)).hidden_TD); };
+    const auto logits = [](const Decoder& d, const at::Tensor& ids) {
+      return d.all_logits(d.forward(pack_rows(ids)).hidden_TD);
+    };
     const at::Tensor ids = (at::arange(3 * 40).view({3, 40}) * 7 + 1) % got.spec().vocab_size;
-    const at::Tensor a = logits(got, ids), b = logits(want, ids), floats = logits(Decoder(load_base(kGolden / GetParam(), {dtype})), ids);
+    const at::Tensor a = logits(got, ids), b = logits(want, ids),
+                     floats = logits(Decoder(load_base(kGolden / GetParam(), {dtype})), ids);
     EXPECT_TRUE(at::equal(a, b)) << dtype << ": off by " << (a - b).abs().max().item<double>();
     EXPECT_FALSE(at::equal(a, floats));
     // One token after another, from a cache.
@@ -83,15 +88,18 @@ TEST_P(Quantised, HasTheBitsOfItsValues) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, Quantised,
-                         testing::Values("olmoe_clip_norm_tied", "qwen3_mixed", "qwen3_old_spelling", "mixtral", "llama_bias_tied", "mistral_window", "qwen3_dense", "qwen2_moe", "qwen2_moe_mixed",
-                                         "dots1_groups"),
+                         testing::Values("olmoe_clip_norm_tied", "qwen3_mixed", "qwen3_old_spelling", "mixtral",
+                                         "llama_bias_tied", "mistral_window", "qwen3_dense", "qwen2_moe",
+                                         "qwen2_moe_mixed", "dots1_groups"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Quantised, RandomWeightsToo) {
   const at::NoGradGuard no_grad;
   const DecoderSpec spec = read_spec(kGolden / "qwen3_mixed");
-  const BaseModel floats = random_base(spec, at::kFloat, at::kCPU, 3), q = random_base(spec, at::kFloat, at::kCPU, 3, kernels::WeightFormat::q8_0);
-  EXPECT_TRUE(at::equal(q.weights->layer(0).attention.q.dense(at::kFloat), values(floats.weights->layer(0).attention.q.tensor())));
+  const BaseModel floats = random_base(spec, at::kFloat, at::kCPU, 3),
+                  q = random_base(spec, at::kFloat, at::kCPU, 3, kernels::WeightFormat::q8_0);
+  EXPECT_TRUE(at::equal(q.weights->layer(0).attention.q.dense(at::kFloat),
+                        values(floats.weights->layer(0).attention.q.tensor())));
   EXPECT_TRUE(at::equal(q.weights->head_VD().dense(at::kFloat), values(floats.weights->head_VD().tensor())));
 }
 
@@ -106,9 +114,7 @@ TEST(Quantised, SaysWhatItCannotDo) {
     options.quantise = kernels::WeightFormat::q8_0;
     try {
       load_base(dir, options);
-    } catch (const UserError& e) {
-      return std::string(e.what());
-    }
+    } catch (const UserError& e) { return std::string(e.what()); }
     return std::string("loaded");
   };
   EXPECT_EQ(message({at::kFloat, at::kCPU, Experts::absent}), "loaded");

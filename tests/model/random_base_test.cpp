@@ -19,7 +19,8 @@ DecoderSpec small_spec() {
   s.family = "qwen3_moe", s.qk_norm = QkNorm::per_head;
   s.vocab_size = 128, s.hidden_size = 64, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 16;
   s.num_layers = 3, s.layers = {{true, 0}, {false, 0}, {true, 0}};
-  s.moe_intermediate_size = 48, s.intermediate_size = 96, s.num_experts = 4, s.num_experts_per_tok = 2, s.router.renormalise = true;
+  s.moe_intermediate_size = 48, s.intermediate_size = 96, s.num_experts = 4, s.num_experts_per_tok = 2,
+  s.router.renormalise = true;
   s.max_positions = 64;
   return s;
 }
@@ -52,7 +53,8 @@ TEST(RandomBase, KeepsActivationsTheirSize) {
 
 // What the benchmarks of a card draw is of the size that its name says.
 TEST(RandomBase, TheLargeConfigIsThatOfAThirtyBillionModel) {
-  const DecoderSpec spec = read_spec_file(std::filesystem::path(test_source_dir()) / "tests/bench/gpu/qwen3-30b-a3b.json");
+  const DecoderSpec spec =
+      read_spec_file(std::filesystem::path(test_source_dir()) / "tests/bench/gpu/qwen3-30b-a3b.json");
   EXPECT_EQ(spec.num_parameters(), 30532122624);
   EXPECT_EQ(spec.num_layers, 48);
 }

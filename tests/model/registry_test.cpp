@@ -33,7 +33,8 @@ TEST(Registry, RefusesWhatCannotTrain) {
   EXPECT_THROW(registry.add({"a", leaf({2}), "lora"}), InvariantError) << "duplicate name";
   EXPECT_THROW(registry.add({"b", tensor, "lora"}), InvariantError) << "one tensor under two names";
   EXPECT_THROW(registry.add({"c", torch::ones({2}), "lora"}), InvariantError) << "no grad";
-  EXPECT_THROW(registry.add({"d", torch::ones({2}, at::kDouble).set_requires_grad(true), "lora"}), InvariantError) << "not float32";
+  EXPECT_THROW(registry.add({"d", torch::ones({2}, at::kDouble).set_requires_grad(true), "lora"}), InvariantError)
+      << "not float32";
   EXPECT_THROW(registry.add({"e", leaf({2}) * 2, "lora"}), InvariantError) << "not a leaf";
   EXPECT_THROW(registry.add({"f", at::Tensor(), "lora"}), InvariantError);
 }
@@ -53,7 +54,8 @@ TEST(Registry, ZeroGradUndefinesAndTrainableFollowsThePrefix) {
 }
 
 TEST(Registry, TheBasesTensorsSayWhichLayerTheyAreOf) {
-  BaseModel base = init_base(read_spec(std::filesystem::path(test_source_dir()) / "tests/golden/model/qwen3_mixed"), {1.0, 3});  // dense and sparse layers
+  BaseModel base = init_base(read_spec(std::filesystem::path(test_source_dir()) / "tests/golden/model/qwen3_mixed"),
+                             {1.0, 3});  // dense and sparse layers
   ParameterRegistry registry;
   register_base(base, registry);
   std::set<int64_t> layers;

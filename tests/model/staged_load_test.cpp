@@ -1,4 +1,5 @@
-// Weights that come to a device through buffers: the bits of the plain loader. Here the device is the CPU, and buffers are small.
+// Weights that come to a device through buffers: the bits of the plain loader. Here the device is the CPU, and buffers
+// are small.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -29,7 +30,9 @@ std::vector<at::Tensor> tensors(const BaseModel& base, int64_t first, int64_t co
   for (int64_t l = 0; l < base.spec.num_layers; ++l) {
     const LayerWeights x = w.layer(l);
     const AttentionWeights& a = x.attention;
-    for (const at::Tensor& t : {x.input_norm_D, x.post_norm_D, a.q.tensor(), a.k.tensor(), a.v.tensor(), a.o.tensor(), a.q_bias, a.k_bias, a.v_bias, a.o_bias, a.q_norm, a.k_norm, x.router_ED, x.dense.gate_ID.tensor(), x.dense.up_ID.tensor(), x.dense.down_DI.tensor()})
+    for (const at::Tensor& t : {x.input_norm_D, x.post_norm_D, a.q.tensor(), a.k.tensor(), a.v.tensor(), a.o.tensor(),
+                                a.q_bias, a.k_bias, a.v_bias, a.o_bias, a.q_norm, a.k_norm, x.router_ED,
+                                x.dense.gate_ID.tensor(), x.dense.up_ID.tensor(), x.dense.down_DI.tensor()})
       if (t.defined()) out.push_back(t);
     if (!base.spec.layers[size_t(l)].sparse) continue;
     const ExpertWeights e = w.experts(l, first, count);
@@ -63,8 +66,10 @@ TEST_F(StagedLoads, GiveTheBitsOfThePlainLoader) {
         staged.staging = staging;
         const int64_t E = read_spec(kGolden / name).num_experts;
         expect_same(tensors(load_base(kGolden / name, staged), 0, E), tensors(load_base(kGolden / name, plain), 0, E));
-        for (LoadOptions* o : {&plain, &staged}) o->first_expert = 1, o->num_experts = E - 2;  // one process's of several
-        expect_same(tensors(load_base(kGolden / name, staged), 1, E - 2), tensors(load_base(kGolden / name, plain), 1, E - 2));
+        for (LoadOptions* o : {&plain, &staged})
+          o->first_expert = 1, o->num_experts = E - 2;  // one process's of several
+        expect_same(tensors(load_base(kGolden / name, staged), 1, E - 2),
+                    tensors(load_base(kGolden / name, plain), 1, E - 2));
       }
 }
 
@@ -75,7 +80,8 @@ TEST_F(StagedLoads, ALayerLiesAsDevicesWantIt) {
   const ExpertWeights e = base.weights->experts(0, 0, base.spec.num_experts);
   const at::Tensor gate = kernels::cuda::stacked_view(e.gate_FD), up = kernels::cuda::stacked_view(e.up_FD);
   ASSERT_TRUE(gate.defined() && up.defined() && kernels::cuda::stacked_view(e.down_DF).defined());
-  EXPECT_TRUE(e.gate_FD.stacked().is_same(base.weights->experts(0, 0, base.spec.num_experts).gate_FD.stacked())) << "handed out, not made anew";
+  EXPECT_TRUE(e.gate_FD.stacked().is_same(base.weights->experts(0, 0, base.spec.num_experts).gate_FD.stacked()))
+      << "handed out, not made anew";
   EXPECT_TRUE(kernels::cuda::joined_view(gate, up).defined());
 }
 
@@ -96,7 +102,8 @@ TEST_F(StagedLoads, FusedExpertsAndOthersDtypes) {
         gate_up.push_back(at::cat({all.at(expert + "gate_proj.weight"), all.at(expert + "up_proj.weight")}));
         down.push_back(all.at(expert + "down_proj.weight"));
       }
-      fused[prefix + "gate_up_proj"] = at::stack(gate_up).to(stored), fused[prefix + "down_proj"] = at::stack(down).to(stored);
+      fused[prefix + "gate_up_proj"] = at::stack(gate_up).to(stored),
+                     fused[prefix + "down_proj"] = at::stack(down).to(stored);
     }
     fs::create_directories(dir_);
     fs::copy_file(from / "config.json", dir_ / "config.json", fs::copy_options::overwrite_existing);
@@ -107,7 +114,9 @@ TEST_F(StagedLoads, FusedExpertsAndOthersDtypes) {
         staged.staging = Staging{4096, 2, 512, 2};
         if (part)
           for (LoadOptions* o : {&plain, &staged}) o->first_expert = 2, o->num_experts = 2;
-        const auto of = [&](const LoadOptions& o) { return tensors(load_base(dir_, o), part ? 2 : 0, part ? 2 : s.num_experts); };
+        const auto of = [&](const LoadOptions& o) {
+          return tensors(load_base(dir_, o), part ? 2 : 0, part ? 2 : s.num_experts);
+        };
         expect_same(of(staged), of(plain));
       }
   }
@@ -138,7 +147,10 @@ TEST_F(StagedLoads, ErrorsAreOneLine) {
     load.run("");
     FAIL() << "half of it is not there";
   } catch (const UserError& e) {
-    EXPECT_NE(std::string(e.what()).find(detail::concat("model.safetensors has ", bytes, " bytes, ", bytes + 64, " are needed")), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find(
+                  detail::concat("model.safetensors has ", bytes, " bytes, ", bytes + 64, " are needed")),
+              std::string::npos)
+        << e.what();
   }
   EXPECT_THROW(load.add({file, 0, 128}, at::kFloat, at::empty({31})), InvariantError);
   EXPECT_THROW(load.add({file, 0, 128}, at::kFloat, at::empty({4, 16}).t()), InvariantError);
@@ -150,7 +162,8 @@ TEST(Cuda, AStagedLoadGivesTheBitsOfTheFiles) {
     for (const auto dtype : {at::kFloat, at::kBFloat16}) {
       LoadOptions there{dtype, at::kCUDA};
       there.staging = Staging{4096, 2, 1024, 3};
-      const BaseModel base = load_base(kGolden / name, there), small = load_base(kGolden / name, {dtype, at::kCUDA}), files = load_base(kGolden / name);
+      const BaseModel base = load_base(kGolden / name, there), small = load_base(kGolden / name, {dtype, at::kCUDA}),
+                      files = load_base(kGolden / name);
       const int64_t E = files.spec.num_experts;
       std::vector<at::Tensor> want;
       for (const at::Tensor& t : tensors(files, 0, E)) want.push_back(t.to(dtype));

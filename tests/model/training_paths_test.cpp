@@ -1,4 +1,5 @@
-// What a training step may skip or do twice, and where its weights come from, must not change what it computes: frozen prefix, recomputed layers, offload.
+// What a training step may skip or do twice, and where its weights come from, must not change what it computes: frozen
+// prefix, recomputed layers, offload.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -22,8 +23,10 @@ class Terms : public AdapterSites {
   Terms(const DecoderSpec& s, std::vector<int64_t> modalities) {
     at::manual_seed(1);
     const auto leaf = [](at::IntArrayRef shape) { return (0.3 * at::randn(shape)).set_requires_grad(true); };
-    gate = {leaf({s.num_experts, 3, s.hidden_size}), leaf({s.num_experts, s.moe_intermediate_size, 3}), 2.0, modalities};
-    down = {leaf({s.num_experts, 3, s.moe_intermediate_size}), leaf({s.num_experts, s.hidden_size, 3}), 1.0, modalities};
+    gate = {leaf({s.num_experts, 3, s.hidden_size}), leaf({s.num_experts, s.moe_intermediate_size, 3}), 2.0,
+            modalities};
+    down = {leaf({s.num_experts, 3, s.moe_intermediate_size}), leaf({s.num_experts, s.hidden_size, 3}), 1.0,
+            modalities};
     v = {leaf({3, s.hidden_size}), leaf({s.num_kv_heads * s.head_dim, 3}), 2.0, modalities};
   }
   std::vector<LowRank> at(int64_t, Site site) const override {
@@ -37,7 +40,8 @@ class Terms : public AdapterSites {
 
 struct World {
   World(const char* name, std::vector<int64_t> modalities) : World(load_base(kGolden / name), std::move(modalities)) {}
-  World(BaseModel base, std::vector<int64_t> modalities) : decoder(std::move(base)), terms(std::make_shared<Terms>(decoder.spec(), std::move(modalities))) {
+  World(BaseModel base, std::vector<int64_t> modalities)
+      : decoder(std::move(base)), terms(std::make_shared<Terms>(decoder.spec(), std::move(modalities))) {
     const DecoderSpec& s = decoder.spec();
     const auto leaf = [&](int64_t rows) { return (0.3 * at::randn({rows, s.hidden_size})).set_requires_grad(true); };
     embedding = leaf(6);
@@ -54,7 +58,8 @@ struct World {
         modality.push_back(is_image);
         positions.push_back(i);
       }
-      for (size_t i = size_t(batch.cu_seqlens.back()); i < ids.size(); ++i) labels.push_back(i + 1 < ids.size() ? ids[i + 1] : kNoLabel);
+      for (size_t i = size_t(batch.cu_seqlens.back()); i < ids.size(); ++i)
+        labels.push_back(i + 1 < ids.size() ? ids[i + 1] : kNoLabel);
       labels.back() = kNoLabel;
       batch.cu_seqlens.push_back(int64_t(ids.size()));
     };
@@ -68,7 +73,9 @@ struct World {
     batch.positions_T = at::tensor(positions);
     batch.labels_T = at::tensor(labels);
   }
-  std::vector<at::Tensor> leaves() const { return {terms->gate.A, terms->gate.B, terms->down.A, terms->down.B, terms->v.A, terms->v.B, embedding, head}; }
+  std::vector<at::Tensor> leaves() const {
+    return {terms->gate.A, terms->gate.B, terms->down.A, terms->down.B, terms->v.A, terms->v.B, embedding, head};
+  }
 
   Decoder decoder;
   std::shared_ptr<Terms> terms;
@@ -98,7 +105,9 @@ void expect_equal(const Outcome& a, const Outcome& b, double tolerance) {
   EXPECT_NEAR(a.loss, b.loss, tolerance * (1 + std::abs(b.loss)));
   for (size_t i = 0; i < a.gradients.size(); ++i) {
     EXPECT_GT(b.gradients[i].abs().max().item<double>(), 0) << "leaf " << i;
-    EXPECT_LT((a.gradients[i] - b.gradients[i]).abs().max().item<double>(), tolerance * (1 + b.gradients[i].abs().max().item<double>())) << "leaf " << i;
+    EXPECT_LT((a.gradients[i] - b.gradients[i]).abs().max().item<double>(),
+              tolerance * (1 + b.gradients[i].abs().max().item<double>()))
+        << "leaf " << i;
   }
 }
 
@@ -143,7 +152,9 @@ TEST(FrozenPrefix, TextAloneRecordsNothing) {
 // Counts what it is told.
 class Counter : public RoutingObserver {
  public:
-  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor&, const at::Tensor&, const at::Tensor&) override { tokens += probs_TE.size(0); }
+  void observe(int64_t, const at::Tensor& probs_TE, const at::Tensor&, const at::Tensor&, const at::Tensor&) override {
+    tokens += probs_TE.size(0);
+  }
   int64_t tokens = 0;
 };
 
@@ -159,7 +170,8 @@ TEST(Recompute, GivesTheBitsOfTheStoredPath) {
       recomputed.recompute_layers = layers;
       const Outcome a = step(w, recomputed), b = step(w, plain);
       EXPECT_EQ(a.loss, b.loss);
-      for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
+      for (size_t i = 0; i < a.gradients.size(); ++i)
+        EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
       EXPECT_EQ(stored.tokens, again.tokens);
     }
 }
@@ -167,11 +179,15 @@ TEST(Recompute, GivesTheBitsOfTheStoredPath) {
 // Sums of all it is told.
 class Listener : public RoutingObserver {
  public:
-  void observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK, const at::Tensor& topk_weights_TK, const at::Tensor& modality_T) override {
-    const at::Tensor text = modality_T.defined() ? (modality_T == 0).nonzero().squeeze(1) : at::arange(probs_TE.size(0));
+  void observe(int64_t layer, const at::Tensor& probs_TE, const at::Tensor& topk_ids_TK,
+               const at::Tensor& topk_weights_TK, const at::Tensor& modality_T) override {
+    const at::Tensor text =
+        modality_T.defined() ? (modality_T == 0).nonzero().squeeze(1) : at::arange(probs_TE.size(0));
     tokens += text.size(0);
-    const at::Tensor sums = at::cat({probs_TE.index_select(0, text).to(at::kDouble).sum(0), at::bincount(topk_ids_TK.index_select(0, text).reshape({-1}), {}, probs_TE.size(1)).to(at::kDouble),
-                                     topk_weights_TK.index_select(0, text).to(at::kDouble).sum(0)});
+    const at::Tensor sums =
+        at::cat({probs_TE.index_select(0, text).to(at::kDouble).sum(0),
+                 at::bincount(topk_ids_TK.index_select(0, text).reshape({-1}), {}, probs_TE.size(1)).to(at::kDouble),
+                 topk_weights_TK.index_select(0, text).to(at::kDouble).sum(0)});
     if (sums_of.size() <= size_t(layer)) sums_of.resize(size_t(layer) + 1);
     sums_of[size_t(layer)] = sums_of[size_t(layer)].defined() ? sums_of[size_t(layer)] + sums : sums;
   }
@@ -182,7 +198,8 @@ class Listener : public RoutingObserver {
 void expect_same_bits(const Outcome& a, const Outcome& b) {
   EXPECT_TRUE(at::equal(a.hidden, b.hidden));
   EXPECT_EQ(a.loss, b.loss);
-  for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
+  for (size_t i = 0; i < a.gradients.size(); ++i)
+    EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
 }
 
 // Captions of the world, without the empty one and the one that nothing follows.
@@ -245,7 +262,9 @@ PackedBatch captions_of(const World& w, const std::vector<int64_t>& lengths) {
   PackedBatch batch;
   batch.cu_seqlens = {0};
   for (const int64_t length : lengths) {
-    for (int64_t i = 0; i < length + 2; ++i) ids.push_back(i < length ? 3 + (i * 7 + length * length) % (V - 3) : V + i % 6), modality.push_back(i >= length), positions.push_back(i);
+    for (int64_t i = 0; i < length + 2; ++i)
+      ids.push_back(i < length ? 3 + (i * 7 + length * length) % (V - 3) : V + i % 6), modality.push_back(i >= length),
+          positions.push_back(i);
     batch.cu_seqlens.push_back(int64_t(ids.size()));
   }
   batch.ids_T = at::tensor(ids), batch.modality_T = at::tensor(modality), batch.positions_T = at::tensor(positions);
@@ -266,7 +285,8 @@ void expect_bits_as_alone(BaseModel base) {
   const DecoderSpec& spec = w.decoder.spec();
   const bool sparse = std::all_of(spec.layers.begin(), spec.layers.end(), [](const auto& l) { return l.sparse; });
   // One by one where a layer is dense; else as the machine can.
-  EXPECT_EQ(together.may_share_a_pass(spec, *w.decoder.base().weights), sparse && w.decoder.base().weights->head_VD().packed() != nullptr);
+  EXPECT_EQ(together.may_share_a_pass(spec, *w.decoder.base().weights),
+            sparse && w.decoder.base().weights->head_VD().packed() != nullptr);
   for (const int64_t length : lengths) {
     PrefixCache alone(1 << 28);
     fill(alone, {length});
@@ -274,8 +294,12 @@ void expect_bits_as_alone(BaseModel base) {
     const PrefixCache::Ids ids(batch.ids_T.const_data_ptr<int64_t>(), batch.ids_T.const_data_ptr<int64_t>() + length);
     const auto a = together.find(ids), b = alone.find(ids);
     ASSERT_TRUE(a && b) << length;
-    EXPECT_TRUE(at::equal(a->keys_LSGC, b->keys_LSGC) && at::equal(a->values_LSGC, b->values_LSGC) && at::equal(a->hidden_SD, b->hidden_SD)) << length;
-    EXPECT_TRUE(at::equal(a->probs_NSE, b->probs_NSE) && at::equal(a->ids_NSK, b->ids_NSK) && at::equal(a->weights_NSK, b->weights_NSK)) << length;
+    EXPECT_TRUE(at::equal(a->keys_LSGC, b->keys_LSGC) && at::equal(a->values_LSGC, b->values_LSGC) &&
+                at::equal(a->hidden_SD, b->hidden_SD))
+        << length;
+    EXPECT_TRUE(at::equal(a->probs_NSE, b->probs_NSE) && at::equal(a->ids_NSK, b->ids_NSK) &&
+                at::equal(a->weights_NSK, b->weights_NSK))
+        << length;
   }
 }
 
@@ -337,12 +361,15 @@ BaseModel resident(const std::filesystem::path& dir) {
   base.weights = std::make_shared<WithoutExpertPanels>(base.weights);
   return base;
 }
-BaseModel offloaded(const std::filesystem::path& dir) { return load_base(dir, {at::kFloat, at::kCPU, Experts::offloaded}); }
+BaseModel offloaded(const std::filesystem::path& dir) {
+  return load_base(dir, {at::kFloat, at::kCPU, Experts::offloaded});
+}
 // As a GPU's are: copied into chunks, small ones here, so that layers and their matrices are cut.
 BaseModel in_chunks(const std::filesystem::path& dir) {
   LoadOptions options;
   options.keep_experts = [](std::shared_ptr<WeightProvider> rest) {
-    return std::make_shared<OffloadedWeights>(std::move(rest), HostArena([](int64_t bytes) { return at::empty({bytes}, at::kByte); }, 4096));
+    return std::make_shared<OffloadedWeights>(
+        std::move(rest), HostArena([](int64_t bytes) { return at::empty({bytes}, at::kByte); }, 4096));
   };
   return load_base(dir, options);
 }
@@ -360,8 +387,11 @@ class Offload : public ::testing::TestWithParam<Load> {
   ~Offload() override { std::filesystem::remove_all(deep_); }
   std::filesystem::path deep_;
 };
-INSTANTIATE_TEST_SUITE_P(From, Offload, ::testing::Values(offloaded, in_chunks), [](const auto& info) { return info.index == 0 ? "mapped_files" : "chunks"; });
-const OffloadedWeights::Traffic& traffic(const BaseModel& base) { return dynamic_cast<const OffloadedWeights&>(*base.weights).traffic(); }
+INSTANTIATE_TEST_SUITE_P(From, Offload, ::testing::Values(offloaded, in_chunks),
+                         [](const auto& info) { return info.index == 0 ? "mapped_files" : "chunks"; });
+const OffloadedWeights::Traffic& traffic(const BaseModel& base) {
+  return dynamic_cast<const OffloadedWeights&>(*base.weights).traffic();
+}
 
 TEST_P(Offload, TheRingHoldsTheRightWeightsForwardAndBackward) {
   BaseModel base = GetParam()(deep_), plain = resident(deep_);
@@ -391,7 +421,8 @@ TEST_P(Offload, WhatSomebodyHoldsIsNeverOverwritten) {
   const int64_t L = base.spec.num_layers, E = base.spec.num_experts;
   std::vector<ExpertWeights> held;
   for (int64_t l = 0; l < L; ++l) held.push_back(base.weights->experts(l, 0, E));
-  for (int64_t l = 0; l < L; ++l) EXPECT_TRUE(at::equal(held[l].down_DF[0], resident(deep_).weights->experts(l, 0, E).down_DF[0])) << l;
+  for (int64_t l = 0; l < L; ++l)
+    EXPECT_TRUE(at::equal(held[l].down_DF[0], resident(deep_).weights->experts(l, 0, E).down_DF[0])) << l;
   EXPECT_EQ(traffic(base).replaced, L - 2);
 }
 
@@ -408,7 +439,8 @@ TEST_P(Offload, GivesTheBitsOfResidentWeights) {
         EXPECT_EQ(a.split, b.split);
         EXPECT_EQ(a.loss, b.loss);
         EXPECT_TRUE(at::equal(a.hidden, b.hidden));
-        for (size_t i = 0; i < a.gradients.size(); ++i) EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
+        for (size_t i = 0; i < a.gradients.size(); ++i)
+          EXPECT_TRUE(at::equal(a.gradients[i], b.gradients[i])) << "leaf " << i;
       }
       EXPECT_EQ(traffic(visiting.decoder.base()).replaced, 0);
       if (dir == deep_) EXPECT_EQ(traffic(visiting.decoder.base()).late, 1) << "only the very first layer";

@@ -41,7 +41,8 @@ TEST(GromovWasserstein, PublishedPotValuesAfterTenIterations) {
   const at::Tensor x = golden("x10"), y = x.flip(0);
   const Cost cx = Cost::squared_euclidean(x), cy = Cost::squared_euclidean(y);
   ASSERT_TRUE(cx.factored());
-  // POT leaves its inner loop after 1000 iterations, short of convergence: the same path, the first iteration being the kernel's build.
+  // POT leaves its inner loop after 1000 iterations, short of convergence: the same path, the first iteration being the
+  // kernel's build.
   Settings s = exact({0.01}, Solver::entropic, 10);
   s.plain = true;
   s.sinkhorn_iterations = 999;
@@ -65,9 +66,12 @@ TEST(GromovWasserstein, PublishedPotValuesAfterTenIterations) {
 
 TEST(GromovWasserstein, PublishedPotValuesAtConvergence) {
   const Cost a = Cost::squared_euclidean(golden("a20")), b = Cost::squared_euclidean(golden("b20"));
-  // At .01 and .005 the published figures are where 20000 inner iterations of POT stopped, with marginals off by 1e-7 and 2e-6
-  // (max |sum - 1/20|; 100000 give 3.148617593e-2 and 2.9137773616e-2, rising): the slip is that error.
-  const struct { double epsilon, published, slip; } cases[] = {{0.1, 0.0807281079, 1e-9}, {0.05, 0.0566920641, 1e-9}, {0.01, 0.0314861253, 1e-7}, {0.005, 0.0291372887, 1e-6}};
+  // At .01 and .005 the published figures are where 20000 inner iterations of POT stopped, with marginals off by 1e-7
+  // and 2e-6 (max |sum - 1/20|; 100000 give 3.148617593e-2 and 2.9137773616e-2, rising): the slip is that error.
+  const struct {
+    double epsilon, published, slip;
+  } cases[] = {
+      {0.1, 0.0807281079, 1e-9}, {0.05, 0.0566920641, 1e-9}, {0.01, 0.0314861253, 1e-7}, {0.005, 0.0291372887, 1e-6}};
   for (const auto& c : cases) {
     Settings s = exact({c.epsilon}, Solver::entropic, 1000);
     s.sinkhorn_tolerance = 1e-12;
@@ -111,10 +115,12 @@ TEST(GromovWasserstein, RecoversAPermutedIsometricCopy) {
   for (Solver solver : {Solver::entropic, Solver::proximal}) {
     Settings s;
     s.solver = solver;
-    s.epsilon = solver == Solver::entropic ? std::vector<double>{0.05, 0.01, 0.002, 0.0005} : std::vector<double>{0.05, 0.01};
+    s.epsilon =
+        solver == Solver::entropic ? std::vector<double>{0.05, 0.01, 0.002, 0.0005} : std::vector<double>{0.05, 0.01};
     s.max_iterations = 300;
     const Result r = solve(Cost::squared_euclidean(x), Cost::squared_euclidean(y), s);
-    // The entropic optimum keeps a little mass on near neighbours at any epsilon; the proximal one only what 1e-9 of marginal error allows.
+    // The entropic optimum keeps a little mass on near neighbours at any epsilon; the proximal one only what 1e-9 of
+    // marginal error allows.
     EXPECT_NEAR(r.objective, 0.0, solver == Solver::entropic ? 1e-5 : 1e-10);
     EXPECT_NEAR(r.row_perplexity, 1.0, solver == Solver::entropic ? 0.02 : 1e-6);
     const at::Tensor match = r.plan_NM.argmax(0);
@@ -152,7 +158,8 @@ TEST(GromovWasserstein, ObjectiveOfAPlanByItsDefinition) {
     for (int k = 0; k < 5; ++k)
       for (int j = 0; j < 4; ++j)
         for (int l = 0; l < 4; ++l)
-          expected += std::pow(cx[i][k].item<double>() - cy[j][l].item<double>(), 2) * plan[i][j].item<double>() * plan[k][l].item<double>();
+          expected += std::pow(cx[i][k].item<double>() - cy[j][l].item<double>(), 2) * plan[i][j].item<double>() *
+                      plan[k][l].item<double>();
   EXPECT_NEAR(objective(Cost::squared_euclidean(x), Cost::squared_euclidean(y), plan), expected, 1e-10);
 }
 
@@ -195,7 +202,8 @@ TEST(GromovWasserstein, SmallestAndFlatClouds) {
   EXPECT_EQ(one.objective, 0.0);
   const Result row = solve(Cost::squared_euclidean(cloud(1, 3, 1)), Cost::squared_euclidean(cloud(6, 2, 1)), s);
   EXPECT_TRUE(at::allclose(row.plan_NM, at::full({1, 6}, 1.0 / 6, at::kDouble)));
-  const Result flat = solve(Cost::squared_euclidean(at::full({8, 2}, 0.1, at::kDouble)), Cost::squared_euclidean(cloud(9, 2, 1)), s);
+  const Result flat =
+      solve(Cost::squared_euclidean(at::full({8, 2}, 0.1, at::kDouble)), Cost::squared_euclidean(cloud(9, 2, 1)), s);
   EXPECT_EQ(Cost::squared_euclidean(at::full({8, 2}, 0.1, at::kDouble)).max(), 0.0);
   EXPECT_TRUE(at::allclose(flat.plan_NM, at::full({8, 9}, 1.0 / 72, at::kDouble)));
   EXPECT_EQ(flat.scale_x, 1.0);
@@ -213,7 +221,8 @@ TEST(GromovWasserstein, StartsFromAGivenPlan) {
   for (Solver solver : {Solver::entropic, Solver::proximal}) {
     s.solver = solver;
     EXPECT_TRUE(at::allclose(solve(c, c, s, {}, {}, mirror).plan_NM, mirror, 0, 1e-6));
-    EXPECT_TRUE(at::allclose(solve(c, c, s, {}, {}, at::eye(4, at::kDouble) / 4.0).plan_NM, at::eye(4, at::kDouble) / 4.0, 0, 1e-6));
+    EXPECT_TRUE(at::allclose(solve(c, c, s, {}, {}, at::eye(4, at::kDouble) / 4.0).plan_NM,
+                             at::eye(4, at::kDouble) / 4.0, 0, 1e-6));
   }
 }
 
@@ -243,7 +252,8 @@ TEST(GromovWasserstein, RejectsBadInput) {
 TEST(Sinkhorn, ClosedFormAndExtremes) {
   // With logits a_i + b_j the plan is p q^T, whatever their size.
   const at::Tensor p = at::tensor({0.25, 0.75}, at::kDouble), q = at::tensor({0.5, 0.125, 0.375}, at::kDouble);
-  const at::Tensor logits = at::tensor({5000.0, -3000.0}, at::kDouble).unsqueeze(1) + at::tensor({-9000.0, 0.0, 7000.0}, at::kDouble);
+  const at::Tensor logits =
+      at::tensor({5000.0, -3000.0}, at::kDouble).unsqueeze(1) + at::tensor({-9000.0, 0.0, 7000.0}, at::kDouble);
   SinkhornState state;
   const SinkhornResult r = sinkhorn(logits, p, q, state, 50, 1e-12);
   EXPECT_TRUE(r.converged);

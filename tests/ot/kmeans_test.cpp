@@ -27,10 +27,12 @@ TEST(KMeans, FindsSeparatedBlobs) {
     const KMeansResult r = kmeans(x, 3);
     EXPECT_EQ(r.centres_KD.scalar_type(), dtype);
     EXPECT_TRUE(at::equal(r.counts_K, at::full({3}, 50, at::kLong)));
-    for (int64_t i = 3; i < 150; ++i) EXPECT_EQ(r.assignment_N[i].item<int64_t>(), r.assignment_N[i % 3].item<int64_t>());
+    for (int64_t i = 3; i < 150; ++i)
+      EXPECT_EQ(r.assignment_N[i].item<int64_t>(), r.assignment_N[i % 3].item<int64_t>());
     const at::Tensor own = r.centres_KD.index_select(0, r.assignment_N);
     EXPECT_NEAR(r.inertia, (x - own).square().sum(at::kDouble).item<double>(), 1e-6);
-    for (int64_t k = 0; k < 3; ++k) EXPECT_TRUE(at::allclose(r.centres_KD[k], x.index({r.assignment_N == k}).mean(0), 1e-5, 1e-5));
+    for (int64_t k = 0; k < 3; ++k)
+      EXPECT_TRUE(at::allclose(r.centres_KD[k], x.index({r.assignment_N == k}).mean(0), 1e-5, 1e-5));
   }
 }
 
@@ -56,9 +58,11 @@ TEST(KMeans, DeterministicBySeedAndBetterWithRestarts) {
 TEST(KMeans, BalancedClustersDifferByOneAtMost) {
   Rng rng(3, "test.lopsided");
   at::Tensor x = at::empty({101, 4}, at::kFloat);
-  for (int64_t i = 0; i < x.numel(); ++i) x.mutable_data_ptr<float>()[i] = float(rng.normal() + (i % 7 == 0 ? 5.0 : 0.0));
+  for (int64_t i = 0; i < x.numel(); ++i)
+    x.mutable_data_ptr<float>()[i] = float(rng.normal() + (i % 7 == 0 ? 5.0 : 0.0));
   for (const int64_t k : {1, 2, 7, 13, 101}) {
-    const KMeansResult r = kmeans(x, k, {.balanced = true, .seed = 4}), again = kmeans(x, k, {.balanced = true, .seed = 4});
+    const KMeansResult r = kmeans(x, k, {.balanced = true, .seed = 4}),
+                       again = kmeans(x, k, {.balanced = true, .seed = 4});
     EXPECT_EQ(r.counts_K.min().item<int64_t>(), 101 / k);
     EXPECT_EQ(r.counts_K.max().item<int64_t>(), (101 + k - 1) / k);
     EXPECT_TRUE(at::equal(r.assignment_N, again.assignment_N));
@@ -69,7 +73,8 @@ TEST(KMeans, BalancedClustersDifferByOneAtMost) {
     EXPECT_LE(r.inertia, (x - means.index_select(0, dealt)).square().sum(at::kDouble).item<double>() + 1e-9) << k;
   }
   // Blobs of equal sizes are the clusters; of unequal sizes they cannot be.
-  EXPECT_NEAR(kmeans(blobs(50, at::kFloat), 3, {.balanced = true}).inertia, kmeans(blobs(50, at::kFloat), 3).inertia, 1e-6);
+  EXPECT_NEAR(kmeans(blobs(50, at::kFloat), 3, {.balanced = true}).inertia, kmeans(blobs(50, at::kFloat), 3).inertia,
+              1e-6);
   EXPECT_THROW(kmeans(x, 3, {.max_samples = 50, .balanced = true}), UserError);
 }
 

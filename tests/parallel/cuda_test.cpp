@@ -1,4 +1,5 @@
-// The device's paths with a group of one process on NCCL: tokens that travel to themselves, gradients, gathered experts, owners' values.
+// The device's paths with a group of one process on NCCL: tokens that travel to themselves, gradients, gathered
+// experts, owners' values.
 
 #include "libtorch.h"
 
@@ -14,7 +15,8 @@ namespace moegraft::parallel {
 namespace {
 
 distributed::Mesh mesh_of_one() {
-  auto world = distributed::World::join({}, {.device = at::Device(at::kCUDA, 0), .timeout = std::chrono::seconds(60), .backend_for_one = true});
+  auto world = distributed::World::join(
+      {}, {.device = at::Device(at::kCUDA, 0), .timeout = std::chrono::seconds(60), .backend_for_one = true});
   return distributed::make_mesh(std::move(world), 1);
 }
 
@@ -25,8 +27,10 @@ TEST(ParallelCuda, TokensThatTravelToThemselvesAreLocalOnes) {
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     at::manual_seed(1);
     const auto options = at::TensorOptions(at::kCUDA);
-    const at::Tensor x = at::randn({T, D}, options).to(dtype), weights = at::rand({T, K}, options), ids = at::rand({T, E}, options).argsort(int64_t{1}).narrow(1, 0, K).contiguous();
-    const at::Tensor group = at::randint(0, 2, {T}, options.dtype(at::kLong)), dy = at::randn({T, D}, options).to(dtype);
+    const at::Tensor x = at::randn({T, D}, options).to(dtype), weights = at::rand({T, K}, options),
+                     ids = at::rand({T, E}, options).argsort(int64_t{1}).narrow(1, 0, K).contiguous();
+    const at::Tensor group = at::randint(0, 2, {T}, options.dtype(at::kLong)),
+                     dy = at::randn({T, D}, options).to(dtype);
     kernels::ExpertFfnWeights experts;
     for (int64_t e = 0; e < E; ++e) {
       experts.gate_FD.push_back((0.2 * at::randn({F, D}, options)).to(dtype));
@@ -40,11 +44,14 @@ TEST(ParallelCuda, TokensThatTravelToThemselvesAreLocalOnes) {
       model::TokenDispatcher& dispatcher = i ? static_cast<model::TokenDispatcher&>(spread) : local;
       const at::Tensor x_leaf = x.clone().requires_grad_(true), w_leaf = weights.clone().requires_grad_(true);
       const auto routed = dispatcher.dispatch(x_leaf, ids, w_leaf, E, group, 2);
-      const at::Tensor y = dispatcher.combine(kernels::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, experts, {}), routed);
+      const at::Tensor y =
+          dispatcher.combine(kernels::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, experts, {}), routed);
       y.backward(dy);
       results[i] = {y.detach(), x_leaf.grad(), w_leaf.grad()};
     }
-    for (size_t i = 0; i < 3; ++i) EXPECT_TRUE(at::equal(results[0][i], results[1][i])) << "one partial sum per token: the same bits; result " << i << ", " << dtype;
+    for (size_t i = 0; i < 3; ++i)
+      EXPECT_TRUE(at::equal(results[0][i], results[1][i]))
+          << "one partial sum per token: the same bits; result " << i << ", " << dtype;
   }
 }
 
@@ -52,7 +59,11 @@ TEST(ParallelCuda, GradientsLieInTheBuckets) {
   MOEGRAFT_NEEDS_GPU();
   const distributed::Mesh mesh = mesh_of_one();
   model::ParameterRegistry registry;
-  for (int64_t l = 0; l < 3; ++l) registry.add({.name = "layers." + std::to_string(l) + ".w", .tensor = at::randn({40, 40}, at::kCUDA).requires_grad_(true), .group = "base", .layer = l});
+  for (int64_t l = 0; l < 3; ++l)
+    registry.add({.name = "layers." + std::to_string(l) + ".w",
+                  .tensor = at::randn({40, 40}, at::kCUDA).requires_grad_(true),
+                  .group = "base",
+                  .layer = l});
   registry.add({"unused", at::randn({4}, at::kCUDA).requires_grad_(true), "base"});
   const auto loss = [&](const at::Tensor& x) {
     at::Tensor y = x;
@@ -103,7 +114,8 @@ TEST(ParallelCuda, GatheredExpertsAreTheWhole) {
       weights.prefetch(l + 1);
       const auto got = weights.experts(l, 0, 3);
       for (size_t e = 0; e < 3; ++e)
-        EXPECT_TRUE(at::equal(got.gate_FD[e].cpu(), layers[size_t(l)].gate_FD[e]) && at::equal(got.up_FD[e].cpu(), layers[size_t(l)].up_FD[e]) &&
+        EXPECT_TRUE(at::equal(got.gate_FD[e].cpu(), layers[size_t(l)].gate_FD[e]) &&
+                    at::equal(got.up_FD[e].cpu(), layers[size_t(l)].up_FD[e]) &&
                     at::equal(got.down_DF[e].cpu(), layers[size_t(l)].down_DF[e]))
             << "layer " << l;
     }

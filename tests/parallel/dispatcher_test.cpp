@@ -55,10 +55,13 @@ Tokens make_tokens(const Case& c, int64_t rank, int64_t ep, at::ScalarType dtype
   t.group_T = at::randint(0, c.groups, {T}, g, at::kLong);
   const int64_t choice = c.routes == Routes::first_rank ? kExperts / ep : kExperts;
   std::vector<at::Tensor> rows;
-  for (int64_t i = 0; i < T; ++i) rows.push_back(at::randperm(choice, g, at::kLong).narrow(0, 0, std::min(choice, c.top_k)));
+  for (int64_t i = 0; i < T; ++i)
+    rows.push_back(at::randperm(choice, g, at::kLong).narrow(0, 0, std::min(choice, c.top_k)));
   t.ids_TK = T ? at::stack(rows) : at::empty({0, c.top_k}, at::kLong);
   if (c.routes == Routes::one_expert) t.ids_TK.fill_(5);
-  if (c.routes == Routes::even_experts) t.ids_TK = t.ids_TK.div(2, "floor") * 2, t.ids_TK.select(1, 1).copy_((t.ids_TK.select(1, 0) + 2).remainder(kExperts));
+  if (c.routes == Routes::even_experts)
+    t.ids_TK = t.ids_TK.div(2, "floor") * 2,
+    t.ids_TK.select(1, 1).copy_((t.ids_TK.select(1, 0) + 2).remainder(kExperts));
   if (c.routes == Routes::some_absent) t.ids_TK.masked_fill_(at::rand(t.ids_TK.sizes(), g, at::kFloat) < 0.3, -1);
   return t;
 }
@@ -88,30 +91,41 @@ struct Outcome {
 };
 
 // One MoE block under a loss whose gradient is `dy_TD`.
-Outcome run(TokenDispatcher& dispatcher, const Experts& experts, const Tokens& tokens, const at::Tensor& dy_TD, int64_t groups) {
+Outcome run(TokenDispatcher& dispatcher, const Experts& experts, const Tokens& tokens, const at::Tensor& dy_TD,
+            int64_t groups) {
   const auto [first, count] = dispatcher.local_experts(kExperts);
-  const at::Tensor x = tokens.x_TD.clone().requires_grad_(true), weights = tokens.weights_TK.clone().requires_grad_(true);
-  const auto slice = [&, first = first, count = count](const std::vector<at::Tensor>& v) { return std::vector<at::Tensor>(v.begin() + first, v.begin() + first + count); };
+  const at::Tensor x = tokens.x_TD.clone().requires_grad_(true),
+                   weights = tokens.weights_TK.clone().requires_grad_(true);
+  const auto slice = [&, first = first, count = count](const std::vector<at::Tensor>& v) {
+    return std::vector<at::Tensor>(v.begin() + first, v.begin() + first + count);
+  };
   std::vector<at::Tensor> leaves;
   for (const auto& f : experts.factors) leaves.push_back(f.narrow(0, first, count).clone().requires_grad_(true));
   std::vector<bool> acts(size_t(groups), true);
   if (groups > 1) acts[0] = false;  // text
-  const auto term = [&](size_t i) { return std::vector<kernels::ExpertLowRank>{{leaves[2 * i], leaves[2 * i + 1], 0.5, acts}}; };
-  const auto routed = dispatcher.dispatch(x, tokens.ids_TK, weights, kExperts, groups > 1 ? tokens.group_T : at::Tensor(), groups);
+  const auto term = [&](size_t i) {
+    return std::vector<kernels::ExpertLowRank>{{leaves[2 * i], leaves[2 * i + 1], 0.5, acts}};
+  };
+  const auto routed =
+      dispatcher.dispatch(x, tokens.ids_TK, weights, kExperts, groups > 1 ? tokens.group_T : at::Tensor(), groups);
   EXPECT_EQ(routed.dispatch.num_experts, count);
-  const at::Tensor out = kernels::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, {slice(experts.gate_FD), slice(experts.up_FD), slice(experts.down_DF), {}, {}, {}, {}},
-                                          {term(0), term(1), term(2)});
+  const at::Tensor out =
+      kernels::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch,
+                       {slice(experts.gate_FD), slice(experts.up_FD), slice(experts.down_DF), {}, {}, {}, {}},
+                       {term(0), term(1), term(2)});
   const at::Tensor y = dispatcher.combine(out, routed);
   y.backward(dy_TD);
   Outcome o{y.detach(), x.grad(), weights.grad(), {}};
-  for (const auto& leaf : leaves) o.factor_grads.push_back(leaf.grad().defined() ? leaf.grad() : at::zeros_like(leaf).detach());
+  for (const auto& leaf : leaves)
+    o.factor_grads.push_back(leaf.grad().defined() ? leaf.grad() : at::zeros_like(leaf).detach());
   return o;
 }
 
 void expect_near(const at::Tensor& got, const at::Tensor& want, double relative, const std::string& what) {
   ASSERT_EQ(got.sizes(), want.sizes()) << what;
   if (want.numel() == 0) return;
-  const double error = (got.to(at::kDouble) - want.to(at::kDouble)).abs().max().item<double>(), scale = want.to(at::kDouble).abs().max().item<double>();
+  const double error = (got.to(at::kDouble) - want.to(at::kDouble)).abs().max().item<double>(),
+               scale = want.to(at::kDouble).abs().max().item<double>();
   EXPECT_LE(error, relative * scale) << what;
 }
 
@@ -140,7 +154,8 @@ void check_parity(const Mesh& mesh, const Case& c) {
   const at::Tensor dy = at::randn({total, kDepth}, generator(3), at::kFloat);
   model::LocalDispatcher local;
   Tokens together = join(all);
-  const at::Tensor nowhere = together.ids_TK < 0;  // one process has no such slots: expert 0 with no weight says the same
+  const at::Tensor nowhere =
+      together.ids_TK < 0;  // one process has no such slots: expert 0 with no weight says the same
   together.ids_TK = together.ids_TK.masked_fill(nowhere, 0);
   together.weights_TK = together.weights_TK.masked_fill(nowhere, 0);
   Outcome want = run(local, experts, together, dy, c.groups);
@@ -157,7 +172,8 @@ void check_parity(const Mesh& mesh, const Case& c) {
   at::Tensor sums = at::cat(flat);
   mesh.data->all_reduce(sums, "test").wait();
   for (size_t i = 0, at_element = 0; i < got.factor_grads.size(); at_element += size_t(got.factor_grads[i++].numel())) {
-    got.factor_grads[i] = sums.narrow(0, int64_t(at_element), got.factor_grads[i].numel()).view(got.factor_grads[i].sizes());
+    got.factor_grads[i] =
+        sums.narrow(0, int64_t(at_element), got.factor_grads[i].numel()).view(got.factor_grads[i].sizes());
     const at::Tensor reference = want.factor_grads[i].narrow(0, first, count);
     const double scale = want.factor_grads[i].abs().max().item<double>();
     EXPECT_LE((got.factor_grads[i] - reference).abs().max().item<double>(), 1e-5 * scale) << "factor " << i;
@@ -169,7 +185,8 @@ void check_parity(const Mesh& mesh, const Case& c) {
   if (c.groups != 2) return;
   // Again: the same bits.
   const Outcome again = run(dispatcher, experts, mine, dy.narrow(0, before, T), c.groups);
-  EXPECT_TRUE(at::equal(again.y_TD, got.y_TD) && at::equal(again.x_grad_TD, got.x_grad_TD) && at::equal(again.weights_grad_TK, got.weights_grad_TK));
+  EXPECT_TRUE(at::equal(again.y_TD, got.y_TD) && at::equal(again.x_grad_TD, got.x_grad_TD) &&
+              at::equal(again.weights_grad_TK, got.weights_grad_TK));
 }
 
 RANK_BODY(dispatcher_two) {
@@ -189,23 +206,30 @@ RANK_BODY(dispatcher_two) {
   const at::Tensor dy = at::randn(tokens.x_TD.sizes(), generator(4), at::kFloat).to(at::kBFloat16);
   model::LocalDispatcher local;
   ExpertParallelDispatcher spread(mesh);
-  const Outcome want = run(local, exact, wide, dy.to(at::kFloat), c.groups), one = run(local, experts, tokens, dy, c.groups), two = run(spread, experts, tokens, dy, c.groups);
-  const auto worst = [](const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kFloat) - b).abs().max().item<double>(); };
+  const Outcome want = run(local, exact, wide, dy.to(at::kFloat), c.groups),
+                one = run(local, experts, tokens, dy, c.groups), two = run(spread, experts, tokens, dy, c.groups);
+  const auto worst = [](const at::Tensor& a, const at::Tensor& b) {
+    return (a.to(at::kFloat) - b).abs().max().item<double>();
+  };
   EXPECT_EQ(two.y_TD.scalar_type(), at::kBFloat16);
   EXPECT_LE(worst(two.y_TD, want.y_TD), 2 * worst(one.y_TD, want.y_TD) + 1e-3);
   EXPECT_LE(worst(two.x_grad_TD, want.x_grad_TD), 2 * worst(one.x_grad_TD, want.x_grad_TD) + 1e-3);
-  EXPECT_LE(worst(two.weights_grad_TK, want.weights_grad_TK), 2 * worst(one.weights_grad_TK, want.weights_grad_TK) + 1e-3);
+  EXPECT_LE(worst(two.weights_grad_TK, want.weights_grad_TK),
+            2 * worst(one.weights_grad_TK, want.weights_grad_TK) + 1e-3);
 
   // Without gradients; then layouts that do not fit, told everywhere; agreement.
   {
     at::NoGradGuard no_grad;
-    const auto routed = spread.dispatch(wide.x_TD, tokens.ids_TK, tokens.weights_TK, kExperts, tokens.group_T, c.groups);
+    const auto routed =
+        spread.dispatch(wide.x_TD, tokens.ids_TK, tokens.weights_TK, kExperts, tokens.group_T, c.groups);
     EXPECT_FALSE(routed.x_XD.requires_grad());
     EXPECT_EQ(routed.x_XD.size(0), routed.weights_XK.size(0));
   }
   EXPECT_EQ(spread.local_experts(6), std::pair(3 * world->rank(), int64_t{3}));
   EXPECT_THROW(spread.local_experts(7), UsageError);
-  EXPECT_THROW(spread.dispatch(wide.x_TD, tokens.ids_TK, tokens.weights_TK, kExperts, tokens.group_T, 2 + world->rank()), InvariantError);
+  EXPECT_THROW(
+      spread.dispatch(wide.x_TD, tokens.ids_TK, tokens.weights_TK, kExperts, tokens.group_T, 2 + world->rank()),
+      InvariantError);
   EXPECT_TRUE(spread.agree(true));
   EXPECT_FALSE(spread.agree(world->rank() == 0));
   EXPECT_FALSE(spread.agree(false));
@@ -248,7 +272,9 @@ TEST(ExpertParallel, TheDevicesWayIsTheHosts) {
         exchange.sent_W.push_back(int64_t(tokens.size() - before));
       }
       EXPECT_TRUE(at::equal(got.counts_W2.select(1, 0), at::tensor(exchange.sent_W)));
-      for (int64_t w = 0; w < members; ++w) EXPECT_EQ(got.counts_W2[w][1].item<int64_t>(), ids.div(each, "floor").eq(w).logical_and(ids >= 0).sum().item<int64_t>());
+      for (int64_t w = 0; w < members; ++w)
+        EXPECT_EQ(got.counts_W2[w][1].item<int64_t>(),
+                  ids.div(each, "floor").eq(w).logical_and(ids >= 0).sum().item<int64_t>());
       exchange.token_of_row_S = got.token_of_row.narrow(0, 0, int64_t(tokens.size()));
       EXPECT_TRUE(at::equal(exchange.token_of_row_S, at::tensor(tokens, at::kLong)));
       exchange.row_of_TW = got.row_of_TW;
@@ -259,7 +285,8 @@ TEST(ExpertParallel, TheDevicesWayIsTheHosts) {
         const at::Tensor want = at::zeros({T, 5}, wide);
         int64_t begin = 0;
         for (const int64_t count : exchange.sent_W) {
-          want.index_add_(0, exchange.token_of_row_S.narrow(0, begin, count), rows.to(dtype).narrow(0, begin, count).to(wide));
+          want.index_add_(0, exchange.token_of_row_S.narrow(0, begin, count),
+                          rows.to(dtype).narrow(0, begin, count).to(wide));
           begin += count;
         }
         EXPECT_TRUE(at::equal(exchange.sum(rows.to(dtype)), want.to(dtype))) << dtype;

@@ -42,17 +42,24 @@ class Terms : public model::AdapterSites {
  public:
   Terms(const DecoderSpec& s, int64_t first, int64_t count, model::ParameterRegistry& registry) {
     for (int64_t l = 0; l < s.num_layers; ++l)
-      for (const auto& [site, name, in, out, expert] : {std::tuple(Site::v, "v", s.hidden_size, s.num_kv_heads * s.head_dim, false),
-                                                        std::tuple(Site::gate, "gate", s.hidden_size, s.moe_intermediate_size, true),
-                                                        std::tuple(Site::down, "down", s.moe_intermediate_size, s.hidden_size, true)}) {
+      for (const auto& [site, name, in, out, expert] :
+           {std::tuple(Site::v, "v", s.hidden_size, s.num_kv_heads * s.head_dim, false),
+            std::tuple(Site::gate, "gate", s.hidden_size, s.moe_intermediate_size, true),
+            std::tuple(Site::down, "down", s.moe_intermediate_size, s.hidden_size, true)}) {
         std::vector<int64_t> a{3, in}, b{out, 3};
         if (expert) a.insert(a.begin(), s.num_experts), b.insert(b.begin(), s.num_experts);
-        const auto make = [&, expert = expert, name = name, l = l](const char* factor, at::IntArrayRef shape, uint64_t seed) {
+        const auto make = [&, expert = expert, name = name, l = l](const char* factor, at::IntArrayRef shape,
+                                                                   uint64_t seed) {
           at::Tensor t = at::randn(shape, generator(seed), at::kFloat) * 0.3;
           if (expert) t = t.narrow(0, first, count).clone();
           t.requires_grad_(true);
-          registry.add({.name = "layers." + std::to_string(l) + "." + name + "." + factor, .tensor = t, .group = "lora", .layer = l,
-                        .sharding = expert ? model::Sharding::expert : model::Sharding::replicated, .first_row = expert ? first : 0, .total_rows = expert ? s.num_experts : 0});
+          registry.add({.name = "layers." + std::to_string(l) + "." + name + "." + factor,
+                        .tensor = t,
+                        .group = "lora",
+                        .layer = l,
+                        .sharding = expert ? model::Sharding::expert : model::Sharding::replicated,
+                        .first_row = expert ? first : 0,
+                        .total_rows = expert ? s.num_experts : 0});
           return t;
         };
         const uint64_t seed = uint64_t(100 * l + 10 * int(site));
@@ -105,8 +112,10 @@ struct Outcome {
   model::ParameterRegistry registry;  // with gradients
 };
 
-void step(Outcome& out, const std::filesystem::path& dir, const Mesh* mesh, bool shard_base, const std::vector<int64_t>& which, bool frozen_prefix, int64_t recompute, int64_t num_labels) {
-  const Part part = mesh ? load_part(dir, {}, *mesh, shard_base) : Part{model::load_base(dir), std::make_shared<model::LocalDispatcher>()};
+void step(Outcome& out, const std::filesystem::path& dir, const Mesh* mesh, bool shard_base,
+          const std::vector<int64_t>& which, bool frozen_prefix, int64_t recompute, int64_t num_labels) {
+  const Part part = mesh ? load_part(dir, {}, *mesh, shard_base)
+                         : Part{model::load_base(dir), std::make_shared<model::LocalDispatcher>()};
   model::Decoder decoder(part.base);
   const DecoderSpec& s = decoder.spec();
   decoder.set_dispatcher(part.dispatcher);
@@ -117,7 +126,8 @@ void step(Outcome& out, const std::filesystem::path& dir, const Mesh* mesh, bool
   };
   const at::Tensor embedding = rows("rows.image.embedding", 1), head = rows("rows.image.head", 2);
   decoder.attach_rows({1, s.vocab_size, embedding, head});
-  decoder.attach(std::make_shared<Terms>(s, part.experts.first, part.experts.second > 0 ? part.experts.second : s.num_experts, out.registry));
+  decoder.attach(std::make_shared<Terms>(s, part.experts.first,
+                                         part.experts.second > 0 ? part.experts.second : s.num_experts, out.registry));
   std::optional<GradientReducer> reducer;
   if (mesh) reducer.emplace(out.registry, *mesh, 2000);
   if (reducer) reducer->begin_step(), reducer->last_backward();
@@ -148,7 +158,8 @@ RANK_BODY(whole_model) {
     for (const bool shard_base : {false, true})
       for (const int variant : {0, 1, 2}) {  // spread; all on the first rank, without frozen prefix; spread, recomputed
         if (shard_base && (variant == 2 || mesh.data_size() == 1)) continue;
-        SCOPED_TRACE("expert " + std::to_string(ep) + (shard_base ? ", sharded base" : "") + ", variant " + std::to_string(variant));
+        SCOPED_TRACE("expert " + std::to_string(ep) + (shard_base ? ", sharded base" : "") + ", variant " +
+                     std::to_string(variant));
         std::vector<int64_t> mine;
         for (const int64_t i : all)
           if (variant == 1 ? world->rank() == 0 : i % W == world->rank()) mine.push_back(i);

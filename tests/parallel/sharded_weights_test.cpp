@@ -51,7 +51,8 @@ ExpertWeights draw(int64_t first, int64_t count, int64_t F, int64_t D, int64_t l
 bool same(const ExpertWeights& a, const ExpertWeights& b) {
   bool equal = a.first == b.first && a.count() == b.count();
   for (int64_t e = 0; equal && e < a.count(); ++e)
-    equal = at::equal(a.gate_FD[size_t(e)], b.gate_FD[size_t(e)]) && at::equal(a.up_FD[size_t(e)], b.up_FD[size_t(e)]) && at::equal(a.down_DF[size_t(e)], b.down_DF[size_t(e)]);
+    equal = at::equal(a.gate_FD[size_t(e)], b.gate_FD[size_t(e)]) &&
+            at::equal(a.up_FD[size_t(e)], b.up_FD[size_t(e)]) && at::equal(a.down_DF[size_t(e)], b.down_DF[size_t(e)]);
   return equal;
 }
 
@@ -63,7 +64,9 @@ RANK_BODY(sharded_weights) {
       const Mesh mesh = distributed::make_mesh(world, ep);
       const int64_t count = E / ep, first = mesh.expert->rank() * count;
       ShardedWeights weights(std::make_shared<Nothing>(dtype), mesh);
-      const auto layer = [&](int64_t l) { return draw(first, l == 2 ? 0 : count, l == 3 ? 5 : 3, 7, l, dtype); };  // one dense, one larger, sizes that leave a rest
+      const auto layer = [&](int64_t l) {
+        return draw(first, l == 2 ? 0 : count, l == 3 ? 5 : 3, 7, l, dtype);
+      };  // one dense, one larger, sizes that leave a rest
       int64_t bytes = 0;
       for (int64_t l = 0; l < L; ++l) {
         const ExpertWeights w = layer(l);
@@ -103,24 +106,34 @@ TEST(ShardedWeights, GiveTheBitsOfTheWhole) {
   testing::run_ranks("sharded_weights", 4);
 }
 
-// A whole model: loaded in parts, forward and backward with every layer gathered twice, beside a gradient that nobody waits for.
+// A whole model: loaded in parts, forward and backward with every layer gathered twice, beside a gradient that nobody
+// waits for.
 RANK_BODY(sharded_model) {
   const auto world = testing::join();
   const Mesh mesh = distributed::make_mesh(world, 1);
   const std::filesystem::path dir = std::filesystem::path(test_source_dir()) / "tests/golden/model/olmoe";
   model::LoadOptions offload, shard;
   offload.experts = model::Experts::offloaded;
-  shard.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) { return std::make_shared<ShardedWeights>(std::move(rest), mesh); };
+  shard.keep_experts = [&](std::shared_ptr<model::WeightProvider> rest) {
+    return std::make_shared<ShardedWeights>(std::move(rest), mesh);
+  };
   std::vector<at::Tensor> hidden, gradients;
   for (const bool sharded : {false, true}) {
     model::Decoder decoder(model::load_base(dir, sharded ? shard : offload));
     decoder.set_dispatcher(make_dispatcher(mesh, sharded));
     const int64_t D = decoder.spec().hidden_size;
-    const at::Tensor rows = at::randn({4, D}, at::make_generator<at::CPUGeneratorImpl>(uint64_t{5}), at::kFloat).requires_grad_(true);
+    const at::Tensor rows =
+        at::randn({4, D}, at::make_generator<at::CPUGeneratorImpl>(uint64_t{5}), at::kFloat).requires_grad_(true);
     decoder.attach_rows({1, decoder.total_vocab(), rows, rows});
-    model::PackedBatch batch = model::pack_rows(at::tensor(std::vector<int64_t>{5, 6, 7, 8, 9, decoder.spec().vocab_size, decoder.spec().vocab_size + 2, int64_t{3}}, at::kLong).view({1, 8}));
+    model::PackedBatch batch =
+        model::pack_rows(at::tensor(std::vector<int64_t>{5, 6, 7, 8, 9, decoder.spec().vocab_size,
+                                                         decoder.spec().vocab_size + 2, int64_t{3}},
+                                    at::kLong)
+                             .view({1, 8}));
     batch.modality_T = at::tensor({0, 0, 0, 0, 0, 1, 1, 0}, at::kLong);
-    batch.labels_T = at::tensor({int64_t{6}, int64_t{7}, int64_t{8}, int64_t{9}, model::kNoLabel, decoder.spec().vocab_size + 1, int64_t{3}, int64_t{4}}, at::kLong);
+    batch.labels_T = at::tensor({int64_t{6}, int64_t{7}, int64_t{8}, int64_t{9}, model::kNoLabel,
+                                 decoder.spec().vocab_size + 1, int64_t{3}, int64_t{4}},
+                                at::kLong);
     model::ForwardOptions forward;
     forward.lockstep = true;
     const auto result = decoder.forward(batch, forward);

@@ -23,7 +23,9 @@ Choice choose(const std::vector<int64_t>& experts, const std::vector<int64_t>& m
   c.modality_T = torch::tensor(modalities, at::kLong);
   return c;
 }
-void observe(RoutingStats& stats, int64_t layer, const Choice& c) { stats.observe(layer, c.probs_TE, c.ids_TK, c.weights_TK, c.modality_T); }
+void observe(RoutingStats& stats, int64_t layer, const Choice& c) {
+  stats.observe(layer, c.probs_TE, c.ids_TK, c.weights_TK, c.modality_T);
+}
 
 TEST(Measures, ClosedForms) {
   EXPECT_DOUBLE_EQ(normalised_entropy({0.25, 0.25, 0.25, 0.25}), 1.0);
@@ -33,7 +35,8 @@ TEST(Measures, ClosedForms) {
   EXPECT_DOUBLE_EQ(jensen_shannon_bits({0.3, 0.7}, {0.3, 0.7}), 0.0);
   EXPECT_DOUBLE_EQ(jensen_shannon_bits({1, 0}, {0, 1}), 1.0);
   // p = (1, 0), q = (1/2, 1/2): m = (3/4, 1/4); 1/2 log2(4/3) + 1/4 log2(2/3) + 1/4 log2(2).
-  EXPECT_NEAR(jensen_shannon_bits({1, 0}, {0.5, 0.5}), 0.5 * std::log2(4.0 / 3) + 0.25 * std::log2(2.0 / 3) + 0.25, 1e-15);
+  EXPECT_NEAR(jensen_shannon_bits({1, 0}, {0.5, 0.5}), 0.5 * std::log2(4.0 / 3) + 0.25 * std::log2(2.0 / 3) + 0.25,
+              1e-15);
   EXPECT_NEAR(mutual_information_bits({{2, 4}, {1, 2}}), 0.0, 1e-15) << "proportional rows say nothing of the modality";
   EXPECT_DOUBLE_EQ(mutual_information_bits({{5, 0}, {0, 5}}), 1.0);
   // 3 to 1 split of modalities, disjoint experts: the entropy of the split.
@@ -161,9 +164,16 @@ TEST(Output, ALineReadsBack) {
     EXPECT_TRUE(same(a.mutual_information, b.mutual_information)) << l;
     for (size_t m = 0; m < 3; ++m) {
       const auto &x = a.modalities[m], &y = b.modalities[m];
-      EXPECT_TRUE(x.tokens == y.tokens && x.dead == y.dead && x.load_E.size() == y.load_E.size() && x.probability_E.size() == y.probability_E.size()) << l << " " << m;
-      EXPECT_TRUE(same(a.divergence_M[m], b.divergence_M[m]) && same(x.entropy, y.entropy) && same(x.imbalance, y.imbalance) && same(x.router_entropy, y.router_entropy) && same(x.confidence, y.confidence)) << l << " " << m;
-      for (size_t e = 0; e < x.load_E.size(); ++e) EXPECT_TRUE(same(x.load_E[e], y.load_E[e]) && same(x.probability_E[e], y.probability_E[e])) << l << " " << m << " " << e;
+      EXPECT_TRUE(x.tokens == y.tokens && x.dead == y.dead && x.load_E.size() == y.load_E.size() &&
+                  x.probability_E.size() == y.probability_E.size())
+          << l << " " << m;
+      EXPECT_TRUE(same(a.divergence_M[m], b.divergence_M[m]) && same(x.entropy, y.entropy) &&
+                  same(x.imbalance, y.imbalance) && same(x.router_entropy, y.router_entropy) &&
+                  same(x.confidence, y.confidence))
+          << l << " " << m;
+      for (size_t e = 0; e < x.load_E.size(); ++e)
+        EXPECT_TRUE(same(x.load_E[e], y.load_E[e]) && same(x.probability_E[e], y.probability_E[e]))
+            << l << " " << m << " " << e;
     }
   }
   EXPECT_TRUE(heat_map(read.report, 4).equal(heat_map(written, 4)));
@@ -172,19 +182,20 @@ TEST(Output, ALineReadsBack) {
 }
 
 TEST(Output, ALineThatDoesNotReadNamesItsPlace) {
-  const std::string layer = R"({"layer":0,"modalities":{"text":{"tokens":2,"load":[1.0],"probability":[1.0],"entropy":0.0,"imbalance":2.0,"dead":1,"router_entropy":0.0,"confidence":1.0}},)"
-                            R"("divergence_bits":{},"mutual_information_bits":null,"selectivity":["text","dead"]})";
+  const std::string layer =
+      R"({"layer":0,"modalities":{"text":{"tokens":2,"load":[1.0],"probability":[1.0],"entropy":0.0,"imbalance":2.0,"dead":1,"router_entropy":0.0,"confidence":1.0}},)"
+      R"("divergence_bits":{},"mutual_information_bits":null,"selectivity":["text","dead"]})";
   struct Case {
     std::string line, message;
   };
-  for (const auto& c : {Case{"{\"step\":1", "here: does not read"}, Case{R"({"step":1,"layers":[]})", "num_experts"}, Case{R"({"step":1,"num_experts":2,"layers":[{"layer":0}]})", "here: "},
-                        Case{R"({"step":1,"num_experts":2,"layers":[)" + layer + "]}", "here: a layer lists 1 experts, expected 2"}}) {
+  for (const auto& c :
+       {Case{"{\"step\":1", "here: does not read"}, Case{R"({"step":1,"layers":[]})", "num_experts"},
+        Case{R"({"step":1,"num_experts":2,"layers":[{"layer":0}]})", "here: "},
+        Case{R"({"step":1,"num_experts":2,"layers":[)" + layer + "]}", "here: a layer lists 1 experts, expected 2"}}) {
     try {
       parse_json_line(c.line, "here");
       ADD_FAILURE() << c.line;
-    } catch (const UserError& e) {
-      EXPECT_NE(std::string(e.what()).find(c.message), std::string::npos) << e.what();
-    }
+    } catch (const UserError& e) { EXPECT_NE(std::string(e.what()).find(c.message), std::string::npos) << e.what(); }
   }
 }
 
@@ -194,7 +205,10 @@ TEST(Output, HeatMap) {
   observe(stats, 1, choose({1, 0}, {0, 0}, 3));
   const auto picture = heat_map(stats.read(), 4);
   EXPECT_EQ(picture.sizes(), (std::vector<int64_t>{3, 2 * 4, 2 * 3 * 4 + 4}));
-  const auto at = [&](int64_t y, int64_t x) { return std::array<uint8_t, 3>{picture[0][y][x].item<uint8_t>(), picture[1][y][x].item<uint8_t>(), picture[2][y][x].item<uint8_t>()}; };
+  const auto at = [&](int64_t y, int64_t x) {
+    return std::array<uint8_t, 3>{picture[0][y][x].item<uint8_t>(), picture[1][y][x].item<uint8_t>(),
+                                  picture[2][y][x].item<uint8_t>()};
+  };
   EXPECT_EQ(at(0, 0), colour(1.0)) << "text, layer 0, expert 0 takes all";
   EXPECT_EQ(at(0, 4), colour(0.0));
   EXPECT_EQ(at(7, 3), colour(0.5)) << "text, layer 1, expert 0 takes half";

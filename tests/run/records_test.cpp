@@ -1,4 +1,5 @@
-// Lines of metrics.jsonl and run.json: what is written to the byte, what earlier versions wrote, what a kill leaves, what later versions may add.
+// Lines of metrics.jsonl and run.json: what is written to the byte, what earlier versions wrote, what a kill leaves,
+// what later versions may add.
 #include "moegraft/run/records.h"
 
 #include <gtest/gtest.h>
@@ -32,14 +33,16 @@ TrainingLine full_line() {
   TrainingLine line = plain_line();
   line.truncated_documents = 3, line.skipped_documents = 0;
   line.busy_seconds_by_rank = {{0.5, 0.25}};
-  line.data_wait_share = 0.0, line.checkpoint_stall_share = 0.125, line.prefix_cache_hit_share = 0.75, line.comm_wait_share = 0.0625, line.comm_mib_per_step = 8;
+  line.data_wait_share = 0.0, line.checkpoint_stall_share = 0.125, line.prefix_cache_hit_share = 0.75,
+  line.comm_wait_share = 0.0625, line.comm_mib_per_step = 8;
   return line;
 }
 
 class Records : public testing::Test {
  protected:
   void SetUp() override {
-    dir_ = fs::temp_directory_path() / ("moegraft_records_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
+    dir_ = fs::temp_directory_path() / ("moegraft_records_" + std::to_string(getpid()) +
+                                        testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(dir_);
     fs::create_directories(dir_);
   }
@@ -54,9 +57,7 @@ class Records : public testing::Test {
   static std::string error_of(F&& f) {
     try {
       f();
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "no error";
   }
   fs::path dir_;
@@ -64,12 +65,14 @@ class Records : public testing::Test {
 
 // The names of keys and the form of numbers are an interface: other programs read these files.
 TEST_F(Records, LinesAreWrittenToTheByte) {
-  EXPECT_EQ(to_json_line(plain_line()),
-            R"({"epochs":0.5,"grad_norm":1e-07,"loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"seconds":12.0,"step":20,"tokens":40960,"tokens_per_s":3413.3333333333335})");
-  EXPECT_EQ(to_json_line(full_line()),
-            R"({"busy_seconds_by_rank":[0.5,0.25],"checkpoint_stall_share":0.125,"comm_mib_per_step":8.0,"comm_wait_share":0.0625,"data_wait_share":0.0,"epochs":0.5,"grad_norm":1e-07,)"
-            R"("loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"prefix_cache_hit_share":0.75,"seconds":12.0,"skipped_documents":0,"step":20,"tokens":40960,)"
-            R"("tokens_per_s":3413.3333333333335,"truncated_documents":3})");
+  EXPECT_EQ(
+      to_json_line(plain_line()),
+      R"({"epochs":0.5,"grad_norm":1e-07,"loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"seconds":12.0,"step":20,"tokens":40960,"tokens_per_s":3413.3333333333335})");
+  EXPECT_EQ(
+      to_json_line(full_line()),
+      R"({"busy_seconds_by_rank":[0.5,0.25],"checkpoint_stall_share":0.125,"comm_mib_per_step":8.0,"comm_wait_share":0.0625,"data_wait_share":0.0,"epochs":0.5,"grad_norm":1e-07,)"
+      R"("loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"prefix_cache_hit_share":0.75,"seconds":12.0,"skipped_documents":0,"step":20,"tokens":40960,)"
+      R"("tokens_per_s":3413.3333333333335,"truncated_documents":3})");
   EvaluationLine evaluation;
   evaluation.step = 40;
   evaluation.nll = {{"image", 3.5}, {"text", std::numeric_limits<double>::quiet_NaN()}};
@@ -80,26 +83,36 @@ TEST_F(Records, LinesReadBack) {
   EvaluationLine evaluation;
   evaluation.step = 20;
   evaluation.nll = {{"image", 0.1 + 0.2}};
-  const auto metrics = metrics_of(to_json_line(plain_line()) + "\n" + to_json_line(evaluation) + "\n" + to_json_line(full_line()) + "\n");
+  const auto metrics = metrics_of(to_json_line(plain_line()) + "\n" + to_json_line(evaluation) + "\n" +
+                                  to_json_line(full_line()) + "\n");
   EXPECT_EQ(metrics.training, (std::vector{plain_line(), full_line()}));
   EXPECT_EQ(metrics.evaluations, std::vector{evaluation});
-  const auto nan = metrics_of(R"({"step":1,"eval":true,"eval_nll_image":null})" "\n");
+  const auto nan = metrics_of(R"({"step":1,"eval":true,"eval_nll_image":null})"
+                              "\n");
   EXPECT_TRUE(std::isnan(nan.evaluations.at(0).nll.at("image")));
 }
 
 TEST_F(Records, MeasuresAreWhatCurvesAreDrawnOf) {
-  EXPECT_EQ(measures(plain_line()),
-            (std::map<std::string, double>{{"loss", 2.25}, {"grad_norm", 1e-7}, {"lr_factor", 1}, {"nll_image", 3.125}, {"nll_text", 0.1}, {"tokens_per_s", 3413.3333333333335}}));
+  EXPECT_EQ(measures(plain_line()), (std::map<std::string, double>{{"loss", 2.25},
+                                                                   {"grad_norm", 1e-7},
+                                                                   {"lr_factor", 1},
+                                                                   {"nll_image", 3.125},
+                                                                   {"nll_text", 0.1},
+                                                                   {"tokens_per_s", 3413.3333333333335}}));
   const auto all = measures(full_line());
-  for (const char* key : {"data_wait_share", "checkpoint_stall_share", "prefix_cache_hit_share", "comm_wait_share", "comm_mib_per_step"}) EXPECT_TRUE(all.contains(key)) << key;
+  for (const char* key :
+       {"data_wait_share", "checkpoint_stall_share", "prefix_cache_hit_share", "comm_wait_share", "comm_mib_per_step"})
+    EXPECT_TRUE(all.contains(key)) << key;
   EXPECT_EQ(all.size(), 11u);
 }
 
 // As the first version of the training loop wrote them.
 TEST_F(Records, AnOldFileReads) {
   const auto metrics = metrics_of(
-      R"({"eval":true,"eval_nll_image":5.544,"step":0})" "\n"
-      R"({"epochs":0.0234375,"grad_norm":0.7071067811865476,"loss":5.53125,"lr_factor":0.02,"nll_image":5.53125,"seconds":0.75,"step":1,"tokens":1024,"tokens_per_s":1365.3333333333333})" "\n");
+      R"({"eval":true,"eval_nll_image":5.544,"step":0})"
+      "\n"
+      R"({"epochs":0.0234375,"grad_norm":0.7071067811865476,"loss":5.53125,"lr_factor":0.02,"nll_image":5.53125,"seconds":0.75,"step":1,"tokens":1024,"tokens_per_s":1365.3333333333333})"
+      "\n");
   ASSERT_EQ(metrics.training.size(), 1u);
   EXPECT_EQ(metrics.training[0].tokens, 1024);
   EXPECT_EQ(metrics.training[0].nll.at("image"), 5.53125);
@@ -109,7 +122,8 @@ TEST_F(Records, AnOldFileReads) {
 
 TEST_F(Records, ATornLastLineIsLeftOut) {
   const std::string whole = to_json_line(plain_line()) + "\n", next = to_json_line(full_line());
-  for (const size_t bytes : {size_t{1}, next.size() / 2, next.size()}) EXPECT_EQ(metrics_of(whole + next.substr(0, bytes)).training, std::vector{plain_line()}) << bytes;
+  for (const size_t bytes : {size_t{1}, next.size() / 2, next.size()})
+    EXPECT_EQ(metrics_of(whole + next.substr(0, bytes)).training, std::vector{plain_line()}) << bytes;
   EXPECT_TRUE(metrics_of("").training.empty());
   fs::remove(file());
   EXPECT_TRUE(read_metrics(file()).training.empty()) << "no line was written yet";
@@ -118,7 +132,11 @@ TEST_F(Records, ATornLastLineIsLeftOut) {
 TEST_F(Records, LinesAndKeysOfLaterVersionsArePassedOver) {
   std::string later = to_json_line(plain_line());
   later.insert(1, R"("a_new_measure":{"deep":[1]},)");
-  const auto metrics = metrics_of(R"({"kind":"sample","step":3})" "\n" R"({"eval":"images","step":3})" "\n" + later + "\n");
+  const auto metrics = metrics_of(R"({"kind":"sample","step":3})"
+                                  "\n"
+                                  R"({"eval":"images","step":3})"
+                                  "\n" +
+                                  later + "\n");
   EXPECT_EQ(metrics.training, std::vector{plain_line()});
   EXPECT_TRUE(metrics.evaluations.empty());
 }
@@ -127,10 +145,14 @@ TEST_F(Records, WhatDoesNotReadIsNamedByFileAndLine) {
   struct Case {
     std::string line, message;
   };
-  for (const auto& c : {Case{R"({"step":2,"lo)", ":2: not valid JSON"}, Case{"[]", ":2: expected a JSON object, got array"}, Case{R"({"loss":1.5})", ":2: \"step\" is missing"},
-                        Case{R"({"step":2,"eval":true,"eval_nll_image":"low"})", R"(:2: "eval_nll_image" must be a number, got "low")"},
-                        Case{R"({"step":2.5,"eval":true})", ":2: \"step\" must be an integer, got 2.5"}, Case{std::string(200, '[') + std::string(200, ']'), ":2: brackets nest 200 deep"}}) {
-    const auto error = error_of([&] { metrics_of(to_json_line(plain_line()) + "\n" + c.line + "\n" + to_json_line(plain_line()) + "\n"); });
+  for (const auto& c :
+       {Case{R"({"step":2,"lo)", ":2: not valid JSON"}, Case{"[]", ":2: expected a JSON object, got array"},
+        Case{R"({"loss":1.5})", ":2: \"step\" is missing"},
+        Case{R"({"step":2,"eval":true,"eval_nll_image":"low"})", R"(:2: "eval_nll_image" must be a number, got "low")"},
+        Case{R"({"step":2.5,"eval":true})", ":2: \"step\" must be an integer, got 2.5"},
+        Case{std::string(200, '[') + std::string(200, ']'), ":2: brackets nest 200 deep"}}) {
+    const auto error = error_of(
+        [&] { metrics_of(to_json_line(plain_line()) + "\n" + c.line + "\n" + to_json_line(plain_line()) + "\n"); });
     EXPECT_NE(error.find(file().string() + c.message), std::string::npos) << error;
   }
 }
@@ -204,8 +226,10 @@ TEST_F(Records, RunJsonReadsBack) {
   EXPECT_EQ(record.seed, 17);
   EXPECT_EQ(record.git_commit, git_commit());
   EXPECT_EQ(record.fingerprints, (Fingerprints{{"base", "1"}, {"data.train[0]", "4"}}));
-  EXPECT_EQ(record.trainable, (std::vector<TrainedRow>{{"adapters[0] gate, rank 4", "2 layers x 4 experts", 100, 400}}));
-  EXPECT_EQ(record.warnings, (std::vector<Warning>{{3, "constant_loss", "the loss has been 1"}, {5, "constant_loss", "the loss has been 1"}}));
+  EXPECT_EQ(record.trainable,
+            (std::vector<TrainedRow>{{"adapters[0] gate, rank 4", "2 layers x 4 experts", 100, 400}}));
+  EXPECT_EQ(record.warnings, (std::vector<Warning>{{3, "constant_loss", "the loss has been 1"},
+                                                   {5, "constant_loss", "the loss has been 1"}}));
   EXPECT_FALSE(record.branched_from);
   ASSERT_EQ(record.sessions.size(), 2u);
   EXPECT_EQ(record.sessions[0].from_step, 0);
@@ -216,7 +240,8 @@ TEST_F(Records, RunJsonReadsBack) {
   EXPECT_EQ(record.sessions[1].accepted, std::vector<std::string>{"data.train[0]: 3 -> 4"});
 }
 
-// As it was written before fingerprints, trained rows and warnings, with a key from elsewhere: it reads, and an edit leaves every other byte.
+// As it was written before fingerprints, trained rows and warnings, with a key from elsewhere: it reads, and an edit
+// leaves every other byte.
 TEST_F(Records, AnOldRunJsonReadsAndKeepsWhatItHolds) {
   const auto config = config_in(dir_);
   { const auto run = RunDir::create(config, {}); }
@@ -263,7 +288,9 @@ TEST_F(Records, AnOldRunJsonReadsAndKeepsWhatItHolds) {
 
 TEST_F(Records, ADamagedRunJsonNamesItsKey) {
   const auto path = dir_ / "run.json";
-  io::write_file_atomic(path, R"({"format":"moegraft run","version":1,"moegraft":"0.1.0","git_commit":"abc","seed":17,"sessions":[],"fingerprints":{"base":7}})");
+  io::write_file_atomic(
+      path,
+      R"({"format":"moegraft run","version":1,"moegraft":"0.1.0","git_commit":"abc","seed":17,"sessions":[],"fingerprints":{"base":7}})");
   EXPECT_EQ(error_of([&] { read_run_record(dir_); }), path.string() + R"(: "fingerprints".base must be a text, got 7)");
   io::write_file_atomic(path, "[]");
   EXPECT_EQ(error_of([&] { read_run_record(dir_); }), path.string() + " must be an object, got []");

@@ -20,9 +20,7 @@ RunConfig parse(const std::vector<std::string>& overrides = {}, const std::strin
 std::string error_of(const std::vector<std::string>& overrides, const std::string& yaml = kGraft) {
   try {
     parse(overrides, yaml);
-  } catch (const UsageError& e) {
-    return e.what();
-  }
+  } catch (const UsageError& e) { return e.what(); }
   return {};
 }
 
@@ -39,7 +37,8 @@ run: { dir: runs/base }
 model: { init: { tokenizer: t } }
 train: { base_weights: full }
 data: { train: [ { path: d } ] }
-)"), "");
+)"),
+            "");
 }
 
 TEST(RunConfig, CrossFieldRulesNameTheKey) {
@@ -52,10 +51,14 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
       {{"model.path=\"\""}, "got neither"},
       {{"model.init.tokenizer=t"}, "got both"},
       {{"model.path=\"\"", "model.init.tokenizer=t"}, "train.base_weights: full"},
-      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.num_kv_heads=4"}, "num_heads must be a multiple"},
-      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.num_experts_per_tok=9"}, "num_experts_per_tok"},
-      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.head_dim=3"}, "head_dim must be even"},
-      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.max_positions=8"}, "max_positions"},
+      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.num_kv_heads=4"},
+       "num_heads must be a multiple"},
+      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.num_experts_per_tok=9"},
+       "num_experts_per_tok"},
+      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.head_dim=3"},
+       "head_dim must be even"},
+      {{"model.path=\"\"", "model.init.tokenizer=t", "train.base_weights=full", "model.init.max_positions=8"},
+       "max_positions"},
       {{"modalities.image.codec=\"\""}, "modalities.image.codec must not be empty"},
       {{"modalities.image.end=<image>"}, "must differ"},
       {{"modalities.image.begin=\"\""}, "modalities.image.begin must not be empty"},
@@ -72,9 +75,13 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
       {{"adapters[0].alpha=0"}, "adapters[0].alpha"},
       {{"adapters[0].d_initial=1"}, "d_initial"},
       {{"adapters[0].kind=vera", "adapters[0].alpha=8"}, "alpha"},
-      {{"adapters[0].kind=veera"}, "adapters[0].kind must be one of modality_lora, vera, got veera; did you mean vera?"},
-      {{"adapters[0].init=pissa"}, "adapters[0].init must be one of kaiming_zero, gw_subspace, activation_svd, got pissa"},
-      {{"embeddings.init=gw_magic"}, "embeddings.init must be one of random, sampled_rows, moment_match, gw_barycentric, gw_procrustes, gw_cluster, got gw_magic"},
+      {{"adapters[0].kind=veera"},
+       "adapters[0].kind must be one of modality_lora, vera, got veera; did you mean vera?"},
+      {{"adapters[0].init=pissa"},
+       "adapters[0].init must be one of kaiming_zero, gw_subspace, activation_svd, got pissa"},
+      {{"embeddings.init=gw_magic"},
+       "embeddings.init must be one of random, sampled_rows, moment_match, gw_barycentric, gw_procrustes, gw_cluster, "
+       "got gw_magic"},
       {{"ot.epsilon=[]"}, "ot.epsilon"},
       {{"ot.epsilon=[0.1, 0]"}, "ot.epsilon[1]"},
       {{"ot.epsilon=[0.1, 0.2]"}, "must decrease"},
@@ -87,7 +94,8 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
       {{"parallel.expert=2", "train.base_weights=full", "train.allow_text_drift=true"}, "needs a frozen base"},
       {{"parallel.shard_base=true", "train.base_weights=full", "train.allow_text_drift=true"}, "needs a frozen base"},
       {{"parallel.shard_base=true", "model.offload=experts"}, "two places"},
-      {{"train.precision=bf16"}, "train.precision has moved to model.dtype: write model.dtype: bfloat16 instead (set by --set)"},
+      {{"train.precision=bf16"},
+       "train.precision has moved to model.dtype: write model.dtype: bfloat16 instead (set by --set)"},
       {{"train.precision=float32", "model.dtype=bfloat16"}, "write model.dtype: bfloat16 instead"},
       {{"train.betas=[0.9]"}, "two values"},
       {{"train.betas=[0.9, 1.0]"}, "[0, 1)"},
@@ -99,7 +107,8 @@ TEST(RunConfig, CrossFieldRulesNameTheKey) {
   };
   for (const auto& test : cases) {
     const auto message = error_of(test.overrides);
-    EXPECT_NE(message.find(test.expected), std::string::npos) << test.overrides[0] << ": expected \"" << test.expected << "\", got \"" << message << "\"";
+    EXPECT_NE(message.find(test.expected), std::string::npos)
+        << test.overrides[0] << ": expected \"" << test.expected << "\", got \"" << message << "\"";
     EXPECT_EQ(message.find('\n'), std::string::npos) << "one line";
   }
   EXPECT_EQ(error_of({"adapters[0].modality=[text]", "train.allow_text_drift=true"}), "");

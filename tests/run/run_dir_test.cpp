@@ -19,7 +19,8 @@ namespace {
 class RunDirTest : public testing::Test {
  protected:
   void SetUp() override {
-    dir_ = fs::temp_directory_path() / ("moegraft_run_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
+    dir_ = fs::temp_directory_path() /
+           ("moegraft_run_" + std::to_string(getpid()) + testing::UnitTest::GetInstance()->current_test_info()->name());
     fs::remove_all(dir_);
   }
   void TearDown() override { fs::remove_all(dir_); }
@@ -36,9 +37,7 @@ data: { train: [ { path: d.safetensors } ] }
   static std::string message_of(F&& f) {
     try {
       f();
-    } catch (const E& e) {
-      return e.what();
-    }
+    } catch (const E& e) { return e.what(); }
     return {};
   }
   fs::path dir_;
@@ -52,8 +51,10 @@ TEST_F(RunDirTest, CreateWritesTheTruth) {
   const auto record = read_run_record(dir_);
   EXPECT_EQ(record.seed, 17);
   ASSERT_EQ(record.sessions.size(), 1u);
-  for (const char* key : {"binary", "processor", "threads", "libtorch", "device"}) EXPECT_TRUE(record.sessions[0].environment.contains(key)) << key;
-  for (const auto& folder : {run.checkpoints(), run.samples(), run.tensorboard()}) EXPECT_TRUE(fs::is_directory(folder));
+  for (const char* key : {"binary", "processor", "threads", "libtorch", "device"})
+    EXPECT_TRUE(record.sessions[0].environment.contains(key)) << key;
+  for (const auto& folder : {run.checkpoints(), run.samples(), run.tensorboard()})
+    EXPECT_TRUE(fs::is_directory(folder));
 }
 
 // config.yaml as it was stored while train.precision and model.dtype could both ask for bfloat16.
@@ -61,7 +62,10 @@ TEST_F(RunDirTest, ARunFromBeforeAKeyMovedOpensAndGoesOn) {
   struct Case {
     const char *dtype, *precision, *now;
   };
-  for (const Case& c : {Case{"float32", "float32", "float32"}, {"float32", "bf16", "bfloat16"}, {"bfloat16", "float32", "bfloat16"}, {"bfloat16", "bf16", "bfloat16"}}) {
+  for (const Case& c : {Case{"float32", "float32", "float32"},
+                        {"float32", "bf16", "bfloat16"},
+                        {"bfloat16", "float32", "bfloat16"},
+                        {"bfloat16", "bf16", "bfloat16"}}) {
     const auto now = config({std::string("model.dtype=") + c.now});
     { const auto run = RunDir::create(now, {}); }
     io::write_file_atomic(dir_ / "config.yaml", "run:\n  dir: " + dir_.string() + R"(
@@ -151,8 +155,13 @@ TEST_F(RunDirTest, FingerprintsAreRecordedAndCompared) {
       {{{"base", "1"}, {"codec.image", "2"}, {"data.train[0]", "9"}}, false, ""},  // noted by the one before
   };
   for (const auto& c : cases) {
-    if (*c.message) EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), c.now, 1, "cpu", c.accept_data); }).find(c.message), std::string::npos) << c.message;
-    else EXPECT_NO_THROW(RunDir::resume(config(), c.now, 1, "cpu", c.accept_data));
+    if (*c.message)
+      EXPECT_NE(
+          message_of<UserError>([&] { RunDir::resume(config(), c.now, 1, "cpu", c.accept_data); }).find(c.message),
+          std::string::npos)
+          << c.message;
+    else
+      EXPECT_NO_THROW(RunDir::resume(config(), c.now, 1, "cpu", c.accept_data));
   }
   EXPECT_FALSE(read_run_record(dir_).sessions.back().accepted);
   EXPECT_EQ(read_run_record(dir_).sessions.at(2).accepted, std::vector<std::string>{"data.train[0]: 3 -> 9"});
@@ -160,7 +169,9 @@ TEST_F(RunDirTest, FingerprintsAreRecordedAndCompared) {
 
 TEST_F(RunDirTest, TwoProcessesCannotShareIt) {
   const auto run = RunDir::create(config(), {});
-  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), {}, 0); }).find(std::to_string(getpid())), std::string::npos) << "same process";
+  EXPECT_NE(message_of<UserError>([&] { RunDir::resume(config(), {}, 0); }).find(std::to_string(getpid())),
+            std::string::npos)
+      << "same process";
   const pid_t child = fork();
   if (child == 0) {
     const auto message = message_of<UserError>([&] { RunDir::resume(config(), {}, 0); });
@@ -191,7 +202,8 @@ TEST_F(RunDirTest, AKilledOwnerLeavesNoLock) {
 
 TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
   { const auto run = RunDir::create(config(), {}); }
-  const auto longer = config({"train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"});
+  const auto longer =
+      config({"train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"});
   { const auto run = RunDir::resume(longer, {}, 10); }
   EXPECT_EQ(config::dump(load_run_config(dir_)), config::dump(longer));
   const auto sessions = read_run_record(dir_).sessions;
@@ -200,13 +212,18 @@ TEST_F(RunDirTest, ResumeTakesFreeKeysAndRefusesOthers) {
   EXPECT_NE(join(sessions[1].changed, "; ").find("train.steps: 1000 -> 2000"), std::string::npos);
 
   const std::vector<std::pair<std::string, std::string>> refused = {
-      {"adapters[0].rank=8", "adapters[0].rank (was 4, is 8)"},      {"run.seed=18", "run.seed"},
-      {"train.lora.lr=0.5", "train.lora.lr"},                        {"data.train[1].path=x", "data.train[1].path (was nothing, is x)"},
-      {"modalities.sound.codec=c", "modalities.sound.codec"},        {"data.tokens_per_step=4096", "data.tokens_per_step"}};
+      {"adapters[0].rank=8", "adapters[0].rank (was 4, is 8)"},
+      {"run.seed=18", "run.seed"},
+      {"train.lora.lr=0.5", "train.lora.lr"},
+      {"data.train[1].path=x", "data.train[1].path (was nothing, is x)"},
+      {"modalities.sound.codec=c", "modalities.sound.codec"},
+      {"data.tokens_per_step=4096", "data.tokens_per_step"}};
   for (const auto& [override, expected] : refused) {
     // modalities.sound needs its own token names to be valid at all.
-    std::vector<std::string> overrides = {override, "train.steps=2000", "checkpoint.keep=7", "train.sample_prompts=[a, b]", "model.device=cpu"};
-    if (override.starts_with("modalities")) overrides.insert(overrides.end(), {"modalities.sound.begin=<s>", "modalities.sound.end=</s>"});
+    std::vector<std::string> overrides = {override, "train.steps=2000", "checkpoint.keep=7",
+                                          "train.sample_prompts=[a, b]", "model.device=cpu"};
+    if (override.starts_with("modalities"))
+      overrides.insert(overrides.end(), {"modalities.sound.begin=<s>", "modalities.sound.end=</s>"});
     const auto message = message_of<UsageError>([&] { RunDir::resume(config(overrides), {}, 10); });
     EXPECT_NE(message.find(expected), std::string::npos) << message;
     EXPECT_EQ(message.find("train.steps (was"), std::string::npos) << message;
@@ -230,7 +247,8 @@ TEST_F(RunDirTest, MetricsAreCutBackToTheStep) {
   }
   std::ofstream(dir_ / "metrics.jsonl", std::ios::app) << R"({"step":2,"lo)";  // killed in mid-line
   auto run = RunDir::resume(config(), {}, 2);
-  EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"), "{\"step\":1,\"loss\":1.5}\n{\"step\":2,\"loss\":1.5}\n{\"note\":\"no step\"}\n");
+  EXPECT_EQ(io::read_file(dir_ / "metrics.jsonl"),
+            "{\"step\":1,\"loss\":1.5}\n{\"step\":2,\"loss\":1.5}\n{\"note\":\"no step\"}\n");
   EXPECT_EQ(io::read_file(dir_ / "routing.jsonl"), "");
   run.metrics.append(R"({"step":3})");
   EXPECT_TRUE(io::read_file(dir_ / "metrics.jsonl").ends_with("\n{\"step\":3}\n"));

@@ -22,8 +22,8 @@ std::string hex(std::string_view bytes) {
 }
 
 TEST(TensorBoard, Crc32cKnownAnswers) {
-  EXPECT_EQ(crc32c("123456789"), 0xE3069283u);                   // the check value of CRC-32C
-  EXPECT_EQ(crc32c(std::string(32, '\0')), 0x8A9136AAu);         // RFC 3720, B.4
+  EXPECT_EQ(crc32c("123456789"), 0xE3069283u);            // the check value of CRC-32C
+  EXPECT_EQ(crc32c(std::string(32, '\0')), 0x8A9136AAu);  // RFC 3720, B.4
   EXPECT_EQ(crc32c(std::string(32, '\xff')), 0x62A8AB43u);
 }
 
@@ -52,7 +52,8 @@ class TensorBoardFiles : public testing::Test {
 
 TEST_F(TensorBoardFiles, PackageReadsThemAndDropsStepsOfAnAbandonedSession) {
   const fs::path python = test_source_dir() + "/.venv/bin/python";
-  if (!fs::exists(python) || std::system((python.string() + " -c 'import tensorboard' 2>/dev/null").c_str()) != 0) GTEST_SKIP() << "no Python with tensorboard in .venv";
+  if (!fs::exists(python) || std::system((python.string() + " -c 'import tensorboard' 2>/dev/null").c_str()) != 0)
+    GTEST_SKIP() << "no Python with tensorboard in .venv";
   fs::create_directories(dir_);
   const auto picture = dir_ / "picture.png";
   io::save_image(picture, at::full({3, 5, 9}, 128, at::kByte));
@@ -75,7 +76,10 @@ image = e.Images("samples")[0]
 print(";".join(f"{s.step}:{s.value:g}" for s in e.Scalars("train/loss")), image.step, image.height, image.width, len(image.encoded_image_string))
 )";
   const auto out = dir_ / "out.txt";
-  ASSERT_EQ(std::system((python.string() + " " + script.string() + " " + (dir_ / "tb").string() + " > " + out.string() + " 2>/dev/null").c_str()), 0);
+  ASSERT_EQ(std::system((python.string() + " " + script.string() + " " + (dir_ / "tb").string() + " > " + out.string() +
+                         " 2>/dev/null")
+                            .c_str()),
+            0);
   EXPECT_EQ(io::read_file(out), "1:9;2:8;3:7;4:0.5 2 5 9 " + std::to_string(fs::file_size(picture)) + "\n");
 }
 

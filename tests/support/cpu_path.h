@@ -1,6 +1,6 @@
 #pragma once
-// The CPU path of a test program, and of the moegraft that it starts (moegraft_command): --cpu-path=avx2 beside gtest's options. tests/CMakeLists.txt runs the
-// promises on every path so.
+// The CPU path of a test program, and of the moegraft that it starts (moegraft_command): --cpu-path=avx2 beside gtest's
+// options. tests/CMakeLists.txt runs the promises on every path so.
 
 #include <cstdlib>
 #include <iostream>

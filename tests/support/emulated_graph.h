@@ -1,7 +1,8 @@
 #pragma once
-// A CUDA graph emulated on the host: a replay runs what was recorded, on the memory that it had then, and no line of the code that launched it. The library's
-// operations are seen through a dispatch key that it keeps for tests, the emulated device's through OnHost. Code that writes into a tensor in any other way
-// is not recorded: a replay misses it, as a device's would. Include in one file of a test program.
+// A CUDA graph emulated on the host: a replay runs what was recorded, on the memory that it had then, and no line of
+// the code that launched it. The library's operations are seen through a dispatch key that it keeps for tests, the
+// emulated device's through OnHost. Code that writes into a tensor in any other way is not recorded: a replay misses
+// it, as a device's would. Include in one file of a test program.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -16,7 +17,8 @@ constexpr auto kRecorderKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
 struct LaunchGraph::State {
   std::vector<std::function<void()>> launches;
-  std::vector<std::pair<at::Tensor, at::Tensor>> before;  // what recording overwrites, and a copy: a device only records
+  std::vector<std::pair<at::Tensor, at::Tensor>>
+      before;  // what recording overwrites, and a copy: a device only records
 
   static inline State* recording = nullptr;
   static std::vector<at::Tensor> tensors(at::ArrayRef<c10::IValue> values) {
@@ -33,9 +35,12 @@ struct LaunchGraph::State {
     const auto& arguments = op.schema().arguments();
     const torch::jit::Stack inputs(stack->end() - int64_t(arguments.size()), stack->end());
     for (size_t i = 0; i < inputs.size(); ++i)
-      if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite() && inputs[i].isTensor()) recording->before.emplace_back(inputs[i].toTensor(), inputs[i].toTensor().clone());
+      if (arguments[i].alias_info() && arguments[i].alias_info()->isWrite() && inputs[i].isTensor())
+        recording->before.emplace_back(inputs[i].toTensor(), inputs[i].toTensor().clone());
     op.callBoxed(stack);
-    const auto results = [](const torch::jit::Stack& s, size_t count) { return tensors(at::ArrayRef<c10::IValue>(s.data() + (s.size() - count), count)); };
+    const auto results = [](const torch::jit::Stack& s, size_t count) {
+      return tensors(at::ArrayRef<c10::IValue>(s.data() + (s.size() - count), count));
+    };
     const size_t returns = op.schema().returns().size();
     const std::vector<at::Tensor> given = tensors(inputs);
     std::vector<at::Tensor> made = results(*stack, returns);
@@ -55,12 +60,16 @@ struct LaunchGraph::State {
   }
 };
 
-std::string recording_obstacle(const at::Device& device, at::ScalarType, int64_t, int64_t, int64_t, int64_t) { return emulated ? "" : "the model is on " + device.str(); }
+std::string recording_obstacle(const at::Device& device, at::ScalarType, int64_t, int64_t, int64_t, int64_t) {
+  return emulated ? "" : "the model is on " + device.str();
+}
 
 LaunchGraph::LaunchGraph(const at::Device&, const std::function<void()>& work) : state_(std::make_unique<State>()) {
   work();
   struct Recording {
-    explicit Recording(State& state) : include(kRecorderKey) { State::recording = &state, cuda::OnHost::record = &state.launches; }
+    explicit Recording(State& state) : include(kRecorderKey) {
+      State::recording = &state, cuda::OnHost::record = &state.launches;
+    }
     ~Recording() { State::recording = nullptr, cuda::OnHost::record = nullptr; }
     c10::impl::IncludeDispatchKeyGuard include;
   };
@@ -79,9 +88,13 @@ void LaunchGraph::replay() {
 }
 
 namespace {
-void record_operation(const c10::OperatorHandle& op, torch::jit::Stack* stack) { LaunchGraph::State::record(op, stack); }
+void record_operation(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  LaunchGraph::State::record(op, stack);
+}
 }  // namespace
 
 }  // namespace moegraft::kernels
 
-TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&moegraft::kernels::record_operation>()); }
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&moegraft::kernels::record_operation>());
+}

@@ -6,11 +6,12 @@
 
 #include <cstdlib>
 
-#define MOEGRAFT_NEEDS_GPU()                                                                                              \
-  do {                                                                                                                    \
-    if (!torch::cuda::is_available()) {                                                                                   \
-      const char* required = std::getenv("MOEGRAFT_REQUIRE_GPU");                                                         \
-      if (required && std::string(required) == "1") FAIL() << "MOEGRAFT_REQUIRE_GPU=1, but there is no usable CUDA device"; \
-      GTEST_SKIP() << "no usable CUDA device (or a build without MOEGRAFT_CUDA)";                                         \
-    }                                                                                                                     \
+#define MOEGRAFT_NEEDS_GPU()                                                      \
+  do {                                                                            \
+    if (!torch::cuda::is_available()) {                                           \
+      const char* required = std::getenv("MOEGRAFT_REQUIRE_GPU");                 \
+      if (required && std::string(required) == "1")                               \
+        FAIL() << "MOEGRAFT_REQUIRE_GPU=1, but there is no usable CUDA device";   \
+      GTEST_SKIP() << "no usable CUDA device (or a build without MOEGRAFT_CUDA)"; \
+    }                                                                             \
   } while (0)

@@ -1,6 +1,7 @@
 #pragma once
-// How many of the library's operations a piece of code runs, those left out that only allocate or look at memory: what a device launches, or nearly (a copy
-// inside an operation is not seen). An operation on a list counts as one: the host walks the list, a device does not.
+// How many of the library's operations a piece of code runs, those left out that only allocate or look at memory: what
+// a device launches, or nearly (a copy inside an operation is not seen). An operation on a list counts as one: the host
+// walks the list, a device does not.
 
 #include <ATen/record_function.h>
 
@@ -33,10 +34,15 @@ class LaunchCount {
   int64_t count = 0;
 
  private:
-  static bool is_of_list(std::string_view name) { return name.starts_with("aten::_foreach_") || name.starts_with("aten::_fused_"); }
+  static bool is_of_list(std::string_view name) {
+    return name.starts_with("aten::_foreach_") || name.starts_with("aten::_fused_");
+  }
   static bool is_free(std::string_view name) {
-    static const std::set<std::string_view> kFree{"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::t", "aten::transpose", "aten::narrow", "aten::slice", "aten::select",
-                                                  "aten::view", "aten::as_strided", "aten::detach", "aten::alias", "aten::expand", "aten::unsqueeze", "aten::reshape", "aten::to"};
+    static const std::set<std::string_view> kFree{
+        "aten::empty",     "aten::empty_like", "aten::empty_strided", "aten::t",
+        "aten::transpose", "aten::narrow",     "aten::slice",         "aten::select",
+        "aten::view",      "aten::as_strided", "aten::detach",        "aten::alias",
+        "aten::expand",    "aten::unsqueeze",  "aten::reshape",       "aten::to"};
     return kFree.contains(name);
   }
   std::vector<bool> calls_others_{false};  // of the operations under way
@@ -47,13 +53,14 @@ template <class F>
 int64_t launches(F&& work) {
   static thread_local LaunchCount counted;
   counted = {};
-  const auto handle = at::addThreadLocalCallback(at::RecordFunctionCallback(
-                                                     [](const at::RecordFunction& f) -> std::unique_ptr<at::ObserverContext> {
-                                                       counted.begin(f.name());
-                                                       return nullptr;
-                                                     },
-                                                     [](const at::RecordFunction& f, at::ObserverContext*) { counted.end(f.name()); })
-                                                     .scopes({at::RecordScope::FUNCTION}));
+  const auto handle =
+      at::addThreadLocalCallback(at::RecordFunctionCallback(
+                                     [](const at::RecordFunction& f) -> std::unique_ptr<at::ObserverContext> {
+                                       counted.begin(f.name());
+                                       return nullptr;
+                                     },
+                                     [](const at::RecordFunction& f, at::ObserverContext*) { counted.end(f.name()); })
+                                     .scopes({at::RecordScope::FUNCTION}));
   std::forward<F>(work)();
   at::removeCallback(handle);
   return counted.count;

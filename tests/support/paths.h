@@ -1,6 +1,6 @@
 #pragma once
-// Where the tests' files lie: where the build was configured, or where environment variables of the same names say, so that a test program can be carried to
-// another machine.
+// Where the tests' files lie: where the build was configured, or where environment variables of the same names say, so
+// that a test program can be carried to another machine.
 
 #include <cstdlib>
 #include <string>

@@ -35,7 +35,8 @@ std::string contents(int fd) {
 
 }  // namespace
 
-Process::Process(const std::vector<std::string>& argv, const std::vector<std::string>& environment) : out_(unlinked_file()), err_(unlinked_file()) {
+Process::Process(const std::vector<std::string>& argv, const std::vector<std::string>& environment)
+    : out_(unlinked_file()), err_(unlinked_file()) {
   std::vector<char*> arguments;
   for (const auto& a : argv) arguments.push_back(const_cast<char*>(a.c_str()));
   arguments.push_back(nullptr);
@@ -85,7 +86,8 @@ std::string Process::errors() const { return contents(err_); }
 
 std::filesystem::path moegraft_binary() {
   const char* name = std::getenv("MOEGRAFT_BIN");
-  const std::filesystem::path path = name ? std::filesystem::path(name) : std::filesystem::path(test_binary_dir()) / "moegraft";
+  const std::filesystem::path path =
+      name ? std::filesystem::path(name) : std::filesystem::path(test_binary_dir()) / "moegraft";
   return std::filesystem::exists(path) ? path : std::filesystem::path();
 }
 
@@ -100,7 +102,8 @@ std::vector<std::string> torchrun(const std::filesystem::path& root) {
 std::vector<std::string> moegraft_command(const std::vector<std::string>& args) {
   std::vector<std::string> argv{moegraft_binary().string()};
   MOEGRAFT_CHECK(!argv[0].empty(), "the moegraft binary is not built");
-  if (const auto cpu = kernels::cpu_kernels(); cpu.path != cpu.best_path) argv.insert(argv.end(), {"--cpu-path", cpu.path});
+  if (const auto cpu = kernels::cpu_kernels(); cpu.path != cpu.best_path)
+    argv.insert(argv.end(), {"--cpu-path", cpu.path});
   argv.insert(argv.end(), args.begin(), args.end());
   return argv;
 }

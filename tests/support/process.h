@@ -10,8 +10,8 @@
 namespace moegraft::testing {
 
 struct ProcessResult {
-  int code = -1;    // exit code; -1 when a signal ended it
-  int signal = 0;   // the signal that ended it, or 0
+  int code = -1;   // exit code; -1 when a signal ended it
+  int signal = 0;  // the signal that ended it, or 0
   std::string out, err;
 };
 
@@ -36,11 +36,12 @@ class Process {
   bool done_ = false;
 };
 
-// The binary that MOEGRAFT_BIN names (set by ctest), or the one beside the tests' folder. Empty when it is not built: tests then skip.
+// The binary that MOEGRAFT_BIN names (set by ctest), or the one beside the tests' folder. Empty when it is not built:
+// tests then skip.
 std::filesystem::path moegraft_binary();
 
-// How to start torchrun: MOEGRAFT_TORCHRUN, or the one of the environment under `root`/.venv that LibTorch's wheel is in. Empty: none that works there (the
-// wheel is installed without the Python packages that it would need).
+// How to start torchrun: MOEGRAFT_TORCHRUN, or the one of the environment under `root`/.venv that LibTorch's wheel is
+// in. Empty: none that works there (the wheel is installed without the Python packages that it would need).
 std::vector<std::string> torchrun(const std::filesystem::path& root);
 
 // `moegraft ARGS…`, on the CPU path that this program was kept to (cpu_path.h).

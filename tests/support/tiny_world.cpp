@@ -27,28 +27,33 @@ namespace moegraft::testing {
 namespace {
 
 constexpr int64_t kSize = 12;
-const std::vector<std::string> kColours = {"red", "green", "blue", "black"}, kShapes = {"disc", "bar", "cross", "frame"};
+const std::vector<std::string> kColours = {"red", "green", "blue", "black"},
+                               kShapes = {"disc", "bar", "cross", "frame"};
 
 std::string text_lines() {
   std::string text;
   for (const auto& colour : kColours)
     for (const auto& shape : kShapes) text += "a " + colour + " " + shape + " lies on the table\n";
   text +=
-      "a table is a piece of furniture with a flat top\nthe cross is a mark of two lines that meet\na bar of soap lay in the frame of the window\n"
-      "red, green and blue are the colours of light\nblack is the absence of light\na disc is round and flat\nthe quick brown fox jumps over the lazy dog\n"
+      "a table is a piece of furniture with a flat top\nthe cross is a mark of two lines that meet\na bar of soap lay "
+      "in the frame of the window\n"
+      "red, green and blue are the colours of light\nblack is the absence of light\na disc is round and flat\nthe "
+      "quick brown fox jumps over the lazy dog\n"
       "numbers such as 1, 2, 3 and 10 are words too\n";
   return text;
 }
 
 // One shape on white, the colour's channels at 40 or 220.
 at::Tensor draw(size_t colour, size_t shape) {
-  const at::Tensor axis = at::arange(kSize), y = axis.view({kSize, 1}) - kSize / 2, x = axis.view({1, kSize}) - kSize / 2;
+  const at::Tensor axis = at::arange(kSize), y = axis.view({kSize, 1}) - kSize / 2,
+                   x = axis.view({1, kSize}) - kSize / 2;
   const at::Tensor inside = shape == 0   ? x.square() + y.square() < 18
                             : shape == 1 ? (y.abs() < 2).logical_and(x.abs() < 6)
                             : shape == 2 ? (x - y).abs().lt(2).logical_or((x + y).abs().lt(2))
                                          : at::maximum(x.abs(), y.abs()) >= 4;
   at::Tensor picture = at::full({3, kSize, kSize}, 255, at::kByte);
-  for (int64_t c = 0; c < 3; ++c) picture[c].masked_fill_(inside.expand({kSize, kSize}), int64_t(colour) == c ? 220 : 40);
+  for (int64_t c = 0; c < 3; ++c)
+    picture[c].masked_fill_(inside.expand({kSize, kSize}), int64_t(colour) == c ? 220 : 40);
   return picture;
 }
 
@@ -70,7 +75,8 @@ void write_codec(const TinyWorld& world, uint64_t seed) {
   c.mixer_blocks = 1, c.mixer_width = 24, c.codebook_size = 16, c.code_width = 4;
   codec::VqCodec codec(c, seed);
   const auto pictures = codec::load_pictures(world.manifest, kSize, c.fit);
-  codec.set_codebook(codec::kmeans(codec.embed(codec::to_float(pictures.pixels_N3HW)).reshape({-1, c.code_width}), c.codebook_size, 8, seed));
+  codec.set_codebook(codec::kmeans(codec.embed(codec::to_float(pictures.pixels_N3HW)).reshape({-1, c.code_width}),
+                                   c.codebook_size, 8, seed));
   codec.save(world.codec);
 }
 
@@ -80,7 +86,8 @@ void write_base(const TinyWorld& world, const TinyOptions& options) {
   s.family = options.family;
   s.vocab_size = tokenizer->size() + 5;  // more than the tokenizer has: new ids start behind config.vocab_size
   s.hidden_size = 32, s.num_layers = options.layers, s.num_heads = 4, s.num_kv_heads = 2, s.head_dim = 8;
-  s.moe_intermediate_size = s.intermediate_size = 24, s.num_experts = 4, s.num_experts_per_tok = 2, s.router.renormalise = true;
+  s.moe_intermediate_size = s.intermediate_size = 24, s.num_experts = 4, s.num_experts_per_tok = 2,
+  s.router.renormalise = true;
   s.layers.assign(size_t(options.layers), {});
   s.max_positions = 256, s.tie_word_embeddings = options.tied, s.initializer_range = 0.2;
   s.bos_id = tokenizer->bos_id(), s.eos_id = tokenizer->eos_id();
@@ -137,7 +144,8 @@ TinyWorld make_tiny_world(const fs::path& dir, const TinyOptions& options) {
   TinyWorld w;
   w.dir = dir;
   w.tokenizer = dir / "tokenizer", w.base = dir / "base", w.codec = dir / "codec", w.run = dir / "run";
-  w.manifest = dir / "pictures.jsonl", w.image_shards = dir / "shards" / "image", w.text_shards = dir / "shards" / "text", w.text_file = dir / "text.txt";
+  w.manifest = dir / "pictures.jsonl", w.image_shards = dir / "shards" / "image",
+  w.text_shards = dir / "shards" / "text", w.text_file = dir / "text.txt";
   fs::create_directories(dir);
   io::write_file_atomic(w.text_file, text_lines());
   tokenizer::SentencePieceTraining training;
@@ -165,13 +173,15 @@ TinyWorld make_tiny_world(const fs::path& dir, const TinyOptions& options) {
 
 fs::path write_run(const TinyWorld& world, double large, uint64_t seed) {
   const graft::GraftedModel model = graft::build_model(world.config);
-  const run::RunDir dir = run::RunDir::create(world.config, run::take_fingerprints(world.config, run::Parts::model_and_codecs));
+  const run::RunDir dir =
+      run::RunDir::create(world.config, run::take_fingerprints(world.config, run::Parts::model_and_codecs));
   graft::write_vocabulary(dir.path(), model.vocabulary);
   io::TensorMap parameters = checkpoint::parameter_tensors(*model.registry);
   if (large > 0) randomise(parameters, large, seed);
   checkpoint::TrainState state;
   state.seed = world.config.run.seed;
-  checkpoint::CheckpointWriter(dir.checkpoints(), world.config.checkpoint).save(0, checkpoint::whole(parameters), {}, checkpoint::to_json(state));
+  checkpoint::CheckpointWriter(dir.checkpoints(), world.config.checkpoint)
+      .save(0, checkpoint::whole(parameters), {}, checkpoint::to_json(state));
   return world.run;
 }
 
@@ -185,7 +195,8 @@ void replace_parameters(const fs::path& run, const io::TensorMap& parameters) {
   const auto latest = checkpoint::find_latest(run / "checkpoints");
   MOEGRAFT_CHECK(latest.has_value(), run.string(), " has no checkpoint");
   const checkpoint::Checkpoint old = checkpoint::load(*latest);
-  checkpoint::CheckpointWriter(run / "checkpoints", {1, 1000, true}).save(old.step, checkpoint::whole(parameters), checkpoint::whole(old.optimizer), old.state, old.measure);
+  checkpoint::CheckpointWriter(run / "checkpoints", {1, 1000, true})
+      .save(old.step, checkpoint::whole(parameters), checkpoint::whole(old.optimizer), old.state, old.measure);
 }
 
 void randomise_parameters(const fs::path& run, double large, uint64_t seed) {

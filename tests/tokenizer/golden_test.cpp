@@ -65,8 +65,10 @@ TEST_P(Golden, EqualsThePackage) {
     const auto text = texts()["nasty"][i].get<std::string>();
     const auto ids = want["nasty"][i]["ids"].get<Ids>();
     const auto got = tokenizer->encode(text);
-    EXPECT_EQ(got, ids) << name << " nasty[" << i << "]: " << json(text).dump() << "\n got  " << show(got, *tokenizer) << "\n want " << show(ids, *tokenizer);
-    EXPECT_EQ(tokenizer->decode(ids), want["nasty"][i]["text"].get<std::string>()) << name << " decoding of nasty[" << i << "]: " << json(text).dump();
+    EXPECT_EQ(got, ids) << name << " nasty[" << i << "]: " << json(text).dump() << "\n got  " << show(got, *tokenizer)
+                        << "\n want " << show(ids, *tokenizer);
+    EXPECT_EQ(tokenizer->decode(ids), want["nasty"][i]["text"].get<std::string>())
+        << name << " decoding of nasty[" << i << "]: " << json(text).dump();
     Ids special = before;
     special.insert(special.end(), ids.begin(), ids.end());
     special.insert(special.end(), after.begin(), after.end());
@@ -79,14 +81,16 @@ TEST_P(Golden, EqualsThePackage) {
     const auto text = texts()["fuzz"][i].get<std::string>();
     const auto got = tokenizer->encode(text);
     if (fingerprint(got, tokenizer->decode(got)) == want["fuzz"][i].get<std::string>()) continue;
-    if (++differing <= 3) ADD_FAILURE() << name << " fuzz[" << i << "]: " << json(text).dump() << "\n got  " << show(got, *tokenizer);
+    if (++differing <= 3)
+      ADD_FAILURE() << name << " fuzz[" << i << "]: " << json(text).dump() << "\n got  " << show(got, *tokenizer);
   }
   EXPECT_EQ(differing, 0) << name << ": of " << want["fuzz"].size() << " fuzzed texts";
   for (const auto& entry : want["decode"]) {
     const auto ids = entry["ids"].get<Ids>();
     EXPECT_EQ(tokenizer->decode(ids, true), entry["skip"].get<std::string>()) << name << ' ' << show(ids, *tokenizer);
     if (entry.contains("keep")) {
-      EXPECT_EQ(tokenizer->decode(ids, false), entry["keep"].get<std::string>()) << name << ' ' << show(ids, *tokenizer);
+      EXPECT_EQ(tokenizer->decode(ids, false), entry["keep"].get<std::string>())
+          << name << ' ' << show(ids, *tokenizer);
     }
   }
 }
@@ -112,7 +116,8 @@ TEST(Tokenizer, SeveralThreadsAtOnce) {
   std::atomic<int> wrong = 0;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&] {
-      for (size_t i = 0; i < want["nasty"].size(); ++i) wrong += tokenizer->encode(texts()["nasty"][i].get<std::string>()) != want["nasty"][i]["ids"].get<Ids>();
+      for (size_t i = 0; i < want["nasty"].size(); ++i)
+        wrong += tokenizer->encode(texts()["nasty"][i].get<std::string>()) != want["nasty"][i]["ids"].get<Ids>();
     });
   }
   for (auto& thread : threads) thread.join();

@@ -25,7 +25,8 @@ class Train : public ::testing::Test {
     const char* colours[] = {"red", "green", "blue", "yellow", "purple"};
     const char* things[] = {"heart", "circle", "book", "house", "flower", "fish"};
     for (const auto* colour : colours) {
-      for (const auto* thing : things) text << "the " << colour << ' ' << thing << " and another " << thing << " in 2024\n";
+      for (const auto* thing : things)
+        text << "the " << colour << ' ' << thing << " and another " << thing << " in 2024\n";
     }
   }
   void TearDown() override { fs::remove_all(dir_); }
@@ -39,7 +40,9 @@ class Train : public ::testing::Test {
   fs::path dir_;
 };
 
-const char* const kTexts[] = {"the red heart", "", " ", "  two  spaces  ", "a\tb\n\nc", "日本語 ❤️👩‍👧🏽", "2024 1234567", "unseen Ünïcödé"};
+const char* const kTexts[] = {
+    "the red heart", "", " ", "  two  spaces  ", "a\tb\n\nc", "日本語 ❤️👩‍👧🏽", "2024 1234567",
+    "unseen Ünïcödé"};
 
 TEST_F(Train, RoundTripsAndIsDeterministic) {
   for (const std::string type : {"bpe", "unigram"}) {
@@ -97,17 +100,20 @@ template <class Error, class F>
 std::string error_of(F f) {
   try {
     f();
-  } catch (const Error& e) {
-    return e.what();
-  }
+  } catch (const Error& e) { return e.what(); }
   return "no error";
 }
 
 TEST_F(Train, BadUse) {
-  const auto train = [&](SentencePieceTraining options, const fs::path& text, const fs::path& out) { train_sentencepiece({text}, out, options); };
+  const auto train = [&](SentencePieceTraining options, const fs::path& text, const fs::path& out) {
+    train_sentencepiece({text}, out, options);
+  };
   const fs::path text = dir_ / "text.txt", out = dir_ / "out";
-  const auto has = [](const std::string& message, const std::string& part) { return message.find(part) != std::string::npos; };
-  EXPECT_PRED2(has, error_of<UsageError>([&] { train({.model_type = "word"}, text, out); }), "bpe or unigram, got 'word'");
+  const auto has = [](const std::string& message, const std::string& part) {
+    return message.find(part) != std::string::npos;
+  };
+  EXPECT_PRED2(has, error_of<UsageError>([&] { train({.model_type = "word"}, text, out); }),
+               "bpe or unigram, got 'word'");
   EXPECT_PRED2(has, error_of<UsageError>([&] { train({.vocab_size = 100}, text, out); }), "[260, 1000000]");
   EXPECT_PRED2(has, error_of<UsageError>([&] { train({.character_coverage = 1.5}, text, out); }), "character_coverage");
   EXPECT_PRED2(has, error_of<UserError>([&] { train({}, dir_ / "missing.txt", out); }), "missing.txt");
@@ -115,7 +121,8 @@ TEST_F(Train, BadUse) {
   write(dir_ / "empty.txt", "\n\n");
   EXPECT_PRED2(has, error_of<UserError>([&] { train({}, dir_ / "empty.txt", out); }), "no line of text");
   write(dir_ / "file", "x");
-  EXPECT_PRED2(has, error_of<UserError>([&] { train({.vocab_size = 300}, text, dir_ / "file" / "sub"); }), "cannot create the folder");
+  EXPECT_PRED2(has, error_of<UserError>([&] { train({.vocab_size = 300}, text, dir_ / "file" / "sub"); }),
+               "cannot create the folder");
 }
 
 TEST_F(Train, CorruptModels) {
@@ -123,7 +130,8 @@ TEST_F(Train, CorruptModels) {
   EXPECT_THROW(load_tokenizer(dir_), UserError);  // a folder without a tokenizer
   train_sentencepiece({dir_ / "text.txt"}, dir_ / "t", {.vocab_size = 300});
   const std::string model = bytes(dir_ / "t/tokenizer.model");
-  for (const std::string& bad : {std::string{}, model.substr(0, model.size() / 2 + 1), std::string("version https://git-lfs.github.com/spec/v1\n")}) {
+  for (const std::string& bad : {std::string{}, model.substr(0, model.size() / 2 + 1),
+                                 std::string("version https://git-lfs.github.com/spec/v1\n")}) {
     write(dir_ / "tokenizer.model", bad);
     EXPECT_NE(error_of<UserError>([&] { load_tokenizer(dir_); }).find("not a sentencepiece model"), std::string::npos);
   }
@@ -131,7 +139,10 @@ TEST_F(Train, CorruptModels) {
   EXPECT_THROW(tokenizer->decode({300}), UserError);
   EXPECT_THROW(tokenizer->decode({-1}), UserError);
   EXPECT_THROW(tokenizer->piece_of(300), UserError);
-  EXPECT_EQ(tokenizer->decode(tokenizer->encode("\xff" "a\xe2\x82")), "\xEF\xBF\xBD" "a\xEF\xBF\xBD");
+  EXPECT_EQ(tokenizer->decode(tokenizer->encode("\xff"
+                                                "a\xe2\x82")),
+            "\xEF\xBF\xBD"
+            "a\xEF\xBF\xBD");
 }
 
 }  // namespace

@@ -47,7 +47,8 @@ class Bench : public ::testing::Test {
     return r.code == 0 ? Json::parse(r.out) : Json::object();
   }
   static std::vector<std::string> step(std::vector<std::string> more) {
-    std::vector<std::string> args{"step", *base_, "--dtype", "float32", "--rank", "4", "--steps", "2", "--batch", "2", "--seq", "20", "--matmul", "256"};
+    std::vector<std::string> args{"step", *base_,    "--dtype", "float32", "--rank", "4",        "--steps",
+                                  "2",    "--batch", "2",       "--seq",   "20",     "--matmul", "256"};
     args.insert(args.end(), more.begin(), more.end());
     return args;
   }
@@ -58,15 +59,19 @@ class Bench : public ::testing::Test {
 
 TEST_F(Bench, AStepCountsTheWorkOfActiveParameters) {
   const Json j = bench(step({}));
-  for (const char* key : {"tokens_per_s", "best_step_s", "median_step_s", "peak_mib", "vm_hwm_mib", "matmul_gflops", "model_gflops_per_s", "share_of_limit", "trained_parameters", "threads"})
+  for (const char* key : {"tokens_per_s", "best_step_s", "median_step_s", "peak_mib", "vm_hwm_mib", "matmul_gflops",
+                          "model_gflops_per_s", "share_of_limit", "trained_parameters", "threads"})
     EXPECT_GT(j.value(key, 0.0), 0.0) << key;
   EXPECT_EQ(j["step_s"].size(), 2u);
   EXPECT_EQ(j["tokens"], 40);
   EXPECT_EQ(j["gate"], "all");
   const double active = kLayers + 32 * vocab_;
   EXPECT_DOUBLE_EQ(j["flops_per_token"].get<double>(), 4 * active + 6 * kLora4);
-  EXPECT_DOUBLE_EQ(j["share_of_limit"].get<double>(), j["flops_per_token"].get<double>() * 40 / j["best_step_s"].get<double>() / 1e9 / j["matmul_gflops"].get<double>());
-  EXPECT_DOUBLE_EQ(j["trained_parameters"].get<double>(), kLora4 * 2);  // all 4 experts instead of the 2 that a token takes
+  EXPECT_DOUBLE_EQ(j["share_of_limit"].get<double>(), j["flops_per_token"].get<double>() * 40 /
+                                                          j["best_step_s"].get<double>() / 1e9 /
+                                                          j["matmul_gflops"].get<double>());
+  EXPECT_DOUBLE_EQ(j["trained_parameters"].get<double>(),
+                   kLora4 * 2);  // all 4 experts instead of the 2 that a token takes
 }
 
 TEST_F(Bench, WithoutAKindItIsAStep) {
@@ -78,7 +83,8 @@ TEST_F(Bench, WithoutAKindItIsAStep) {
   EXPECT_EQ(with["flops_per_token"], without["flops_per_token"]);
 }
 
-// 10 tokens of text, then a begin token and 9 codes. Text before the picture needs no gradient, and LoRA meets the picture alone.
+// 10 tokens of text, then a begin token and 9 codes. Text before the picture needs no gradient, and LoRA meets the
+// picture alone.
 TEST_F(Bench, ImageTokensNeedGradientsFromTheFirstOneOn) {
   const Json j = bench(step({"--image-share", "0.5", "--codes", "6"}));
   EXPECT_EQ(j["gate"], "modality");
@@ -94,7 +100,8 @@ TEST_F(Bench, ImageTokensNeedGradientsFromTheFirstOneOn) {
     options.insert(options.end(), more.begin(), more.end());
     const Json other = bench(step(options));
     EXPECT_EQ(other["flops"]["activation_gradient"], j["flops"]["activation_gradient"]) << more[0];
-    for (int i = 0; i < 2; ++i) EXPECT_NEAR(other["loss"][i].get<double>(), j["loss"][i].get<double>(), 1e-5) << more[0];
+    for (int i = 0; i < 2; ++i)
+      EXPECT_NEAR(other["loss"][i].get<double>(), j["loss"][i].get<double>(), 1e-5) << more[0];
   }
   // Labels on the picture alone: 10 predictions, all over its own rows.
   const Json image = bench(step({"--image-share", "0.5", "--codes", "6", "--labels", "image"}));
@@ -114,14 +121,16 @@ TEST_F(Bench, RaggedLengthsPackTheSameTokens) {
   EXPECT_EQ(ragged["tokens"], 40);
   EXPECT_GT(ragged["sequences"].get<int64_t>(), fixed["sequences"].get<int64_t>());
   EXPECT_EQ(ragged["flops_per_token"], fixed["flops_per_token"]);
-  EXPECT_LT(ragged["flops"]["attention_scores_not_counted"].get<double>(), fixed["flops"]["attention_scores_not_counted"].get<double>());
+  EXPECT_LT(ragged["flops"]["attention_scores_not_counted"].get<double>(),
+            fixed["flops"]["attention_scores_not_counted"].get<double>());
 }
 
 // A config.json is enough. Logits of random weights are about standard normal: the loss begins at ln V + 1/2.
 TEST_F(Bench, RandomWeightsNeedAConfigAlone) {
   const std::filesystem::path config = *folder_ / "a-model.json";
   std::filesystem::copy_file(*base_ + "/config.json", config, std::filesystem::copy_options::overwrite_existing);
-  const std::vector<std::string> rest{"--dtype", "float32", "--rank", "4", "--steps", "2", "--batch", "2", "--seq", "20", "--matmul", "256"};
+  const std::vector<std::string> rest{"--dtype", "float32", "--rank", "4",  "--steps",  "2",
+                                      "--batch", "2",       "--seq",  "20", "--matmul", "256"};
   const auto of = [&](std::vector<std::string> more) {
     std::vector<std::string> args{"step", "--random"};
     args.insert(args.end(), more.begin(), more.end());
@@ -136,8 +145,10 @@ TEST_F(Bench, RandomWeightsNeedAConfigAlone) {
   EXPECT_EQ(j["flops_per_token"], bench(step({}))["flops_per_token"]);
   EXPECT_EQ(j["layers"], 2);
   EXPECT_EQ(cut["layers"], 1);
-  EXPECT_DOUBLE_EQ(j["flops_per_token"].get<double>() - cut["flops_per_token"].get<double>(), 4 * kLayers / 2 + 6 * kLora4 / 2);
-  const Json text = bench({"generate", "--random", config.string(), "--dtype", "float32", "--batch", "1", "--prompt", "5", "--tokens", "4", "--pictures", "0", "--rounds", "1"});
+  EXPECT_DOUBLE_EQ(j["flops_per_token"].get<double>() - cut["flops_per_token"].get<double>(),
+                   4 * kLayers / 2 + 6 * kLora4 / 2);
+  const Json text = bench({"generate", "--random", config.string(), "--dtype", "float32", "--batch", "1", "--prompt",
+                           "5", "--tokens", "4", "--pictures", "0", "--rounds", "1"});
   EXPECT_EQ(text["ids"][0].size(), 4u);
 }
 
@@ -146,10 +157,12 @@ TEST_F(Bench, AStepCanBeWhatTrainingDoes) {
   const std::string ids = (*folder_ / "step-ids.safetensors").string();
   io::save_safetensors(ids, {{"input_ids", at::arange(3, 43).view({2, 20})}});
   const auto with = [&](std::vector<std::string> more) {
-    more.insert(more.begin(), {"step", *base_, "--dtype", "float32", "--ids", ids, "--rank", "64", "--steps", "4", "--matmul", "256"});
+    more.insert(more.begin(), {"step", *base_, "--dtype", "float32", "--ids", ids, "--rank", "64", "--steps", "4",
+                               "--matmul", "256"});
     return bench(more);
   };
-  const Json plain = with({}), twice = with({"--accumulate", "2"}), bits = with({"--optimizer", "adamw_8bit"}), clipped = with({"--clip", "1e-15"}), routed = with({"--routing", "--kernels"});
+  const Json plain = with({}), twice = with({"--accumulate", "2"}), bits = with({"--optimizer", "adamw_8bit"}),
+             clipped = with({"--clip", "1e-15"}), routed = with({"--routing", "--kernels"});
   EXPECT_EQ(twice["tokens"], 80);
   EXPECT_EQ(twice["sequences"], 4);
   EXPECT_EQ(twice["accumulate"], 2);
@@ -193,12 +206,15 @@ TEST_F(Bench, AProfileAccountsForTheWholeStep) {
   }
   EXPECT_TRUE(backward);
   EXPECT_NEAR(phases, p["total_s"].get<double>(), 1e-9);
-  EXPECT_NEAR(ops + outside, p["total_s"].get<double>(), 1e-6 + 1e-3 * p["total_s"].get<double>()) << "self times and what lies outside operations are the whole";
+  EXPECT_NEAR(ops + outside, p["total_s"].get<double>(), 1e-6 + 1e-3 * p["total_s"].get<double>())
+      << "self times and what lies outside operations are the whole";
 }
 
 TEST_F(Bench, OperationsAgreeWithPlainLibTorch) {
-  const Json j = bench({"ops", "--dtype", "float32", "--tokens", "48", "--seq", "20", "--hidden", "32", "--width", "16", "--experts", "4", "--top-k", "2", "--rank", "4", "--heads", "4", "--kv-heads", "2",
-                        "--head-dim", "8", "--vocab", "64", "--rounds", "1", "--matmul", "256"});
+  const Json j =
+      bench({"ops", "--dtype",    "float32", "--tokens", "48", "--seq",    "20", "--hidden", "32", "--width",
+             "16",  "--experts",  "4",       "--top-k",  "2",  "--rank",   "4",  "--heads",  "4",  "--kv-heads",
+             "2",   "--head-dim", "8",       "--vocab",  "64", "--rounds", "1",  "--matmul", "256"});
   std::set<std::string> names;
   for (const auto& op : j["ops"]) {
     names.insert(op["op"]);
@@ -206,17 +222,23 @@ TEST_F(Bench, OperationsAgreeWithPlainLibTorch) {
     EXPECT_GT(op["ms"].get<double>(), 0);
     EXPECT_GT(op["plain_ms"].get<double>(), 0);
     if (op["op"] == "moe_ffn") {
-      const double expert = 2.0 * 48 * 2 * 3 * 32 * 16, lora = 2.0 * 48 * 2 * 3 * 4 * (32 + 16), flops = op["backward"].get<bool>() ? 2 * expert + 3 * lora : expert + lora;
+      const double expert = 2.0 * 48 * 2 * 3 * 32 * 16, lora = 2.0 * 48 * 2 * 3 * 4 * (32 + 16),
+                   flops = op["backward"].get<bool>() ? 2 * expert + 3 * lora : expert + lora;
       EXPECT_NEAR(op["gflops_per_s"].get<double>() * op["ms"].get<double>() * 1e6, flops, 1e-6 * flops);
     }
   }
-  EXPECT_EQ(names, (std::set<std::string>{"moe_ffn", "dispatch+permute", "packed_attention", "frozen_linear q,k,v", "rms_norm", "residual_norm", "rotary", "linear_cross_entropy"}));
+  EXPECT_EQ(names, (std::set<std::string>{"moe_ffn", "dispatch+permute", "packed_attention", "frozen_linear q,k,v",
+                                          "rms_norm", "residual_norm", "rotary", "linear_cross_entropy"}));
 }
 
 TEST_F(Bench, GenerationWritesGreedyText) {
-  const std::vector<std::string> args{"generate", *base_, "--dtype", "float32", "--batch", "2", "--prompt", "9", "--tokens", "5", "--pictures", "3", "--codes", "16", "--rank", "4", "--rounds", "1", "--profile"};
+  const std::vector<std::string> args{"generate", *base_, "--dtype",    "float32", "--batch", "2",  "--prompt", "9",
+                                      "--tokens", "5",    "--pictures", "3",       "--codes", "16", "--rank",   "4",
+                                      "--rounds", "1",    "--profile"};
   const Json j = bench(args);
-  for (const char* key : {"prefill_tokens_per_s", "decode_tokens_per_s", "decode_step_ms", "image_tokens_per_s", "peak_mib"}) EXPECT_GT(j.value(key, 0.0), 0.0) << key;
+  for (const char* key :
+       {"prefill_tokens_per_s", "decode_tokens_per_s", "decode_step_ms", "image_tokens_per_s", "peak_mib"})
+    EXPECT_GT(j.value(key, 0.0), 0.0) << key;
   std::vector<std::string> phases;
   for (const auto& phase : j["profile"]["phases"]) phases.push_back(phase["name"]);
   EXPECT_EQ(phases, (std::vector<std::string>{"prefill", "decode", "image prompt", "image codes"}));
@@ -228,14 +250,18 @@ TEST_F(Bench, GenerationWritesGreedyText) {
   for (int64_t t = 0; t < 9; ++t) ids.push_back(prompt[1][t].item<int64_t>());
   for (const auto& id : j["ids"][1]) ids.push_back(id);
   io::save_safetensors(*folder_ / "ids.safetensors", {{"input_ids", at::tensor(ids).view({1, 14})}});
-  const auto logits = run_moegraft({"logits", *base_, "--ids", (*folder_ / "ids.safetensors").string(), "-o", (*folder_ / "logits.safetensors").string()});
+  const auto logits = run_moegraft({"logits", *base_, "--ids", (*folder_ / "ids.safetensors").string(), "-o",
+                                    (*folder_ / "logits.safetensors").string()});
   ASSERT_EQ(logits.code, 0) << logits.err;
   const at::Tensor next = io::load_safetensors(*folder_ / "logits.safetensors").at("logits")[0].argmax(-1);
   for (int64_t t = 8; t < 13; ++t) EXPECT_EQ(next[t].item<int64_t>(), ids[t + 1]) << t;
 }
 
 TEST_F(Bench, GrowthRunsEachPointByItself) {
-  const Json j = bench({"growth", *base_, "--dtype", "float32", "--axes", "tokens,experts", "--tokens", "16,64", "--experts", "8", "--batch", "2", "--seq", "16", "--rank", "4", "--steps", "1", "--matmul", "256"});
+  const Json j = bench({"growth",   *base_,  "--dtype",   "float32", "--axes",  "tokens,experts",
+                        "--tokens", "16,64", "--experts", "8",       "--batch", "2",
+                        "--seq",    "16",    "--rank",    "4",       "--steps", "1",
+                        "--matmul", "256"});
   ASSERT_EQ(j["points"].size(), 3u);
   EXPECT_EQ(j["points"][1]["tokens"], 64);
   EXPECT_EQ(j["points"][2]["experts"], 8);
@@ -249,19 +275,37 @@ TEST_F(Bench, GrowthRunsEachPointByItself) {
 TEST_F(Bench, AFailedPointFailsTheCommandAndIsNamed) {
   std::filesystem::create_directories(*folder_ / "broken");
   std::filesystem::copy_file(*base_ + "/config.json", *folder_ / "broken" / "config.json");
-  const auto r = run_moegraft({"bench", "growth", (*folder_ / "broken").string(), "--axes", "ranks", "--ranks", "4", "--json"});
+  const auto r =
+      run_moegraft({"bench", "growth", (*folder_ / "broken").string(), "--axes", "ranks", "--ranks", "4", "--json"});
   EXPECT_EQ(r.code, 1);
   EXPECT_NE(r.err.find("ranks 4: exit 1"), std::string::npos) << r.err;
-  EXPECT_NE(Json::parse(r.out)["points"][0]["error"].get<std::string>().find("safetensors"), std::string::npos) << r.out;
+  EXPECT_NE(Json::parse(r.out)["points"][0]["error"].get<std::string>().find("safetensors"), std::string::npos)
+      << r.out;
 }
 
 TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
   const std::vector<std::vector<std::string>> cases{
-      {"bench"}, {"bench", "step"}, {"bench", "generate"}, {"bench", "growth"}, {"bench", "step", *base_, "--gate", "half"}, {"bench", "step", *base_, "--gate", "modality"},
-      {"bench", "step", *base_, "--quantize", "nf4"}, {"bench", "step", *base_, "--dtype", "int8"}, {"bench", "step", *base_, "--sites", "gate,wrong"}, {"bench", "step", *base_, "--labels", "image"},
-      {"bench", "--rank", "4", "generate", *base_}, {"bench", "growth", *base_, "--axes", "width"}, {"bench", "growth", *base_, "--experts", "1"}, {"bench", "growth", *base_, "--tokens", "700"},
-      {"bench", "generate", *base_, "--prompt", "1000"}, {"bench", "generate", *base_, "--prompt", "4", "--tokens", "4", "--cuda-graphs"}, {"bench", "ops", "--only", "nothing"}, {"bench", "ops", "--top-k", "9", "--experts", "8"},
-      {"bench", "step", *base_, "--random", *base_}, {"bench", "step", *base_, "--layers", "1"}, {"bench", "step", "--random", *base_, "--layers", "3"}};
+      {"bench"},
+      {"bench", "step"},
+      {"bench", "generate"},
+      {"bench", "growth"},
+      {"bench", "step", *base_, "--gate", "half"},
+      {"bench", "step", *base_, "--gate", "modality"},
+      {"bench", "step", *base_, "--quantize", "nf4"},
+      {"bench", "step", *base_, "--dtype", "int8"},
+      {"bench", "step", *base_, "--sites", "gate,wrong"},
+      {"bench", "step", *base_, "--labels", "image"},
+      {"bench", "--rank", "4", "generate", *base_},
+      {"bench", "growth", *base_, "--axes", "width"},
+      {"bench", "growth", *base_, "--experts", "1"},
+      {"bench", "growth", *base_, "--tokens", "700"},
+      {"bench", "generate", *base_, "--prompt", "1000"},
+      {"bench", "generate", *base_, "--prompt", "4", "--tokens", "4", "--cuda-graphs"},
+      {"bench", "ops", "--only", "nothing"},
+      {"bench", "ops", "--top-k", "9", "--experts", "8"},
+      {"bench", "step", *base_, "--random", *base_},
+      {"bench", "step", *base_, "--layers", "1"},
+      {"bench", "step", "--random", *base_, "--layers", "3"}};
   for (const auto& args : cases) {
     const auto r = run_moegraft(args);
     std::string text;
@@ -270,7 +314,11 @@ TEST_F(Bench, BadOptionsAreOneLineAndExitWithTwo) {
     EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << text << r.err;
     EXPECT_EQ(r.out, "") << text;
   }
-  for (const auto& args : std::vector<std::vector<std::string>>{{"bench", "step", *base_, "--batch", "0"}, {"bench", "step", *base_, "--image-share", "2"}, {"bench", "step", *base_, "--lengths", "odd"}, {"bench", "step", *base_, "--optimizer", "sgd"}, {"bench", "fly", "x", "y"}})
+  for (const auto& args : std::vector<std::vector<std::string>>{{"bench", "step", *base_, "--batch", "0"},
+                                                                {"bench", "step", *base_, "--image-share", "2"},
+                                                                {"bench", "step", *base_, "--lengths", "odd"},
+                                                                {"bench", "step", *base_, "--optimizer", "sgd"},
+                                                                {"bench", "fly", "x", "y"}})
     EXPECT_EQ(run_moegraft(args).code, 2) << args.back();
 }
 
@@ -280,12 +328,18 @@ TEST_F(Bench, ThePeerBeginsWithTheSameLoss) {
   if (python.empty()) GTEST_SKIP() << "no Python with transformers and PEFT (tools/setup.sh --tests installs one)";
   const std::string ids = (*folder_ / "peer-ids.safetensors").string();
   io::save_safetensors(ids, {{"input_ids", at::arange(3, 63).view({2, 30})}});
-  const auto peer = testing::Process({python, test_source_dir() + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--ids", ids}).wait();
+  const auto peer =
+      testing::Process({python, test_source_dir() + "/tests/bench/peer_step.py", *base_, "--dtype", "float32", "--rank",
+                        "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--ids", ids})
+          .wait();
   ASSERT_EQ(peer.code, 0) << peer.err;
-  const Json theirs = Json::parse(peer.out), ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v", "--steps", "2", "--matmul", "256", "--ids", ids});
+  const Json theirs = Json::parse(peer.out),
+             ours = bench({"step", *base_, "--dtype", "float32", "--rank", "4", "--sites", "gate,up,down,q,v",
+                           "--steps", "2", "--matmul", "256", "--ids", ids});
   EXPECT_NEAR(ours["loss"][0].get<double>(), theirs["loss"][0].get<double>(), 1e-4);
   EXPECT_LT(theirs["loss"][1].get<double>(), theirs["loss"][0].get<double>());
-  for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"}) EXPECT_TRUE(theirs.contains(key)) << key;
+  for (const char* key : {"tokens_per_s", "step_s", "best_step_s", "peak_mib", "matmul_gflops"})
+    EXPECT_TRUE(theirs.contains(key)) << key;
 }
 
 // The checkpoint that a machine with a card makes for itself: in shards, of a cut, with other sizes.
@@ -293,32 +347,42 @@ TEST_F(Bench, AModelWrittenShardByShardLoads) {
   const std::string root = test_source_dir(), python = testing::reference_python(root, "torch, safetensors");
   if (python.empty()) GTEST_SKIP() << "no Python with torch and safetensors";
   const std::string dir = (*folder_ / "sharded").string(), gpu = root + "/tests/bench/gpu/";
-  const auto made = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--layers", "3", "--layers-per-shard", "2", "--set", "vocab_size=300"}).wait();
+  const auto made = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--layers", "3",
+                                      "--layers-per-shard", "2", "--set", "vocab_size=300"})
+                        .wait();
   ASSERT_EQ(made.code, 0) << made.err;
   EXPECT_TRUE(std::filesystem::exists(dir + "/model-00003-of-00003.safetensors"));
-  const Json j = bench({"step", dir, "--dtype", "bfloat16", "--rank", "4", "--steps", "1", "--batch", "2", "--seq", "20", "--matmul", "256"});
+  const Json j = bench({"step", dir, "--dtype", "bfloat16", "--rank", "4", "--steps", "1", "--batch", "2", "--seq",
+                        "20", "--matmul", "256"});
   EXPECT_EQ(j["layers"], 3);
   EXPECT_NEAR(j["loss"][0].get<double>(), std::log(300.0) + 0.5, 0.3);
-  const auto refused = testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--set", "width=3"}).wait();
+  const auto refused =
+      testing::Process({python, gpu + "make_model.py", gpu + "tiny.json", dir, "--set", "width=3"}).wait();
   EXPECT_NE(refused.err.find("has no width"), std::string::npos) << refused.err;
 }
 
-// Every trainer, alone and beside a busy loop: each of the figures is there, and the ratio is theirs. How large it is depends on the machine.
+// Every trainer, alone and beside a busy loop: each of the figures is there, and the ratio is theirs. How large it is
+// depends on the machine.
 TEST_F(Bench, ContentionMeasuresEveryTrainer) {
-  const Json j = bench({"contention", *base_, "--busy", "1", "--steps", "1", "--rounds", "1", "--batch", "2", "--seq", "16", "--rank", "4"});
+  const Json j = bench({"contention", *base_, "--busy", "1", "--steps", "1", "--rounds", "1", "--batch", "2", "--seq",
+                        "16", "--rank", "4"});
   EXPECT_EQ(j["bench"], "contention");
   EXPECT_EQ(j["busy"], 1);
   ASSERT_EQ(j["trainers"].size(), 3u);
   for (const char* name : {"codec", "graft", "base"}) {
     const Json& trainer = j["trainers"][name];
     for (const char* side : {"alone", "beside"})
-      for (const char* key : {"cpu_s", "median_cpu_s", "step_s"}) EXPECT_GT(trainer[side].value(key, 0.0), 0.0) << name << " " << side << " " << key;
-    EXPECT_DOUBLE_EQ(trainer["ratio"].get<double>(), trainer["beside"]["cpu_s"].get<double>() / trainer["alone"]["cpu_s"].get<double>()) << name;
+      for (const char* key : {"cpu_s", "median_cpu_s", "step_s"})
+        EXPECT_GT(trainer[side].value(key, 0.0), 0.0) << name << " " << side << " " << key;
+    EXPECT_DOUBLE_EQ(trainer["ratio"].get<double>(),
+                     trainer["beside"]["cpu_s"].get<double>() / trainer["alone"]["cpu_s"].get<double>())
+        << name;
   }
 }
 
 TEST_F(Bench, ContentionMakesItsOwnModelAndRefusesUnknownTrainers) {
-  const Json j = bench({"contention", "--trainers", "graft", "--busy", "1", "--steps", "1", "--rounds", "1", "--batch", "1", "--seq", "8"});
+  const Json j = bench({"contention", "--trainers", "graft", "--busy", "1", "--steps", "1", "--rounds", "1", "--batch",
+                        "1", "--seq", "8"});
   EXPECT_EQ(j["trainers"].size(), 1u);
   EXPECT_GT(j["trainers"]["graft"].value("ratio", 0.0), 0.0);
   EXPECT_EQ(run_moegraft({"bench", "contention", "--trainers", "all"}).code, 2);

@@ -1,4 +1,5 @@
-// tools/gpu_bringup.sh: what it says when something is wrong, and the report of whatever is there. Its stages run as a test of their own (gpu_bringup in ctest).
+// tools/gpu_bringup.sh: what it says when something is wrong, and the report of whatever is there. Its stages run as a
+// test of their own (gpu_bringup in ctest).
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
@@ -24,7 +25,8 @@ TEST(GpuBringup, SaysWhatItDoesAndWhatItMisses) {
   const std::string out = (folder / "out").string();
   const auto help = bringup({"--help"});
   EXPECT_EQ(help.code, 0);
-  for (const char* word : {"pack", "tests|micro|step", "report", "dry-run", "Example"}) EXPECT_NE(help.out.find(word), std::string::npos) << word;
+  for (const char* word : {"pack", "tests|micro|step", "report", "dry-run", "Example"})
+    EXPECT_NE(help.out.find(word), std::string::npos) << word;
   EXPECT_EQ(bringup({}).code, 2);
   const auto unknown = bringup({"fly"});
   EXPECT_EQ(unknown.code, 2);
@@ -44,8 +46,20 @@ TEST(GpuBringup, ReportsWhateverIsThere) {
   EXPECT_NE(nothing.out.find("not measured"), std::string::npos);
 
   const auto step = [](double seconds) {
-    return io::Json{{"tool", "moegraft"},  {"layers", 48},       {"sequences", 2},        {"seq", 4096},          {"optimizer", "adamw"},   {"recompute_layers", 0},  {"tokens_per_s", 8192 / seconds},
-                    {"best_step_s", seconds}, {"median_step_s", seconds}, {"peak_mib", 70000.0}, {"reserved_mib", 71000.0}, {"card_used_mib", 72000.0}, {"share_of_limit", 0.4}, {"card", {{"name", "a card"}}}};
+    return io::Json{{"tool", "moegraft"},
+                    {"layers", 48},
+                    {"sequences", 2},
+                    {"seq", 4096},
+                    {"optimizer", "adamw"},
+                    {"recompute_layers", 0},
+                    {"tokens_per_s", 8192 / seconds},
+                    {"best_step_s", seconds},
+                    {"median_step_s", seconds},
+                    {"peak_mib", 70000.0},
+                    {"reserved_mib", 71000.0},
+                    {"card_used_mib", 72000.0},
+                    {"share_of_limit", 0.4},
+                    {"card", {{"name", "a card"}}}};
   };
   const auto write = [&](const std::string& name, const std::string& text) {
     std::filesystem::create_directories((folder / name).parent_path());
@@ -53,18 +67,24 @@ TEST(GpuBringup, ReportsWhateverIsThere) {
   };
   write("step/two-4k.json", step(0.55).dump() + "\n");
   write("step/no-adapters.json", step(0.5).dump());
-  write("step/four-4k.json", "{\"tokens_per_s\": 1");           // cut off
-  write("step/one-4k.json", "{\"a\": 1}");                       // foreign
+  write("step/four-4k.json", "{\"tokens_per_s\": 1");  // cut off
+  write("step/one-4k.json", "{\"a\": 1}");             // foreign
   write("tests/probe.json", "5");
   write("micro/ops.json", "{\"ops\": [{\"op\": \"moe_ffn\"}]}");  // of another version
-  write("tests/kernels.xml", R"(<?xml version="1.0"?><testsuites tests="3" time="1.5"><testsuite name="A"><testcase name="good" classname="A"/><testcase name="bad" classname="A"><failure message="x != y"/></testcase>
+  write(
+      "tests/kernels.xml",
+      R"(<?xml version="1.0"?><testsuites tests="3" time="1.5"><testsuite name="A"><testcase name="good" classname="A"/><testcase name="bad" classname="A"><failure message="x != y"/></testcase>
     <testcase name="left" classname="A" result="skipped"><skipped message="no GPU"/></testcase></testsuite></testsuites>)");
-  write("step/parts.jsonl", R"({"stage": "step", "part": "two-4k", "status": "failed", "seconds": 3, "code": 1, "reason": "first try", "device": "cuda", "commit": "abc"}
+  write(
+      "step/parts.jsonl",
+      R"({"stage": "step", "part": "two-4k", "status": "failed", "seconds": 3, "code": 1, "reason": "first try", "device": "cuda", "commit": "abc"}
 {"stage": "step", "part": "two-4k", "status": "ok", "seconds": 4, "code": 0, "reason": "", "device": "cuda", "commit": "abc"}
 )");
   const auto some = report();
   ASSERT_EQ(some.code, 0) << some.err;
-  for (const char* text : {"Commit abc, on cuda", "a card", "| 14 895 |", "| 73.40 |", "Adapters cost 10.0 %", "| kernels | 1 | 1 | 1 | 1.5 |", "A.bad: x != y", "Not readable", "| step | two-4k | ok | 4 |"})
+  for (const char* text :
+       {"Commit abc, on cuda", "a card", "| 14 895 |", "| 73.40 |", "Adapters cost 10.0 %",
+        "| kernels | 1 | 1 | 1 | 1.5 |", "A.bad: x != y", "Not readable", "| step | two-4k | ok | 4 |"})
     EXPECT_NE(some.out.find(text), std::string::npos) << text << "\n" << some.out;
   EXPECT_EQ(some.out.find("first try"), std::string::npos);
   EXPECT_EQ(io::read_file(folder / "report.md") + "\n", some.out);

@@ -12,7 +12,8 @@ TEST(KernelRecord, TimeCountsOnceHoweverManyRun) {
   EXPECT_EQ(covered({}), 0u);
   EXPECT_EQ(covered({{10, 20}}), 10u);
   EXPECT_EQ(covered({{10, 20}, {20, 25}, {30, 31}}), 16u);
-  EXPECT_EQ(covered({{40, 50}, {10, 30}, {15, 20}, {25, 45}}), 40u);  // beside, within, and across each other; in no order
+  EXPECT_EQ(covered({{40, 50}, {10, 30}, {15, 20}, {25, 45}}),
+            40u);  // beside, within, and across each other; in no order
   EXPECT_EQ(covered({{5, 5}, {5, 5}}), 0u);
 }
 

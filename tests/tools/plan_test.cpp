@@ -1,4 +1,5 @@
-// moegraft inspect --plan: the traffic that is reckoned is what real processes count, and step times follow from what was measured.
+// moegraft inspect --plan: the traffic that is reckoned is what real processes count, and step times follow from what
+// was measured.
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
@@ -13,9 +14,9 @@ namespace moegraft {
 namespace {
 
 using io::Json;
+using planning::Purpose;
 using testing::Process;
 using testing::run_moegraft;
-using planning::Purpose;
 using Keys = std::vector<std::string>;
 
 class Plan : public ::testing::Test {
@@ -45,7 +46,10 @@ class Plan : public ::testing::Test {
   }
   // Rank 3, so that no gradient ends where a bucket's next one begins.
   static Json step(int processes, const Keys& more) {
-    Keys args{"step", *base_, "--dtype", "float32", "--rank", "3", "--sites", "gate,down,q", "--image-share", "0.5", "--codes", "6", "--whole-backward", "--batch", "4", "--seq", "20", "--steps", "2", "--matmul", "64", "--bucket-mib", "0.01"};
+    Keys args{
+        "step", *base_,     "--dtype", "float32",          "--rank",  "3", "--sites", "gate,down,q", "--image-share",
+        "0.5",  "--codes",  "6",       "--whole-backward", "--batch", "4", "--seq",   "20",          "--steps",
+        "2",    "--matmul", "64",      "--bucket-mib",     "0.01"};
     args.insert(args.end(), more.begin(), more.end());
     return launched(processes, args);
   }
@@ -75,7 +79,8 @@ TEST_F(Plan, TrafficIsWhatTheProcessesCount) {
     int64_t recompute;
     bool even;  // with as many processes as experts each token goes to exactly top-k of them
   };
-  for (const Case& c : {Case{2, 1, false, false, 0, true}, Case{2, 1, true, true, 0, true}, Case{4, 4, false, false, 1, true}, Case{4, 2, true, true, 0, false}}) {
+  for (const Case& c : {Case{2, 1, false, false, 0, true}, Case{2, 1, true, true, 0, true},
+                        Case{4, 4, false, false, 1, true}, Case{4, 2, true, true, 0, false}}) {
     SCOPED_TRACE(std::to_string(c.processes) + " processes, experts over " + std::to_string(c.expert));
     Keys options{"--expert-parallel", std::to_string(c.expert), "--recompute", std::to_string(c.recompute)};
     if (c.base) options.push_back("--shard-base");
@@ -87,10 +92,13 @@ TEST_F(Plan, TrafficIsWhatTheProcessesCount) {
     auto r = request(c.processes, c.expert);
     r.shard_base = c.base, r.shard_optimizer = c.optimizer;
     const auto traffic = planning::count_traffic(r, 1, c.recompute, 0.01 * (1 << 20));
-    const auto bytes = [&](const char* kind) { return j["traffic_of_rank_0"].contains(kind) ? j["traffic_of_rank_0"][kind]["bytes"].get<double>() : 0.0; };
+    const auto bytes = [&](const char* kind) {
+      return j["traffic_of_rank_0"].contains(kind) ? j["traffic_of_rank_0"][kind]["bytes"].get<double>() : 0.0;
+    };
     double agreement_of_experts = 0, agreement_elsewhere = 0, buckets = 0, gathers = 0;
     for (const auto& m : traffic) {
-      if (m.purpose == Purpose::agreement) (m.group == planning::Group::expert ? agreement_of_experts : agreement_elsewhere) += m.calls * m.bytes_each;
+      if (m.purpose == Purpose::agreement)
+        (m.group == planning::Group::expert ? agreement_of_experts : agreement_elsewhere) += m.calls * m.bytes_each;
       if (m.purpose == Purpose::gradients) buckets += m.calls;
       if (m.purpose == Purpose::base) gathers += m.calls;
     }
@@ -101,7 +109,8 @@ TEST_F(Plan, TrafficIsWhatTheProcessesCount) {
     EXPECT_EQ(bytes("base") > 0, c.base);
     if (c.base) EXPECT_EQ(j["traffic_of_rank_0"]["base"]["calls"], gathers);
     EXPECT_EQ(bytes("updates"), total_bytes(traffic, Purpose::updates) + agreement_elsewhere);
-    // What one process gets depends on the routing; over all it evens out, exactly where every token goes to as many processes.
+    // What one process gets depends on the routing; over all it evens out, exactly where every token goes to as many
+    // processes.
     const double experts = total_bytes(traffic, Purpose::experts) + agreement_of_experts;
     if (c.expert > 1) EXPECT_NEAR(bytes("experts") / experts, 1.0, 0.3);
     double all = 0;
@@ -128,7 +137,8 @@ TEST_F(Plan, SavesAreMeasuredInBothWays) {
     const auto folder = folder_->path() / ("saves-" + std::to_string(processes));
     const Json j = step(processes, {"--save", folder.string()})["checkpoint"];
     for (const char* way : {"async", "at_once"})
-      for (const char* key : {"stall_s", "write_s", "stall_share_every_100"}) EXPECT_GT(j[way][key].get<double>(), 0) << way << " " << key;
+      for (const char* key : {"stall_s", "write_s", "stall_share_every_100"})
+        EXPECT_GT(j[way][key].get<double>(), 0) << way << " " << key;
     EXPECT_GT(j["bytes_of_rank_0"].get<int64_t>(), 0);
     EXPECT_TRUE(std::filesystem::exists(folder / "async" / "step-00000003" / "manifest.json"));
   }
@@ -148,7 +158,8 @@ TEST_F(Plan, CollectivesReportBandwidths) {
   EXPECT_EQ(j["backend"], "gloo");
   for (const auto& c : j["collectives"]) {
     EXPECT_GE(c["ms"], c["best_ms"]);
-    const double bus = c["bus_gb_per_s"].get<double>() / c["algorithm_gb_per_s"].get<double>(), expected = c["op"] == "all_reduce" || c["op"] == "broadcast" ? 1.0 : 0.5;
+    const double bus = c["bus_gb_per_s"].get<double>() / c["algorithm_gb_per_s"].get<double>(),
+                 expected = c["op"] == "all_reduce" || c["op"] == "broadcast" ? 1.0 : 0.5;
     EXPECT_NEAR(bus, expected, 1e-9) << c["op"];
   }
   const auto alone = run_moegraft({"bench", "collectives", "--sizes", "4K", "--rounds", "1", "--json"});
@@ -162,16 +173,30 @@ class PlanOfTimes : public Plan {
     Plan::SetUp();
     if (IsSkipped()) return;
     spec_ = model::read_spec(*base_);
-    step_ = write("step.json", {{"bench", "step"}, {"processes", 1}, {"tokens", 80}, {"median_step_s", 1.0}, {"dtype", "float32"}, {"rank", 3}, {"gate", "modality"}, {"new_rows", 8},
-                                {"sites", {"gate", "down", "q"}}, {"active_parameters", spec_.num_active_parameters()}, {"threads", 1}, {"cores", 64}, {"device", "cpu"}, {"recompute_layers", 0},
+    step_ = write("step.json", {{"bench", "step"},
+                                {"processes", 1},
+                                {"tokens", 80},
+                                {"median_step_s", 1.0},
+                                {"dtype", "float32"},
+                                {"rank", 3},
+                                {"gate", "modality"},
+                                {"new_rows", 8},
+                                {"sites", {"gate", "down", "q"}},
+                                {"active_parameters", spec_.num_active_parameters()},
+                                {"threads", 1},
+                                {"cores", 64},
+                                {"device", "cpu"},
+                                {"recompute_layers", 0},
                                 {"flops", {{"forward", 2.0}, {"activation_gradient", 2.0}, {"lora", 0.0}}}});
     Json all = Json::array();
     for (const char* op : {"all_reduce", "all_gather", "all_to_all", "broadcast"})
       for (const int kib : {1, 2, 1 << 20}) all.push_back({{"op", op}, {"bytes", 1024.0 * kib}, {"ms", double(kib)}});
-    collectives_ = write("collectives.json", {{"bench", "collectives"}, {"processes", 2}, {"nodes", 1}, {"collectives", all}});
+    collectives_ =
+        write("collectives.json", {{"bench", "collectives"}, {"processes", 2}, {"nodes", 1}, {"collectives", all}});
   }
   Json plan(const std::string& layout) const {
-    const auto r = run_moegraft({"inspect", *base_, "--plan", layout, "--measured", step_, "--measured", collectives_, "--json"});
+    const auto r =
+        run_moegraft({"inspect", *base_, "--plan", layout, "--measured", step_, "--measured", collectives_, "--json"});
     EXPECT_EQ(r.code, 0) << r.err;
     return r.code == 0 ? Json::parse(r.out)["cluster"] : Json::object();
   }
@@ -186,7 +211,8 @@ TEST_F(PlanOfTimes, AreThoseOfTheMeasuredGroup) {
   const Json two = plan("gpus=2");
   EXPECT_DOUBLE_EQ(two["compute_seconds"].get<double>(), 0.5);
   double ms = 0;
-  for (const auto& m : planning::count_traffic(request(2, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * std::max(1.0, m.bytes_each / 1024);
+  for (const auto& m : planning::count_traffic(request(2, 1), 1, 0, 25 * double(1 << 20)))
+    ms += m.calls * std::max(1.0, m.bytes_each / 1024);
   EXPECT_NEAR(two["seconds_under_way"]["gradients"].get<double>(), ms / 1e3, 1e-9);
   EXPECT_NEAR(two["step_seconds"].get<double>(), 0.5 + ms / 1e3, 1e-9);
   EXPECT_NEAR(two["tokens_per_s"].get<double>(), 80 / (0.5 + ms / 1e3), 1e-6);
@@ -197,7 +223,8 @@ TEST_F(PlanOfTimes, AreThoseOfTheMeasuredGroup) {
 TEST_F(PlanOfTimes, GrowWithTheRing) {
   // 4 members: 6 rounds instead of 2, and 3/2 of the message instead of 1 on each link.
   double ms = 0;
-  for (const auto& m : planning::count_traffic(request(4, 1), 1, 0, 25 * double(1 << 20))) ms += m.calls * (3 + std::max(0.0, 1.5 * m.bytes_each / 1024 - 1));
+  for (const auto& m : planning::count_traffic(request(4, 1), 1, 0, 25 * double(1 << 20)))
+    ms += m.calls * (3 + std::max(0.0, 1.5 * m.bytes_each / 1024 - 1));
   const Json four = plan("nodes=2,gpus=2");
   EXPECT_NEAR(four["seconds_under_way"]["gradients"].get<double>(), ms / 1e3, 1e-9);
   EXPECT_TRUE(four.contains("note")) << "nothing was measured between machines";

@@ -1,4 +1,5 @@
-// What we write, transformers loads: bases made from scratch, and dense models as mixtures of experts, give the same logits there.
+// What we write, transformers loads: bases made from scratch, and dense models as mixtures of experts, give the same
+// logits there.
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
@@ -20,7 +21,10 @@ namespace fs = std::filesystem;
 void write_golden(const fs::path& dir, model::BaseModel base) {
   const model::Decoder decoder(std::move(base));
   const at::Tensor ids = at::arange(3, 33).view({2, 15});
-  io::save_safetensors(dir / "golden.safetensors", {{"input_ids", ids}, {"logits", decoder.all_logits(decoder.forward(model::pack_rows(ids)).hidden_TD).view({2, 15, -1})}});
+  io::save_safetensors(
+      dir / "golden.safetensors",
+      {{"input_ids", ids},
+       {"logits", decoder.all_logits(decoder.forward(model::pack_rows(ids)).hidden_TD).view({2, 15, -1})}});
 }
 
 std::vector<std::string> bases_from_scratch(const fs::path& folder) {
@@ -62,12 +66,16 @@ std::vector<std::string> upcycled_models(const fs::path& folder) {
       {.shards = 4, .clones = 4},
       {.method = UpcycleMethod::clone, .experts = 5, .top_k = 3},
       {.method = UpcycleMethod::split, .experts = 4, .top_k = 2},
-      {.method = UpcycleMethod::cluster, .experts = 4, .top_k = 2, .inputs = [x] { return std::vector<at::Tensor>{x, x}; }},
+      {.method = UpcycleMethod::cluster,
+       .experts = 4,
+       .top_k = 2,
+       .inputs = [x] { return std::vector<at::Tensor>{x, x}; }},
   };
   std::vector<std::string> dirs;
   for (const std::string name : {"llama", "mistral", "qwen3"}) {
     const fs::path dense = folder / ("dense-" + name);
-    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert" / (name + ".gguf"), dense, {.dtype = at::kFloat});
+    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert" / (name + ".gguf"), dense,
+                         {.dtype = at::kFloat});
     for (size_t i = 0; i < std::size(options); ++i) {
       const fs::path dir = folder / (name + std::to_string(i));
       convert::upcycle(dense, dir, options[i]);
@@ -86,7 +94,8 @@ TEST(Transformers, LoadsWhatWeWrite) {
   at::NoGradGuard no_grad;
   testing::TemporaryFolder folder;
   std::vector<std::string> command{python, test_source_dir() + "/tests/model/check_transformers.py"};
-  for (const auto& dirs : {bases_from_scratch(folder.path()), upcycled_models(folder.path())}) command.insert(command.end(), dirs.begin(), dirs.end());
+  for (const auto& dirs : {bases_from_scratch(folder.path()), upcycled_models(folder.path())})
+    command.insert(command.end(), dirs.begin(), dirs.end());
   const auto result = testing::Process(command, {"HF_HUB_OFFLINE=1"}).wait();
   EXPECT_EQ(result.code, 0) << result.out << result.err;
 }

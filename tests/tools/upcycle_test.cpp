@@ -18,7 +18,8 @@ class Upcycle : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     folder_ = std::make_unique<testing::TemporaryFolder>();
-    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert/llama.gguf", dense(), {.dtype = at::kFloat});
+    convert::import_gguf(fs::path(test_source_dir()) / "tests/golden/convert/llama.gguf", dense(),
+                         {.dtype = at::kFloat});
     std::string lines;
     for (int i = 0; i < 40; ++i) lines += "line " + std::to_string(i) + " of a text about hearts and stars\n";
     io::write_file_atomic(text(), lines);
@@ -53,17 +54,23 @@ TEST_F(Upcycle, PerplexityBeforeAndAfterIsSaid) {
     const auto said = upcycle(options);
     ASSERT_EQ(said.code, 0) << said.err;
     EXPECT_NE(said.err.find(c.options[1] + ": perplexity "), std::string::npos) << said.err;
-    EXPECT_EQ(said.err.find("this method loses text ability; a run to recover it: configs/recovery.yaml") != std::string::npos, !c.keeps) << said.err;
+    EXPECT_EQ(said.err.find("this method loses text ability; a run to recover it: configs/recovery.yaml") !=
+                  std::string::npos,
+              !c.keeps)
+        << said.err;
     options.emplace_back("--json");
     const auto r = upcycle(options);
     const auto p = io::Json::parse(r.out).at("perplexity");
     const double before = p["dense"], after = p["upcycled"];
     EXPECT_EQ(dense.value_or(before), before);
     dense = before;
-    if (c.keeps) EXPECT_NEAR(after, before, 1e-4 * before);
-    else EXPECT_GT(std::abs(after - before), 1e-5 * before);  // of random weights
+    if (c.keeps)
+      EXPECT_NEAR(after, before, 1e-4 * before);
+    else
+      EXPECT_GT(std::abs(after - before), 1e-5 * before);  // of random weights
     EXPECT_GT(p["tokens"].get<int64_t>(), 100);
-    for (const auto& entry : fs::directory_iterator(folder_->path())) EXPECT_FALSE(entry.path().filename().string().starts_with(".")) << entry.path() << " is left";
+    for (const auto& entry : fs::directory_iterator(folder_->path()))
+      EXPECT_FALSE(entry.path().filename().string().starts_with(".")) << entry.path() << " is left";
   }
 }
 
@@ -78,7 +85,8 @@ TEST_F(Upcycle, OptionsThatWouldBeIgnoredAreRefused) {
       {{"--method", "split", "--shared", "0.5"}, "--shared is for --method cluster, got --method split"},
       {{"--method", "cluster"}, "give --text FILE"},
       {{"--router", "kmeans"}, "give --text FILE"},
-      {{"--method", "cluster", "--top-k", "9", "--text", text().string()}, "--top-k must be in [1, --experts], got 9 of 8"},
+      {{"--method", "cluster", "--top-k", "9", "--text", text().string()},
+       "--top-k must be in [1, --experts], got 9 of 8"},
       {{"--router", "best"}, "--router must be one of random, kmeans, analytic, got best"},
   };
   for (const Case& c : cases) {

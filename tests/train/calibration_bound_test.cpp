@@ -1,4 +1,5 @@
-// A new run whose calibration has less room: the same bytes while everything fits, fewer rows where it does not, an error where ranks do not fit.
+// A new run whose calibration has less room: the same bytes while everything fits, fewer rows where it does not, an
+// error where ranks do not fit.
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
@@ -34,7 +35,8 @@ TEST(CalibrationBound, ChangesNothingUntilRowsDoNotFit) {
     const model::DecoderSpec spec = model::read_spec(world.base);
     const double all = double(graft::plan_calibration(spec, config).bytes) / double(1 << 30);
     EXPECT_EQ(graft::plan_calibration(spec, config).rows, 256);
-    const auto ample = initialised(dtype, 1000), exact = initialised(dtype, all * 1.0001), tight = initialised(dtype, all / 8);
+    const auto ample = initialised(dtype, 1000), exact = initialised(dtype, all * 1.0001),
+               tight = initialised(dtype, all / 8);
     int64_t moved = 0;
     for (const auto& [name, tensor] : ample) {
       EXPECT_TRUE(at::equal(tensor, exact.at(name))) << name;

@@ -1,5 +1,6 @@
-// Training on a GPU, through the binary: the CPU's losses and gradient norms, moments in float32 and in 8 bits, checkpoints written while it goes on, SIGKILL
-// and the same bytes after resuming, text as it was. The bodies run on the CPU too, so that only the card is new to them; on a card nothing here has run yet.
+// Training on a GPU, through the binary: the CPU's losses and gradient norms, moments in float32 and in 8 bits,
+// checkpoints written while it goes on, SIGKILL and the same bytes after resuming, text as it was. The bodies run on
+// the CPU too, so that only the card is new to them; on a card nothing here has run yet.
 #include <gtest/gtest.h>
 
 #include <csignal>
@@ -29,7 +30,8 @@ class Training {
  public:
   Training() : world_(testing::make_tiny_world(folder_.path())) {}
 
-  run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype, OptimizerKind optimizer, int64_t steps) const {
+  run::RunConfig config(const std::string& name, const std::string& device, const std::string& dtype,
+                        OptimizerKind optimizer, int64_t steps) const {
     run::RunConfig c = world_.config;
     c.run.dir = (world_.dir / name).string();
     c.model.device = config::parse_choice<config::Device>("device", device), c.model.dtype = dtype;
@@ -62,14 +64,17 @@ fs::path last(const run::RunConfig& c) { return *checkpoint::find_latest(fs::pat
 // In float32, where the two differ by the order of sums alone. Each step's loss stands on the updates before it.
 void expect_the_cpus_numbers(const std::string& device) {
   const Training training;
-  const auto there = training.config("there", device, "float32", OptimizerKind::adamw, 6), here = training.config("here", "cpu", "float32", OptimizerKind::adamw, 6);
+  const auto there = training.config("there", device, "float32", OptimizerKind::adamw, 6),
+             here = training.config("here", "cpu", "float32", OptimizerKind::adamw, 6);
   training.train(there);
   training.train(here);
   for (const char* key : {"loss", "grad_norm"}) {
     const auto a = testing::training_column(there.run.dir, key), b = testing::training_column(here.run.dir, key);
     ASSERT_EQ(a.size(), 6u);
-    // Adam divides by the root of the moments: where a gradient is mostly rounding, so is its update; each of a tenth of lr at most moves the loss by less.
-    for (const auto& [step, value] : b) EXPECT_NEAR(a.at(step), value, (step == 1 ? 1e-5 : 1e-3) * value) << key << " of step " << step;
+    // Adam divides by the root of the moments: where a gradient is mostly rounding, so is its update; each of a tenth
+    // of lr at most moves the loss by less.
+    for (const auto& [step, value] : b)
+      EXPECT_NEAR(a.at(step), value, (step == 1 ? 1e-5 : 1e-3) * value) << key << " of step " << step;
     if (std::string(key) == "grad_norm")
       for (const auto& [step, value] : b) EXPECT_GT(value, kClip) << "clipping must act in step " << step;
   }
@@ -78,11 +83,13 @@ void expect_the_cpus_numbers(const std::string& device) {
 // Killed once its second checkpoint is there, while others are being written; then resumed to the end.
 void expect_the_same_bytes_after_a_kill(const std::string& device, OptimizerKind optimizer) {
   const Training training;
-  const auto calm = training.config("calm", device, "bfloat16", optimizer, 40), killed = training.config("killed", device, "bfloat16", optimizer, 40);
+  const auto calm = training.config("calm", device, "bfloat16", optimizer, 40),
+             killed = training.config("killed", device, "bfloat16", optimizer, 40);
   training.train(calm);
   {
     Process p = training.start(killed, "none");
-    while (p.running() && checkpoint::list_checkpoints(fs::path(killed.run.dir) / "checkpoints").size() < 3) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    while (p.running() && checkpoint::list_checkpoints(fs::path(killed.run.dir) / "checkpoints").size() < 3)
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
     ASSERT_TRUE(p.running()) << "it ended before it could be killed: " << p.wait().err;
     p.send(SIGKILL);
     EXPECT_EQ(p.wait().signal, SIGKILL);
@@ -90,7 +97,8 @@ void expect_the_same_bytes_after_a_kill(const std::string& device, OptimizerKind
   const auto begun = testing::training_column(killed.run.dir, "loss");
   ASSERT_LT(begun.empty() ? 0 : begun.rbegin()->first, 40) << "nothing was left to resume";
   training.train(killed, "auto");
-  for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_TRUE(io::read_file(last(calm) / file) == io::read_file(last(killed) / file)) << file;
+  for (const char* file : {"adapter.safetensors", "optimizer.safetensors"})
+    EXPECT_TRUE(io::read_file(last(calm) / file) == io::read_file(last(killed) / file)) << file;
   EXPECT_EQ(testing::training_column(calm.run.dir, "loss"), testing::training_column(killed.run.dir, "loss"));
   EXPECT_EQ(testing::training_column(calm.run.dir, "grad_norm"), testing::training_column(killed.run.dir, "grad_norm"));
   int64_t in_8bit = 0;

@@ -34,7 +34,9 @@ TEST_P(Families, GraftTrainResumeAndGenerate) {
     c.checkpoint = {6, 10, true};
     return c;
   };
-  const auto factors = [](const run::RunConfig& c) { return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors"); };
+  const auto factors = [](const run::RunConfig& c) {
+    return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors");
+  };
   const run::RunConfig whole = config_of("whole", 12);
   EXPECT_FALSE(train(whole).stopped);
   const auto losses = moegraft::testing::training_column(whole.run.dir, "loss");
@@ -69,7 +71,9 @@ TEST(QuantisedBase, GraftTrainsResumesAndKeepsText) {
     c.train.steps = 12, c.train.sample_prompts.clear();
     c.train.lora.lr = 3e-2, c.train.embeddings.lr = 3e-2;
     c.checkpoint = {6, 10, true};
-    const auto factors = [&] { return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors"); };
+    const auto factors = [&] {
+      return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors");
+    };
     train(c);
     const std::string whole = factors();
     const auto losses = moegraft::testing::training_column(c.run.dir, "loss");
@@ -96,7 +100,9 @@ TEST(Kinds, VeraTrainsResumesAndKeepsText) {
     c.train.steps = 40, c.train.sample_prompts.clear();
     c.train.lora.lr = 3e-2, c.train.embeddings.lr = 3e-2;
     c.checkpoint = {20, 10, true};
-    const auto factors = [&] { return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors"); };
+    const auto factors = [&] {
+      return io::read_file(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints") / "adapter.safetensors");
+    };
     train(c);
     const std::string whole = factors();
     const auto losses = moegraft::testing::training_column(c.run.dir, "loss");
@@ -111,7 +117,8 @@ TEST(Kinds, VeraTrainsResumesAndKeepsText) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Known, Families, ::testing::ValuesIn(model::known_families()), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Known, Families, ::testing::ValuesIn(model::known_families()),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace moegraft::train

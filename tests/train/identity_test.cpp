@@ -27,9 +27,7 @@ using moegraft::testing::TinyWorld;
 std::string error_of(const std::function<void()>& act) {
   try {
     act();
-  } catch (const UserError& e) {
-    return e.what();
-  }
+  } catch (const UserError& e) { return e.what(); }
   return "no error";
 }
 
@@ -57,10 +55,12 @@ struct World {
   // Other captions for the same pictures: as many documents, of other contents.
   void make_other_data() const {
     std::string text = io::read_file(world.manifest);
-    for (size_t at = text.find("\"a "); at != std::string::npos; at = text.find("\"a ", at + 1)) text.replace(at, 3, "\"o ");
+    for (size_t at = text.find("\"a "); at != std::string::npos; at = text.find("\"a ", at + 1))
+      text.replace(at, 3, "\"o ");
     io::write_file_atomic(world.manifest, text);
     data::ShardOptions o;
-    o.tokenizer = world.tokenizer, o.codec = world.codec, o.manifests = {world.manifest}, o.output = world.image_shards, o.overwrite = true;
+    o.tokenizer = world.tokenizer, o.codec = world.codec, o.manifests = {world.manifest}, o.output = world.image_shards,
+    o.overwrite = true;
     data::prepare_shards(o);
   }
   TemporaryFolder folder;
@@ -76,18 +76,24 @@ TEST(Identity, WhatChangedIsNamedAndRefused) {
   };
   const Case cases[] = {
       {"nothing", [](const World&) {}, "no error", "no error"},
-      {"the base's weights", [](const World& w) { change_one_value(w.world.base / "model.safetensors"); }, "base ", "base "},
-      {"the base's config", [](const World& w) {
+      {"the base's weights", [](const World& w) { change_one_value(w.world.base / "model.safetensors"); }, "base ",
+       "base "},
+      {"the base's config",
+       [](const World& w) {
          auto j = io::read_json(w.world.base / "config.json");
          j["rms_norm_eps"] = 1e-3;
          io::write_json(w.world.base / "config.json", j);
-       }, "base ", "base "},
-      {"the codec", [](const World& w) { change_one_value(w.world.codec / "model.safetensors"); }, "codec", "codec.image "},
+       },
+       "base ", "base "},
+      {"the codec", [](const World& w) { change_one_value(w.world.codec / "model.safetensors"); }, "codec",
+       "codec.image "},
       {"data of as many documents", [](const World& w) { w.make_other_data(); }, "--accept-changed data", "no error"},
-      {"nothing but the base's place", [](const World& w) {
+      {"nothing but the base's place",
+       [](const World& w) {
          fs::rename(w.world.base, w.world.dir / "elsewhere");
          fs::create_directory_symlink(w.world.dir / "elsewhere", w.world.base);
-       }, "no error", "no error"},
+       },
+       "no error", "no error"},
   };
   for (const auto& c : cases) {
     SCOPED_TRACE(c.name);
@@ -134,14 +140,16 @@ TEST(Identity, AcceptedDataMayHaveMoreDocuments) {
 // A run that saved step 0 and failed before it trained: what is wrong with its config is mended where it is.
 TEST(Identity, ARunThatTrainedNothingIsTakenOverByACorrectedConfig) {
   World w;
-  std::erase_if(w.config.data.train, [&](const data::SourceConfig& source) { return source.path != w.world.image_shards.string(); });
+  std::erase_if(w.config.data.train,
+                [&](const data::SourceConfig& source) { return source.path != w.world.image_shards.string(); });
   ASSERT_EQ(w.config.data.train.size(), 1u);
   w.config.data.sequence_length = 4;
   EXPECT_NE(error_of([&] { train(w.config); }).find("no document fits"), std::string::npos);
   ASSERT_FALSE(checkpoint::list_checkpoints(w.world.run / "checkpoints").empty()) << "else this shows nothing";
   w.config.data.sequence_length = 64;
   const std::string refused = error_of([&] { train(w.config); });
-  EXPECT_NE(refused.find("it has trained no step yet, so a corrected config begins anew there"), std::string::npos) << refused;
+  EXPECT_NE(refused.find("it has trained no step yet, so a corrected config begins anew there"), std::string::npos)
+      << refused;
   EXPECT_EQ(train(w.config, "auto").step, 2);
   w.config.data.sequence_length = 32;
   EXPECT_NE(error_of([&] { train(w.config, "auto"); }).find("must keep data.sequence_length"), std::string::npos);
@@ -151,7 +159,8 @@ TEST(Identity, ShardsOfAnotherCodecAreRefused) {
   World w;
   change_one_value(w.world.codec / "model.safetensors");
   const std::string error = error_of([&] { train(w.config); });
-  EXPECT_NE(error.find("was made with another codec than this run's " + w.world.codec.string()), std::string::npos) << error;
+  EXPECT_NE(error.find("was made with another codec than this run's " + w.world.codec.string()), std::string::npos)
+      << error;
   EXPECT_FALSE(fs::exists(w.world.run)) << "a start that fails leaves no run";
 }
 
@@ -180,12 +189,16 @@ TEST(Branch, AnOlderCheckpointContinuesInARunOfItsOwn) {
   run::RunConfig branch = w.config;
   branch.run.dir = (w.world.dir / "branch").string();
   EXPECT_EQ(train(branch, old.string()).step, 6);
-  const auto last = [](const fs::path& run) { return io::read_file(run / "checkpoints/step-00000006/adapter.safetensors"); };
+  const auto last = [](const fs::path& run) {
+    return io::read_file(run / "checkpoints/step-00000006/adapter.safetensors");
+  };
   EXPECT_EQ(last(branch.run.dir), last(w.world.run)) << "the same steps give the same bytes";
-  EXPECT_TRUE(fs::exists(fs::path(branch.run.dir) / "checkpoints/step-00000002")) << "a kill before the next checkpoint loses nothing";
+  EXPECT_TRUE(fs::exists(fs::path(branch.run.dir) / "checkpoints/step-00000002"))
+      << "a kill before the next checkpoint loses nothing";
   EXPECT_EQ(run::read_run_record(branch.run.dir).branched_from, fs::absolute(old).lexically_normal().string());
   std::vector<int64_t> steps;
-  for (const auto& line : run::read_metrics(fs::path(branch.run.dir) / "metrics.jsonl").training) steps.push_back(line.step);
+  for (const auto& line : run::read_metrics(fs::path(branch.run.dir) / "metrics.jsonl").training)
+    steps.push_back(line.step);
   EXPECT_EQ(steps, (std::vector<int64_t>{1, 2, 3, 4, 5, 6}));
   EXPECT_EQ(checkpoint::list_checkpoints(w.world.run / "checkpoints"), before);
 
@@ -203,7 +216,8 @@ TEST(Branch, DamagedCheckpointsAreKeptAsideAndNotCounted) {
   w.config.train.steps = 8;
   EXPECT_EQ(train(w.config, "auto").step, 8);
   EXPECT_TRUE(fs::exists(root / "damaged-step-00000006"));
-  for (const auto& dir : checkpoint::list_checkpoints(root)) std::ofstream(dir / "adapter.safetensors", std::ios::app) << "x";
+  for (const auto& dir : checkpoint::list_checkpoints(root))
+    std::ofstream(dir / "adapter.safetensors", std::ios::app) << "x";
   const std::string lines = io::read_file(w.world.run / "metrics.jsonl");
   w.config.train.steps = 10;
   EXPECT_NE(error_of([&] { train(w.config, "auto"); }).find("every checkpoint in"), std::string::npos);
@@ -236,7 +250,8 @@ TEST(Start, StrictEndsWhatLearnsNothing) {
   World at_once;
   at_once.config.train.warmup = 100, at_once.config.train.strict = true;
   const std::string message = error_of([&] { train(at_once.config); });
-  EXPECT_NE(message.find("train.strict: ended before its first step by the warning above (warmup)"), std::string::npos) << message;
+  EXPECT_NE(message.find("train.strict: ended before its first step by the warning above (warmup)"), std::string::npos)
+      << message;
   at_once.config.train.warmup = 0;
   EXPECT_EQ(train(at_once.config).step, 2) << "nothing was saved: the corrected config takes the directory over";
 }

@@ -4,7 +4,6 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
 
-
 #include "libtorch.h"
 #include "moegraft/adapters/modality_lora.h"
 #include "moegraft/base/check.h"
@@ -44,8 +43,12 @@ struct Case {
 
 model::DecoderSpec spec_of(const Case& c, int64_t layers) {
   model::DecoderSpec s;
-  s.family = c.shared ? "qwen2_moe" : c.norm == model::QkNorm::per_head ? "qwen3_moe" : c.norm == model::QkNorm::full ? "olmoe" : "mixtral";
-  s.vocab_size = 50, s.hidden_size = 64, s.num_layers = layers, s.num_heads = 4, s.num_kv_heads = s.family == "olmoe" ? 4 : 2, s.head_dim = 16;
+  s.family = c.shared                            ? "qwen2_moe"
+             : c.norm == model::QkNorm::per_head ? "qwen3_moe"
+             : c.norm == model::QkNorm::full     ? "olmoe"
+                                                 : "mixtral";
+  s.vocab_size = 50, s.hidden_size = 64, s.num_layers = layers, s.num_heads = 4,
+  s.num_kv_heads = s.family == "olmoe" ? 4 : 2, s.head_dim = 16;
   s.intermediate_size = c.sparse ? 48 : 96, s.moe_intermediate_size = 48, s.num_experts = 6, s.num_experts_per_tok = 2;
   if (s.family == "mixtral") s.intermediate_size = s.moe_intermediate_size;
   s.router.renormalise = c.renormalise, s.qk_norm = c.norm, s.clip_qkv = c.clip, s.max_positions = 512;
@@ -83,20 +86,30 @@ int64_t kept(const Case& c, const fs::path& dir, int64_t layers, int64_t recompu
 TEST(MemoryPlan, CountsWhatALayerKeeps) {
   const TemporaryFolder folder("moegraft_plan");
   constexpr int64_t kTokens = 192;
-  const Case cases[] = {{"qwen3", model::QkNorm::per_head, 0, true, true, false, true},    {"qwen3_bf16", model::QkNorm::per_head, 0, true, true, true, true},
-                        {"qwen3_gated", model::QkNorm::per_head, 0, true, true, false, false}, {"qwen3_dense", model::QkNorm::per_head, 0, true, false, false, true},
-                        {"olmoe_clip", model::QkNorm::full, 2.0, false, true, false, true}, {"olmoe_bf16_gated", model::QkNorm::full, 0, false, true, true, false},
-                        {"qwen3_dense_gated", model::QkNorm::per_head, 0, true, false, false, false}, {"qwen3_dense_bf16", model::QkNorm::per_head, 0, true, false, true, false},
-                        {"mixtral", model::QkNorm::none, 0, true, true, false, true}, {"qwen2", model::QkNorm::none, 0, true, true, false, false, true},
-                        {"qwen3_vera", model::QkNorm::per_head, 0, true, true, false, false, false, adapters::AdapterKind::vera},
-                        {"dense_vera", model::QkNorm::per_head, 0, true, false, true, true, false, adapters::AdapterKind::vera}};
+  const Case cases[] = {
+      {"qwen3", model::QkNorm::per_head, 0, true, true, false, true},
+      {"qwen3_bf16", model::QkNorm::per_head, 0, true, true, true, true},
+      {"qwen3_gated", model::QkNorm::per_head, 0, true, true, false, false},
+      {"qwen3_dense", model::QkNorm::per_head, 0, true, false, false, true},
+      {"olmoe_clip", model::QkNorm::full, 2.0, false, true, false, true},
+      {"olmoe_bf16_gated", model::QkNorm::full, 0, false, true, true, false},
+      {"qwen3_dense_gated", model::QkNorm::per_head, 0, true, false, false, false},
+      {"qwen3_dense_bf16", model::QkNorm::per_head, 0, true, false, true, false},
+      {"mixtral", model::QkNorm::none, 0, true, true, false, true},
+      {"qwen2", model::QkNorm::none, 0, true, true, false, false, true},
+      {"qwen3_vera", model::QkNorm::per_head, 0, true, true, false, false, false, adapters::AdapterKind::vera},
+      {"dense_vera", model::QkNorm::per_head, 0, true, false, true, true, false, adapters::AdapterKind::vera}};
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
     planning::MemoryRequest r;
     r.spec = spec_of(c, 4);
     r.dtype = c.bf16 ? at::kBFloat16 : at::kFloat;
     r.tokens = kTokens, r.gate_open = c.open;
-    r.adapters = {{4, {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up, model::Site::down}, {}, c.kind}};
+    r.adapters = {{4,
+                   {model::Site::q, model::Site::k, model::Site::v, model::Site::o, model::Site::gate, model::Site::up,
+                    model::Site::down},
+                   {},
+                   c.kind}};
     const planning::MemoryPlan plan = planning::plan_memory(r);
     // Two layers more, so that what belongs to no layer drops out.
     const auto of_layer = [&](bool recomputed) {
@@ -119,12 +132,18 @@ TEST(MemoryPlan, CountsAQuantisedBase) {
       r.spec.layers[1].sparse = false, r.spec.intermediate_size = 96;
       r.dtype = dtype, r.tokens = 64, r.quantise = kernels::WeightFormat::q8_0;
       const auto weights = model::random_base(r.spec, dtype, at::kCPU, 1, r.quantise).weights;
-      int64_t bytes = weights->embedding_VD().bytes() + (tied ? 0 : weights->head_VD().bytes()), floats = weights->final_norm_D().numel();
+      int64_t bytes = weights->embedding_VD().bytes() + (tied ? 0 : weights->head_VD().bytes()),
+              floats = weights->final_norm_D().numel();
       for (int64_t l = 0; l < r.spec.num_layers; ++l) {
         const model::LayerWeights w = weights->layer(l);
-        for (const auto* m : {&w.attention.q, &w.attention.k, &w.attention.v, &w.attention.o, &w.dense.gate_ID, &w.dense.up_ID, &w.dense.down_DI}) bytes += m->bytes();
-        for (const auto* t : {&w.input_norm_D, &w.post_norm_D, &w.attention.q_bias, &w.attention.k_bias, &w.attention.v_bias, &w.attention.o_bias, &w.router_ED, &w.shared_scale_1D}) floats += t->defined() ? t->numel() : 0;
-        if (r.spec.layers[size_t(l)].sparse) bytes += kernels::stored_bytes(*weights->experts(l, 0, r.spec.num_experts).panels);
+        for (const auto* m : {&w.attention.q, &w.attention.k, &w.attention.v, &w.attention.o, &w.dense.gate_ID,
+                              &w.dense.up_ID, &w.dense.down_DI})
+          bytes += m->bytes();
+        for (const auto* t : {&w.input_norm_D, &w.post_norm_D, &w.attention.q_bias, &w.attention.k_bias,
+                              &w.attention.v_bias, &w.attention.o_bias, &w.router_ED, &w.shared_scale_1D})
+          floats += t->defined() ? t->numel() : 0;
+        if (r.spec.layers[size_t(l)].sparse)
+          bytes += kernels::stored_bytes(*weights->experts(l, 0, r.spec.num_experts).panels);
       }
       const planning::MemoryPlan plan = planning::plan_memory(r);
       EXPECT_EQ(plan.base, bytes + floats * int64_t(c10::elementSize(dtype)));
@@ -222,7 +241,8 @@ TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
   EXPECT_EQ(plan.budget, int64_t(0.94 * double(r.free_bytes)));
   EXPECT_GT(plan.recompute_layers, 0);
   EXPECT_TRUE(plan.fits());
-  EXPECT_NE(planning::summary(plan).find(" GiB, 0.94 of what cuda:0 has free; "), std::string::npos) << planning::summary(plan);
+  EXPECT_NE(planning::summary(plan).find(" GiB, 0.94 of what cuda:0 has free; "), std::string::npos)
+      << planning::summary(plan);
   r.budget_bytes = r.free_bytes;  // the config's word is the last
   EXPECT_EQ(planning::plan_memory(r).budget, r.free_bytes);
   EXPECT_EQ(planning::plan_memory(r).recompute_layers, 0);
@@ -238,8 +258,11 @@ TEST(MemoryPlan, AGpuWithoutABudgetTakesMostOfWhatItHasFree) {
 }
 
 TEST(MemoryPlan, CountsWhatAGpuHoldsBesideTensors) {
-  // Qwen3-30B-A3B's attention: dq in 5 splits for one sequence, 3 for two, 1 from 5 on, and dk, dv of 32 heads that share 4 keys.
-  const auto flash = [](int64_t sequences, int64_t kv_heads, int64_t head_dim) { return planning::gpu::flash_backward(4096, sequences, 32, kv_heads, head_dim, 2); };
+  // Qwen3-30B-A3B's attention: dq in 5 splits for one sequence, 3 for two, 1 from 5 on, and dk, dv of 32 heads that
+  // share 4 keys.
+  const auto flash = [](int64_t sequences, int64_t kv_heads, int64_t head_dim) {
+    return planning::gpu::flash_backward(4096, sequences, 32, kv_heads, head_dim, 2);
+  };
   EXPECT_EQ(flash(1, 4, 128), 5 * 4224 * 32 * 128 * 4 + 32 * 4224 * 4 + 2 * 4096 * 32 * 128 * 2);
   EXPECT_EQ(flash(2, 4, 128), 3 * 4352 * 32 * 128 * 4 + 32 * 4352 * 4 + 2 * 4096 * 32 * 128 * 2);
   EXPECT_EQ(flash(5, 32, 128), 4736 * 32 * 128 * 4 + 32 * 4736 * 4);
@@ -254,7 +277,8 @@ TEST(MemoryPlan, CountsWhatAGpuHoldsBesideTensors) {
   EXPECT_EQ(many.collectives, 0);
   r.sequences = 1 << 10;
   const planning::MemoryPlan long_ones = planning::plan_memory(r);  // 33 splits of one sequence against one of many
-  EXPECT_EQ(many.workspace - long_ones.workspace, planning::gpu::flash_backward(r.tokens, 1, 4, 2, 16, 2) - planning::gpu::flash_backward(r.tokens, 1 << 10, 4, 2, 16, 2));
+  EXPECT_EQ(many.workspace - long_ones.workspace, planning::gpu::flash_backward(r.tokens, 1, 4, 2, 16, 2) -
+                                                      planning::gpu::flash_backward(r.tokens, 1 << 10, 4, 2, 16, 2));
   r.dtype = at::kFloat;  // no flash kernel
   const planning::MemoryPlan wide = planning::plan_memory(r);
   r.sequences = 1;
@@ -267,7 +291,8 @@ TEST(MemoryPlan, CountsWhatAGpuHoldsBesideTensors) {
   r.expert_size = 64, r.data_size = 1, r.spec.num_experts = 64;
   EXPECT_EQ(planning::plan_memory(r).collectives, 2 * planning::gpu::kNcclGroup + 7 * planning::gpu::kNcclPeer);
   const planning::MemoryPlan card = planning::plan_memory(r);
-  EXPECT_EQ(card.total(), card.program + card.collectives + card.base + card.offload_buffers + card.trained + card.gradients + card.optimizer + card.activations + std::max(card.loss, card.workspace));
+  EXPECT_EQ(card.total(), card.program + card.collectives + card.base + card.offload_buffers + card.trained +
+                              card.gradients + card.optimizer + card.activations + std::max(card.loss, card.workspace));
   r.device = at::kCPU;
   EXPECT_EQ(planning::plan_memory(r).collectives, 0);
 }
@@ -288,7 +313,9 @@ TEST(MemoryPlan, TheBaseInBfloat16TakesHalf) {
   }
 }
 
-std::string adapter_bytes(const fs::path& run) { return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors"); }
+std::string adapter_bytes(const fs::path& run) {
+  return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors");
+}
 
 TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
   const TemporaryFolder folder;
@@ -297,11 +324,14 @@ TEST(MemoryBudget, ARunThatMustRecomputeGivesTheSameBits) {
   const auto world = moegraft::testing::make_tiny_world(folder.path(), options);
   for (const char* dtype : {"float32", "bfloat16"}) {
     run::RunConfig plain = world.config, tight = world.config;
-    plain.run.dir = (world.dir / (std::string("plain_") + dtype)).string(), tight.run.dir = (world.dir / (std::string("tight_") + dtype)).string();
+    plain.run.dir = (world.dir / (std::string("plain_") + dtype)).string(),
+    tight.run.dir = (world.dir / (std::string("tight_") + dtype)).string();
     for (auto* c : {&plain, &tight}) c->model.dtype = dtype, c->train.sample_prompts.clear();
     train(plain);
     const graft::GraftedModel m = graft::open_model(plain.run.dir);
-    const auto plan_of = [&](const run::RunConfig& c) { return planning::plan_memory(planning::memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU)); };
+    const auto plan_of = [&](const run::RunConfig& c) {
+      return planning::plan_memory(planning::memory_request(m.decoder->spec(), c, m.vocabulary, at::kCPU));
+    };
     const planning::MemoryPlan free = plan_of(plain);
     tight.train.memory_budget_gib = double((free.total() + free.smallest) / 2) / double(int64_t{1} << 30);
     ASSERT_GE(plan_of(tight).recompute_layers, 1);
@@ -326,9 +356,11 @@ TEST(MemoryBudget, ARunWithOffloadedExpertsLearnsTheSame) {
   away.model.offload = model::Offload::experts;
   train(plain);
   train(away);
-  const auto a = moegraft::testing::training_losses(plain.run.dir), b = moegraft::testing::training_losses(away.run.dir);
+  const auto a = moegraft::testing::training_losses(plain.run.dir),
+             b = moegraft::testing::training_losses(away.run.dir);
   ASSERT_EQ(a.size(), b.size());
-  for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-4 * a[i]) << "step " << i;  // without panels, products sum in another order
+  for (size_t i = 0; i < a.size(); ++i)
+    EXPECT_NEAR(a[i], b[i], 1e-4 * a[i]) << "step " << i;  // without panels, products sum in another order
   run::RunConfig full = away;
   full.train.base_weights = BaseWeights::full, full.train.allow_text_drift = true;
   EXPECT_THROW(full.validate(""), UsageError);

@@ -28,9 +28,7 @@ template <class E, class F>
 std::string message_of(F&& f) {
   try {
     f();
-  } catch (const E& e) {
-    return e.what();
-  }
+  } catch (const E& e) { return e.what(); }
   return "";
 }
 
@@ -48,13 +46,20 @@ run::RunConfig make_run(const TinyWorld& w) {
   std::string lines;
   for (const std::string colour : {"red", "green", "blue", "black"}) {
     const std::string disc = "images/" + colour + "-disc.png", bar = "images/" + colour + "-bar.png";
-    lines += R"({"image": ")" + disc + R"(", "text": "a )" + colour + R"( disc"})" "\n";
-    lines += R"({"segments": [{"text": "a )" + colour + R"( bar"}, {"image": ")" + bar + R"(", "modality": "fine"}]})" "\n";
-    lines += R"({"segments": [{"text": "both"}, {"image": ")" + bar + R"("}, {"image": ")" + bar + R"(", "modality": "fine"}]})" "\n";
+    lines += R"({"image": ")" + disc + R"(", "text": "a )" + colour +
+             R"( disc"})"
+             "\n";
+    lines += R"({"segments": [{"text": "a )" + colour + R"( bar"}, {"image": ")" + bar +
+             R"(", "modality": "fine"}]})"
+             "\n";
+    lines += R"({"segments": [{"text": "both"}, {"image": ")" + bar + R"("}, {"image": ")" + bar +
+             R"(", "modality": "fine"}]})"
+             "\n";
   }
   io::write_file_atomic(w.dir / "both.jsonl", lines);
   data::ShardOptions shards;
-  shards.manifests = {w.dir / "both.jsonl"}, shards.tokenizer = w.tokenizer, shards.codec = w.codec, shards.codecs = {{"fine", w.dir / "fine"}}, shards.output = w.dir / "shards" / "both";
+  shards.manifests = {w.dir / "both.jsonl"}, shards.tokenizer = w.tokenizer, shards.codec = w.codec,
+  shards.codecs = {{"fine", w.dir / "fine"}}, shards.output = w.dir / "shards" / "both";
   data::prepare_shards(shards);
   run::RunConfig c = w.config;
   c.modalities["fine"].codec = (w.dir / "fine").string();
@@ -73,10 +78,13 @@ TEST(Modalities, ARunOnASetOfTwoTrainsResumesAndDraws) {
   part.run.dir = (w.dir / "part").string();
   train(whole);
   train(part);
-  for (const auto& [step, loss] : moegraft::testing::training_column(whole.run.dir, "loss")) EXPECT_TRUE(std::isfinite(loss)) << step;
+  for (const auto& [step, loss] : moegraft::testing::training_column(whole.run.dir, "loss"))
+    EXPECT_TRUE(std::isfinite(loss)) << step;
   fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(4));
   train(part, "auto");
-  const auto bytes = [](const fs::path& run) { return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors"); };
+  const auto bytes = [](const fs::path& run) {
+    return io::read_file(*checkpoint::find_latest(run / "checkpoints") / "adapter.safetensors");
+  };
   EXPECT_EQ(bytes(whole.run.dir), bytes(part.run.dir));
 
   const auto m = graft::open_model(whole.run.dir);
@@ -101,12 +109,16 @@ TEST(Modalities, WhatDoesNotFitIsSaidBeforeTheRunIsMade) {
   c.modalities.erase("fine");
   c.adapters[0].modality = {"image"};
   const std::string lacking = message_of<UsageError>([&] { train(c); });
-  EXPECT_NE(lacking.find("holds the modality \"fine\", which `modalities` lacks (image): add modalities.fine with the codec that made it"), std::string::npos) << lacking;
+  EXPECT_NE(lacking.find("holds the modality \"fine\", which `modalities` lacks (image): add modalities.fine with the "
+                         "codec that made it"),
+            std::string::npos)
+      << lacking;
   c = whole;
   write_fine_codec(w.dir / "other", 6);
   c.modalities["fine"].codec = (w.dir / "other").string();
   const std::string other = message_of<UserError>([&] { train(c); });
-  EXPECT_NE(other.find("was made with another codec than this run's " + (w.dir / "other").string()), std::string::npos) << other;
+  EXPECT_NE(other.find("was made with another codec than this run's " + (w.dir / "other").string()), std::string::npos)
+      << other;
   EXPECT_FALSE(fs::exists(whole.run.dir));
 }
 
@@ -116,7 +128,8 @@ TEST(Modalities, SamplesAreDrawnWhateverTheModalityIsCalled) {
   const TinyWorld w = make_tiny_world(folder.path());
   run::RunConfig c = make_run(w);
   data::ShardOptions shards;
-  shards.manifests = {w.dir / "both.jsonl"}, shards.tokenizer = w.tokenizer, shards.codec = w.codec, shards.modality = "coarse", shards.codecs = {{"fine", w.dir / "fine"}}, shards.output = w.dir / "shards" / "renamed";
+  shards.manifests = {w.dir / "both.jsonl"}, shards.tokenizer = w.tokenizer, shards.codec = w.codec,
+  shards.modality = "coarse", shards.codecs = {{"fine", w.dir / "fine"}}, shards.output = w.dir / "shards" / "renamed";
   data::prepare_shards(shards);
   c.modalities["coarse"] = c.modalities["image"];
   c.modalities.erase("image");

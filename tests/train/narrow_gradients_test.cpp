@@ -1,6 +1,6 @@
-// train.gradients: bf16. What is kept, and runs with it: near those with float32 gradients, resumed bit for bit, the same in every layout, and counted by the plan.
+// train.gradients: bf16. What is kept, and runs with it: near those with float32 gradients, resumed bit for bit, the
+// same in every layout, and counted by the plan.
 #include <gtest/gtest.h>
-
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
@@ -21,11 +21,14 @@ namespace {
 namespace fs = std::filesystem;
 using moegraft::testing::TemporaryFolder;
 
-at::Tensor leaf(at::IntArrayRef shape, uint64_t seed) { return at::randn(shape, at::make_generator<at::CPUGeneratorImpl>(seed), at::kFloat).requires_grad_(true); }
+at::Tensor leaf(at::IntArrayRef shape, uint64_t seed) {
+  return at::randn(shape, at::make_generator<at::CPUGeneratorImpl>(seed), at::kFloat).requires_grad_(true);
+}
 
 TEST(NarrowGradients, AreRoundedOnceForEachMicroBatch) {
   model::ParameterRegistry registry;
-  const at::Tensor x = leaf({5, 7}, 1), frozen = leaf({3}, 4), a = leaf({5, 7}, 2).detach(), b = leaf({5, 7}, 3).detach();
+  const at::Tensor x = leaf({5, 7}, 1), frozen = leaf({3}, 4), a = leaf({5, 7}, 2).detach(),
+                   b = leaf({5, 7}, 3).detach();
   registry.add({"x", x, "lora"});
   registry.add({"frozen", frozen, "lora"});
   registry.set_trainable("frozen", false);
@@ -36,7 +39,8 @@ TEST(NarrowGradients, AreRoundedOnceForEachMicroBatch) {
     EXPECT_TRUE(at::equal(x.grad(), a.to(at::kBFloat16)));
     (x * b).sum().backward();
     EXPECT_EQ(x.grad().scalar_type(), at::kBFloat16);
-    EXPECT_TRUE(at::equal(x.grad(), (a.to(at::kBFloat16).to(at::kFloat) + b).to(at::kBFloat16))) << "the second addend is not rounded before it is added";
+    EXPECT_TRUE(at::equal(x.grad(), (a.to(at::kBFloat16).to(at::kFloat) + b).to(at::kBFloat16)))
+        << "the second addend is not rounded before it is added";
     registry.zero_grad();
     (x * b).sum().backward();
     EXPECT_TRUE(at::equal(x.grad(), b.to(at::kBFloat16)));
@@ -59,9 +63,11 @@ TEST(NarrowGradients, AreWidenedByNormAndUpdate) {
       w.mutable_grad() = g.to(at::kFloat);
     }
     EXPECT_EQ(global_grad_norm(narrow), global_grad_norm(wide));
-    AdamW a(narrow, {{"lora", {1e-2, 0.1}}}, {0.9, 0.95, 1e-8, in_8bit}), b(wide, {{"lora", {1e-2, 0.1}}}, {0.9, 0.95, 1e-8, in_8bit});
+    AdamW a(narrow, {{"lora", {1e-2, 0.1}}}, {0.9, 0.95, 1e-8, in_8bit}),
+        b(wide, {{"lora", {1e-2, 0.1}}}, {0.9, 0.95, 1e-8, in_8bit});
     EXPECT_EQ(a.step(1.0, 0.5), b.step(1.0, 0.5));
-    for (size_t i = 0; i < shapes.size(); ++i) EXPECT_TRUE(at::equal(narrow.all()[i].tensor, wide.all()[i].tensor)) << in_8bit << " " << i;
+    for (size_t i = 0; i < shapes.size(); ++i)
+      EXPECT_TRUE(at::equal(narrow.all()[i].tensor, wide.all()[i].tensor)) << in_8bit << " " << i;
   }
 }
 
@@ -81,20 +87,27 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
       c.checkpoint.keep = 100;
       return c;
     };
-    const auto exact = config_of("exact", GradientDtype::float32), whole = config_of("whole", GradientDtype::bf16), part = config_of("part", GradientDtype::bf16);
+    const auto exact = config_of("exact", GradientDtype::float32), whole = config_of("whole", GradientDtype::bf16),
+               part = config_of("part", GradientDtype::bf16);
     train(exact);
     train(whole);
     train(part);
-    const auto a = moegraft::testing::training_losses(exact.run.dir), b = moegraft::testing::training_losses(whole.run.dir);
+    const auto a = moegraft::testing::training_losses(exact.run.dir),
+               b = moegraft::testing::training_losses(whole.run.dir);
     ASSERT_EQ(a.size(), 8u);
     ASSERT_EQ(b.size(), 8u);
     EXPECT_NE(a.back(), b.back()) << "bf16 was used";
-    for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(b[i], a[i], 0.01 * a[i]) << config::name_of(optimizer) << " step " << i + 1;
-    for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
+    for (size_t i = 0; i < 8; ++i)
+      EXPECT_NEAR(b[i], a[i], 0.01 * a[i]) << config::name_of(optimizer) << " step " << i + 1;
+    for (const int64_t step : {6, 8})
+      fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
     train(part, "auto");
     EXPECT_EQ(moegraft::testing::training_losses(part.run.dir), b);
-    const auto last = [](const run::RunConfig& c) { return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"); };
-    for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
+    const auto last = [](const run::RunConfig& c) {
+      return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints");
+    };
+    for (const char* file : {"adapter.safetensors", "optimizer.safetensors"})
+      EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
     auto changed = whole;
     changed.train.gradients = GradientDtype::float32;
     EXPECT_THROW(train(changed, "auto"), UsageError);
@@ -107,7 +120,8 @@ TEST(NarrowGradients, ARunFollowsFloat32OnesAndResumesBitForBit) {
 TEST(NarrowGradients, ThePlanCountsTwoBytesEach) {
   planning::MemoryRequest r;
   r.spec.family = "qwen3_moe";
-  r.spec.hidden_size = 64, r.spec.num_layers = 2, r.spec.num_heads = 4, r.spec.num_kv_heads = 4, r.spec.head_dim = 16, r.spec.num_experts = 6, r.spec.num_experts_per_tok = 2;
+  r.spec.hidden_size = 64, r.spec.num_layers = 2, r.spec.num_heads = 4, r.spec.num_kv_heads = 4, r.spec.head_dim = 16,
+  r.spec.num_experts = 6, r.spec.num_experts_per_tok = 2;
   r.spec.moe_intermediate_size = r.spec.intermediate_size = 48, r.spec.vocab_size = 50;
   r.spec.layers.assign(2, {});
   r.tokens = 64, r.device = at::kCUDA;

@@ -73,7 +73,9 @@ TEST(NewRun, StartsFromTheActivationsTopDirections) {
   const auto world = moegraft::testing::make_tiny_world(folder.path());
   const auto start_of = [&](const std::string& init) {
     const std::string dir = (folder.path() / init).string();
-    train(config::parse<run::RunConfig>(config::Document::from_file(world.yaml.string(), {"run.dir=" + dir, "adapters[0].init=" + init, "ot.calibration_tokens=64", "train.steps=1"})));
+    train(config::parse<run::RunConfig>(config::Document::from_file(
+        world.yaml.string(),
+        {"run.dir=" + dir, "adapters[0].init=" + init, "ot.calibration_tokens=64", "train.steps=1"})));
     return dir;
   };
   const std::filesystem::path svd = start_of("activation_svd"), kaiming = start_of("kaiming_zero");
@@ -81,7 +83,9 @@ TEST(NewRun, StartsFromTheActivationsTopDirections) {
   EXPECT_EQ(report.at("method"), "activation_svd");
   EXPECT_FALSE(report.at("sites").empty());
   for (const auto& [name, site] : report.at("sites").items()) EXPECT_FALSE(site.contains("objective")) << name;
-  const auto first = [](const std::filesystem::path& run) { return checkpoint::load(run / "checkpoints" / checkpoint::step_name(0)).parameters; };
+  const auto first = [](const std::filesystem::path& run) {
+    return checkpoint::load(run / "checkpoints" / checkpoint::step_name(0)).parameters;
+  };
   const auto a = first(svd), b = first(kaiming);
   for (const auto& [name, tensor] : a) {
     if (!name.ends_with(".A")) continue;

@@ -1,4 +1,5 @@
-// What an earlier moegraft wrote loads: base, codec, shards, a run and its checkpoints (tests/golden/old_run, made at 69599a1).
+// What an earlier moegraft wrote loads: base, codec, shards, a run and its checkpoints (tests/golden/old_run, made at
+// 69599a1).
 #include <gtest/gtest.h>
 
 #include "libtorch.h"
@@ -24,7 +25,8 @@ namespace fs = std::filesystem;
 class OldRun : public ::testing::Test {
  protected:
   void SetUp() override {
-    fs::copy(fs::path(moegraft::test_source_dir()) / "tests/golden/old_run", folder_.path(), fs::copy_options::recursive);
+    fs::copy(fs::path(moegraft::test_source_dir()) / "tests/golden/old_run", folder_.path(),
+             fs::copy_options::recursive);
     const fs::path config = folder_ / "run/config.yaml";
     std::string text = io::read_file(config);
     for (size_t at; (at = text.find("@WORLD@")) != std::string::npos;) text.replace(at, 7, folder_.path().string());
@@ -42,17 +44,21 @@ TEST_F(OldRun, OpensWithTheLogitsItHad) {
   EXPECT_EQ(model.step, 6);
   const auto logits = [&](const char* name) {
     const fs::path expected = folder_ / "expected";
-    model::PackedBatch batch = model::pack_rows(io::load_safetensors(expected / (std::string(name) + "-ids.safetensors")).at("input_ids"));
+    model::PackedBatch batch =
+        model::pack_rows(io::load_safetensors(expected / (std::string(name) + "-ids.safetensors")).at("input_ids"));
     batch.modality_T = (batch.ids_T >= model.vocabulary.text_size).to(at::kLong);
     const at::Tensor want = io::load_safetensors(expected / (std::string(name) + ".safetensors")).at("logits");
-    return std::pair(model.decoder->all_logits(model.decoder->forward(batch).hidden_TD).view({want.size(0), want.size(1), -1}), want);
+    return std::pair(
+        model.decoder->all_logits(model.decoder->forward(batch).hidden_TD).view({want.size(0), want.size(1), -1}),
+        want);
   };
   const auto [image, image_then] = logits("image");
   EXPECT_LT(distance(image, image_then), 1e-4);
   const auto [text, text_then] = logits("text");
   EXPECT_LT(distance(text.narrow(2, 0, text_then.size(2)), text_then), 1e-4);
   EXPECT_TRUE(evaluate::measure_drift(model, 1).exact());
-  EXPECT_EQ(generate::generate_images(model, std::vector<std::string>{"a red disc"}, {})[0].pixels_3HW.sizes(), (std::vector<int64_t>{3, 12, 12}));
+  EXPECT_EQ(generate::generate_images(model, std::vector<std::string>{"a red disc"}, {})[0].pixels_3HW.sizes(),
+            (std::vector<int64_t>{3, 12, 12}));
 }
 
 TEST_F(OldRun, ResumesWhereItStood) {
@@ -64,7 +70,8 @@ TEST_F(OldRun, ResumesWhereItStood) {
   EXPECT_EQ(config.model.dtype, "float32") << "train.precision, which it had, is model.dtype now";
   train(config, "auto");
   const auto now = testing::training_column(run(), "loss");
-  for (int64_t step = 1; step <= 6; ++step) EXPECT_NEAR(now.at(step), then.at(step), step <= 4 ? 0.0 : 1e-4) << "step " << step;
+  for (int64_t step = 1; step <= 6; ++step)
+    EXPECT_NEAR(now.at(step), then.at(step), step <= 4 ? 0.0 : 1e-4) << "step " << step;
   EXPECT_EQ(graft::open_model(run(), {}).step, 6);
 }
 

@@ -43,8 +43,8 @@ TEST(AdamW8, TheFirstStepIsThatOfFloat32Moments) {
 }
 
 TEST(AdamW8, LaterUpdatesStayWithinTheBinsOfFloat32Moments) {
-  // Independent gradients: the update's relative error, over all elements, is a few bins' width at most (roots: 0.35 % to 3.5 % of the value in the
-  // decade below the block's largest; measured 0.04).
+  // Independent gradients: the update's relative error, over all elements, is a few bins' width at most (roots: 0.35 %
+  // to 3.5 % of the value in the decade below the block's largest; measured 0.04).
   at::manual_seed(2);
   model::ParameterRegistry exact, rounded;
   const auto x = leaf(at::zeros({64, 256})), y = leaf(at::zeros({64, 256}));
@@ -63,7 +63,8 @@ TEST(AdamW8, LaterUpdatesStayWithinTheBinsOfFloat32Moments) {
   }
 }
 
-// A two-layer network that learns a fixed one from noisy samples; both layers large enough for 8 bits. Returns the loss of every step.
+// A two-layer network that learns a fixed one from noisy samples; both layers large enough for 8 bits. Returns the loss
+// of every step.
 std::vector<double> learn(const AdamWOptions& options) {
   at::manual_seed(3);
   const auto target = at::randn({32, 16}) / std::sqrt(32.0);
@@ -106,7 +107,8 @@ TEST(AdamW8, TakesAQuarterOfTheBytes) {
 TEST(AdamW8, OddSizesEmptyTensorsAndMissingGradients) {
   at::manual_seed(4);
   model::ParameterRegistry registry;
-  const auto odd = leaf(at::randn({4099})), strided = leaf(at::randn({65, 67})), empty = leaf(at::zeros({0, 5})), still = leaf(at::ones({5000}));
+  const auto odd = leaf(at::randn({4099})), strided = leaf(at::randn({65, 67})), empty = leaf(at::zeros({0, 5})),
+             still = leaf(at::ones({5000}));
   registry.add({"odd", odd, "lora"});
   registry.add({"strided", strided, "lora"});
   registry.add({"empty", empty, "lora"});
@@ -154,7 +156,8 @@ TEST(AdamW8, StateRestoresBitForBit) {
     const auto x = leaf(start), y = leaf(small);
     registry.add({"x", x, "lora"});
     registry.add({"y", y, "lora"});
-    auto optimizer = std::make_unique<AdamW>(registry, std::map<std::string, GroupOptions>{{"lora", {0.1, 0.1}}}, k8bit);
+    auto optimizer =
+        std::make_unique<AdamW>(registry, std::map<std::string, GroupOptions>{{"lora", {0.1, 0.1}}}, k8bit);
     for (int i = 0; i < 10; ++i) {
       if (i == save_at) {
         io::TensorMap state;
@@ -179,9 +182,7 @@ TEST(AdamW8, RefusesMomentsOfTheOtherForm) {
   const auto message = [](AdamW& to, const io::TensorMap& state) -> std::string {
     try {
       to.load_state(state);
-    } catch (const UserError& e) {
-      return e.what();
-    }
+    } catch (const UserError& e) { return e.what(); }
     return "";
   };
   EXPECT_NE(message(rounded, exact.state()).find("keep train.optimizer: adamw,"), std::string::npos);
@@ -208,23 +209,30 @@ TEST(AdamW8, ARunFollowsFloat32MomentsAndResumesBitForBit) {
     c.checkpoint.keep = 100;
     return c;
   };
-  const auto exact = config_of("exact", OptimizerKind::adamw), whole = config_of("whole", OptimizerKind::adamw_8bit), part = config_of("part", OptimizerKind::adamw_8bit);
+  const auto exact = config_of("exact", OptimizerKind::adamw), whole = config_of("whole", OptimizerKind::adamw_8bit),
+             part = config_of("part", OptimizerKind::adamw_8bit);
   train(exact);
   train(whole);
   train(part);
-  const auto a = moegraft::testing::training_losses(exact.run.dir), b = moegraft::testing::training_losses(whole.run.dir);
+  const auto a = moegraft::testing::training_losses(exact.run.dir),
+             b = moegraft::testing::training_losses(whole.run.dir);
   ASSERT_EQ(a.size(), 8u);
   ASSERT_EQ(b.size(), 8u);
   EXPECT_NE(a.back(), b.back()) << "8 bits were used";
   for (size_t i = 0; i < 8; ++i) EXPECT_NEAR(b[i], a[i], 0.02 * a[i]) << "step " << i + 1;
 
-  for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
+  for (const int64_t step : {6, 8})
+    fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
   train(part, "auto");
   EXPECT_EQ(moegraft::testing::training_losses(part.run.dir), b);
-  const auto last = [](const run::RunConfig& c) { return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"); };
-  for (const char* file : {"adapter.safetensors", "optimizer.safetensors"}) EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
+  const auto last = [](const run::RunConfig& c) {
+    return *checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints");
+  };
+  for (const char* file : {"adapter.safetensors", "optimizer.safetensors"})
+    EXPECT_EQ(io::read_file(last(whole) / file), io::read_file(last(part) / file)) << file;
   int in_8bit = 0;
-  for (const auto& [name, tensor] : checkpoint::load(last(whole)).optimizer) in_8bit += name.ends_with(".exp_avg.codes");
+  for (const auto& [name, tensor] : checkpoint::load(last(whole)).optimizer)
+    in_8bit += name.ends_with(".exp_avg.codes");
   EXPECT_GT(in_8bit, 0);
 
   auto changed = whole;

@@ -1,4 +1,5 @@
-// The optimizer's state over layouts: what the ranks of any expert parallelism write together is what one process writes, and either reads the other's.
+// The optimizer's state over layouts: what the ranks of any expert parallelism write together is what one process
+// writes, and either reads the other's.
 #include <gtest/gtest.h>
 
 #include "moegraft/base/check.h"
@@ -15,10 +16,8 @@ struct Tensor {
   bool expert, in_8bit;
 };
 const Tensor kTensors[] = {
-    {"blocks", {8, 4, 256}, true, true},
-    {"uneven", {8, 8, 80}, true, false},  // an expert has 2.5 blocks
-    {"small", {8, 2, 16}, true, false},
-    {"whole", {40, 136}, false, true},  // its last block is not full
+    {"blocks", {8, 4, 256}, true, true}, {"uneven", {8, 8, 80}, true, false},  // an expert has 2.5 blocks
+    {"small", {8, 2, 16}, true, false},  {"whole", {40, 136}, false, true},    // its last block is not full
     {"norm", {64}, false, false},
 };
 
@@ -38,7 +37,8 @@ struct Rank {
       if (t.expert && expert > 1) p.first_row = index * (t.shape[0] / expert), p.total_rows = t.shape[0];
       registry.add(p);
     }
-    optimizer = std::make_unique<AdamW>(registry, std::map<std::string, GroupOptions>{{"lora", {0.1, 0.1}}}, AdamWOptions{0.9, 0.95, 1e-8, true});
+    optimizer = std::make_unique<AdamW>(registry, std::map<std::string, GroupOptions>{{"lora", {0.1, 0.1}}},
+                                        AdamWOptions{0.9, 0.95, 1e-8, true});
   }
   at::Tensor slice(const Tensor& t, const at::Tensor& x) const {
     const int64_t rows = t.shape[0] / expert;
@@ -47,7 +47,8 @@ struct Rank {
   void step(int64_t n) {
     for (const auto& t : kTensors)
       if (std::string_view(t.name) != "small" || n != 1)  // a step without gradient
-        registry.find(t.name)->tensor.mutable_grad() = slice(t, values(t.name, ("grad" + std::to_string(n)).c_str(), t.shape));
+        registry.find(t.name)->tensor.mutable_grad() =
+            slice(t, values(t.name, ("grad" + std::to_string(n)).c_str(), t.shape));
     optimizer->step(1.0);
     registry.zero_grad();
   }
@@ -97,7 +98,8 @@ void expect_equal(const io::TensorMap& a, const io::TensorMap& b) {
 TEST(OptimizerLayout, TheFormDoesNotDependOnTheLayout) {
   for (const int64_t expert : {1, 2, 4, 8})
     for (const auto& rank : ranks_of(expert))
-      for (const auto& t : kTensors) EXPECT_EQ(suits_8bit(*rank->registry.find(t.name)), t.in_8bit) << t.name << ", expert " << expert;
+      for (const auto& t : kTensors)
+        EXPECT_EQ(suits_8bit(*rank->registry.find(t.name)), t.in_8bit) << t.name << ", expert " << expert;
 }
 
 TEST(OptimizerLayout, EveryLayoutWritesAndReadsTheSameState) {

@@ -45,8 +45,12 @@ TEST(AdamW, FollowsLibTorchForManySteps) {
   registry.add({"b", ours_b, "embeddings"});
   const auto theirs_a = leaf(ours_a.detach()), theirs_b = leaf(ours_b.detach());
   torch::optim::AdamW reference(std::vector<torch::optim::OptimizerParamGroup>{
-      torch::optim::OptimizerParamGroup({theirs_a}, std::make_unique<torch::optim::AdamWOptions>(torch::optim::AdamWOptions(1e-2).betas({0.9, 0.95}).weight_decay(0.1))),
-      torch::optim::OptimizerParamGroup({theirs_b}, std::make_unique<torch::optim::AdamWOptions>(torch::optim::AdamWOptions(3e-3).betas({0.9, 0.95}).weight_decay(0.0)))});
+      torch::optim::OptimizerParamGroup({theirs_a},
+                                        std::make_unique<torch::optim::AdamWOptions>(
+                                            torch::optim::AdamWOptions(1e-2).betas({0.9, 0.95}).weight_decay(0.1))),
+      torch::optim::OptimizerParamGroup({theirs_b},
+                                        std::make_unique<torch::optim::AdamWOptions>(
+                                            torch::optim::AdamWOptions(3e-3).betas({0.9, 0.95}).weight_decay(0.0)))});
   AdamW optimizer(registry, {{"lora", {1e-2, 0.1}}, {"embeddings", {3e-3, 0.0}}});
   for (int i = 0; i < 50; ++i) {
     const auto ga = torch::randn({33, 17}), gb = torch::randn({5, 7, 11}) * 1e-3;
@@ -54,7 +58,8 @@ TEST(AdamW, FollowsLibTorchForManySteps) {
     optimizer.step(1.0);
     reference.step();
   }
-  // Both in float32; the fused kernel orders a handful of roundings differently: 50 steps of 1e-2 at 6e-8 relative each.
+  // Both in float32; the fused kernel orders a handful of roundings differently: 50 steps of 1e-2 at 6e-8 relative
+  // each.
   EXPECT_LE((ours_a - theirs_a).abs().max().item<double>(), 2e-6);
   EXPECT_LE((ours_b - theirs_b).abs().max().item<double>(), 2e-6);
 }
@@ -153,7 +158,8 @@ TEST(Clip, FactorReachesTheGivenNorm) {
   EXPECT_EQ(clip_factor(5.0, 5.0), 1.0) << "at the limit nothing changes";
   EXPECT_EQ(clip_factor(5.0, 1.0), 0.2);
   EXPECT_EQ(clip_factor(0.0, 1.0), 1.0);
-  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) EXPECT_EQ(clip_factor(bad, 1.0), 1.0);
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()})
+    EXPECT_EQ(clip_factor(bad, 1.0), 1.0);
 }
 
 TEST(Clip, TheStepTakesTheFactor) {
@@ -163,7 +169,8 @@ TEST(Clip, TheStepTakesTheFactor) {
     const auto x = leaf(torch::randn({100, 50})), y = leaf(torch::randn({7}));
     registry.add({"x", x, "lora"});
     registry.add({"y", y, "lora"});
-    AdamW optimizer(registry, {{"lora", {0.1, 0.1}}}, {0.9, 0.95, 0.5, moments_8bit});  // a large epsilon: else the scale of gradients cancels
+    AdamW optimizer(registry, {{"lora", {0.1, 0.1}}},
+                    {0.9, 0.95, 0.5, moments_8bit});  // a large epsilon: else the scale of gradients cancels
     for (int i = 0; i < 3; ++i) {
       set_grad(x, torch::randn({100, 50}) * grad_scale);
       set_grad(y, torch::randn({7}) * grad_scale);
@@ -172,7 +179,8 @@ TEST(Clip, TheStepTakesTheFactor) {
     return at::cat({x.detach().flatten(), y.detach()});
   };
   for (const bool moments_8bit : {false, true}) {
-    EXPECT_TRUE(at::equal(run(moments_8bit, 0.25, 1.0), run(moments_8bit, 1.0, 0.25))) << "a power of two: no rounding differs";
+    EXPECT_TRUE(at::equal(run(moments_8bit, 0.25, 1.0), run(moments_8bit, 1.0, 0.25)))
+        << "a power of two: no rounding differs";
     EXPECT_FALSE(at::allclose(run(moments_8bit, 0.25, 1.0), run(moments_8bit, 1.0, 1.0)));
   }
   EXPECT_LE((run(false, 0.3, 1.0) - run(false, 1.0, 0.3)).abs().max().item<double>(), 1e-6);
@@ -202,7 +210,8 @@ TEST(Clip, NormDependsNeitherOnThreadsNorOnSize) {
 // The device's half of the norm, on the host: the same operations.
 TEST(Clip, SumOfSquaresIsExactEnoughForAnyList) {
   at::manual_seed(4);
-  std::vector<at::Tensor> tensors{torch::randn({300, 70}), at::empty({0, 5}), torch::randn({7}).to(at::kBFloat16), torch::randn({40, 30}).t(), torch::randn({}), torch::randn({5000}) * 1e-3};
+  std::vector<at::Tensor> tensors{torch::randn({300, 70}),    at::empty({0, 5}), torch::randn({7}).to(at::kBFloat16),
+                                  torch::randn({40, 30}).t(), torch::randn({}),  torch::randn({5000}) * 1e-3};
   double expected = 0;
   for (const auto& t : tensors) expected += t.to(at::kDouble).square().sum().item<double>();
   EXPECT_EQ(sum_of_squares(tensors).scalar_type(), at::kDouble);

@@ -1,4 +1,5 @@
-// AdamW whose state is split over processes: the values of the unsharded one, bit for bit; the norm of gradients that are spread.
+// AdamW whose state is split over processes: the values of the unsharded one, bit for bit; the norm of gradients that
+// are spread.
 
 #include "libtorch.h"
 
@@ -18,7 +19,8 @@ using model::ParameterRegistry;
 
 const std::map<std::string, GroupOptions> kGroups{{"lora", {1e-2, 0.1}}, {"embeddings", {3e-2, 0.0}}};
 
-// Odd sizes, one that travels alone, one without a gradient, expert parameters of which expert index e holds the rows [2e, 2e + 2).
+// Odd sizes, one that travels alone, one without a gradient, expert parameters of which expert index e holds the rows
+// [2e, 2e + 2).
 void fill(ParameterRegistry& registry, int64_t expert_index, int64_t expert_size) {
   uint64_t seed = 1;
   const auto add = [&](const std::string& name, at::IntArrayRef shape, const std::string& group, bool expert = false) {
@@ -26,8 +28,12 @@ void fill(ParameterRegistry& registry, int64_t expert_index, int64_t expert_size
     at::Tensor t = at::randn(shape, g, at::kFloat);
     const int64_t rows = shape.empty() ? 0 : shape[0];
     if (expert) t = t.narrow(0, expert_index * rows / expert_size, rows / expert_size).clone();
-    registry.add({.name = name, .tensor = t.requires_grad_(true), .group = group, .sharding = expert ? model::Sharding::expert : model::Sharding::replicated,
-                  .first_row = expert ? expert_index * rows / expert_size : 0, .total_rows = expert && expert_size > 1 ? rows : 0});
+    registry.add({.name = name,
+                  .tensor = t.requires_grad_(true),
+                  .group = group,
+                  .sharding = expert ? model::Sharding::expert : model::Sharding::replicated,
+                  .first_row = expert ? expert_index * rows / expert_size : 0,
+                  .total_rows = expert && expert_size > 1 ? rows : 0});
   };
   add("rows", {2100, 2048}, "embeddings");
   add("norm", {7}, "lora");
@@ -58,7 +64,8 @@ void give_gradients(ParameterRegistry& registry, int64_t s) {
 
 RANK_BODY(sharded_adamw) {
   at::set_num_threads(1);
-  const auto world = distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(30)});
+  const auto world =
+      distributed::World::join(distributed::read_launch_environment(), {.timeout = std::chrono::seconds(30)});
   for (int64_t ep = 1; ep <= world->size(); ep *= 2)
     for (const bool in_8bit : {false, true}) {
       const auto mesh = distributed::make_mesh(world, ep);
@@ -76,14 +83,16 @@ RANK_BODY(sharded_adamw) {
         sharding.share();
         plain.step(1.0, s == 2 ? 0.25 : 1.0);
         for (size_t i = 0; i < here.all().size(); ++i)
-          EXPECT_TRUE(at::equal(here.all()[i].tensor, there.all()[i].tensor)) << here.all()[i].name << " after step " << s << " on rank " << world->rank();
+          EXPECT_TRUE(at::equal(here.all()[i].tensor, there.all()[i].tensor))
+              << here.all()[i].name << " after step " << s << " on rank " << world->rank();
         if (s != 1) continue;  // the whole state, as a checkpoint gives it, goes to whoever owns what
         io::TensorMap state = plain.state();
         for (auto& [name, tensor] : state) tensor = tensor.clone();
         AdamW other(here, kGroups, options, sharding.owned());
         if (ep == 1) {
           other.load_state(state);
-          for (const auto& [name, tensor] : split.state()) EXPECT_TRUE(at::equal(tensor, other.state().at(name))) << name;
+          for (const auto& [name, tensor] : split.state())
+            EXPECT_TRUE(at::equal(tensor, other.state().at(name))) << name;
           state["layers.9.q.A.step"] = at::zeros({});
           EXPECT_THROW(other.load_state(state), UserError);
         }
@@ -92,7 +101,9 @@ RANK_BODY(sharded_adamw) {
       at::Tensor owned = at::zeros({int64_t(here.all().size())}, at::kLong);
       for (size_t i = 0; i < here.all().size(); ++i) owned[int64_t(i)] = int64_t(sharding.owned()[i]);
       world->all().all_reduce(owned, "owners").wait();
-      for (size_t i = 0; i < here.all().size(); ++i) EXPECT_EQ(owned[int64_t(i)].item<int64_t>(), here.all()[i].sharding == model::Sharding::expert ? ep : 1) << here.all()[i].name;
+      for (size_t i = 0; i < here.all().size(); ++i)
+        EXPECT_EQ(owned[int64_t(i)].item<int64_t>(), here.all()[i].sharding == model::Sharding::expert ? ep : 1)
+            << here.all()[i].name;
       for (const auto& part : split.state_parts())
         EXPECT_EQ(part.copies == checkpoint::Copies::nowhere, part.name != "steps") << part.name;
 

@@ -6,9 +6,11 @@
 namespace moegraft::train {
 namespace {
 
-StepResult step(std::vector<double> nll_M, std::vector<int64_t> labels_M, int64_t tokens, double seconds, double wait_seconds) {
+StepResult step(std::vector<double> nll_M, std::vector<int64_t> labels_M, int64_t tokens, double seconds,
+                double wait_seconds) {
   StepResult r;
-  r.nll_M = std::move(nll_M), r.labels_M = std::move(labels_M), r.tokens = tokens, r.seconds = seconds, r.wait_seconds = wait_seconds;
+  r.nll_M = std::move(nll_M), r.labels_M = std::move(labels_M), r.tokens = tokens, r.seconds = seconds,
+  r.wait_seconds = wait_seconds;
   return r;
 }
 
@@ -25,7 +27,8 @@ TEST(StepMetrics, AWindowHoldsTheStepsSinceTheLineBefore) {
   EXPECT_EQ(line.nll, (std::map<std::string, double>{{"text", 2.0}})) << "no label of an image";
   EXPECT_EQ(line.tokens_per_s, 20.0);
   EXPECT_EQ(line.data_wait_share, 0.25);
-  EXPECT_FALSE(line.busy_seconds_by_rank || line.comm_wait_share || line.comm_mib_per_step) << "there are no other processes";
+  EXPECT_FALSE(line.busy_seconds_by_rank || line.comm_wait_share || line.comm_mib_per_step)
+      << "there are no other processes";
 
   metrics.add(step({1.0, 9.0}, {1, 3}, 10, 2.0, 1.0));
   run::TrainingLine next;

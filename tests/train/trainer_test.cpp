@@ -57,7 +57,8 @@ TEST(Trainer, ABaseOfADirectoryTrainsFromItsWeights) {
     c.train.sample_every = 0, c.train.sample_prompts.clear();
     c.data.train = {{world.text_shards.string(), 1.0}}, c.data.eval.clear();
     EXPECT_FALSE(train(c).stopped);
-    const auto before = io::load_safetensors(world.base / "model.safetensors"), after = io::load_safetensors(fs::path(c.run.dir) / "model/model.safetensors");
+    const auto before = io::load_safetensors(world.base / "model.safetensors"),
+               after = io::load_safetensors(fs::path(c.run.dir) / "model/model.safetensors");
     ASSERT_EQ(before.size(), after.size());
     for (const auto& [name, value] : before) EXPECT_EQ(after.at(name).equal(value), lr == 0) << name;
     const auto l = losses(c.run.dir);
@@ -77,23 +78,29 @@ TEST(Trainer, LearnsThePicturesAndLeavesTheBaseAlone) {
   ASSERT_EQ(l.size(), 40u);
   EXPECT_LT(l.rbegin()->second, 0.7 * l.begin()->second);
   EXPECT_EQ(io::read_file(world.base / "model.safetensors"), base_before);
-  for (const char* name : {"config.yaml", "run.json", "metrics.jsonl", "routing.jsonl", "vocabulary.json", "init.json"}) EXPECT_TRUE(fs::exists(fs::path(c.run.dir) / name)) << name;
+  for (const char* name : {"config.yaml", "run.json", "metrics.jsonl", "routing.jsonl", "vocabulary.json", "init.json"})
+    EXPECT_TRUE(fs::exists(fs::path(c.run.dir) / name)) << name;
 }
 
 TEST(Trainer, AResumedRunIsBitIdenticalToAnUninterruptedOne) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());
   for (const int64_t accumulation : {1, 2}) {
-    run::RunConfig whole = config_of(world, "whole" + std::to_string(accumulation), 8), part = config_of(world, "part" + std::to_string(accumulation), 8);
-    for (auto* c : {&whole, &part}) c->train.accumulation = accumulation, c->data.caption_dropout = 0.3, c->data.sequence_length = c->data.tokens_per_step / accumulation;
+    run::RunConfig whole = config_of(world, "whole" + std::to_string(accumulation), 8),
+                   part = config_of(world, "part" + std::to_string(accumulation), 8);
+    for (auto* c : {&whole, &part})
+      c->train.accumulation = accumulation, c->data.caption_dropout = 0.3,
+      c->data.sequence_length = c->data.tokens_per_step / accumulation;
     train(whole);
     train(part);
     // As if killed after step 5: what step 4 saved is all there is.
-    for (const int64_t step : {6, 8}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
+    for (const int64_t step : {6, 8})
+      fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
     train(part, "auto");
     EXPECT_EQ(adapter_bytes(whole.run.dir), adapter_bytes(part.run.dir));
     EXPECT_EQ(losses(whole.run.dir), losses(part.run.dir));
-    const auto a = checkpoint::load(*checkpoint::find_latest(fs::path(whole.run.dir) / "checkpoints")), b = checkpoint::load(*checkpoint::find_latest(fs::path(part.run.dir) / "checkpoints"));
+    const auto a = checkpoint::load(*checkpoint::find_latest(fs::path(whole.run.dir) / "checkpoints")),
+               b = checkpoint::load(*checkpoint::find_latest(fs::path(part.run.dir) / "checkpoints"));
     for (const auto& [name, tensor] : a.optimizer) EXPECT_TRUE(at::equal(tensor, b.optimizer.at(name))) << name;
   }
 }
@@ -101,12 +108,14 @@ TEST(Trainer, AResumedRunIsBitIdenticalToAnUninterruptedOne) {
 TEST(Trainer, ACacheOfCaptionsChangesNoBitOfAResumedRun) {
   TemporaryFolder folder;
   const TinyWorld world = make_tiny_world(folder.path());
-  run::RunConfig whole = config_of(world, "whole", 12), part = config_of(world, "part", 12), small = config_of(world, "small", 12), off = config_of(world, "off", 12);
+  run::RunConfig whole = config_of(world, "whole", 12), part = config_of(world, "part", 12),
+                 small = config_of(world, "small", 12), off = config_of(world, "off", 12);
   for (auto* c : {&whole, &part}) c->train.prefix_cache_mib = 64;
   small.train.prefix_cache_mib = 1;
   train(whole);
   train(part);
-  for (const int64_t step : {6, 8, 10, 12}) fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
+  for (const int64_t step : {6, 8, 10, 12})
+    fs::remove_all(fs::path(part.run.dir) / "checkpoints" / checkpoint::step_name(step));
   train(part, "auto");  // with an empty cache
   EXPECT_EQ(adapter_bytes(whole.run.dir), adapter_bytes(part.run.dir));
   EXPECT_EQ(losses(whole.run.dir), losses(part.run.dir));
@@ -116,7 +125,8 @@ TEST(Trainer, ACacheOfCaptionsChangesNoBitOfAResumedRun) {
   const auto with = losses(whole.run.dir), without = losses(off.run.dir);
   for (const auto& [step, loss] : with) EXPECT_NEAR(loss, without.at(step), 1e-4) << step;
   double found = 0;
-  for (const auto& line : moegraft::testing::metrics_of(whole.run.dir).training) found = std::max(found, line.prefix_cache_hit_share.value_or(0));
+  for (const auto& line : moegraft::testing::metrics_of(whole.run.dir).training)
+    found = std::max(found, line.prefix_cache_hit_share.value_or(0));
   EXPECT_GT(found, 0.5);  // captions came back
 }
 
@@ -137,7 +147,8 @@ TEST(Trainer, PrefetchingChangesNothingButTheWait) {
     EXPECT_EQ(adapter_bytes(c.run.dir), expected) << "depth " << depth;
     for (const auto& line : moegraft::testing::metrics_of(c.run.dir).training) {
       const double share = line.data_wait_share.value();
-      EXPECT_TRUE(share > 0 && share < 1) << share << " at step " << line.step;  // no batch takes no time, no step is all waiting
+      EXPECT_TRUE(share > 0 && share < 1)
+          << share << " at step " << line.step;  // no batch takes no time, no step is all waiting
       EXPECT_TRUE(line.truncated_documents && line.skipped_documents) << "step " << line.step;
     }
   }
@@ -151,7 +162,8 @@ TEST(Trainer, ABatchWithoutPicturesTrainsNothingAndBreaksNothing) {
   c.data.eval.clear();
   c.train.eval_every = 0;
   train(c);
-  const auto first = checkpoint::load(fs::path(c.run.dir) / "checkpoints" / checkpoint::step_name(0)), last = checkpoint::load(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"));
+  const auto first = checkpoint::load(fs::path(c.run.dir) / "checkpoints" / checkpoint::step_name(0)),
+             last = checkpoint::load(*checkpoint::find_latest(fs::path(c.run.dir) / "checkpoints"));
   EXPECT_EQ(last.step, 3);
   for (const auto& [name, tensor] : first.parameters) EXPECT_TRUE(at::equal(tensor, last.parameters.at(name))) << name;
 }
@@ -181,8 +193,10 @@ TEST(Trainer, Bfloat16KeepsFloat32Masters) {
   c.model.dtype = "bfloat16";
   train(wide);
   train(c);
-  for (const auto& [step, loss] : losses(wide.run.dir)) EXPECT_NEAR(loss, losses(c.run.dir)[step], 0.03 * loss) << "step " << step;
-  for (const auto& [name, tensor] : moegraft::testing::read_parameters(c.run.dir)) EXPECT_EQ(tensor.scalar_type(), at::kFloat) << name;
+  for (const auto& [step, loss] : losses(wide.run.dir))
+    EXPECT_NEAR(loss, losses(c.run.dir)[step], 0.03 * loss) << "step " << step;
+  for (const auto& [name, tensor] : moegraft::testing::read_parameters(c.run.dir))
+    EXPECT_EQ(tensor.scalar_type(), at::kFloat) << name;
 }
 
 TEST(Trainer, InitFromStartsFromAnEarlierAdapter) {
@@ -193,7 +207,8 @@ TEST(Trainer, InitFromStartsFromAnEarlierAdapter) {
   run::RunConfig second = config_of(world, "second", 2);
   second.adapters[0].init_from = first.run.dir;
   train(second);
-  const auto end = moegraft::testing::read_parameters(first.run.dir), start = checkpoint::load(fs::path(second.run.dir) / "checkpoints" / checkpoint::step_name(0)).parameters;
+  const auto end = moegraft::testing::read_parameters(first.run.dir),
+             start = checkpoint::load(fs::path(second.run.dir) / "checkpoints" / checkpoint::step_name(0)).parameters;
   for (const auto& [name, tensor] : end)
     if (name.starts_with("adapters.")) EXPECT_TRUE(at::equal(tensor, start.at(name))) << name;
   second.run.dir = (world.dir / "third").string();
@@ -244,7 +259,12 @@ TEST(Trainer, ANumberThatIsNotFiniteStopsWithTheBatchSaved) {
   c.train.clip = 0;
   c.train.warmup = 0;
   // Rows beyond float32's range after the first step: the squares in the norms overflow.
-  train([&] { auto d = c; d.train.steps = 1; d.train.schedule = ScheduleKind::constant; return d; }());
+  train([&] {
+    auto d = c;
+    d.train.steps = 1;
+    d.train.schedule = ScheduleKind::constant;
+    return d;
+  }());
   auto parameters = moegraft::testing::read_parameters(c.run.dir);
   for (auto& [name, tensor] : parameters) tensor = at::full_like(tensor, 1e30);
   moegraft::testing::replace_parameters(c.run.dir, parameters);
@@ -256,7 +276,8 @@ TEST(Trainer, ANumberThatIsNotFiniteStopsWithTheBatchSaved) {
     EXPECT_NE(std::string(e.what()).find("the batch is saved in"), std::string::npos) << e.what();
   }
   bool found = false;
-  for (const auto& entry : fs::directory_iterator(c.run.dir)) found |= entry.path().filename().string().starts_with("bad-batch-step-");
+  for (const auto& entry : fs::directory_iterator(c.run.dir))
+    found |= entry.path().filename().string().starts_with("bad-batch-step-");
   EXPECT_TRUE(found);
 }
 
@@ -267,8 +288,26 @@ class Binary : public ::testing::Test {
     if (moegraft::testing::moegraft_binary().empty()) GTEST_SKIP() << "the moegraft binary is not built";
   }
   static std::vector<std::string> command(const run::RunConfig& c, const TinyWorld& world, const std::string& resume) {
-    return {moegraft::testing::moegraft_binary().string(), "train", "-c", world.yaml.string(), "--resume", resume, "--set", "run.dir=" + c.run.dir, "--set", "train.steps=" + std::to_string(c.train.steps),
-            "--set", "train.log_every=1", "--set", "train.warmup=2", "--set", "checkpoint.every=" + std::to_string(c.checkpoint.every), "--set", "checkpoint.keep=3", "--set", "train.eval_every=0"};
+    return {moegraft::testing::moegraft_binary().string(),
+            "train",
+            "-c",
+            world.yaml.string(),
+            "--resume",
+            resume,
+            "--set",
+            "run.dir=" + c.run.dir,
+            "--set",
+            "train.steps=" + std::to_string(c.train.steps),
+            "--set",
+            "train.log_every=1",
+            "--set",
+            "train.warmup=2",
+            "--set",
+            "checkpoint.every=" + std::to_string(c.checkpoint.every),
+            "--set",
+            "checkpoint.keep=3",
+            "--set",
+            "train.eval_every=0"};
   }
 };
 
@@ -292,7 +331,8 @@ TEST_F(Binary, KilledAtRandomMomentsItEndsInTheSameBytes) {
     // Growing patience: every attempt may be killed anywhere, yet the run must end.
     const double patience = rng.uniform() * seconds * (0.3 + 0.1 * round);
     const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience);
-    while (p.running() && std::chrono::steady_clock::now() < until) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    while (p.running() && std::chrono::steady_clock::now() < until)
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
     if (p.running()) {
       p.send(SIGKILL);
       p.wait();
@@ -314,7 +354,8 @@ TEST_F(Binary, ASignalSavesAndExitsWithItsOwnCode) {
   run::RunConfig c = config_of(world, "signal", 100000);
   c.checkpoint.every = 100000;
   moegraft::testing::Process p(command(c, world, "none"));
-  for (int i = 0; i < 2000 && p.running() && losses(c.run.dir).size() < 3; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  for (int i = 0; i < 2000 && p.running() && losses(c.run.dir).size() < 3; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   p.send(SIGTERM);
   const auto result = p.wait();
   EXPECT_EQ(result.code, run::kExitStopped) << result.err;
@@ -331,7 +372,10 @@ TEST_F(Binary, BadConfigsExitWithTwoAndOneLine) {
   struct Case {
     std::string set, expected;
   };
-  for (const auto& c : std::vector<Case>{{"train.step=3", "did you mean"}, {"adapters[0].rank=0", "rank"}, {"train.lora.lr=fast", "lr"}, {"adapters[0].modality=[audio]", "audio"}}) {
+  for (const auto& c : std::vector<Case>{{"train.step=3", "did you mean"},
+                                         {"adapters[0].rank=0", "rank"},
+                                         {"train.lora.lr=fast", "lr"},
+                                         {"adapters[0].modality=[audio]", "audio"}}) {
     const auto r = moegraft::testing::run_moegraft({"train", "-c", world.yaml.string(), "--set", c.set});
     EXPECT_EQ(r.code, 2) << c.set;
     EXPECT_NE(r.err.find(c.expected), std::string::npos) << r.err;
@@ -339,7 +383,8 @@ TEST_F(Binary, BadConfigsExitWithTwoAndOneLine) {
   }
   const auto missing = moegraft::testing::run_moegraft({"train", "-c", "/nowhere.yaml"});
   EXPECT_EQ(missing.code, 2) << missing.err;
-  const auto data = moegraft::testing::run_moegraft({"train", "-c", world.yaml.string(), "--set", "data.train[0].path=/nowhere"});
+  const auto data =
+      moegraft::testing::run_moegraft({"train", "-c", world.yaml.string(), "--set", "data.train[0].path=/nowhere"});
   EXPECT_EQ(data.code, 1) << data.err;
   EXPECT_NE(data.err.find("/nowhere"), std::string::npos);
 }

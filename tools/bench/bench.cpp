@@ -7,7 +7,9 @@
 namespace moegraft::tools {
 
 void add_bench_command(CLI::App& app) {
-  CLI::App* cmd = app.add_subcommand("bench", "Time training steps, single operations, collectives, generation, growth, captions and contention; without a kind: step");
+  CLI::App* cmd = app.add_subcommand("bench",
+                                     "Time training steps, single operations, collectives, generation, growth, "
+                                     "captions and contention; without a kind: step");
   cmd->require_subcommand(0, 1);
   const auto run_step = bench::add_step_options(*cmd);
   CLI::App* step = cmd->add_subcommand("step", "A whole training step: forward, loss, backward, optimizer");
@@ -25,7 +27,8 @@ void add_bench_command(CLI::App& app) {
   for (CLI::App* kind : cmd->get_subcommands({}))
     kind->preparse_callback([cmd, kind](size_t) {
       for (const CLI::Option* option : cmd->get_options())
-        MOEGRAFT_CHECK_USAGE(option->count() == 0, "bench: ", option->get_name(), " stands before ", kind->get_name(), "; options belong behind it: moegraft bench ", kind->get_name(), " …");
+        MOEGRAFT_CHECK_USAGE(option->count() == 0, "bench: ", option->get_name(), " stands before ", kind->get_name(),
+                             "; options belong behind it: moegraft bench ", kind->get_name(), " …");
     });
 }
 

@@ -1,5 +1,6 @@
-// moegraft bench contention: what a step of each trainer costs in CPU seconds alone and beside other jobs. Threads that wait by spinning, or that sleep and
-// wake at every meeting, cost more the busier the machine is; elapsed time cannot show it, since the cores are shared then.
+// moegraft bench contention: what a step of each trainer costs in CPU seconds alone and beside other jobs. Threads that
+// wait by spinning, or that sleep and wake at every meeting, cost more the busier the machine is; elapsed time cannot
+// show it, since the cores are shared then.
 #include <csignal>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -61,7 +62,8 @@ class BusyLoops {
 double cpu_seconds() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return double(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) + 1e-6 * double(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
+  return double(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+         1e-6 * double(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
 }
 
 // A model directory of the quickstart's shapes with random weights, where none is given.
@@ -75,7 +77,8 @@ class MadeUpModel {
     s.family = "qwen3_moe";
     s.vocab_size = 2048, s.hidden_size = 192, s.num_layers = 4, s.num_heads = 6, s.num_kv_heads = 2, s.head_dim = 32;
     s.intermediate_size = s.moe_intermediate_size = 192, s.num_experts = 8, s.num_experts_per_tok = 2;
-    s.router.renormalise = true, s.qk_norm = model::QkNorm::per_head, s.max_positions = 512, s.router_aux_loss_coef = 0.01;
+    s.router.renormalise = true, s.qk_norm = model::QkNorm::per_head, s.max_positions = 512,
+    s.router_aux_loss_coef = 0.01;
     s.layers.assign(size_t(s.num_layers), {});
     model::save_base(model::init_base(s, {}), dir_, at::kFloat);
   }
@@ -95,9 +98,11 @@ Step codec_step() {
   const codec::VqConfig config;  // the quickstart's
   codec::CodecTrainConfig train;
   train.warm_share = 0;
-  const auto pixels = at::randint(0, 256, {256, 3, config.image_size, config.image_size}, generator, at::kLong).to(at::kByte);
+  const auto pixels =
+      at::randint(0, 256, {256, 3, config.image_size, config.image_size}, generator, at::kLong).to(at::kByte);
   const auto trainer = std::make_shared<codec::VqTrainer>(config, train, 1, pixels);
-  return [trainer, next = int64_t{0}]() mutable { trainer->step(next++, 0.25); };  // encoder, codebook and decoder learn
+  return
+      [trainer, next = int64_t{0}]() mutable { trainer->step(next++, 0.25); };  // encoder, codebook and decoder learn
 }
 
 // Rows of equal length; with a modality the second half of each is a picture.
@@ -159,7 +164,8 @@ Json measure(const ContentionOptions& o, const Step& step) {
     const double cpu = cpu_seconds();
     const auto start = Clock::now();
     for (int64_t i = 0; i < o.steps; ++i) step();
-    side.step_s.push_back(since(start) / double(o.steps)), side.cpu_s.push_back((cpu_seconds() - cpu) / double(o.steps));
+    side.step_s.push_back(since(start) / double(o.steps)),
+        side.cpu_s.push_back((cpu_seconds() - cpu) / double(o.steps));
   };
   for (int64_t round = 0; round < o.rounds; ++round) {
     run(alone);
@@ -167,8 +173,13 @@ Json measure(const ContentionOptions& o, const Step& step) {
     run(beside);
   }
   const auto best = [](const std::vector<double>& values) { return *std::min_element(values.begin(), values.end()); };
-  const auto describe = [&](const Side& side) { return Json{{"cpu_s", best(side.cpu_s)}, {"median_cpu_s", median(side.cpu_s)}, {"step_s", best(side.step_s)}}; };
-  return {{"alone", describe(alone)}, {"beside", describe(beside)}, {"ratio", best(beside.cpu_s) / best(alone.cpu_s)}, {"median_ratio", median(beside.cpu_s) / median(alone.cpu_s)}};
+  const auto describe = [&](const Side& side) {
+    return Json{{"cpu_s", best(side.cpu_s)}, {"median_cpu_s", median(side.cpu_s)}, {"step_s", best(side.step_s)}};
+  };
+  return {{"alone", describe(alone)},
+          {"beside", describe(beside)},
+          {"ratio", best(beside.cpu_s) / best(alone.cpu_s)},
+          {"median_ratio", median(beside.cpu_s) / median(alone.cpu_s)}};
 }
 
 void run(const ContentionOptions& given) {
@@ -177,18 +188,26 @@ void run(const ContentionOptions& given) {
   double load = 0;
   MOEGRAFT_CHECK(getloadavg(&load, 1) == 1, "bench contention: the load of this machine cannot be read");
   std::unique_ptr<MadeUpModel> made_up;
-  const bool needs_model = std::any_of(o.trainers.begin(), o.trainers.end(), [](const auto& t) { return t != "codec"; });
+  const bool needs_model =
+      std::any_of(o.trainers.begin(), o.trainers.end(), [](const auto& t) { return t != "codec"; });
   if (o.model.model.empty() && needs_model) made_up = std::make_unique<MadeUpModel>(), o.model.model = made_up->dir();
-  Json out{{"tool", "moegraft"}, {"bench", "contention"}, {"busy", o.busy}, {"steps", o.steps}, {"rounds", o.rounds}, {"threads", at::get_num_threads()}, {"cores", usable_cores()}, {"load_at_start", load}, {"trainers", Json::object()}};
+  Json out{{"tool", "moegraft"},      {"bench", "contention"}, {"busy", o.busy},
+           {"steps", o.steps},        {"rounds", o.rounds},    {"threads", at::get_num_threads()},
+           {"cores", usable_cores()}, {"load_at_start", load}, {"trainers", Json::object()}};
   std::vector<std::vector<std::string>> rows;
   for (const auto& name : o.trainers) {
     Json j = measure(o, name == "codec" ? codec_step() : name == "graft" ? graft_step(o) : base_step(o));
     const auto number = [&](const char* side, const char* what) { return fixed(j[side][what].get<double>(), 4); };
-    rows.push_back({name, number("alone", "cpu_s"), number("beside", "cpu_s"), fixed(j["ratio"].get<double>(), 2), number("alone", "step_s"), number("beside", "step_s")});
+    rows.push_back({name, number("alone", "cpu_s"), number("beside", "cpu_s"), fixed(j["ratio"].get<double>(), 2),
+                    number("alone", "step_s"), number("beside", "step_s")});
     out["trainers"][name] = std::move(j);
   }
-  if (o.json) std::cout << out.dump() << '\n';
-  else print_table({"trainer", "CPU s a step", detail::concat("beside ", o.busy), "ratio", "elapsed s", detail::concat("beside ", o.busy)}, rows);
+  if (o.json)
+    std::cout << out.dump() << '\n';
+  else
+    print_table({"trainer", "CPU s a step", detail::concat("beside ", o.busy), "ratio", "elapsed s",
+                 detail::concat("beside ", o.busy)},
+                rows);
 }
 
 }  // namespace
@@ -197,19 +216,30 @@ void add_contention_command(CLI::App& bench) {
   auto o = std::make_shared<ContentionOptions>();
   o->model.dtype = "float32";
   o->model.sites = {"gate", "up", "down", "q", "v"};
-  CLI::App* cmd = bench.add_subcommand("contention", "CPU seconds of each trainer's step alone and beside busy loops: what sharing the machine costs beyond its share");
+  CLI::App* cmd = bench.add_subcommand("contention",
+                                       "CPU seconds of each trainer's step alone and beside busy loops: what sharing "
+                                       "the machine costs beyond its share");
   add_model_options(*cmd, o->model);
-  cmd->add_option("--trainers", o->trainers, "codec: a codec's training; graft: adapters and rows on a frozen base; base: all weights, from scratch")
-      ->delimiter(',')->check(CLI::IsMember({"codec", "graft", "base"}))->capture_default_str();
+  cmd->add_option(
+         "--trainers", o->trainers,
+         "codec: a codec's training; graft: adapters and rows on a frozen base; base: all weights, from scratch")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"codec", "graft", "base"}))
+      ->capture_default_str();
   cmd->add_option("--busy", o->busy, "Busy loops beside")->check(CLI::Range(1, 4096))->capture_default_str();
   cmd->add_option("--steps", o->steps, "Steps of a turn")->check(CLI::Range(1, 100000))->capture_default_str();
-  cmd->add_option("--rounds", o->rounds, "Turns of either side; the least counts")->check(CLI::Range(1, 1000))->capture_default_str();
-  cmd->add_option("--batch", o->batch, "Sequences of a graft's or base's step")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  cmd->add_option("--rounds", o->rounds, "Turns of either side; the least counts")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  cmd->add_option("--batch", o->batch, "Sequences of a graft's or base's step")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   cmd->add_option("--seq", o->seq, "Tokens of a sequence")->check(CLI::Range(4, 1 << 24))->capture_default_str();
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
-  cmd->footer("Example: moegraft bench contention --busy 5\n"
-              "Without MODEL: a made-up one of the quickstart's shapes. The codec is always the quickstart's.");
+  cmd->footer(
+      "Example: moegraft bench contention --busy 5\n"
+      "Without MODEL: a made-up one of the quickstart's shapes. The codec is always the quickstart's.");
   cmd->callback([o] { run(*o); });
 }
 

@@ -1,5 +1,5 @@
-// moegraft bench generate: reading a batch of prompts (prefill), writing text with cached keys and values (decode), and drawing pictures' codes in one
-// batch. Random ids, greedy text, so that another program can be held against it.
+// moegraft bench generate: reading a batch of prompts (prefill), writing text with cached keys and values (decode), and
+// drawing pictures' codes in one batch. Random ids, greedy text, so that another program can be held against it.
 #include "libtorch.h"
 
 #include <algorithm>
@@ -44,7 +44,8 @@ class FixedPrompt : public tokenizer::Tokenizer {
 at::Tensor load_prompts(const GenerateOptions& o, int64_t vocab) {
   if (o.ids.empty()) return random_ids({o.batch, o.prompt}, vocab);
   const at::Tensor ids = io::SafetensorsFile(o.ids).tensor("input_ids");
-  MOEGRAFT_CHECK(ids.dim() == 2 && ids.numel() > 0 && ids.scalar_type() == at::kLong, o.ids, ": input_ids must be int64 [batch, prompt], got ", ids.sizes().vec());
+  MOEGRAFT_CHECK(ids.dim() == 2 && ids.numel() > 0 && ids.scalar_type() == at::kLong, o.ids,
+                 ": input_ids must be int64 [batch, prompt], got ", ids.sizes().vec());
   return ids.clone();
 }
 
@@ -53,7 +54,8 @@ struct TextTimes {
   at::Tensor ids_BN;
 };
 
-TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count, bool cuda_graphs, OpProfile* ops = nullptr) {
+TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS, int64_t count, bool cuda_graphs,
+                     OpProfile* ops = nullptr) {
   const at::Device device = m.device();
   const int64_t B = prompts_BS.size(0), S = prompts_BS.size(1);
   model::KvCache cache(m.decoder->spec(), B, S + count, m.decoder->dtype(), device);
@@ -90,7 +92,8 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
 }
 
 // Seconds from the first code of every picture to the last: the prompt is read once for all of them before that.
-double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed, bool cuda_graphs, OpProfile* ops = nullptr) {
+double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t seed, bool cuda_graphs,
+                     OpProfile* ops = nullptr) {
   generate::ImageOptions options;
   if (cuda_graphs) options.steps = generate::DecodeSteps::recorded;
   options.n = options.max_batch = pictures;
@@ -119,9 +122,11 @@ void run(const GenerateOptions& given) {
   const at::Tensor prompts = load_prompts(o, vocab);
   o.batch = prompts.size(0), o.prompt = prompts.size(1);
   // A picture's sequence also holds its begin token.
-  MOEGRAFT_CHECK_USAGE(room <= 0 || o.prompt + o.tokens + 2 <= room, "bench generate: ", o.prompt, " prompt tokens and ", o.tokens, " more do not fit the model's ", room, " positions");
+  MOEGRAFT_CHECK_USAGE(room <= 0 || o.prompt + o.tokens + 2 <= room, "bench generate: ", o.prompt,
+                       " prompt tokens and ", o.tokens, " more do not fit the model's ", room, " positions");
   m.vocabulary.bos_id = -1;  // the prompt is exactly these ids
-  m.tokenizer = std::make_shared<FixedPrompt>(std::vector<int64_t>(prompts.const_data_ptr<int64_t>(), prompts.const_data_ptr<int64_t>() + o.prompt), vocab);
+  m.tokenizer = std::make_shared<FixedPrompt>(
+      std::vector<int64_t>(prompts.const_data_ptr<int64_t>(), prompts.const_data_ptr<int64_t>() + o.prompt), vocab);
   std::vector<double> prefill, decode, image;
   at::Tensor ids_BN;
   for (int64_t i = 0; i < o.rounds; ++i) {
@@ -131,10 +136,12 @@ void run(const GenerateOptions& given) {
     ids_BN = t.ids_BN;
   }
   const PeakMemory peak = peak_memory(m.device());
-  for (int64_t i = 0; i < o.rounds && o.pictures > 0; ++i) image.push_back(draw_pictures(m, o.pictures, uint64_t(i), o.cuda_graphs));
+  for (int64_t i = 0; i < o.rounds && o.pictures > 0; ++i)
+    image.push_back(draw_pictures(m, o.pictures, uint64_t(i), o.cuda_graphs));
   const auto best = [](const std::vector<double>& values) { return *std::min_element(values.begin(), values.end()); };
   std::vector<std::vector<int64_t>> ids;
-  for (int64_t b = 0; b < o.batch; ++b) ids.emplace_back(ids_BN[b].const_data_ptr<int64_t>(), ids_BN[b].const_data_ptr<int64_t>() + o.tokens);
+  for (int64_t b = 0; b < o.batch; ++b)
+    ids.emplace_back(ids_BN[b].const_data_ptr<int64_t>(), ids_BN[b].const_data_ptr<int64_t>() + o.tokens);
   Json out{{"tool", "moegraft"},
            {"prefill_tokens_per_s", double(o.batch * o.prompt) / best(prefill)},
            {"decode_tokens_per_s", double(o.batch * (o.tokens - 1)) / best(decode)},
@@ -168,9 +175,12 @@ void run(const GenerateOptions& given) {
     std::cout << out.dump() << '\n';
     return;
   }
-  std::printf("prefill %lld x %lld tokens: %.0f tokens/s\ndecode %lld sequences: %.0f tokens/s, %.2f ms a step\n", (long long)o.batch, (long long)o.prompt, out["prefill_tokens_per_s"].get<double>(), (long long)o.batch,
+  std::printf("prefill %lld x %lld tokens: %.0f tokens/s\ndecode %lld sequences: %.0f tokens/s, %.2f ms a step\n",
+              (long long)o.batch, (long long)o.prompt, out["prefill_tokens_per_s"].get<double>(), (long long)o.batch,
               out["decode_tokens_per_s"].get<double>(), out["decode_step_ms"].get<double>());
-  if (!image.empty()) std::printf("image codes, %lld pictures with LoRA of rank %lld: %.0f tokens/s\n", (long long)o.pictures, (long long)o.model.rank, out["image_tokens_per_s"].get<double>());
+  if (!image.empty())
+    std::printf("image codes, %lld pictures with LoRA of rank %lld: %.0f tokens/s\n", (long long)o.pictures,
+                (long long)o.model.rank, out["image_tokens_per_s"].get<double>());
   std::printf("peak %.0f MiB\n", out["peak_mib"].get<double>());
   if (out.contains("profile")) {
     std::printf("\nonce more, with every operation on the clock: %.4f s\n", out["profile"]["total_s"].get<double>());
@@ -187,16 +197,26 @@ void add_generate_command(CLI::App& bench) {
   add_random_options(*cmd, o->model);
   cmd->add_option("--batch", o->batch, "Sequences of text")->check(CLI::Range(1, 1 << 16))->capture_default_str();
   cmd->add_option("--prompt", o->prompt, "Tokens of a prompt")->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  cmd->add_option("--tokens", o->tokens, "Tokens to write, and codes of a picture")->check(CLI::Range(2, 1 << 20))->capture_default_str();
-  cmd->add_option("--pictures", o->pictures, "Pictures drawn together, LoRA acting on their codes; 0: none")->check(CLI::Range(0, 1 << 16))->capture_default_str();
-  cmd->add_option("--codes", o->codes, "Codebook of the made-up modality")->check(CLI::Range(1, 1 << 24))->capture_default_str();
-  cmd->add_option("--rounds", o->rounds, "Times each is run; the best counts")->check(CLI::Range(1, 10000))->capture_default_str();
+  cmd->add_option("--tokens", o->tokens, "Tokens to write, and codes of a picture")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  cmd->add_option("--pictures", o->pictures, "Pictures drawn together, LoRA acting on their codes; 0: none")
+      ->check(CLI::Range(0, 1 << 16))
+      ->capture_default_str();
+  cmd->add_option("--codes", o->codes, "Codebook of the made-up modality")
+      ->check(CLI::Range(1, 1 << 24))
+      ->capture_default_str();
+  cmd->add_option("--rounds", o->rounds, "Times each is run; the best counts")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str();
   cmd->add_option("--ids", o->ids, "safetensors with input_ids int64 [batch, prompt] instead of random prompts");
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));
-  cmd->add_flag("--cuda-graphs", o->cuda_graphs, "Replay recorded decode steps (bf16 on a Hopper GPU; not tried on a card yet)");
+  cmd->add_flag("--cuda-graphs", o->cuda_graphs,
+                "Replay recorded decode steps (bf16 on a Hopper GPU; not tried on a card yet)");
   cmd->add_flag("--profile", o->profile, "Once more with every operation on the clock");
   cmd->add_flag("--json", o->json, "One JSON object on stdout");
-  cmd->footer("Example: moegraft bench generate models/base --batch 4 --prompt 128 --tokens 64 --pictures 16 --dtype bfloat16");
+  cmd->footer(
+      "Example: moegraft bench generate models/base --batch 4 --prompt 128 --tokens 64 --pictures 16 --dtype bfloat16");
   cmd->callback([o] { run(*o); });
 }
 

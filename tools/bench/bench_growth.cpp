@@ -1,5 +1,5 @@
-// moegraft bench growth: how a step's time and memory grow with tokens, experts, rank and context. Each point is a process of its own, so that the
-// peak of one does not hide the next.
+// moegraft bench growth: how a step's time and memory grow with tokens, experts, rank and context. Each point is a
+// process of its own, so that the peak of one does not hide the next.
 #include <malloc.h>
 #include <unistd.h>
 
@@ -36,7 +36,9 @@ struct Point {
 // A folder that is removed at the end.
 class Scratch {
  public:
-  Scratch() : path_(fs::temp_directory_path() / ("moegraft-bench-" + std::to_string(getpid()))) { fs::create_directories(path_); }
+  Scratch() : path_(fs::temp_directory_path() / ("moegraft-bench-" + std::to_string(getpid()))) {
+    fs::create_directories(path_);
+  }
   ~Scratch() {
     std::error_code ignored;
     fs::remove_all(path_, ignored);
@@ -51,7 +53,8 @@ class Scratch {
 std::vector<Point> grid(const GrowthOptions& o, const model::DecoderSpec& spec) {
   std::vector<Point> points;
   for (const auto& axis : o.axes) {
-    MOEGRAFT_CHECK_USAGE(axis == "tokens" || axis == "context" || axis == "ranks" || axis == "experts", "--axes: tokens, context, ranks or experts, got ", axis);
+    MOEGRAFT_CHECK_USAGE(axis == "tokens" || axis == "context" || axis == "ranks" || axis == "experts",
+                         "--axes: tokens, context, ranks or experts, got ", axis);
     if (axis == "tokens")
       for (const int64_t t : o.tokens) {
         const int64_t seq = std::min(o.seq, t);
@@ -71,7 +74,8 @@ std::vector<Point> grid(const GrowthOptions& o, const model::DecoderSpec& spec) 
     if (axis == "experts") {
       const int64_t E = spec.num_experts, K = spec.num_experts_per_tok;
       MOEGRAFT_CHECK_USAGE(E > 0, "--axes experts: the model has no experts");
-      const std::vector<int64_t> counts = o.experts.empty() ? std::vector<int64_t>{std::max(K, E / 2), E, 2 * E} : o.experts;
+      const std::vector<int64_t> counts =
+          o.experts.empty() ? std::vector<int64_t>{std::max(K, E / 2), E, 2 * E} : o.experts;
       for (const int64_t e : counts) {
         MOEGRAFT_CHECK_USAGE(e >= K, "--experts must be at least the ", K, " that a token takes, got ", e);
         points.push_back({axis, e, o.batch, o.seq, o.rank, e});
@@ -86,7 +90,8 @@ void write_base(const fs::path& dir, model::DecoderSpec spec, int64_t experts) {
   spec.num_experts = experts;
   const double bytes = 4.0 * double(spec.num_parameters());
   const double free = double(fs::space(dir.parent_path()).available);
-  MOEGRAFT_CHECK(bytes < free, "a base with ", experts, " experts needs ", bytes / 1e9, " GB in ", dir.parent_path().string(), ", where ", free / 1e9, " GB are free");
+  MOEGRAFT_CHECK(bytes < free, "a base with ", experts, " experts needs ", bytes / 1e9, " GB in ",
+                 dir.parent_path().string(), ", where ", free / 1e9, " GB are free");
   model::save_base(model::init_base(spec, {1.0, 0}), dir, at::kFloat);
   malloc_trim(0);
 }
@@ -104,29 +109,47 @@ void run(const GrowthOptions& o) {
     std::string path = o.model;
     if (p.experts > 0) write_base(path = scratch.path() / "base", spec, p.experts);
     std::vector<std::string> args{"bench", "step", path, "--json", "--dtype", o.dtype, "--device", o.device};
-    for (const auto& [key, value] : std::vector<std::pair<std::string, int64_t>>{{"--batch", p.batch}, {"--seq", p.seq}, {"--rank", p.rank}, {"--steps", o.steps}, {"--threads", o.threads}, {"--matmul", o.matmul}})
+    for (const auto& [key, value] : std::vector<std::pair<std::string, int64_t>>{{"--batch", p.batch},
+                                                                                 {"--seq", p.seq},
+                                                                                 {"--rank", p.rank},
+                                                                                 {"--steps", o.steps},
+                                                                                 {"--threads", o.threads},
+                                                                                 {"--matmul", o.matmul}})
       args.insert(args.end(), {key, std::to_string(value)});
     log::info("bench growth: ", p.axis, " ", p.value);
     const ChildResult child = run_self(args);
-    Json r{{"axis", p.axis}, {"value", p.value}, {"batch", p.batch}, {"seq", p.seq}, {"rank", p.rank}, {"experts", p.experts > 0 ? p.experts : spec.num_experts}};
+    Json r{{"axis", p.axis}, {"value", p.value}, {"batch", p.batch},
+           {"seq", p.seq},   {"rank", p.rank},   {"experts", p.experts > 0 ? p.experts : spec.num_experts}};
     if (child.code != 0) {
       ++failed;
       r["error"] = "exit " + std::to_string(child.code) + ": " + trim(child.err);
       rows.push_back({p.axis + " " + std::to_string(p.value), "failed", "-", "-", "-"});
     } else {
       const Json j = Json::parse(child.out);
-      for (const char* key : {"tokens", "tokens_per_s", "best_step_s", "median_step_s", "model_gflops_per_s", "share_of_limit", "matmul_gflops", "trained_parameters"}) r[key] = j[key];
+      for (const char* key : {"tokens", "tokens_per_s", "best_step_s", "median_step_s", "model_gflops_per_s",
+                              "share_of_limit", "matmul_gflops", "trained_parameters"})
+        r[key] = j[key];
       r["peak_mib"] = j["device"] == "cpu" ? j["vm_hwm_mib"] : j["peak_mib"];
-      rows.push_back({p.axis + " " + std::to_string(p.value), fixed(1e3 * j["best_step_s"].get<double>(), 1), fixed(j["tokens_per_s"].get<double>(), 0), fixed(r["peak_mib"].get<double>(), 0),
+      rows.push_back({p.axis + " " + std::to_string(p.value), fixed(1e3 * j["best_step_s"].get<double>(), 1),
+                      fixed(j["tokens_per_s"].get<double>(), 0), fixed(r["peak_mib"].get<double>(), 0),
                       fixed(100 * j["share_of_limit"].get<double>(), 0)});
     }
     results.push_back(std::move(r));
     if (p.experts > 0) fs::remove_all(scratch.path() / "base");
   }
-  if (o.json) std::cout << Json{{"tool", "moegraft"}, {"dtype", o.dtype}, {"device", o.device}, {"base", {{"batch", o.batch}, {"seq", o.seq}, {"rank", o.rank}}}, {"points", results}}.dump() << '\n';
-  else print_table({"grows", "step ms", "tokens/s", "peak MiB", "% of limit"}, rows);
+  if (o.json)
+    std::cout << Json{{"tool", "moegraft"},
+                      {"dtype", o.dtype},
+                      {"device", o.device},
+                      {"base", {{"batch", o.batch}, {"seq", o.seq}, {"rank", o.rank}}},
+                      {"points", results}}
+                     .dump()
+              << '\n';
+  else
+    print_table({"grows", "step ms", "tokens/s", "peak MiB", "% of limit"}, rows);
   for (const auto& r : results)
-    if (r.contains("error")) log::error(r["axis"].get<std::string>(), " ", r["value"].get<int64_t>(), ": ", r["error"].get<std::string>());
+    if (r.contains("error"))
+      log::error(r["axis"].get<std::string>(), " ", r["value"].get<int64_t>(), ": ", r["error"].get<std::string>());
   MOEGRAFT_CHECK(failed == 0, "bench growth: ", failed, " of ", points.size(), " points failed");
 }
 
@@ -134,17 +157,34 @@ void run(const GrowthOptions& o) {
 
 void add_growth_command(CLI::App& bench) {
   auto o = std::make_shared<GrowthOptions>();
-  CLI::App* cmd = bench.add_subcommand("growth", "A step's time and peak memory over tokens, context, ranks and experts");
+  CLI::App* cmd =
+      bench.add_subcommand("growth", "A step's time and peak memory over tokens, context, ranks and experts");
   cmd->add_option("model", o->model, "Hugging Face directory");
-  cmd->add_option("--axes", o->axes, "What grows: tokens, context, ranks, experts")->delimiter(',')->capture_default_str();
-  cmd->add_option("--tokens", o->tokens, "Tokens of a step, in sequences of --seq")->delimiter(',')->capture_default_str();
-  cmd->add_option("--contexts", o->contexts, "Lengths of a sequence, tokens of a step about equal")->delimiter(',')->capture_default_str();
+  cmd->add_option("--axes", o->axes, "What grows: tokens, context, ranks, experts")
+      ->delimiter(',')
+      ->capture_default_str();
+  cmd->add_option("--tokens", o->tokens, "Tokens of a step, in sequences of --seq")
+      ->delimiter(',')
+      ->capture_default_str();
+  cmd->add_option("--contexts", o->contexts, "Lengths of a sequence, tokens of a step about equal")
+      ->delimiter(',')
+      ->capture_default_str();
   cmd->add_option("--ranks", o->ranks, "LoRA ranks")->delimiter(',')->capture_default_str();
-  cmd->add_option("--experts", o->experts, "Numbers of experts: the model's shape with random weights (default: half, as they are, twice)")->delimiter(',');
-  cmd->add_option("--batch", o->batch, "Sequences, where they do not grow")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  cmd->add_option("--seq", o->seq, "Tokens of a sequence, where they do not grow")->check(CLI::Range(2, 1 << 24))->capture_default_str();
-  cmd->add_option("--rank", o->rank, "LoRA rank, where it does not grow")->check(CLI::Range(1, 1024))->capture_default_str();
-  cmd->add_option("--steps", o->steps, "Steps of each point; the best counts")->check(CLI::Range(1, 100000))->capture_default_str();
+  cmd->add_option("--experts", o->experts,
+                  "Numbers of experts: the model's shape with random weights (default: half, as they are, twice)")
+      ->delimiter(',');
+  cmd->add_option("--batch", o->batch, "Sequences, where they do not grow")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  cmd->add_option("--seq", o->seq, "Tokens of a sequence, where they do not grow")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  cmd->add_option("--rank", o->rank, "LoRA rank, where it does not grow")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  cmd->add_option("--steps", o->steps, "Steps of each point; the best counts")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
   cmd->add_option("--dtype", o->dtype, "float32 or bfloat16")->capture_default_str();
   cmd->add_option("--device", o->device, "cpu or cuda")->capture_default_str();
   cmd->add_option("--threads", o->threads, "CPU threads; 0: all")->check(CLI::Range(0, 4096));

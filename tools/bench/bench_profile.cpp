@@ -87,7 +87,9 @@ OpProfile::OpProfile(at::Device device) {
   MOEGRAFT_INVARIANT(!recording, "one profile at a time");
   recording = new Recording;
   recording->device = device;
-  recording->handle = at::addGlobalCallback(at::RecordFunctionCallback(on_begin, on_end).scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION, at::RecordScope::USER_SCOPE}));
+  recording->handle = at::addGlobalCallback(
+      at::RecordFunctionCallback(on_begin, on_end)
+          .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION, at::RecordScope::USER_SCOPE}));
 }
 
 OpProfile::~OpProfile() {
@@ -115,21 +117,28 @@ Json OpProfile::finish() {
   }
   out["total_s"] = total;
   std::vector<std::pair<std::pair<size_t, std::string>, Row>> rows(recording->rows.begin(), recording->rows.end());
-  std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.second.self_s > b.second.self_s; });
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](const auto& a, const auto& b) { return a.second.self_s > b.second.self_s; });
   for (const auto& [key, row] : rows)
-    out["ops"].push_back({{"op", key.second}, {"phase", phases[key.first].name}, {"calls", row.calls}, {"self_s", row.self_s}, {"share", row.self_s / total}});
+    out["ops"].push_back({{"op", key.second},
+                          {"phase", phases[key.first].name},
+                          {"calls", row.calls},
+                          {"self_s", row.self_s},
+                          {"share", row.self_s / total}});
   return out;
 }
 
 void OpProfile::print(const Json& profile, size_t count) {
   std::vector<std::vector<std::string>> phases, rows;
   for (const auto& p : profile["phases"])
-    phases.push_back({p["name"], fixed(1e3 * p["s"].get<double>(), 1), fixed(1e3 * p["unmarked_s"].get<double>(), 1), fixed(100 * p["s"].get<double>() / profile["total_s"].get<double>(), 1)});
+    phases.push_back({p["name"], fixed(1e3 * p["s"].get<double>(), 1), fixed(1e3 * p["unmarked_s"].get<double>(), 1),
+                      fixed(100 * p["s"].get<double>() / profile["total_s"].get<double>(), 1)});
   print_table({"phase", "ms", "outside any op", "%"}, phases);
   std::printf("\n");
   for (const auto& op : profile["ops"]) {
     if (rows.size() == count) break;
-    rows.push_back({op["op"], op["phase"], std::to_string(op["calls"].get<int64_t>()), fixed(1e3 * op["self_s"].get<double>(), 2), fixed(100 * op["share"].get<double>(), 1)});
+    rows.push_back({op["op"], op["phase"], std::to_string(op["calls"].get<int64_t>()),
+                    fixed(1e3 * op["self_s"].get<double>(), 2), fixed(100 * op["share"].get<double>(), 1)});
   }
   print_table({"op", "phase", "calls", "self ms", "%"}, rows);
 }

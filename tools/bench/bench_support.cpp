@@ -90,10 +90,12 @@ std::string first_line(const std::string& command) {
 
 Json describe_card(at::Device device) {
   if (!device.is_cuda()) return nullptr;
-  const char* keys[] = {"name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"};
+  const char* keys[] = {"name",       "driver_version", "memory.total", "clocks.sm",      "clocks.max.sm",
+                        "clocks.mem", "power.draw",     "power.limit",  "temperature.gpu"};
   std::string query;
   for (const char* key : keys) query += (query.empty() ? "" : ",") + std::string(key);
-  const std::string line = first_line("nvidia-smi --query-gpu=" + query + " --format=csv,noheader,nounits -i " + std::to_string(device.has_index() ? device.index() : 0));
+  const std::string line = first_line("nvidia-smi --query-gpu=" + query + " --format=csv,noheader,nounits -i " +
+                                      std::to_string(device.has_index() ? device.index() : 0));
   if (line.empty()) return {{"name", "unknown: nvidia-smi did not answer"}};
   const auto values = split(line, ',');
   Json card;
@@ -104,7 +106,11 @@ Json describe_card(at::Device device) {
 }  // namespace
 
 Json describe_place(at::Device device) {
-  return {{"device", device.str()}, {"card", describe_card(device)}, {"cpu", describe_cpu()}, {"threads", at::get_num_threads()}, {"commit", run::git_commit()}};
+  return {{"device", device.str()},
+          {"card", describe_card(device)},
+          {"cpu", describe_cpu()},
+          {"threads", at::get_num_threads()},
+          {"commit", run::git_commit()}};
 }
 
 void add_model_options(CLI::App& cmd, ModelOptions& o) {
@@ -117,7 +123,9 @@ void add_model_options(CLI::App& cmd, ModelOptions& o) {
 }
 
 void add_random_options(CLI::App& cmd, ModelOptions& o) {
-  cmd.add_option("--random", o.random, "A config.json, or a folder that holds one: random weights of that model, drawn on the device, instead of a checkpoint");
+  cmd.add_option("--random", o.random,
+                 "A config.json, or a folder that holds one: random weights of that model, drawn on the device, "
+                 "instead of a checkpoint");
   cmd.add_option("--layers", o.layers, "With --random: only so many layers; 0: all")->check(CLI::Range(0, 1 << 16));
 }
 
@@ -132,15 +140,28 @@ at::Tensor random_rows(int64_t count, int64_t width, at::Device device, uint64_t
 void add_modality(graft::GraftedModel& m, int64_t codes, int64_t item_length) {
   const model::DecoderSpec& spec = m.decoder->spec();
   const model::ModalityTokens tokens{"image", 1, spec.vocab_size, codes, item_length};
-  model::ModalityRows rows{tokens.modality, tokens.first_id, random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 1), {}};
-  rows.head_ND = spec.tie_word_embeddings ? rows.embedding_ND : random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 2);
-  m.registry->add({.name = "rows.image.embedding", .tensor = rows.embedding_ND, .group = "embeddings", .modalities = {tokens.modality}, .provenance = "random"});
-  if (!spec.tie_word_embeddings) m.registry->add({.name = "rows.image.head", .tensor = rows.head_ND, .group = "embeddings", .modalities = {tokens.modality}, .provenance = "random"});
+  model::ModalityRows rows{
+      tokens.modality, tokens.first_id, random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 1), {}};
+  rows.head_ND =
+      spec.tie_word_embeddings ? rows.embedding_ND : random_rows(tokens.num_rows(), spec.hidden_size, m.device(), 2);
+  m.registry->add({.name = "rows.image.embedding",
+                   .tensor = rows.embedding_ND,
+                   .group = "embeddings",
+                   .modalities = {tokens.modality},
+                   .provenance = "random"});
+  if (!spec.tie_word_embeddings)
+    m.registry->add({.name = "rows.image.head",
+                     .tensor = rows.head_ND,
+                     .group = "embeddings",
+                     .modalities = {tokens.modality},
+                     .provenance = "random"});
   m.vocabulary.modalities.push_back(tokens);
   m.decoder->attach_rows(std::move(rows));
 }
 
-at::Device device_of(const ModelOptions& o) { return graft::device_of(config::parse_choice<config::Device>("--device", o.device)); }
+at::Device device_of(const ModelOptions& o) {
+  return graft::device_of(config::parse_choice<config::Device>("--device", o.device));
+}
 
 graft::GraftedModel open_whole(const ModelOptions& o) {
   graft::OpenOptions open;
@@ -159,12 +180,15 @@ graft::GraftedModel draw_model(const ModelOptions& o) {
   graft::GraftedModel m;
   m.registry = std::make_unique<model::ParameterRegistry>();
   m.vocabulary = {spec.vocab_size, spec.bos_id, spec.eos_id, {}};
-  m.decoder = std::make_unique<model::Decoder>(model::random_base(spec, graft::parse_dtype(o.dtype), device_of(o), 0, model::weight_format(config::parse_choice<model::Quantize>("--quantize", o.quantize))));
+  m.decoder = std::make_unique<model::Decoder>(
+      model::random_base(spec, graft::parse_dtype(o.dtype), device_of(o), 0,
+                         model::weight_format(config::parse_choice<model::Quantize>("--quantize", o.quantize))));
   return m;
 }
 
 // Of one of several processes; experts: those that are here, count 0 for all.
-graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& mesh, bool shard_base, std::pair<int64_t, int64_t>& experts) {
+graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& mesh, bool shard_base,
+                              std::pair<int64_t, int64_t>& experts) {
   graft::GraftedModel m;
   m.path = m.base_path = o.model;
   m.registry = std::make_unique<model::ParameterRegistry>();
@@ -183,14 +207,20 @@ graft::GraftedModel open_part(const ModelOptions& o, const distributed::Mesh& me
 }  // namespace
 
 graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* mesh, bool shard_base) {
-  MOEGRAFT_CHECK_USAGE(!o.model.empty() || !o.random.empty(), "bench: give a model: a Hugging Face directory, or --random CONFIG.json");
-  MOEGRAFT_CHECK_USAGE(o.model.empty() || o.random.empty(), "bench: ", o.model, " and --random ", o.random, ": one of them");
-  MOEGRAFT_CHECK_USAGE(o.layers == 0 || !o.random.empty(), "--layers cuts random weights; a checkpoint is taken whole: give --random CONFIG.json");
+  MOEGRAFT_CHECK_USAGE(!o.model.empty() || !o.random.empty(),
+                       "bench: give a model: a Hugging Face directory, or --random CONFIG.json");
+  MOEGRAFT_CHECK_USAGE(o.model.empty() || o.random.empty(), "bench: ", o.model, " and --random ", o.random,
+                       ": one of them");
+  MOEGRAFT_CHECK_USAGE(o.layers == 0 || !o.random.empty(),
+                       "--layers cuts random weights; a checkpoint is taken whole: give --random CONFIG.json");
   for (const auto& site : o.sites) adapters::parse_site(site);
   std::pair<int64_t, int64_t> experts{0, 0};
   const bool distributed = mesh && mesh->distributed();
-  MOEGRAFT_CHECK_USAGE(o.random.empty() || !distributed, "--random is for one process; several need a checkpoint to share");
-  graft::GraftedModel m = !o.random.empty() ? draw_model(o) : distributed ? open_part(o, *mesh, shard_base, experts) : open_whole(o);
+  MOEGRAFT_CHECK_USAGE(o.random.empty() || !distributed,
+                       "--random is for one process; several need a checkpoint to share");
+  graft::GraftedModel m = !o.random.empty() ? draw_model(o)
+                          : distributed     ? open_part(o, *mesh, shard_base, experts)
+                                            : open_whole(o);
   if (o.codes > 0) add_modality(m, o.codes, o.item_length);
   if (o.rank > 0) {
     adapters::AdapterConfig config;
@@ -207,11 +237,13 @@ graft::GraftedModel open_model(const ModelOptions& o, const distributed::Mesh* m
   return m;
 }
 
-void with_world(const std::string& device, const std::string& options, const std::function<void(const std::shared_ptr<distributed::World>&)>& work, bool backend_for_one) {
+void with_world(const std::string& device, const std::string& options,
+                const std::function<void(const std::shared_ptr<distributed::World>&)>& work, bool backend_for_one) {
   const auto environment = distributed::read_launch_environment();
   if (environment.distributed()) log::set_rank(environment.rank);
   distributed::WorldOptions world_options;
-  world_options.device = graft::choose_device(config::parse_choice<config::Device>("--device", device), environment.local_rank, environment.local_world_size);
+  world_options.device = graft::choose_device(config::parse_choice<config::Device>("--device", device),
+                                              environment.local_rank, environment.local_world_size);
   world_options.backend_for_one = backend_for_one;
   const auto world = distributed::World::join(environment, world_options);
   world->agree({{"version", MOEGRAFT_VERSION}, {"options", options}});
@@ -228,7 +260,8 @@ at::Tensor random_ids(at::IntArrayRef shape, int64_t vocab, uint64_t seed) {
   return at::empty(shape, at::kLong).random_(std::min<int64_t>(3, vocab - 1), vocab, generator);
 }
 
-std::map<std::string, train::GroupOptions> every_group(const model::ParameterRegistry& registry, const train::GroupOptions& options) {
+std::map<std::string, train::GroupOptions> every_group(const model::ParameterRegistry& registry,
+                                                       const train::GroupOptions& options) {
   std::map<std::string, train::GroupOptions> groups;
   for (const auto& p : registry.all()) groups[p.group] = options;
   return groups;
@@ -281,8 +314,7 @@ ChildResult run_self(const std::vector<std::string>& args) {
     _exit(127);
   }
   int status = 0;
-  while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
-  }
+  while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
   return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status), read_all(out), read_all(err)};
 }
 

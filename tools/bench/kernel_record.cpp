@@ -52,16 +52,23 @@ nlohmann::json KernelRecord::finish() {
   std::map<std::string, Row> rows;
   for (const auto& event : result->events()) {
     const auto kind = static_cast<Kind>(event.activityType());
-    const bool kernel = kind == (device_.is_cuda() ? Kind::CONCURRENT_KERNEL : Kind::CPU_OP), copy = kind == Kind::GPU_MEMCPY || kind == Kind::GPU_MEMSET;
+    const bool kernel = kind == (device_.is_cuda() ? Kind::CONCURRENT_KERNEL : Kind::CPU_OP),
+               copy = kind == Kind::GPU_MEMCPY || kind == Kind::GPU_MEMSET;
     if (!kernel && !copy) continue;
     (kernel ? kernels : copies).emplace_back(event.startNs(), event.endNs());
     Row& row = rows[event.name()];
     ++row.calls, row.ns += event.durationNs();
   }
   std::vector<std::pair<std::string, Row>> sorted(rows.begin(), rows.end());
-  std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.second.ns > b.second.ns; });
-  nlohmann::json out{{"recorded_s", seconds}, {"busy_s", 1e-9 * double(covered(kernels))}, {"launches", kernels.size()}, {"copies_s", 1e-9 * double(covered(copies))}, {"kernels", nlohmann::json::array()}};
-  for (const auto& [name, row] : sorted) out["kernels"].push_back({{"name", name}, {"calls", row.calls}, {"s", 1e-9 * double(row.ns)}});
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const auto& a, const auto& b) { return a.second.ns > b.second.ns; });
+  nlohmann::json out{{"recorded_s", seconds},
+                     {"busy_s", 1e-9 * double(covered(kernels))},
+                     {"launches", kernels.size()},
+                     {"copies_s", 1e-9 * double(covered(copies))},
+                     {"kernels", nlohmann::json::array()}};
+  for (const auto& [name, row] : sorted)
+    out["kernels"].push_back({{"name", name}, {"calls", row.calls}, {"s", 1e-9 * double(row.ns)}});
   return out;
 }
 

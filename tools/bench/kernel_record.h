@@ -1,5 +1,6 @@
 #pragma once
-// What a device ran in one stretch of work, kernel by kernel, by its own clock (CUPTI, through torch's recorder); nothing is waited for in between.
+// What a device ran in one stretch of work, kernel by kernel, by its own clock (CUPTI, through torch's recorder);
+// nothing is waited for in between.
 
 #include <ATen/core/Tensor.h>
 
@@ -17,12 +18,14 @@ uint64_t covered(std::vector<std::pair<uint64_t, uint64_t>> intervals);
 // Process-wide: one at a time.
 class KernelRecord {
  public:
-  // Begins. Device idle. On a CPU the operations are recorded instead of kernels, so that the tests can run this; a figure of theirs would mean nothing.
+  // Begins. Device idle. On a CPU the operations are recorded instead of kernels, so that the tests can run this; a
+  // figure of theirs would mean nothing.
   explicit KernelRecord(at::Device device);
   ~KernelRecord();
   KernelRecord(const KernelRecord&) = delete;
 
-  // Ends; the work is done. {recorded_s: of the whole stretch, busy_s: at least one kernel ran, copies_s, launches, kernels: [{name, calls, s}], longest first}
+  // Ends; the work is done. {recorded_s: of the whole stretch, busy_s: at least one kernel ran, copies_s, launches,
+  // kernels: [{name, calls, s}], longest first}
   nlohmann::json finish();
 
  private:

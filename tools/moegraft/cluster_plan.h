@@ -15,7 +15,8 @@ namespace moegraft::tools {
 planning::ClusterLayout parse_layout(const std::string& text, const planning::ClusterLayout& defaults = {});
 
 // The report of `moegraft inspect --plan`. config: a run's; without one the step is the measured one.
-io::Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunConfig>& config, const model::Vocabulary& vocabulary, at::Device device, const std::string& layout,
-                            const std::vector<std::string>& measured);
+io::Json plan_cluster(const model::DecoderSpec& spec, const std::optional<run::RunConfig>& config,
+                      const model::Vocabulary& vocabulary, at::Device device, const std::string& layout,
+                      const std::vector<std::string>& measured);
 
 }  // namespace moegraft::tools

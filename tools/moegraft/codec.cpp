@@ -26,11 +26,14 @@ using codec::ImageCodec;
 constexpr int64_t kSheetPairs = 48, kSheetColumns = 12;
 
 io::Json to_json(const codec::Quality& q) {
-  return {{"pictures", q.pictures}, {"psnr", q.psnr}, {"psnr_pooled", q.psnr_pooled}, {"l1", q.l1}, {"used_codes", q.used_codes}, {"code_perplexity", q.perplexity}};
+  return {{"pictures", q.pictures},       {"psnr", q.psnr},
+          {"psnr_pooled", q.psnr_pooled}, {"l1", q.l1},
+          {"used_codes", q.used_codes},   {"code_perplexity", q.perplexity}};
 }
 
 std::string to_line(const codec::Quality& q) {
-  return detail::concat(q.pictures, " pictures, PSNR ", q.psnr, " dB (pooled ", q.psnr_pooled, "), mean |error| ", q.l1, ", ", q.used_codes, " codes used, perplexity ", q.perplexity);
+  return detail::concat(q.pictures, " pictures, PSNR ", q.psnr, " dB (pooled ", q.psnr_pooled, "), mean |error| ", q.l1,
+                        ", ", q.used_codes, " codes used, perplexity ", q.perplexity);
 }
 
 // original | reconstruction pairs, spread evenly over the pictures
@@ -56,10 +59,15 @@ struct Options {
 void check_target(const std::filesystem::path& dir, bool overwrite) {
   MOEGRAFT_CHECK_USAGE(!dir.empty(), "dir is required: the folder that the codec is written to");
   if (!std::filesystem::exists(dir) || (std::filesystem::is_directory(dir) && std::filesystem::is_empty(dir))) return;
-  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(dir / "config.json") && std::filesystem::exists(dir / "codec.yaml"), dir.string(), " exists and is no codec trained here; name another dir");
-  MOEGRAFT_CHECK_USAGE(overwrite, dir.string(), " holds a codec, and runs and shards made with it need it as it is: name another dir, or replace it with --overwrite");
-  const std::string foreign = io::find_foreign(dir, {"config.json", "model.safetensors", "codec.yaml", "report.json", "sheet.png"});
-  MOEGRAFT_CHECK_USAGE(foreign.empty(), dir.string(), " holds ", foreign, ", which no training wrote and --overwrite would remove: move it away or name another dir");
+  MOEGRAFT_CHECK_USAGE(std::filesystem::exists(dir / "config.json") && std::filesystem::exists(dir / "codec.yaml"),
+                       dir.string(), " exists and is no codec trained here; name another dir");
+  MOEGRAFT_CHECK_USAGE(overwrite, dir.string(),
+                       " holds a codec, and runs and shards made with it need it as it is: name another dir, or "
+                       "replace it with --overwrite");
+  const std::string foreign =
+      io::find_foreign(dir, {"config.json", "model.safetensors", "codec.yaml", "report.json", "sheet.png"});
+  MOEGRAFT_CHECK_USAGE(foreign.empty(), dir.string(), " holds ", foreign,
+                       ", which no training wrote and --overwrite would remove: move it away or name another dir");
 }
 
 void train(const Options& o) {
@@ -76,9 +84,10 @@ void train(const Options& o) {
   }
   const auto pixels = at::cat(epoch);
   codec::Pictures held_out;
-  if (!config.data.eval.empty()) held_out = codec::load_pictures(config.data.eval, config.codec.image_size, config.codec.fit);
-  log::info("codec: ", pixels.size(0), " pictures an epoch, of ", config.codec.image_size, "x", config.codec.image_size, " -> ", config.codec.grid(), "x", config.codec.grid(), " codes of ",
-            config.codec.codebook_size);
+  if (!config.data.eval.empty())
+    held_out = codec::load_pictures(config.data.eval, config.codec.image_size, config.codec.fit);
+  log::info("codec: ", pixels.size(0), " pictures an epoch, of ", config.codec.image_size, "x", config.codec.image_size,
+            " -> ", config.codec.grid(), "x", config.codec.grid(), " codes of ", config.codec.codebook_size);
   const auto start = std::chrono::steady_clock::now();
   const auto model = codec::train_vq(config.codec, config.train, uint64_t(config.seed), pixels);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -86,7 +95,11 @@ void train(const Options& o) {
   const std::filesystem::path& dir = folder.path();
   model->save(dir);
   io::write_file_atomic(dir / "codec.yaml", config::dump(config));
-  io::Json report = {{"codec", config.dir}, {"seconds", seconds}, {"steps", config.train.steps}, {"skipped", skipped + held_out.skipped}, {"train", io::Json::array()}};
+  io::Json report = {{"codec", config.dir},
+                     {"seconds", seconds},
+                     {"steps", config.train.steps},
+                     {"skipped", skipped + held_out.skipped},
+                     {"train", io::Json::array()}};
   log::info("codec: trained in ", format_seconds(seconds));
   for (size_t i = 0; i < sources.size(); ++i) {
     const auto quality = codec::measure(*model, sources[i]);
@@ -111,8 +124,11 @@ void encode(const Options& o) {
   std::vector<at::Tensor> pixels;
   for (const auto& path : o.pictures) pixels.push_back(codec->prepare(io::load_image(path)));
   const auto ids = codec->encode(at::stack(pixels));
-  io::save_safetensors(o.output, {{"ids", ids}}, {{"codec", codec->architecture()}, {"codebook_size", std::to_string(codec->codebook_size())}});
-  if (o.json) std::cout << io::Json{{"ids", o.output}, {"pictures", ids.size(0)}, {"codes_per_picture", ids.size(1)}}.dump() << "\n";
+  io::save_safetensors(o.output, {{"ids", ids}},
+                       {{"codec", codec->architecture()}, {"codebook_size", std::to_string(codec->codebook_size())}});
+  if (o.json)
+    std::cout << io::Json{{"ids", o.output}, {"pictures", ids.size(0)}, {"codes_per_picture", ids.size(1)}}.dump()
+              << "\n";
 }
 
 void decode(const Options& o) {
@@ -157,8 +173,10 @@ void add_codec_command(CLI::App& app) {
   t->add_option("--threads", o->threads, "CPU threads")->check(CLI::Range(1, 4096));
   t->add_flag("--overwrite", o->overwrite, "Replace the codec in dir, when the new one is whole");
   t->add_flag("--json", o->json, "Print the report as JSON");
-  t->footer("Example: moegraft codec train -c configs/quickstart/codec.yaml --set train.steps=500\n"
-            "Writes config.json, model.safetensors, codec.yaml, report.json and sheet.png (original | reconstruction pairs) when it is done; an interrupted training starts anew.");
+  t->footer(
+      "Example: moegraft codec train -c configs/quickstart/codec.yaml --set train.steps=500\n"
+      "Writes config.json, model.safetensors, codec.yaml, report.json and sheet.png (original | reconstruction pairs) "
+      "when it is done; an interrupted training starts anew.");
   t->callback([o] { train(*o); });
 
   auto* e = codec->add_subcommand("encode", "Pictures -> ids");
@@ -180,7 +198,9 @@ void add_codec_command(CLI::App& app) {
 
   auto* v = codec->add_subcommand("eval", "How well a codec reproduces pictures: PSNR, code use");
   v->add_option("codec", o->codec_dir, "Codec folder")->required();
-  v->add_option("--images", o->images, "Folder of PNG/JPEG files, or a manifest of any kind that `data prepare shards` reads")->required();
+  v->add_option("--images", o->images,
+                "Folder of PNG/JPEG files, or a manifest of any kind that `data prepare shards` reads")
+      ->required();
   v->add_option("--sheet", o->sheet, "Write a contact sheet of original | reconstruction pairs here");
   v->add_flag("--json", o->json, "Print a JSON object");
   v->footer("Example: moegraft codec eval models/codec --images data/emoji/eval.jsonl --sheet sheet.png --json");

@@ -32,7 +32,8 @@ void parse(CLI::App& app, int argc, char** argv);
 CLI::Validator positive();
 CLI::Validator not_negative();
 
-// UsageError when `file` exists and is no safetensors file of the first of `tensors`, with or without the others: something else is not replaced.
+// UsageError when `file` exists and is no safetensors file of the first of `tensors`, with or without the others:
+// something else is not replaced.
 void check_tensor_output(const std::string& file, const std::vector<std::string>& tensors);
 
 }  // namespace moegraft::tools

@@ -50,7 +50,8 @@ int usable_cores() {
 
 std::vector<std::string> environment_of(const Options& o, int rank, int port, int restart, const std::string& token) {
   std::vector<std::string> all;
-  const auto own = {"RANK=", "LOCAL_RANK=", "WORLD_SIZE=", "LOCAL_WORLD_SIZE=", "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_", "MOEGRAFT_TOKEN="};
+  const auto own = {"RANK=",        "LOCAL_RANK=",  "WORLD_SIZE=",   "LOCAL_WORLD_SIZE=",
+                    "MASTER_ADDR=", "MASTER_PORT=", "TORCHELASTIC_", "MOEGRAFT_TOKEN="};
   for (char** entry = environ; *entry; ++entry) {
     bool ours = false;
     for (const char* name : own) ours = ours || std::strncmp(*entry, name, std::strlen(name)) == 0;
@@ -120,7 +121,8 @@ class Attempt {
 
   void start(int rank, const std::vector<std::string>& arguments, const std::vector<std::string>& environment) {
     int ends[2] = {-1, -1};
-    MOEGRAFT_CHECK(rank == 0 || pipe2(ends, O_CLOEXEC) == 0, "launch: no pipe for rank ", rank, " (", std::strerror(errno), ")");
+    MOEGRAFT_CHECK(rank == 0 || pipe2(ends, O_CLOEXEC) == 0, "launch: no pipe for rank ", rank, " (",
+                   std::strerror(errno), ")");
     const auto argv = pointers(arguments), envp = pointers(environment);
     const pid_t parent = getpid(), pid = fork();
     MOEGRAFT_CHECK(pid >= 0, "launch: cannot start rank ", rank, " (", std::strerror(errno), ")");
@@ -174,7 +176,8 @@ class Attempt {
         return;
       }
       child.line.append(buffer, static_cast<size_t>(n));
-      for (size_t end; (end = child.line.find('\n')) != std::string::npos; child.line.erase(0, end + 1)) print(child, child.line.substr(0, end));
+      for (size_t end; (end = child.line.find('\n')) != std::string::npos; child.line.erase(0, end + 1))
+        print(child, child.line.substr(0, end));
     }
   }
 
@@ -191,7 +194,8 @@ class Attempt {
       if (code == 0 || known || (code_ != 0 && (by_signal || !signalled))) continue;
       code_ = code;
       by_signal = signalled;
-      what_ = detail::concat("rank ", child.rank, signalled ? " was ended by signal " : " ended with code ", signalled ? WTERMSIG(status) : code);
+      what_ = detail::concat("rank ", child.rank, signalled ? " was ended by signal " : " ended with code ",
+                             signalled ? WTERMSIG(status) : code);
     }
     if (known || code_ == 0 || code_ == kSaved) return;  // all ranks stop together after saving
     stopping_ = true;
@@ -217,18 +221,23 @@ int launch(const Options& o, const std::vector<std::string>& arguments) {
   for (int restart = 0;; ++restart) {
     Attempt attempt(o, arguments, signals, restart);
     const int code = attempt.wait();
-    const bool final = code == 0 || code == kUsage || code == kSaved || attempt.asked_to_stop() || restart == o.max_restarts;
+    const bool final =
+        code == 0 || code == kUsage || code == kSaved || attempt.asked_to_stop() || restart == o.max_restarts;
     if (!final) {
-      log::warning("launch: ", attempt.what(), "; starting all ", o.processes, " ranks again (", restart + 1, " of ", o.max_restarts, ")");
+      log::warning("launch: ", attempt.what(), "; starting all ", o.processes, " ranks again (", restart + 1, " of ",
+                   o.max_restarts, ")");
       continue;
     }
     close(signals);
-    if (code != 0 && code != kSaved) log::error("launch: ", attempt.what(), restart > 0 ? detail::concat(" after ", restart, restart == 1 ? " restart" : " restarts") : "");
+    if (code != 0 && code != kSaved)
+      log::error("launch: ", attempt.what(),
+                 restart > 0 ? detail::concat(" after ", restart, restart == 1 ? " restart" : " restarts") : "");
     return code;
   }
 }
 
-// `launch --nproc 2 train -c x` as `launch --nproc 2 -- train -c x`: CLI11 would read the command's options as launch's.
+// `launch --nproc 2 train -c x` as `launch --nproc 2 -- train -c x`: CLI11 would read the command's options as
+// launch's.
 std::vector<std::string> separate_launched(std::vector<std::string> arguments) {
   auto at = std::find_if(arguments.begin(), arguments.end(), [](const std::string& a) { return !a.starts_with("-"); });
   if (at == arguments.end() || *at != "launch") return arguments;
@@ -251,16 +260,24 @@ void add_launch_command(CLI::App& app) {
   auto* command = app.add_subcommand("launch", "Run a command as several processes on this machine");
   command->footer(
       "Example:\n  moegraft launch --nproc 4 --max-restarts 3 -- train -c configs/quickstart/graft.yaml\n"
-      "Several machines: torchrun --no-python --nnodes 2 --nproc-per-node 8 … moegraft train -c …, srun moegraft train …, or mpirun.");
+      "Several machines: torchrun --no-python --nnodes 2 --nproc-per-node 8 … moegraft train -c …, srun moegraft train "
+      "…, or mpirun.");
   command->add_option("--nproc", o->processes, "Number of processes; required")->check(CLI::Range(1, 4096));
-  command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")->check(not_negative())->capture_default_str();
-  command->add_option("--master-port", o->port, "Port where they meet (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
+  command->add_option("--max-restarts", o->max_restarts, "How often all processes start again after one of them failed")
+      ->check(not_negative())
+      ->capture_default_str();
+  command->add_option("--master-port", o->port, "Port where they meet (0: any free one)")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
   command->add_option("command", o->command, "What each process runs: a moegraft command with its options, after --");
   command->callback([o] {
     auto arguments = o->command;
     // Not required(): CLI11 would not say that it stands in the wrong place.
-    MOEGRAFT_CHECK_USAGE(o->processes > 0, "launch: --nproc N, from 1 to 4096, must be given before the command, such as: moegraft launch --nproc 2 -- train -c run.yaml");
-    MOEGRAFT_CHECK_USAGE(!arguments.empty(), "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
+    MOEGRAFT_CHECK_USAGE(o->processes > 0,
+                         "launch: --nproc N, from 1 to 4096, must be given before the command, such as: moegraft "
+                         "launch --nproc 2 -- train -c run.yaml");
+    MOEGRAFT_CHECK_USAGE(!arguments.empty(),
+                         "launch: name the command to run, such as: moegraft launch --nproc 2 -- train -c run.yaml");
     arguments.insert(arguments.begin(), "moegraft");
     if (const int code = launch(*o, arguments)) throw CLI::RuntimeError(code);
   });

@@ -1,5 +1,6 @@
 #pragma once
-// What of the machine a command uses: options of the program itself, before the command; of `train` keys of its YAML too.
+// What of the machine a command uses: options of the program itself, before the command; of `train` keys of its YAML
+// too.
 
 #include <CLI/CLI.hpp>
 
@@ -13,7 +14,8 @@ struct MachineKeys {
   std::string cpu_path = "auto", attention = "auto";  // model.cpu_path, model.attention
   bool numa = true;                                   // parallel.numa
 };
-// Does as the options say, and where one was not given as the keys say. Once, before memory is touched and threads are made. UsageError: what the machine has not.
+// Does as the options say, and where one was not given as the keys say. Once, before memory is touched and threads are
+// made. UsageError: what the machine has not.
 void choose_machine(const CLI::App& app, const MachineKeys& keys = {});
 
 // UsageError: one of the options before `launch`, which hands them to nobody.

@@ -21,7 +21,8 @@ namespace {
 
 // One line for whatever ends a command: LibTorch's errors carry their stack.
 std::string describe(const std::exception& e) {
-  if (dynamic_cast<const std::bad_alloc*>(&e)) return "out of memory: use fewer tokens per step, a lower precision, or a machine with more";
+  if (dynamic_cast<const std::bad_alloc*>(&e))
+    return "out of memory: use fewer tokens per step, a lower precision, or a machine with more";
   if (const auto* error = dynamic_cast<const c10::Error*>(&e)) {
     const std::string text = error->what_without_backtrace();
     const bool memory = text.find("alloc") != std::string::npos && text.find("memory") != std::string::npos;
@@ -43,8 +44,9 @@ int run(int argc, char** argv) {
   app.parse_complete_callback([&] {
     if (verbose) log::set_level(log::Level::debug);
     tools::refuse_old_variables();
-    if (app.got_subcommand("launch")) return tools::check_launched(app);  // what it starts inherits a policy, and makes its own
-    if (!app.got_subcommand("train")) tools::choose_machine(app);         // train: when it has read its keys
+    if (app.got_subcommand("launch"))
+      return tools::check_launched(app);  // what it starts inherits a policy, and makes its own
+    if (!app.got_subcommand("train")) tools::choose_machine(app);  // train: when it has read its keys
     waits.emplace();
   });
   tools::add_train_command(app);
@@ -67,14 +69,15 @@ int run(int argc, char** argv) {
   try {
     tools::parse(app, argc, argv);
     return 0;
-  } catch (const CLI::Success& e) {
-    return app.exit(e);
-  } catch (const CLI::RuntimeError& e) {
+  } catch (const CLI::Success& e) { return app.exit(e); } catch (const CLI::RuntimeError& e) {
     return e.get_exit_code();  // a command that ended with a code of its own
   } catch (const CLI::ParseError& e) {
-    if (const std::string unknown = tools::unknown_word(app); !unknown.empty()) log::error(unknown);
-    else if (const std::string taken = tools::taken_argument(app); !taken.empty()) log::error(taken);
-    else log::error(shortened(e.what(), 400), "; see ", tools::called_command(app), " --help");
+    if (const std::string unknown = tools::unknown_word(app); !unknown.empty())
+      log::error(unknown);
+    else if (const std::string taken = tools::taken_argument(app); !taken.empty())
+      log::error(taken);
+    else
+      log::error(shortened(e.what(), 400), "; see ", tools::called_command(app), " --help");
     return 2;
   } catch (const UsageError& e) {
     log::error(e.what());
@@ -90,9 +93,7 @@ int run(int argc, char** argv) {
   try {
     if (const auto current = std::current_exception()) std::rethrow_exception(current);
     moegraft::log::error("ended without an exception: this is a fault of the program");
-  } catch (const std::exception& e) {
-    moegraft::log::error(describe(e));
-  } catch (...) {
+  } catch (const std::exception& e) { moegraft::log::error(describe(e)); } catch (...) {
     moegraft::log::error("ended by an unknown exception: this is a fault of the program");
   }
   std::_Exit(1);

@@ -14,10 +14,12 @@ void check_tensor_output(const std::string& file, const std::vector<std::string>
   try {
     const io::SafetensorsFile there(file);
     const auto names = there.names();
-    ours = there.contains(tensors.front()) && std::all_of(names.begin(), names.end(), [&](const auto& name) { return std::find(tensors.begin(), tensors.end(), name) != tensors.end(); });
-  } catch (const UserError&) {
-  }
-  MOEGRAFT_CHECK_USAGE(ours, "-o: ", file, " exists and holds no ", tensors.front(), "; give another file or remove it");
+    ours = there.contains(tensors.front()) && std::all_of(names.begin(), names.end(), [&](const auto& name) {
+             return std::find(tensors.begin(), tensors.end(), name) != tensors.end();
+           });
+  } catch (const UserError&) {}
+  MOEGRAFT_CHECK_USAGE(ours, "-o: ", file, " exists and holds no ", tensors.front(),
+                       "; give another file or remove it");
 }
 
 }  // namespace moegraft::tools

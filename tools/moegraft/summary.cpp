@@ -26,13 +26,15 @@ std::vector<std::pair<std::string, int64_t>> read_stages(const fs::path& file) {
     std::istringstream fields(line);
     std::string name;
     int64_t seconds = 0;
-    MOEGRAFT_CHECK(std::getline(fields, name, '\t') && (fields >> seconds), file.string(), ": expected NAME<tab>SECONDS, got '", line, "'");
+    MOEGRAFT_CHECK(std::getline(fields, name, '\t') && (fields >> seconds), file.string(),
+                   ": expected NAME<tab>SECONDS, got '", line, "'");
     stages.emplace_back(name, seconds);
   }
   return stages;
 }
 
-// Runs that differ in how they began, a folder each: the last losses of the new modalities, in training and held out, as "random_nll_image" and "random_eval_nll_image".
+// Runs that differ in how they began, a folder each: the last losses of the new modalities, in training and held out,
+// as "random_nll_image" and "random_eval_nll_image".
 Json compare_runs(const fs::path& folder) {
   Json losses = Json::object();
   for (const auto& entry : fs::directory_iterator(folder)) {
@@ -91,7 +93,9 @@ void print_understanding(const Json& eval) {
       at /= name;
       for (const auto& key : column.after) at /= key;
       char cell[32] = "-";
-      if (eval.contains(at / "top1") && eval.contains(at / "top10")) std::snprintf(cell, sizeof cell, "%.1f / %.1f", 100 * eval.at(at / "top1").get<double>(), 100 * eval.at(at / "top10").get<double>());
+      if (eval.contains(at / "top1") && eval.contains(at / "top10"))
+        std::snprintf(cell, sizeof cell, "%.1f / %.1f", 100 * eval.at(at / "top1").get<double>(),
+                      100 * eval.at(at / "top10").get<double>());
       std::printf(" %15s", cell);
     }
     std::printf("\n");
@@ -110,7 +114,8 @@ void run(const fs::path& dir) {
   std::printf("%-16s %8lld\n\n", "total", static_cast<long long>(total));
   summary["seconds"] = total;
   for (const char* part : {"codec", "inspect", "eval", "export", "real_base"})
-    if (fs::exists(dir / (std::string(part) + ".json"))) summary[part] = io::read_json(dir / (std::string(part) + ".json"));
+    if (fs::exists(dir / (std::string(part) + ".json")))
+      summary[part] = io::read_json(dir / (std::string(part) + ".json"));
   if (fs::exists(dir / "inits")) summary["initialisations"] = compare_runs(dir / "inits");
   if (fs::exists(dir / "graft" / "init.json")) summary["init"] = io::read_json(dir / "graft" / "init.json");
   io::write_json(dir / "summary.json", summary);

@@ -38,15 +38,22 @@ struct Applies {
   std::vector<const char*> methods;
 };
 const std::vector<Applies> kApplies = {
-    {"--shards", {"virtual_groups"}}, {"--clones", {"virtual_groups"}}, {"--experts", {"clone", "split", "cluster"}},  {"--top-k", {"clone", "split", "cluster"}},
-    {"--noise", {"clone"}},           {"--redraw", {"clone"}},          {"--contiguous", {"virtual_groups", "split"}}, {"--shared", {"cluster"}},
+    {"--shards", {"virtual_groups"}},
+    {"--clones", {"virtual_groups"}},
+    {"--experts", {"clone", "split", "cluster"}},
+    {"--top-k", {"clone", "split", "cluster"}},
+    {"--noise", {"clone"}},
+    {"--redraw", {"clone"}},
+    {"--contiguous", {"virtual_groups", "split"}},
+    {"--shared", {"cluster"}},
 };
 
 void check_options(const CLI::App& command, const std::string& method) {
   for (const auto& [option, methods] : kApplies) {
     if (command.count(option) == 0) continue;
     const std::vector<std::string> names(methods.begin(), methods.end());
-    MOEGRAFT_CHECK_USAGE(std::find(names.begin(), names.end(), method) != names.end(), option, " is for --method ", join(names, " or "), ", got --method ", method);
+    MOEGRAFT_CHECK_USAGE(std::find(names.begin(), names.end(), method) != names.end(), option, " is for --method ",
+                         join(names, " or "), ", got --method ", method);
   }
 }
 
@@ -77,7 +84,8 @@ Perplexity measure(const graft::GraftedModel& model, const fs::path& shards, int
 class LayerInputs : public model::SiteObserver {
  public:
   explicit LayerInputs(int64_t layers) : parts_(size_t(layers)) {}
-  void observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX, const std::vector<int64_t>&, int64_t) override {
+  void observe_experts(int64_t layer, model::Site site, const at::Tensor& rows_RX, const std::vector<int64_t>&,
+                       int64_t) override {
     if (site == model::Site::gate) parts_[size_t(layer)].push_back(rows_RX.detach().to(at::kCPU, at::kFloat).clone());
   }
   std::vector<at::Tensor> take() const {
@@ -114,9 +122,11 @@ struct Measured {
 
 std::string line_of(const Options& o, const Measured& m, bool keeps) {
   char line[160];
-  std::snprintf(line, sizeof line, "%s: perplexity %.4g -> %.4g on %lld tokens of ", o.method.c_str(), m.dense.value, m.upcycled.value, static_cast<long long>(m.dense.tokens));
+  std::snprintf(line, sizeof line, "%s: perplexity %.4g -> %.4g on %lld tokens of ", o.method.c_str(), m.dense.value,
+                m.upcycled.value, static_cast<long long>(m.dense.tokens));
   const auto& files = o.eval_text.empty() ? o.text : o.eval_text;
-  return line + join(files, ", ") + (needs_inputs(o.upcycle) && o.eval_text.empty() ? ", the calibration text itself" : "") +
+  return line + join(files, ", ") +
+         (needs_inputs(o.upcycle) && o.eval_text.empty() ? ", the calibration text itself" : "") +
          (keeps ? "" : " (this method loses text ability; a run to recover it: configs/recovery.yaml)");
 }
 
@@ -159,10 +169,14 @@ void run(Options o, const CLI::App& command) {
   o.upcycle.method = convert::parse_upcycle_method(o.method);
   if (!o.router.empty()) o.upcycle.router = convert::parse_upcycle_router(o.router);
   check_options(command, o.method);
-  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.router_std) && o.upcycle.router_std >= 0 && o.upcycle.router_std <= 100, "--router-std must be in [0, 100], got ", o.upcycle.router_std);
-  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.noise) && o.upcycle.noise >= 0 && o.upcycle.noise <= 10, "--noise must be in [0, 10], got ", o.upcycle.noise);
+  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.router_std) && o.upcycle.router_std >= 0 && o.upcycle.router_std <= 100,
+                       "--router-std must be in [0, 100], got ", o.upcycle.router_std);
+  MOEGRAFT_CHECK_USAGE(std::isfinite(o.upcycle.noise) && o.upcycle.noise >= 0 && o.upcycle.noise <= 10,
+                       "--noise must be in [0, 10], got ", o.upcycle.noise);
   for (const auto* files : {&o.text, &o.eval_text})
-    for (const auto& file : *files) MOEGRAFT_CHECK_USAGE(fs::is_regular_file(file) && fs::file_size(file) > 0, "text file ", file, fs::exists(file) ? " is empty or no file" : " not found");
+    for (const auto& file : *files)
+      MOEGRAFT_CHECK_USAGE(fs::is_regular_file(file) && fs::file_size(file) > 0, "text file ", file,
+                           fs::exists(file) ? " is empty or no file" : " not found");
   std::optional<DenseOnText> text;
   if (!o.text.empty()) o.upcycle.inputs = [&] { return text.emplace(o).inputs(); };
   const auto r = convert::upcycle(o.dense, o.out, o.upcycle);
@@ -179,16 +193,25 @@ void run(Options o, const CLI::App& command) {
              {"parameters", r.parameters},
              {"dense_parameters", r.dense_parameters},
              {"keeps_function", r.keeps_function}};
-    if (measured) out["perplexity"] = {{"dense", measured->dense.value}, {"upcycled", measured->upcycled.value}, {"tokens", measured->dense.tokens}};
+    if (measured)
+      out["perplexity"] = {
+          {"dense", measured->dense.value}, {"upcycled", measured->upcycled.value}, {"tokens", measured->dense.tokens}};
     std::cout << out.dump() << '\n';
     return;
   }
-  log::info("wrote ", o.out, ": ", r.to, " with ", r.experts, r.experts == 1 ? " expert of " : " experts of ", r.expert_width, ", top ", r.top_k, "; ", format_count(double(r.parameters)),
-            " parameters from ", format_count(double(r.dense_parameters)));
-  if (measured && r.keeps_function) log::info(line_of(o, *measured, true));
-  else if (measured) log::warning(line_of(o, *measured, false));
-  else if (r.keeps_function) log::info("its function is the dense model's");
-  else log::warning("its function is not the dense model's: --text FILE measures what that costs; configs/recovery.yaml is a run that wins text ability back");
+  log::info("wrote ", o.out, ": ", r.to, " with ", r.experts, r.experts == 1 ? " expert of " : " experts of ",
+            r.expert_width, ", top ", r.top_k, "; ", format_count(double(r.parameters)), " parameters from ",
+            format_count(double(r.dense_parameters)));
+  if (measured && r.keeps_function)
+    log::info(line_of(o, *measured, true));
+  else if (measured)
+    log::warning(line_of(o, *measured, false));
+  else if (r.keeps_function)
+    log::info("its function is the dense model's");
+  else
+    log::warning(
+        "its function is not the dense model's: --text FILE measures what that costs; configs/recovery.yaml is a run "
+        "that wins text ability back");
 }
 
 }  // namespace
@@ -197,28 +220,58 @@ void add_upcycle_command(CLI::App& app) {
   auto o = std::make_shared<Options>();
   auto* command = app.add_subcommand("upcycle", "A dense model (llama, mistral, qwen3) as a mixture of experts");
   command->footer(
-      "Examples:\n  moegraft upcycle models/smollm2 -o models/smollm2-moe --shards 4 --clones 4     # the same function in 16 experts, top 4\n"
+      "Examples:\n  moegraft upcycle models/smollm2 -o models/smollm2-moe --shards 4 --clones 4     # the same "
+      "function in 16 experts, top 4\n"
       "  moegraft upcycle models/smollm2 -o models/smollm2-8x --method clone --experts 8 --top-k 2\n"
-      "  moegraft upcycle models/smollm2 -o models/smollm2-parts --method cluster --experts 8 --top-k 6 --text notes.txt --eval-text heldout.txt");
+      "  moegraft upcycle models/smollm2 -o models/smollm2-parts --method cluster --experts 8 --top-k 6 --text "
+      "notes.txt --eval-text heldout.txt");
   auto& u = o->upcycle;
   command->add_option("dense", o->dense, "Hugging Face directory of the dense model")->required();
   command->add_option("-o,--out", o->out, "Folder to write; it must not exist yet")->required();
-  command->add_option("--method", o->method, "virtual_groups and clone keep the model's function; cluster and split do not")->capture_default_str();
-  command->add_option("--shards", u.shards, "virtual_groups: parts of the FFN, all of which are active")->capture_default_str();
-  command->add_option("--clones", u.clones, "virtual_groups: copies of the FFN, one of which the router takes")->capture_default_str();
+  command
+      ->add_option("--method", o->method,
+                   "virtual_groups and clone keep the model's function; cluster and split do not")
+      ->capture_default_str();
+  command->add_option("--shards", u.shards, "virtual_groups: parts of the FFN, all of which are active")
+      ->capture_default_str();
+  command->add_option("--clones", u.clones, "virtual_groups: copies of the FFN, one of which the router takes")
+      ->capture_default_str();
   command->add_option("--experts", u.experts, "clone, split, cluster: number of experts")->capture_default_str();
   command->add_option("--top-k", u.top_k, "clone, split, cluster: active experts")->capture_default_str();
-  command->add_option("--shared", u.shared, "cluster: share of the neurons, the most active ones, that every expert holds")->capture_default_str();
-  command->add_option("--noise", u.noise, "clone: normal noise, as a share of each matrix's standard deviation")->capture_default_str();
-  command->add_option("--redraw", u.redraw, "clone: share of each expert's neurons that is drawn anew")->capture_default_str();
+  command
+      ->add_option("--shared", u.shared, "cluster: share of the neurons, the most active ones, that every expert holds")
+      ->capture_default_str();
+  command->add_option("--noise", u.noise, "clone: normal noise, as a share of each matrix's standard deviation")
+      ->capture_default_str();
+  command->add_option("--redraw", u.redraw, "clone: share of each expert's neurons that is drawn anew")
+      ->capture_default_str();
   command->add_flag("--contiguous", u.contiguous, "Deal neurons in runs instead of at random");
-  command->add_option("--router", o->router, "random, kmeans (balanced clusters of the layers' inputs) or, for cluster, analytic (default: analytic for cluster, else random)");
-  command->add_option("--router-std", u.router_std, "Standard deviation of a random router's entries; a kmeans router's logits vary as much as such a one's")->capture_default_str();
+  command->add_option("--router", o->router,
+                      "random, kmeans (balanced clusters of the layers' inputs) or, for cluster, analytic (default: "
+                      "analytic for cluster, else random)");
+  command
+      ->add_option(
+          "--router-std", u.router_std,
+          "Standard deviation of a random router's entries; a kmeans router's logits vary as much as such a one's")
+      ->capture_default_str();
   command->add_option("--seed", u.seed, "Seed of router, deal, clusters and noise")->capture_default_str();
-  command->add_option("--text", o->text, "Text files, a document a line: perplexity before and after is measured on them; cluster and kmeans are calibrated on them (repeatable)")->allow_extra_args(false);
-  command->add_option("--eval-text", o->eval_text, "Text files to measure on instead, so that it is not the calibration text (repeatable)")->allow_extra_args(false);
-  command->add_option("--calibration-tokens", o->calibration_tokens, "Tokens to calibrate on; inputs of every layer are kept in memory")->check(CLI::Range(int64_t{2}, int64_t{1} << 32))->capture_default_str();
-  command->add_option("--eval-tokens", o->eval_tokens, "Tokens to measure on")->check(CLI::Range(int64_t{2}, int64_t{1} << 40))->capture_default_str();
+  command
+      ->add_option("--text", o->text,
+                   "Text files, a document a line: perplexity before and after is measured on them; cluster and kmeans "
+                   "are calibrated on them (repeatable)")
+      ->allow_extra_args(false);
+  command
+      ->add_option("--eval-text", o->eval_text,
+                   "Text files to measure on instead, so that it is not the calibration text (repeatable)")
+      ->allow_extra_args(false);
+  command
+      ->add_option("--calibration-tokens", o->calibration_tokens,
+                   "Tokens to calibrate on; inputs of every layer are kept in memory")
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 32))
+      ->capture_default_str();
+  command->add_option("--eval-tokens", o->eval_tokens, "Tokens to measure on")
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 40))
+      ->capture_default_str();
   command->add_flag("--json", o->json, "Print a JSON object");
   command->callback([o, command] { run(*o, *command); });
 }

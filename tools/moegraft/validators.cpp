@@ -20,7 +20,11 @@ CLI::Validator number_that(bool (*holds)(double), const char* what, const char* 
 
 }  // namespace
 
-CLI::Validator positive() { return number_that([](double value) { return value > 0; }, "above 0", "POSITIVE"); }
-CLI::Validator not_negative() { return number_that([](double value) { return value >= 0; }, "0 or more", "NONNEGATIVE"); }
+CLI::Validator positive() {
+  return number_that([](double value) { return value > 0; }, "above 0", "POSITIVE");
+}
+CLI::Validator not_negative() {
+  return number_that([](double value) { return value >= 0; }, "0 or more", "NONNEGATIVE");
+}
 
 }  // namespace moegraft::tools

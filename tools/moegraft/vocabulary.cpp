@@ -7,11 +7,14 @@
 
 namespace moegraft::tools {
 
-model::Vocabulary vocabulary_of(model::Vocabulary v, const std::map<std::string, graft::ModalityConfig>& modalities, int64_t codebook) {
+model::Vocabulary vocabulary_of(model::Vocabulary v, const std::map<std::string, graft::ModalityConfig>& modalities,
+                                int64_t codebook) {
   for (const auto& [name, section] : modalities) {
     int64_t codes = codebook, length = 0, codebooks = 1;
     if (codes == 0) {
-      MOEGRAFT_CHECK(std::filesystem::is_directory(section.codec), "modalities.", name, ".codec: ", section.codec, " does not exist: make one with `moegraft codec train`, or plan without it: --codebook N, the number of its codes");
+      MOEGRAFT_CHECK(std::filesystem::is_directory(section.codec), "modalities.", name, ".codec: ", section.codec,
+                     " does not exist: make one with `moegraft codec train`, or plan without it: --codebook N, the "
+                     "number of its codes");
       const auto codec = codec::load_codec(section.codec);
       codes = codec->num_codes();
       length = codec->item_length();

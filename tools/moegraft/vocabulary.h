@@ -9,7 +9,9 @@
 
 namespace moegraft::tools {
 
-// `text` and a run's modalities, whose sizes their codecs tell. codebook: codes to assume instead (item lengths are then unknown, 0); 0: read the codecs.
-model::Vocabulary vocabulary_of(model::Vocabulary text, const std::map<std::string, graft::ModalityConfig>& modalities, int64_t codebook = 0);
+// `text` and a run's modalities, whose sizes their codecs tell. codebook: codes to assume instead (item lengths are
+// then unknown, 0); 0: read the codecs.
+model::Vocabulary vocabulary_of(model::Vocabulary text, const std::map<std::string, graft::ModalityConfig>& modalities,
+                                int64_t codebook = 0);
 
 }  // namespace moegraft::tools

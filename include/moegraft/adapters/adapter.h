@@ -1,6 +1,7 @@
 #pragma once
-// One entry of a run's `adapters`, whatever its kind: low-rank terms on sites of the frozen base that act only on tokens of given modalities
-// (PLoRA's gate, arXiv:2503.22517). A kind says what it trains and which terms that makes; everything else holds this interface. docs/extend.md: a new kind.
+// One entry of a run's `adapters`, whatever its kind: low-rank terms on sites of the frozen base that act only on
+// tokens of given modalities (PLoRA's gate, arXiv:2503.22517). A kind says what it trains and which terms that makes;
+// everything else holds this interface. docs/extend.md: a new kind.
 
 #include <torch/types.h>
 
@@ -50,10 +51,12 @@ class Adapter : public model::AdapterSites {
   };
 
   const AdapterConfig& config() const { return config_; }
-  // Where it acts, by layer and then in the config's order of sites. UsageError from the constructor: layers or sites that the model lacks.
+  // Where it acts, by layer and then in the config's order of sites. UsageError from the constructor: layers or sites
+  // that the model lacks.
   const std::vector<Position>& positions() const { return positions_; }
 
-  // The terms of a position (none elsewhere); their factors are part of the autograd graph where they are not leaves themselves.
+  // The terms of a position (none elsewhere); their factors are part of the autograd graph where they are not leaves
+  // themselves.
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const override = 0;
   virtual double scale() const = 0;  // of those terms
   virtual std::vector<Parameter> parameters() const = 0;
@@ -81,7 +84,8 @@ class Adapter : public model::AdapterSites {
 // The adapter of config.kind.
 std::shared_ptr<Adapter> make_adapter(const AdapterContext& context);
 
-// Numbers that a kind trains at one site, tensor by tensor in the order of parameters(), of one expert: what plans count before anything is made.
+// Numbers that a kind trains at one site, tensor by tensor in the order of parameters(), of one expert: what plans
+// count before anything is made.
 std::vector<int64_t> trained_sizes(AdapterKind kind, int64_t rank, const SiteShape& site);
 // Whether a kind makes its factors anew in every pass (float32, kept for the backward pass), instead of holding them.
 bool makes_factors(AdapterKind kind);

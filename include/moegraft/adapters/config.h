@@ -20,16 +20,22 @@ struct FactorInitRow {
 inline constexpr FactorInitRow kFactorInits[] = {
     {FactorInit::kaiming_zero, "kaiming_zero", "uniform in ±1/√in, as PEFT does.", false, false},
     {FactorInit::gw_subspace, "gw_subspace",
-     "on experts, the directions in which the new modality's inputs vary most once Gromov-Wasserstein has mapped them to where they would lie among text's; Kaiming's on attention.", true, true},
-    {FactorInit::activation_svd, "activation_svd", "the control without Gromov-Wasserstein: on experts, the directions in which the new modality's inputs vary most; Kaiming's on attention.", true,
-     false},
+     "on experts, the directions in which the new modality's inputs vary most once Gromov-Wasserstein has mapped them "
+     "to where they would lie among text's; Kaiming's on attention.",
+     true, true},
+    {FactorInit::activation_svd, "activation_svd",
+     "the control without Gromov-Wasserstein: on experts, the directions in which the new modality's inputs vary most; "
+     "Kaiming's on attention.",
+     true, false},
 };
 constexpr std::span<const FactorInitRow> choices_of(FactorInit) { return kFactorInits; }
 
 enum class AdapterKind { modality_lora, vera };
 inline constexpr config::Named<AdapterKind> kAdapterKinds[] = {
     {AdapterKind::modality_lora, "modality_lora", "LoRA: two trained factors at every site and for every expert."},
-    {AdapterKind::vera, "vera", "frozen random factors that all sites share, and two trained vectors at every site and for every expert (arXiv:2310.11454): a small part of LoRA's parameters, at larger ranks."},
+    {AdapterKind::vera, "vera",
+     "frozen random factors that all sites share, and two trained vectors at every site and for every expert "
+     "(arXiv:2310.11454): a small part of LoRA's parameters, at larger ranks."},
 };
 constexpr std::span<const config::Named<AdapterKind>> choices_of(AdapterKind) { return kAdapterKinds; }
 
@@ -40,7 +46,8 @@ struct ModalityLoraConfig {
   FactorInit init = FactorInit::kaiming_zero;
   template <class V>
   void visit_fields(V& v) {
-    v("alpha", alpha, config::range(0.0, 1e6), "LoRA alpha: the scale is alpha/rank, or alpha/sqrt(rank) with use_rslora.");
+    v("alpha", alpha, config::range(0.0, 1e6),
+      "LoRA alpha: the scale is alpha/rank, or alpha/sqrt(rank) with use_rslora.");
     v("use_rslora", use_rslora, config::any(), "Rank-stabilised scale.");
     v("init", init, config::any(), "Where A starts (B starts at zero).");
   }
@@ -50,7 +57,8 @@ struct VeraConfig {
   int64_t projection_seed = 0;
   template <class V>
   void visit_fields(V& v) {
-    v("d_initial", d_initial, config::range(1e-9, 10.0), "Where the vector between the two frozen factors starts; the other starts at zero.");
+    v("d_initial", d_initial, config::range(1e-9, 10.0),
+      "Where the vector between the two frozen factors starts; the other starts at zero.");
     v("projection_seed", projection_seed, config::range(0, 9e15), "What the frozen factors are drawn from.");
   }
 };
@@ -69,7 +77,9 @@ struct AdapterConfig : ModalityLoraConfig, VeraConfig {
     v("kind", kind, config::any(), "Kind of adapter.");
     v("modality", modality, config::any(), "Names of the modalities whose tokens it acts on.");
     v("rank", rank, config::range(1, 1024), "Rank P of its low-rank terms.");
-    v("sites", sites, config::any(), "Where it acts: gate, up, down (every expert's; a dense model's FFN), q, k, v, o (attention), router (the choice of experts).");
+    v("sites", sites, config::any(),
+      "Where it acts: gate, up, down (every expert's; a dense model's FFN), q, k, v, o (attention), router (the choice "
+      "of experts).");
     v("layers", layers, config::any(), "Layer indices; empty: all.");
     v("init_from", init_from, config::path(), "Start from the adapter of an earlier run.");
     switch (kind) {

@@ -1,5 +1,6 @@
 #pragma once
-// LoRA (arXiv:2106.09685) on the experts' gate, up and down and on attention, gated by modality: trained factors A and B, float32 leaves.
+// LoRA (arXiv:2106.09685) on the experts' gate, up and down and on attention, gated by modality: trained factors A and
+// B, float32 leaves.
 
 #include <map>
 
@@ -11,7 +12,8 @@ class ModalityLora : public Adapter {
  public:
   // A is zero until an initialisation fills it, B stays zero.
   explicit ModalityLora(const AdapterContext& context);
-  ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index, std::vector<int64_t> modalities, at::Device device, std::pair<int64_t, int64_t> experts = {0, 0})
+  ModalityLora(const model::DecoderSpec& spec, const AdapterConfig& config, int64_t index,
+               std::vector<int64_t> modalities, at::Device device, std::pair<int64_t, int64_t> experts = {0, 0})
       : ModalityLora(AdapterContext{spec, config, index, std::move(modalities), device, experts}) {}
 
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;

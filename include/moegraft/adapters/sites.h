@@ -15,7 +15,8 @@ std::vector<std::string> known_sites();
 bool is_ffn_site(model::Site site);  // gate, up, down
 // Whether the site's factors are one pair for each expert. FFN sites of a dense model have one for the layer.
 bool is_per_expert(const model::DecoderSpec& spec, model::Site site);
-// Whether a layer has the site: attention's always, the FFN's in sparse layers, or in every layer of a dense model; the router's in sparse layers.
+// Whether a layer has the site: attention's always, the FFN's in sparse layers, or in every layer of a dense model; the
+// router's in sparse layers.
 bool has_site(const model::DecoderSpec& spec, int64_t layer, model::Site site);
 
 struct SiteShape {

@@ -1,6 +1,6 @@
 #pragma once
-// VeRA (arXiv:2310.11454) gated by modality: y += diag(b) B diag(d) A x with frozen random A and B that all sites share, and two trained vectors per site
-// and expert. About rank + out numbers where LoRA trains rank * (in + out).
+// VeRA (arXiv:2310.11454) gated by modality: y += diag(b) B diag(d) A x with frozen random A and B that all sites
+// share, and two trained vectors per site and expert. About rank + out numbers where LoRA trains rank * (in + out).
 
 #include <map>
 
@@ -10,10 +10,12 @@ namespace moegraft::adapters {
 
 class Vera : public Adapter {
  public:
-  // A [rank, largest in] and B [largest out, rank] are drawn from config.projection_seed, Kaiming uniform; a site reads their first columns and rows, as in PEFT.
+  // A [rank, largest in] and B [largest out, rank] are drawn from config.projection_seed, Kaiming uniform; a site reads
+  // their first columns and rows, as in PEFT.
   explicit Vera(const AdapterContext& context);
 
-  // A' = diag(d) A, B' = diag(b) B: made in the call, under autograd where gradients are recorded, else kept until b or d changes.
+  // A' = diag(d) A, B' = diag(b) B: made in the call, under autograd where gradients are recorded, else kept until b or
+  // d changes.
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;
   double scale() const override { return 1.0; }
   std::vector<Parameter> parameters() const override;

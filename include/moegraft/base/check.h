@@ -65,16 +65,17 @@ template <class E = UserError, class... Args>
 
 }  // namespace moegraft
 
-#define MOEGRAFT_CHECK_AS(error, condition, ...)                                                            \
-  do {                                                                                                      \
+#define MOEGRAFT_CHECK_AS(error, condition, ...)                                                                  \
+  do {                                                                                                            \
     static_assert(!::moegraft::detail::is_literal(#condition), "the condition of a check must not be a literal"); \
-    if (!(condition)) [[unlikely]] ::moegraft::fail<error>(__VA_ARGS__);                                    \
+    if (!(condition)) [[unlikely]]                                                                                \
+      ::moegraft::fail<error>(__VA_ARGS__);                                                                       \
   } while (0)
 #define MOEGRAFT_CHECK(condition, ...) MOEGRAFT_CHECK_AS(::moegraft::UserError, condition, __VA_ARGS__)
 #define MOEGRAFT_CHECK_USAGE(condition, ...) MOEGRAFT_CHECK_AS(::moegraft::UsageError, condition, __VA_ARGS__)
-#define MOEGRAFT_INVARIANT(condition, ...)                                                                  \
-  do {                                                                                                      \
-    static_assert(!::moegraft::detail::is_literal(#condition), "the condition of a check must not be a literal"); \
-    if (!(condition)) [[unlikely]]                                                                          \
+#define MOEGRAFT_INVARIANT(condition, ...)                                                                          \
+  do {                                                                                                              \
+    static_assert(!::moegraft::detail::is_literal(#condition), "the condition of a check must not be a literal");   \
+    if (!(condition)) [[unlikely]]                                                                                  \
       ::moegraft::detail::throw_invariant(__FILE__, __LINE__, #condition, ::moegraft::detail::concat(__VA_ARGS__)); \
   } while (0)

@@ -1,5 +1,6 @@
 #pragma once
-// Logging to stderr: stdout belongs to results (--json). spdlog stays behind this header, see third_party/cmake/Dependencies.cmake.
+// Logging to stderr: stdout belongs to results (--json). spdlog stays behind this header, see
+// third_party/cmake/Dependencies.cmake.
 
 #include <string>
 
@@ -15,12 +16,20 @@ void set_rank(long rank);
 void write(Level level, const std::string& message);
 
 template <class... Args>
-void debug(const Args&... args) { write(Level::debug, moegraft::detail::concat(args...)); }
+void debug(const Args&... args) {
+  write(Level::debug, moegraft::detail::concat(args...));
+}
 template <class... Args>
-void info(const Args&... args) { write(Level::info, moegraft::detail::concat(args...)); }
+void info(const Args&... args) {
+  write(Level::info, moegraft::detail::concat(args...));
+}
 template <class... Args>
-void warning(const Args&... args) { write(Level::warning, moegraft::detail::concat(args...)); }
+void warning(const Args&... args) {
+  write(Level::warning, moegraft::detail::concat(args...));
+}
 template <class... Args>
-void error(const Args&... args) { write(Level::error, moegraft::detail::concat(args...)); }
+void error(const Args&... args) {
+  write(Level::error, moegraft::detail::concat(args...));
+}
 
 }  // namespace moegraft::log

@@ -1,6 +1,6 @@
 #pragma once
-// Counter-based random numbers (Philox4x32-10; Salmon et al., SC'11): a stream is a pure function of (seed, purpose, index),
-// so nothing depends on history and a resumed run draws what an uninterrupted one would.
+// Counter-based random numbers (Philox4x32-10; Salmon et al., SC'11): a stream is a pure function of (seed, purpose,
+// index), so nothing depends on history and a resumed run draws what an uninterrupted one would.
 
 #include <array>
 #include <cstdint>
@@ -16,9 +16,9 @@ class Rng {
 
   uint32_t next_u32();
   uint64_t next_u64();
-  double uniform();                      // [0, 1), 53 bits
-  double normal();                       // Box-Muller
-  uint64_t below(uint64_t n);            // [0, n), unbiased; n > 0
+  double uniform();            // [0, 1), 53 bits
+  double normal();             // Box-Muller
+  uint64_t below(uint64_t n);  // [0, n), unbiased; n > 0
   std::vector<int64_t> permutation(int64_t n);
   // A seed for a library generator (at::Generator) of the same stream.
   uint64_t derive_seed() { return next_u64(); }

@@ -1,6 +1,6 @@
 #pragma once
-// What a process writes of a checkpoint: whole tensors, and row slices of those that are spread over processes. A checkpoint does not remember the layout
-// of the run that wrote it: load() gives whole tensors back.
+// What a process writes of a checkpoint: whole tensors, and row slices of those that are spread over processes. A
+// checkpoint does not remember the layout of the run that wrote it: load() gives whole tensors back.
 
 #include <torch/types.h>
 
@@ -20,7 +20,8 @@ enum class Copies { everywhere, data_group, nowhere };
 struct Part {
   std::string name;
   at::Tensor tensor;
-  int64_t first_row = 0, total_rows = 0;  // as in model::Parameter: total_rows 0 is the whole tensor, else a slice along dimension 0
+  int64_t first_row = 0,
+          total_rows = 0;  // as in model::Parameter: total_rows 0 is the whole tensor, else a slice along dimension 0
   Copies copies = Copies::everywhere;
 };
 using Parts = std::vector<Part>;
@@ -36,8 +37,9 @@ struct Place {
 };
 Place place_in(const distributed::Mesh& mesh);
 
-// The share of this process: every part of the run is in exactly one rank's share, the bytes are spread evenly. The ranks of a group must call it with
-// equal lists of what they hold copies of (names, sizes, order); parts without copies stay here.
+// The share of this process: every part of the run is in exactly one rank's share, the bytes are spread evenly. The
+// ranks of a group must call it with equal lists of what they hold copies of (names, sizes, order); parts without
+// copies stay here.
 Parts parts_to_write(const Parts& held, const Place& place);
 
 }  // namespace moegraft::checkpoint

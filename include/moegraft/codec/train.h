@@ -15,7 +15,8 @@ struct CodecSourceConfig {
   int64_t repeat = 1;
   template <class V>
   void visit_fields(V& v) {
-    v("path", path, config::required(config::path()), "Folder of PNG/JPEG files, or a manifest: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
+    v("path", path, config::required(config::path()),
+      "Folder of PNG/JPEG files, or a manifest: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
     v("repeat", repeat, config::range(1, 1e6), "How often each of its pictures comes in an epoch.");
   }
 };
@@ -47,21 +48,27 @@ struct CodecTrainConfig {
   template <class V>
   void visit_fields(V& v) {
     v("steps", steps, config::range(1, 1e9), "Optimizer steps.");
-    v("max_minutes", max_minutes, config::range(0.0, 1e6), "Time budget; 0: none. The schedule then also runs with the clock, so two runs are no longer the same.");
+    v("max_minutes", max_minutes, config::range(0.0, 1e6),
+      "Time budget; 0: none. The schedule then also runs with the clock, so two runs are no longer the same.");
     v("batch_size", batch_size, config::range(1, 65536), "Pictures a step.");
     v("lr", lr, config::range(0.0, 1.0), "AdamW's peak learning rate.");
     v("weight_decay", weight_decay, config::range(0.0, 10.0), "On weight matrices and convolutions.");
     v("warmup", warmup, config::range(0, 1e9), "Steps of linear warm-up.");
     v("min_lr_ratio", min_lr_ratio, config::range(0.0, 1.0), "Where the cosine ends, as a share of the peak.");
-    v("warm_share", warm_share, config::range(0.0, 1.0), "Share of the training before the codebook starts (k-means on the encoder's outputs).");
-    v("freeze_share", freeze_share, config::range(0.0, 1.0), "Share after which encoder and codebook rest and only the decoder learns.");
+    v("warm_share", warm_share, config::range(0.0, 1.0),
+      "Share of the training before the codebook starts (k-means on the encoder's outputs).");
+    v("freeze_share", freeze_share, config::range(0.0, 1.0),
+      "Share after which encoder and codebook rest and only the decoder learns.");
     v("l1", l1, config::range(0.0, 1e6), "Weight of the absolute error.");
     v("mse", mse, config::range(0.0, 1e6), "Weight of the squared error.");
-    v("gradient", gradient, config::range(0.0, 1e6), "Weight of the absolute error of horizontal and vertical differences.");
+    v("gradient", gradient, config::range(0.0, 1e6),
+      "Weight of the absolute error of horizontal and vertical differences.");
     v("commitment", commitment, config::range(0.0, 1e6), "Weight that keeps the encoder near its codes.");
     v("ema_decay", ema_decay, config::range(0.0, 1.0), "Decay of the codes' running means.");
-    v("revive_below", revive_below, config::range(0.0, 1e6), "A code whose running count per step falls below this restarts at an encoder output.");
-    v("precision", precision, config::one_of({"auto", "float32", "bf16"}), "Type of the products while training; auto: bf16 where the processor has it.");
+    v("revive_below", revive_below, config::range(0.0, 1e6),
+      "A code whose running count per step falls below this restarts at an encoder output.");
+    v("precision", precision, config::one_of({"auto", "float32", "bf16"}),
+      "Type of the products while training; auto: bf16 where the processor has it.");
   }
 };
 
@@ -85,19 +92,21 @@ struct CodecRunConfig {
 // How well a codec reproduces pictures.
 struct Quality {
   int64_t pictures = 0;
-  double psnr = 0;        // dB, mean over pictures
-  double psnr_pooled = 0; // dB of the mean squared error over all pictures
+  double psnr = 0;         // dB, mean over pictures
+  double psnr_pooled = 0;  // dB of the mean squared error over all pictures
   double l1 = 0;
   int64_t used_codes = 0;
   double perplexity = 0;  // exp of the entropy of code use
 };
 Quality measure(const ImageCodec& codec, const at::Tensor& pixels_N3HW_u8, int64_t batch = 64);
 
-// The running means behind the codebook (van den Oord et al., arXiv:1711.00937, appendix A.1), with restarts of dead codes.
+// The running means behind the codebook (van den Oord et al., arXiv:1711.00937, appendix A.1), with restarts of dead
+// codes.
 class EmaCodebook {
  public:
   EmaCodebook(at::Tensor codebook_NZ, double decay, double revive_below);
-  // z_MZ: encoder outputs; ids_M: the codes they took. Moves the codes; returns how many dead ones restarted at a row of z_MZ drawn by (seed, step).
+  // z_MZ: encoder outputs; ids_M: the codes they took. Moves the codes; returns how many dead ones restarted at a row
+  // of z_MZ drawn by (seed, step).
   int64_t update(const at::Tensor& z_MZ, const at::Tensor& ids_M, uint64_t seed, uint64_t step);
   const at::Tensor& codebook_NZ() const { return codebook_NZ_; }
 
@@ -106,7 +115,8 @@ class EmaCodebook {
   double decay_, revive_below_;
 };
 
-// Lloyd's algorithm from rows drawn by seed, far apart up to 2048 clusters; an empty cluster restarts at the row furthest from its centre. float32 [clusters, d].
+// Lloyd's algorithm from rows drawn by seed, far apart up to 2048 clusters; an empty cluster restarts at the row
+// furthest from its centre. float32 [clusters, d].
 at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed);
 
 // Training step by step: train_vq runs it to the end, benchmarks run some steps of it.
@@ -118,7 +128,8 @@ class VqTrainer {
     double loss = 0, mse = 0;
     bool quantised = false, frozen = false;  // the phase: CodecTrainConfig's warm_share and freeze_share
   };
-  // done: how much of the training lies behind this step, in [0, 1): it chooses the phase and the learning rate. Throws UserError when the loss is not finite.
+  // done: how much of the training lies behind this step, in [0, 1): it chooses the phase and the learning rate. Throws
+  // UserError when the loss is not finite.
   Report step(int64_t step, double done);
   std::unique_ptr<VqCodec> finish();  // the codec; the trainer is spent
 
@@ -127,9 +138,9 @@ class VqTrainer {
   std::unique_ptr<State> state_;
 };
 
-// Trains from scratch; a function of (config, pixels, machine type, thread count) alone unless max_minutes is set. losses: one value a step, when given.
-// Throws UserError when the loss stops being finite.
-std::unique_ptr<VqCodec> train_vq(const VqConfig& codec, const CodecTrainConfig& train, uint64_t seed, const at::Tensor& pixels_N3HW_u8,
-                                  std::vector<double>* losses = nullptr);
+// Trains from scratch; a function of (config, pixels, machine type, thread count) alone unless max_minutes is set.
+// losses: one value a step, when given. Throws UserError when the loss stops being finite.
+std::unique_ptr<VqCodec> train_vq(const VqConfig& codec, const CodecTrainConfig& train, uint64_t seed,
+                                  const at::Tensor& pixels_N3HW_u8, std::vector<double>* losses = nullptr);
 
 }  // namespace moegraft::codec

@@ -1,12 +1,14 @@
 #pragma once
-// An enum as a config's value. One table beside the enum names its values; parsing, errors, dump and docs ask the table:
+// An enum as a config's value. One table beside the enum names its values; parsing, errors, dump and docs ask the
+// table:
 //
 //   enum class Schedule { cosine, linear, constant };
-//   inline constexpr config::Named<Schedule> kSchedules[] = {{Schedule::cosine, "cosine", "down to min_lr_ratio along a cosine"}, …};
-//   constexpr std::span<const config::Named<Schedule>> choices_of(Schedule) { return kSchedules; }   // found by argument-dependent lookup
+//   inline constexpr config::Named<Schedule> kSchedules[] = {{Schedule::cosine, "cosine", "down to min_lr_ratio along a
+//   cosine"}, …}; constexpr std::span<const config::Named<Schedule>> choices_of(Schedule) { return kSchedules; }   //
+//   found by argument-dependent lookup
 //
-// A table whose values come with more than a name and a meaning has rows of its own type, with these three members among them.
-// Include config.h, not this file.
+// A table whose values come with more than a name and a meaning has rows of its own type, with these three members
+// among them. Include config.h, not this file.
 
 #include <concepts>
 #include <cstdint>
@@ -49,7 +51,8 @@ std::string name_of(E value) {
   return row_of(value).name;
 }
 
-// The value of a name that did not come through a config: an option of a command, say. what: "--device". UsageError for a name that the table does not have.
+// The value of a name that did not come through a config: an option of a command, say. what: "--device". UsageError for
+// a name that the table does not have.
 template <Choosable E>
 E parse_choice(const std::string& what, const std::string& name) {
   std::string known;

@@ -1,5 +1,6 @@
 #pragma once
-// YAML -> typed structs, strict. A config struct lives beside its owner and lists its fields once; that list drives parsing, defaults, dump and docs:
+// YAML -> typed structs, strict. A config struct lives beside its owner and lists its fields once; that list drives
+// parsing, defaults, dump and docs:
 //
 //   struct OptimizerConfig {
 //     double lr = 1e-4;
@@ -11,13 +12,16 @@
 //     void validate(const std::string& path) const;   // optional: cross-field checks, throw UsageError
 //   };
 //
-// Field types: bool, int64_t, double, std::string, enums with a table of names (choices.h), std::vector<T>, std::map<std::string, T>, std::optional<T>, and structs with visit_fields.
-// A struct of several kinds gives tag(), a reference to the enum field that its other fields depend on: visit_fields visits that field, what all kinds have, and what this one has.
-// A field without default: wrap in config::required(...). Rules of the format: src/config/README.md. All errors are UsageError, one line with the key's path.
+// Field types: bool, int64_t, double, std::string, enums with a table of names (choices.h), std::vector<T>,
+// std::map<std::string, T>, std::optional<T>, and structs with visit_fields. A struct of several kinds gives tag(), a
+// reference to the enum field that its other fields depend on: visit_fields visits that field, what all kinds have, and
+// what this one has. A field without default: wrap in config::required(...). Rules of the format: src/config/README.md.
+// All errors are UsageError, one line with the key's path.
 //
 //   auto config = config::parse<RunConfig>(config::Document::from_file(path, overrides));
-//   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values; parse_stored, when keys have moved since
-//   std::cout << config::to_yaml(config::describe<RunConfig>());        // every key with type, range, default and meaning: a file to start from
+//   io::write_file_atomic(dir / "config.yaml", config::dump(config));   // parses back to the same values;
+//   parse_stored, when keys have moved since std::cout << config::to_yaml(config::describe<RunConfig>());        //
+//   every key with type, range, default and meaning: a file to start from
 
 #include <cstdint>
 #include <limits>
@@ -32,7 +36,8 @@
 
 namespace moegraft::config {
 
-// A path as a shell reads it: ~ at its start, $NAME and ${NAME} anywhere. Logs what it becomes, where it changes. UsageError names `key` and a variable that is not set.
+// A path as a shell reads it: ~ at its start, $NAME and ${NAME} anywhere. Logs what it becomes, where it changes.
+// UsageError names `key` and a variable that is not set.
 std::string expand_path(const std::string& path, const std::string& key);
 
 // What a value must satisfy besides its type.
@@ -44,7 +49,9 @@ struct Constraint {
 };
 inline Constraint any() { return {}; }
 inline Constraint range(double min, double max) { return {min, max, {}, false}; }
-inline Constraint one_of(std::vector<std::string> choices) { return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), std::move(choices), false}; }
+inline Constraint one_of(std::vector<std::string> choices) {
+  return {-std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity(), std::move(choices), false};
+}
 inline Constraint required(Constraint c = {}) {
   c.required = true;
   return c;
@@ -55,7 +62,8 @@ inline Constraint path() {
   return c;
 }
 
-// A parsed YAML value. Keeps yaml-cpp out of this header and every duplicate key and quoted scalar visible to the checks.
+// A parsed YAML value. Keeps yaml-cpp out of this header and every duplicate key and quoted scalar visible to the
+// checks.
 struct TreeEntry;
 struct Tree {
   enum class Kind { null, scalar, list, map };
@@ -70,19 +78,23 @@ struct TreeEntry {
   Tree value;
 };
 
-// A key that has gone to another place. A struct that a whole document describes lists its own: static std::vector<config::MovedKey> moved_keys().
+// A key that has gone to another place. A struct that a whole document describes lists its own: static
+// std::vector<config::MovedKey> moved_keys().
 struct MovedKey {
   std::string from, to;  // "train.precision", "model.dtype": names of sections and fields, no list items
-  // The new key's value from the old one's and from what the document has at the new place ("": nothing); null: the old value.
+  // The new key's value from the old one's and from what the document has at the new place ("": nothing); null: the old
+  // value.
   std::string (*value)(const std::string& old_value, const std::string& present) = nullptr;
 };
 
 // A parsed YAML document with --set overrides applied in order ("train.steps=200", "adapters[0].rank=4", "stages=[]").
-// UsageError: missing file, YAML syntax (with the line), duplicate keys, more than one document, an override that does not fit the document's shape.
+// UsageError: missing file, YAML syntax (with the line), duplicate keys, more than one document, an override that does
+// not fit the document's shape.
 class Document {
  public:
   static Document from_file(const std::string& path, const std::vector<std::string>& overrides = {});
-  static Document from_string(const std::string& yaml, const std::vector<std::string>& overrides = {}, const std::string& name = "<string>");
+  static Document from_string(const std::string& yaml, const std::vector<std::string>& overrides = {},
+                              const std::string& name = "<string>");
   const Tree& root() const { return root_; }
   const std::string& name() const { return name_; }  // for messages
 

@@ -28,7 +28,8 @@ bool read_bool(const Cursor& at);
 int64_t read_int64(const Cursor& at, const Constraint& constraint);
 double read_double(const Cursor& at, const Constraint& constraint);
 std::string read_string(const Cursor& at, const Constraint& constraint);
-// first_key: of the sections that the list holds, for what a single value should have been written as; empty: they are no sections.
+// first_key: of the sections that the list holds, for what a single value should have been written as; empty: they are
+// no sections.
 std::vector<Cursor> read_list(const Cursor& at, const std::string& first_key);
 std::vector<std::pair<std::string, Cursor>> read_map(const Cursor& at);
 void refuse_moved(const Cursor& root, const std::vector<MovedKey>& moved);
@@ -39,8 +40,8 @@ Tree scalar_tree(bool value);
 Tree scalar_tree(int64_t value);
 Tree scalar_tree(double value);
 Tree scalar_tree(const std::string& value);
-std::string to_block(const Tree& tree);  // YAML over several lines
-std::string to_flow(const Tree& tree);   // YAML on one line
+std::string to_block(const Tree& tree);          // YAML over several lines
+std::string to_flow(const Tree& tree);           // YAML on one line
 std::string range_text(double min, double max);  // "[min, max]"; empty when neither bounds
 std::string join_path(const std::string& path, const std::string& key);
 
@@ -60,12 +61,15 @@ struct is_optional<std::optional<T>> : std::true_type {};
 struct FieldNames {
   std::vector<std::string> names;
   template <class F>
-  void operator()(const char* name, F&, const Constraint&, const char*) { names.push_back(name); }
+  void operator()(const char* name, F&, const Constraint&, const char*) {
+    names.push_back(name);
+  }
 };
 
 template <class T>
 concept Section = requires(T& value, FieldNames& names) { value.visit_fields(names); };
-// A section whose tag(), an enum among its fields, decides which others it has: visit_fields visits those of the tag's present value.
+// A section whose tag(), an enum among its fields, decides which others it has: visit_fields visits those of the tag's
+// present value.
 template <class T>
 concept Tagged = Section<T> && requires(T& value) { requires Choosable<std::remove_cvref_t<decltype(value.tag())>>; };
 template <class T>
@@ -75,8 +79,9 @@ concept HasMovedKeys = requires {
   { T::moved_keys() } -> std::same_as<std::vector<MovedKey>>;
 };
 template <class T>
-concept Field = std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> || Choosable<T> || is_vector<T>::value ||
-                is_map<T>::value || is_optional<T>::value || Section<T>;
+concept Field =
+    std::same_as<T, bool> || std::same_as<T, int64_t> || std::same_as<T, double> || std::same_as<T, std::string> ||
+    Choosable<T> || is_vector<T>::value || is_map<T>::value || is_optional<T>::value || Section<T>;
 
 // The first key of a section where that is text (what a user means by one value in the section's place), else empty.
 struct FirstTextKey {
@@ -194,7 +199,9 @@ Tree to_tree(T& value);
 struct FieldWriter {
   Tree& map;
   template <class F>
-  void operator()(const char* name, F& field, const Constraint&, const char*) { map.entries.push_back({name, to_tree(field)}); }
+  void operator()(const char* name, F& field, const Constraint&, const char*) {
+    map.entries.push_back({name, to_tree(field)});
+  }
 };
 
 template <Field T>
@@ -223,24 +230,38 @@ Tree to_tree(T& value) {
 // What a key takes, as docs call it; `many`: several of them.
 template <class T>
 std::string type_name(const Constraint& constraint, bool many = false) {
-  if constexpr (std::same_as<T, bool>) return "true or false";
-  else if constexpr (std::same_as<T, int64_t>) return many ? "integers" : "integer";
-  else if constexpr (std::same_as<T, double>) return many ? "numbers" : "number";
-  else if constexpr (std::same_as<T, std::string>) return (constraint.path ? "path" : "text") + std::string(many ? "s" : "");
-  else if constexpr (Choosable<T>) return many ? "texts" : "text";
-  else if constexpr (is_vector<T>::value) return (many ? "lists of " : "list of ") + type_name<typename T::value_type>(constraint, true);
-  else if constexpr (is_map<T>::value) return (many ? "mappings of names to " : "mapping of names to ") + type_name<typename T::mapped_type>(constraint, true);
-  else if constexpr (is_optional<T>::value) return "optional " + type_name<typename T::value_type>(constraint, many);
-  else return many ? "sections" : "section";
+  if constexpr (std::same_as<T, bool>)
+    return "true or false";
+  else if constexpr (std::same_as<T, int64_t>)
+    return many ? "integers" : "integer";
+  else if constexpr (std::same_as<T, double>)
+    return many ? "numbers" : "number";
+  else if constexpr (std::same_as<T, std::string>)
+    return (constraint.path ? "path" : "text") + std::string(many ? "s" : "");
+  else if constexpr (Choosable<T>)
+    return many ? "texts" : "text";
+  else if constexpr (is_vector<T>::value)
+    return (many ? "lists of " : "list of ") + type_name<typename T::value_type>(constraint, true);
+  else if constexpr (is_map<T>::value)
+    return (many ? "mappings of names to " : "mapping of names to ") +
+           type_name<typename T::mapped_type>(constraint, true);
+  else if constexpr (is_optional<T>::value)
+    return "optional " + type_name<typename T::value_type>(constraint, many);
+  else
+    return many ? "sections" : "section";
 }
 
 // Of an enum, or of what a list, mapping or optional of enums holds.
 template <class T>
 std::vector<Choice> choices_in() {
-  if constexpr (Choosable<T>) return list_choices<T>();
-  else if constexpr (is_vector<T>::value || is_optional<T>::value) return choices_in<typename T::value_type>();
-  else if constexpr (is_map<T>::value) return choices_in<typename T::mapped_type>();
-  else return {};
+  if constexpr (Choosable<T>)
+    return list_choices<T>();
+  else if constexpr (is_vector<T>::value || is_optional<T>::value)
+    return choices_in<typename T::value_type>();
+  else if constexpr (is_map<T>::value)
+    return choices_in<typename T::mapped_type>();
+  else
+    return {};
 }
 
 struct FieldDescriber {
@@ -250,7 +271,15 @@ struct FieldDescriber {
 
   template <class F>
   void operator()(const char* name, F& field, const Constraint& constraint, const char* doc) {
-    Key key{.path = join_path(prefix, name), .type = type_name<F>(constraint), .min = constraint.min, .max = constraint.max, .choices = choices_in<F>(), .default_text = "", .meaning = doc, .required = constraint.required, .in_entry = in_entry};
+    Key key{.path = join_path(prefix, name),
+            .type = type_name<F>(constraint),
+            .min = constraint.min,
+            .max = constraint.max,
+            .choices = choices_in<F>(),
+            .default_text = "",
+            .meaning = doc,
+            .required = constraint.required,
+            .in_entry = in_entry};
     for (const std::string& choice : constraint.choices) key.choices.push_back({choice, ""});
     if constexpr (!Section<F>) key.default_text = to_flow(to_tree(field));
     out.push_back(key);
@@ -268,7 +297,8 @@ struct FieldDescriber {
       FieldDescriber inner{path, entry, keys};
       field.visit_fields(inner);
       for (Key& key : keys) {
-        const auto known = std::find_if(all.begin(), all.end(), [&](const Key& other) { return other.path == key.path; });
+        const auto known =
+            std::find_if(all.begin(), all.end(), [&](const Key& other) { return other.path == key.path; });
         const auto i = size_t(known - all.begin());
         if (known == all.end()) all.push_back(std::move(key)), tags.emplace_back();
         tags[i].push_back(row.name);
@@ -304,8 +334,9 @@ struct FieldDescriber {
 
 }  // namespace detail
 
-// The struct that a document describes: defaults where a key is absent, every rule checked. UsageError: unknown key (nearest one named),
-// wrong type, out of range, not one of the choices, missing, moved (the new place named); or whatever a validate() throws.
+// The struct that a document describes: defaults where a key is absent, every rule checked. UsageError: unknown key
+// (nearest one named), wrong type, out of range, not one of the choices, missing, moved (the new place named); or
+// whatever a validate() throws.
 template <detail::Section T>
 T parse(const Document& document) {
   const detail::Cursor root{&document.root(), "", document.name()};
@@ -315,7 +346,8 @@ T parse(const Document& document) {
   return value;
 }
 
-// parse() of what dump() wrote, perhaps in an earlier version: keys that have moved since are read at their old places too.
+// parse() of what dump() wrote, perhaps in an earlier version: keys that have moved since are read at their old places
+// too.
 template <detail::HasMovedKeys T>
 T parse_stored(const Document& document) {
   const Tree root = detail::migrated(document.root(), T::moved_keys());

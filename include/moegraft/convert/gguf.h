@@ -1,6 +1,7 @@
 #pragma once
-// GGUF, the model format of llama.cpp (versions 2 and 3, little-endian): u32 magic, u32 version, u64 tensors, u64 keys; keys with typed values; tensor names, sizes,
-// types and offsets; then the data. Specification: ggml's docs/gguf.md. Every count is checked against the bytes that are left before it is used.
+// GGUF, the model format of llama.cpp (versions 2 and 3, little-endian): u32 magic, u32 version, u64 tensors, u64 keys;
+// keys with typed values; tensor names, sizes, types and offsets; then the data. Specification: ggml's docs/gguf.md.
+// Every count is checked against the bytes that are left before it is used.
 
 #include <torch/types.h>
 
@@ -25,9 +26,11 @@ const std::vector<GgufType>& gguf_types();  // those that can be read
 
 class GgufFile {
  public:
-  using Value = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>, std::vector<double>, std::vector<std::string>>;
+  using Value = std::variant<bool, int64_t, double, std::string, std::vector<int64_t>, std::vector<double>,
+                             std::vector<std::string>>;
 
-  // Reads keys and tensor names. UserError naming the file: not GGUF, truncated, an unknown version, a key or tensor twice, sizes beyond the file.
+  // Reads keys and tensor names. UserError naming the file: not GGUF, truncated, an unknown version, a key or tensor
+  // twice, sizes beyond the file.
   explicit GgufFile(const std::filesystem::path& path);
 
   const std::filesystem::path& path() const { return path_; }
@@ -39,7 +42,9 @@ class GgufFile {
   double number(const std::string& key, double fallback) const { return has(key) ? number(key) : fallback; }
   bool boolean(const std::string& key, bool fallback) const;
   std::string string(const std::string& key) const;
-  std::string string(const std::string& key, const std::string& fallback) const { return has(key) ? string(key) : fallback; }
+  std::string string(const std::string& key, const std::string& fallback) const {
+    return has(key) ? string(key) : fallback;
+  }
   const std::vector<std::string>& strings(const std::string& key) const;
   std::vector<int64_t> integers(const std::string& key) const;
   std::vector<double> numbers(const std::string& key) const;
@@ -47,8 +52,8 @@ class GgufFile {
   bool contains(const std::string& tensor) const { return tensors_.contains(tensor); }
   std::vector<std::string> names() const;
   std::vector<int64_t> shape(const std::string& tensor) const;  // as PyTorch counts: rows first
-  const GgufType& type(const std::string& tensor) const;        // UserError: a type that cannot be read, with those that can
-  at::Tensor read(const std::string& tensor) const;             // dequantised to float32
+  const GgufType& type(const std::string& tensor) const;  // UserError: a type that cannot be read, with those that can
+  at::Tensor read(const std::string& tensor) const;       // dequantised to float32
 
  private:
   struct Entry {

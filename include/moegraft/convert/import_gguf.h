@@ -18,9 +18,11 @@ struct ImportReport {
   bool tied = false;
 };
 
-// Writes weights (rotary order of queries and keys undone), config.json, generation_config.json, tokenizer.json and tokenizer_config.json into `dir`, which appears whole
-// or not at all. Architectures: llama (dense, and with experts: Mixtral), qwen3, qwen3moe, olmoe. UserError: what the file lacks, or holds that the target cannot express;
+// Writes weights (rotary order of queries and keys undone), config.json, generation_config.json, tokenizer.json and
+// tokenizer_config.json into `dir`, which appears whole or not at all. Architectures: llama (dense, and with experts:
+// Mixtral), qwen3, qwen3moe, olmoe. UserError: what the file lacks, or holds that the target cannot express;
 // UsageError: `dir` is not new.
-ImportReport import_gguf(const std::filesystem::path& file, const std::filesystem::path& dir, const ImportOptions& options = {});
+ImportReport import_gguf(const std::filesystem::path& file, const std::filesystem::path& dir,
+                         const ImportOptions& options = {});
 
 }  // namespace moegraft::convert

@@ -1,5 +1,6 @@
 #pragma once
-// What data was made with, and which data it is, as 16 hex digits each: compared by whoever relies on it being the same.
+// What data was made with, and which data it is, as 16 hex digits each: compared by whoever relies on it being the
+// same.
 
 #include <filesystem>
 #include <string>
@@ -8,7 +9,8 @@
 
 namespace moegraft::data {
 
-// Of what it does: its pieces and how it cuts a text that is meant to tell tokenizers apart. tokenizer.json and tokenizer.model of one tokenizer agree.
+// Of what it does: its pieces and how it cuts a text that is meant to tell tokenizers apart. tokenizer.json and
+// tokenizer.model of one tokenizer agree.
 std::string tokenizer_fingerprint(const tokenizer::Tokenizer& tokenizer);
 // Of a codec's config and weights. UserError when the folder has none.
 std::string codec_fingerprint(const std::filesystem::path& dir);

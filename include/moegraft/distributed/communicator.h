@@ -11,8 +11,9 @@
 
 namespace moegraft::distributed {
 
-// A collective under way. Its tensors must not be touched before wait(); destroying it waits. On CUDA wait() lets the current stream wait, not the host.
-// UserError when it failed or took longer than the group's timeout: names this rank, the collective, the group, and the ranks that were seen least recently.
+// A collective under way. Its tensors must not be touched before wait(); destroying it waits. On CUDA wait() lets the
+// current stream wait, not the host. UserError when it failed or took longer than the group's timeout: names this rank,
+// the collective, the group, and the ranks that were seen least recently.
 class Pending {
  public:
   Pending();
@@ -37,8 +38,9 @@ struct Traffic {
   }
 };
 
-// Every member calls the same collectives in the same order. `what` says in errors and logs what the tensor is ("gradients, bucket 3"). A group of one
-// process needs no backend: every collective is a copy or nothing. Tensors are dense; sums in the tensor's dtype, in an order fixed by the group's layout.
+// Every member calls the same collectives in the same order. `what` says in errors and logs what the tensor is
+// ("gradients, bucket 3"). A group of one process needs no backend: every collective is a copy or nothing. Tensors are
+// dense; sums in the tensor's dtype, in an order fixed by the group's layout.
 class Communicator {
  public:
   virtual ~Communicator();
@@ -52,11 +54,14 @@ class Communicator {
   Pending broadcast(at::Tensor& tensor, int64_t root, const std::string& what);
   // out [size * n, …] = the members' in [n, …] in rank order.
   Pending all_gather(at::Tensor& out, const at::Tensor& in, const std::string& what);
-  // in's rows, in_rows[r] of them for member r in order; out's come from member r, out_rows[r] of them. Any dtype (moved as bytes).
-  Pending all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows, const std::vector<int64_t>& in_rows, const std::string& what);
+  // in's rows, in_rows[r] of them for member r in order; out's come from member r, out_rows[r] of them. Any dtype
+  // (moved as bytes).
+  Pending all_to_all(at::Tensor& out, const at::Tensor& in, const std::vector<int64_t>& out_rows,
+                     const std::vector<int64_t>& in_rows, const std::string& what);
   // Host-side, blocking, small: always through Gloo.
   std::vector<std::string> all_gather_text(const std::string& mine, const std::string& what);
-  std::vector<std::vector<double>> all_gather_numbers(const std::vector<double>& mine, const std::string& what);  // as many of each member
+  std::vector<std::vector<double>> all_gather_numbers(const std::vector<double>& mine,
+                                                      const std::string& what);  // as many of each member
   void barrier(const std::string& what);
 
   Traffic take_traffic();  // since the last call
@@ -68,7 +73,8 @@ class Communicator {
   bool has_backend() const;
   Pending reduce(const char* operation, at::Tensor& tensor, const std::string& what, bool least);
   template <class Start>
-  Pending start(const char* operation, const std::string& what, int64_t bytes, std::vector<at::Tensor> tensors, const Start& start);
+  Pending start(const char* operation, const std::string& what, int64_t bytes, std::vector<at::Tensor> tensors,
+                const Start& start);
   std::string name_;
   std::vector<int64_t> ranks_;
   int64_t rank_ = 0;

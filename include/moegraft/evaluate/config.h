@@ -20,7 +20,9 @@ struct TextSection {
   void visit_fields(V& v) {
     v("shards", shards, config::path(), "Text shards.");
     v("max_tokens", max_tokens, config::range(1, 1e12), "Tokens to look at.");
-    v("packing", packing, config::any(), "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
+    v("packing", packing, config::any(),
+      "stream: documents joined and cut every `sequence_length` tokens, as perplexity is usually given. documents: "
+      "each a sequence of its own, whose first words have nothing to go by. The two do not compare.");
   }
 };
 
@@ -53,8 +55,10 @@ struct RetrievalSection {
   template <class V>
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
-    v("manifest", manifest, config::required(config::path()), "Manifest whose captions are the prompts: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
-    v("candidates", candidates, config::path(), "Manifest of further pictures to choose among; empty: the manifest's own.");
+    v("manifest", manifest, config::required(config::path()),
+      "Manifest whose captions are the prompts: JSONL, CSV, ImageFolder, WebDataset tars, Parquet or Arrow files.");
+    v("candidates", candidates, config::path(),
+      "Manifest of further pictures to choose among; empty: the manifest's own.");
     v("n", n, config::range(1, 1e9), "Prompts, drawn from the manifest by `seed`; all when it holds fewer.");
     v("seed", seed, config::range(0, 9e15), "Seed of the choice and of the sampling.");
     v("temperature", temperature, config::range(0.0, 100.0), "0: the likeliest codes.");
@@ -72,9 +76,13 @@ struct RankingSection {
   void visit_fields(V& v) {
     v("name", name, config::required(), "What the result is called.");
     v("manifest", manifest, config::required(config::path()), "Manifest of captioned pictures.");
-    v("direction", direction, config::one_of({"both", "image_to_caption", "caption_to_image"}), "Which caption of many a picture has, which picture of many a caption has, or both.");
-    v("n", n, config::range(1, 1e9), "Captions and pictures to ask about, drawn from the manifest by `seed`; all when it holds fewer.");
-    v("candidates", candidates, config::range(2, 1e9), "Captions or pictures to choose among, the right one included. Each pair is a pass over a caption and a picture: about n * candidates of them a direction.");
+    v("direction", direction, config::one_of({"both", "image_to_caption", "caption_to_image"}),
+      "Which caption of many a picture has, which picture of many a caption has, or both.");
+    v("n", n, config::range(1, 1e9),
+      "Captions and pictures to ask about, drawn from the manifest by `seed`; all when it holds fewer.");
+    v("candidates", candidates, config::range(2, 1e9),
+      "Captions or pictures to choose among, the right one included. Each pair is a pass over a caption and a picture: "
+      "about n * candidates of them a direction.");
     v("seed", seed, config::range(0, 9e15), "Seed of the choice.");
   }
 };
@@ -85,10 +93,13 @@ struct BaselineSection {
   int64_t max_pictures = 20000, max_words = 4096, seed = 17;
   template <class V>
   void visit_fields(V& v) {
-    v("manifest", manifest, config::required(config::path()), "Manifest of the pictures to learn from, with all their captions: what the graft was trained on.");
+    v("manifest", manifest, config::required(config::path()),
+      "Manifest of the pictures to learn from, with all their captions: what the graft was trained on.");
     v("states", states, config::any(), "Also a ridge regression from the base's states of a caption.");
-    v("max_pictures", max_pictures, config::range(10, 1e9), "Pictures to learn from, drawn by `seed` where the manifest holds more.");
-    v("max_words", max_words, config::range(1, 65536), "Most frequent words that the bag of words knows; the normal equations are as wide.");
+    v("max_pictures", max_pictures, config::range(10, 1e9),
+      "Pictures to learn from, drawn by `seed` where the manifest holds more.");
+    v("max_words", max_words, config::range(1, 65536),
+      "Most frequent words that the bag of words knows; the normal equations are as wide.");
     v("seed", seed, config::range(0, 9e15), "Seed of that, and of the tenth of the pictures that chooses the penalty.");
   }
 };
@@ -129,8 +140,10 @@ struct EvalConfig {
   template <class V>
   void visit_fields(V& v) {
     v("checkpoint", checkpoint, config::any(), "latest, best, a step, or a checkpoint directory (runs).");
-    v("dtype", dtype, config::one_of({"auto", "float32", "bfloat16"}), "Compute type; auto: the run's, float32 for a plain model.");
-    v("quantize", quantize, config::one_of(quantize_choices()), "How the base's matrices are stored (model.quantize); auto: as the run says, none for a plain model.");
+    v("dtype", dtype, config::one_of({"auto", "float32", "bfloat16"}),
+      "Compute type; auto: the run's, float32 for a plain model.");
+    v("quantize", quantize, config::one_of(quantize_choices()),
+      "How the base's matrices are stored (model.quantize); auto: as the run says, none for a plain model.");
     v("device", device, config::any(), "Where to run.");
     v("modality", modality, config::any(), "The image modality; empty: the only one.");
     v("sequence_length", sequence_length, config::range(0, 1 << 24), "Longest sequence; 0: the run's, or 512.");
@@ -139,7 +152,8 @@ struct EvalConfig {
     v("unigram", unigram, config::path(), "Shards the unigram baseline is counted on; empty: the run's data.train.");
     v("codec", codec, config::any(), "Reconstruction by the codec.");
     v("retrieval", retrieval, config::any(), "Is the picture nearest to a drawn one the right one?");
-    v("baselines", baselines, config::any(), "How far a linear regression from captions to pictures gets on `retrieval`, on the same prompts and pictures.");
+    v("baselines", baselines, config::any(),
+      "How far a linear regression from captions to pictures gets on `retrieval`, on the same prompts and pictures.");
     v("ranking", ranking, config::any(), "Which of many captions or pictures has the best likelihood?");
     v("drift", drift, config::any(), "Text logits of the graft against its base.");
     v("routing", routing, config::any(), "Routing by modality.");

@@ -1,5 +1,6 @@
 #pragma once
-// Ridge regression with an intercept, by the normal equations in float64: what a linear map from features to targets can do.
+// Ridge regression with an intercept, by the normal equations in float64: what a linear map from features to targets
+// can do.
 
 #include <torch/types.h>
 
@@ -7,7 +8,8 @@
 
 namespace moegraft::evaluate {
 
-// y = (x - mean_F) weight_FP + mean_P; minimises |y - prediction|^2 + lambda |weight|^2 (scikit-learn's Ridge). float64.
+// y = (x - mean_F) weight_FP + mean_P; minimises |y - prediction|^2 + lambda |weight|^2 (scikit-learn's Ridge).
+// float64.
 struct Ridge {
   at::Tensor weight_FP, mean_F, mean_P;
   double lambda = 0;
@@ -22,8 +24,9 @@ class NormalEquations {
   NormalEquations operator+(const NormalEquations& other) const;
 
   int64_t count() const { return count_; }
-  double mean_variance() const;                  // of a feature, times the rows: what lambda is measured by
-  Ridge solve(double lambda) const;              // by Cholesky. lambda > 0; without rows or with values that are not finite LibTorch's error
+  double mean_variance() const;  // of a feature, times the rows: what lambda is measured by
+  Ridge solve(double lambda)
+      const;  // by Cholesky. lambda > 0; without rows or with values that are not finite LibTorch's error
   double squared_error(const Ridge& ridge) const;  // summed over rows and targets
 
  private:
@@ -37,11 +40,13 @@ class NormalEquations {
   double yy_ = 0;
 };
 
-// Of the penalties r * rows.mean_variance(), r in `ratios`, the one with the smallest error on held_out, fitted again to both.
+// Of the penalties r * rows.mean_variance(), r in `ratios`, the one with the smallest error on held_out, fitted again
+// to both.
 struct ChosenRidge {
   Ridge ridge;
   double ratio = 0, held_out_error = 0;  // mean squared error of a target, before the second fit
 };
-ChosenRidge choose_ridge(const NormalEquations& rows, const NormalEquations& held_out, const std::vector<double>& ratios);
+ChosenRidge choose_ridge(const NormalEquations& rows, const NormalEquations& held_out,
+                         const std::vector<double>& ratios);
 
 }  // namespace moegraft::evaluate

@@ -17,16 +17,19 @@ struct SamplingOptions {
   void validate() const;     // UsageError names the value that is out of range
 };
 
-// How the tokens after a prompt are computed, one per sequence and step. plain: each step as it comes. recorded: one CUDA graph, replayed
-// (model::FixedStep; UsageError where that cannot be). fixed: what would be recorded, run operation by operation on any device. automatic: fixed on a GPU, where
-// a plain step describes its batch to the host and copies keys and values sequence by sequence in every layer; plain on the CPU, whose attention reads no
-// further than a sequence is long.
+// How the tokens after a prompt are computed, one per sequence and step. plain: each step as it comes. recorded: one
+// CUDA graph, replayed (model::FixedStep; UsageError where that cannot be). fixed: what would be recorded, run
+// operation by operation on any device. automatic: fixed on a GPU, where a plain step describes its batch to the host
+// and copies keys and values sequence by sequence in every layer; plain on the CPU, whose attention reads no further
+// than a sequence is long.
 enum class DecodeSteps { automatic, plain, fixed, recorded };
 
-// What sample() draws from: sums to 1, exactly 0 where filtered or where the logit is -inf. UserError: NaN, +inf, or nothing left.
+// What sample() draws from: sums to 1, exactly 0 where filtered or where the logit is -inf. UserError: NaN, +inf, or
+// nothing left.
 std::vector<double> probabilities(std::span<const float> logits, const SamplingOptions& options);
 
-// An index into `logits`. Inverse transform in id order with one rng.uniform(): logits that differ in their last bits almost never change the draw.
+// An index into `logits`. Inverse transform in id order with one rng.uniform(): logits that differ in their last bits
+// almost never change the draw.
 int64_t sample(std::span<const float> logits, const SamplingOptions& options, Rng& rng);
 
 }  // namespace moegraft::generate

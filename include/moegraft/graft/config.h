@@ -29,10 +29,19 @@ struct RowInitRow {
 inline constexpr RowInitRow kRowInits[] = {
     {RowInit::random, "random", "normal at the text rows' root mean square.", false},
     {RowInit::sampled_rows, "sampled_rows", "distinct text rows, the same ones for embedding and head.", false},
-    {RowInit::moment_match, "moment_match", "drawn with mean and full covariance of the text rows, joint over embedding and head.", false},
-    {RowInit::gw_barycentric, "gw_barycentric", "each code at the mean of the text rows that the plan couples it with; mean and scale matched to the text rows.", true},
-    {RowInit::gw_procrustes, "gw_procrustes", "the codebook turned into text space by the orthonormal map nearest to the plan, which keeps its geometry (and rank); mean and scale matched.", true},
-    {RowInit::gw_cluster, "gw_cluster", "k-means centres are coupled; a code becomes a row of its cluster's matched text clusters, by distance to the centre.", true},
+    {RowInit::moment_match, "moment_match",
+     "drawn with mean and full covariance of the text rows, joint over embedding and head.", false},
+    {RowInit::gw_barycentric, "gw_barycentric",
+     "each code at the mean of the text rows that the plan couples it with; mean and scale matched to the text rows.",
+     true},
+    {RowInit::gw_procrustes, "gw_procrustes",
+     "the codebook turned into text space by the orthonormal map nearest to the plan, which keeps its geometry (and "
+     "rank); mean and scale matched.",
+     true},
+    {RowInit::gw_cluster, "gw_cluster",
+     "k-means centres are coupled; a code becomes a row of its cluster's matched text clusters, by distance to the "
+     "centre.",
+     true},
 };
 constexpr std::span<const RowInitRow> choices_of(RowInit) { return kRowInits; }
 

@@ -9,6 +9,7 @@
 namespace moegraft::graft {
 
 void write_vocabulary(const std::filesystem::path& run_dir, const model::Vocabulary& vocabulary);
-std::optional<model::Vocabulary> read_vocabulary(const std::filesystem::path& run_dir);  // none when the file does not exist
+std::optional<model::Vocabulary> read_vocabulary(
+    const std::filesystem::path& run_dir);  // none when the file does not exist
 
 }  // namespace moegraft::graft

@@ -19,10 +19,13 @@ bool has_picture_extension(std::string_view name);
 at::Tensor load_image(const std::filesystem::path& path);
 at::Tensor load_image(const Picture& picture);
 at::Tensor decode_image(std::string_view bytes, const std::string& name);  // by magic number
-void save_image(const std::filesystem::path& path, const at::Tensor& image_3HW);  // .png or .jpg by extension; uint8, or float in [0,1]
-std::string png_bytes(const at::Tensor& image_3HW);  // the PNG file as a string: for many small files that need no fsync each, or for embedding
+void save_image(const std::filesystem::path& path,
+                const at::Tensor& image_3HW);        // .png or .jpg by extension; uint8, or float in [0,1]
+std::string png_bytes(const at::Tensor& image_3HW);  // the PNG file as a string: for many small files that need no
+                                                     // fsync each, or for embedding
 
-// Scales the shorter side to `size` (antialiased bicubic) and centre-crops to size × size. float32 [3,size,size] in [0,1].
+// Scales the shorter side to `size` (antialiased bicubic) and centre-crops to size × size. float32 [3,size,size] in
+// [0,1].
 at::Tensor resize_and_crop(const at::Tensor& image_3HW, int64_t size);
 // Like CSS `contain`: the whole picture, scaled to fit and padded with white.
 at::Tensor resize_and_pad(const at::Tensor& image_3HW, int64_t size);

@@ -9,7 +9,7 @@ namespace moegraft::io {
 
 using Json = nlohmann::json;
 
-Json read_json(const std::filesystem::path& path);                 // UserError with line/column on a syntax error
+Json read_json(const std::filesystem::path& path);                  // UserError with line/column on a syntax error
 void write_json(const std::filesystem::path& path, const Json& j);  // atomic, indented
 
 }  // namespace moegraft::io

@@ -10,7 +10,8 @@ namespace moegraft::io {
 void note_mapping(const void* base, size_t bytes, const std::string& path);
 void forget_mapping(const void* base);
 
-// For main(): on SIGBUS inside a noted mapping writes one line with the file's name and ends the process with 1; elsewhere the signal takes its usual course.
+// For main(): on SIGBUS inside a noted mapping writes one line with the file's name and ends the process with 1;
+// elsewhere the signal takes its usual course.
 void name_file_on_bus_error();
 
 }  // namespace moegraft::io

@@ -1,5 +1,6 @@
 #pragma once
-// Where a picture lies. Lists of millions of these stand for a data set: the bytes are read when they are needed and held by nobody here.
+// Where a picture lies. Lists of millions of these stand for a data set: the bytes are read when they are needed and
+// held by nobody here.
 
 #include <cstdint>
 #include <filesystem>
@@ -22,7 +23,8 @@ class PictureStore {
   virtual ~PictureStore() = default;
   const std::filesystem::path& path() const { return path_; }
   virtual std::string name(int64_t index) const = 0;  // unique, for people: "x.tar: 0001.png"
-  virtual std::string read(int64_t index) const = 0;  // a PNG, JPEG, … as a string. UserError: cannot be read; SourceChanged
+  virtual std::string read(
+      int64_t index) const = 0;  // a PNG, JPEG, … as a string. UserError: cannot be read; SourceChanged
 
  private:
   std::filesystem::path path_;
@@ -30,8 +32,8 @@ class PictureStore {
 
 class Picture {
  public:
-  Picture() = default;                                                      // none
-  Picture(std::filesystem::path file) : file_(std::move(file)) {}           // a file of its own; implicit: the usual case
+  Picture() = default;                                             // none
+  Picture(std::filesystem::path file) : file_(std::move(file)) {}  // a file of its own; implicit: the usual case
   Picture(std::shared_ptr<const PictureStore> store, int64_t index) : store_(std::move(store)), index_(index) {}
 
   bool empty() const { return !store_ && file_.empty(); }

@@ -1,5 +1,6 @@
 #pragma once
-// Reading much of many files faster than one thread faults it in: threads read ahead into a few buffers, the caller uses one while the next fill.
+// Reading much of many files faster than one thread faults it in: threads read ahead into a few buffers, the caller
+// uses one while the next fill.
 
 #include <torch/types.h>
 
@@ -23,13 +24,15 @@ struct ReadPiece {
 };
 
 struct ReadAheadOptions {
-  int64_t threads = 8;                      // a cold NVMe drive wants several requests at a time
+  int64_t threads = 8;                     // a cold NVMe drive wants several requests at a time
   int64_t piece_bytes = int64_t{8} << 20;  // of one request; a multiple of 64
 };
 
-// Reads all ranges, file by file from front to back. buffers: two or more contiguous uint8 tensors of one size (a multiple of 64). use() is called in the caller's
-// thread with the pieces of one buffer after the other; when it returns, the buffer is filled anew. UserError: a file that cannot be read, or ends too early.
-// What use() throws ends the reading too.
-void read_ahead(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers, const ReadAheadOptions& options, const std::function<void(const std::vector<ReadPiece>&)>& use);
+// Reads all ranges, file by file from front to back. buffers: two or more contiguous uint8 tensors of one size (a
+// multiple of 64). use() is called in the caller's thread with the pieces of one buffer after the other; when it
+// returns, the buffer is filled anew. UserError: a file that cannot be read, or ends too early. What use() throws ends
+// the reading too.
+void read_ahead(const std::vector<FileRange>& ranges, const std::vector<at::Tensor>& buffers,
+                const ReadAheadOptions& options, const std::function<void(const std::vector<ReadPiece>&)>& use);
 
 }  // namespace moegraft::io

@@ -8,8 +8,9 @@
 
 namespace moegraft::kernels {
 
-// One matrix of every expert of a layer, all of one shape. Copies share the list: a layer of 128 experts is handed from call to call without counting 384
-// references, and whether its matrices lie as one tensor is looked up once. Const calls may come from several threads.
+// One matrix of every expert of a layer, all of one shape. Copies share the list: a layer of 128 experts is handed from
+// call to call without counting 384 references, and whether its matrices lie as one tensor is looked up once. Const
+// calls may come from several threads.
 class ExpertMatrices {
  public:
   ExpertMatrices() = default;
@@ -37,9 +38,9 @@ class ExpertMatrices {
   std::shared_ptr<State> state_;
 };
 
-// Moves the experts' matrices (gate and up [F, D], down [D, F]) into one storage for gate and up, [E, 2F, D], and one for down, [E, D, F], and makes the lists
-// views of them: the device's grouped products then see a layer as one tensor, gate and up as one product. Lists that lie so already stay. Takes the layer's
-// size once more while it runs.
+// Moves the experts' matrices (gate and up [F, D], down [D, F]) into one storage for gate and up, [E, 2F, D], and one
+// for down, [E, D, F], and makes the lists views of them: the device's grouped products then see a layer as one tensor,
+// gate and up as one product. Lists that lie so already stay. Takes the layer's size once more while it runs.
 void join_experts(ExpertMatrices& gate_FD, ExpertMatrices& up_FD, ExpertMatrices& down_DF);
 
 }  // namespace moegraft::kernels

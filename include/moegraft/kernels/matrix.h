@@ -44,12 +44,13 @@ class Matrix {
   std::shared_ptr<WeightPanels> packed_;
 };
 
-// The matrix with panels, where they serve: frozen, on a CPU that has the micro-kernels; otherwise as it is. They are filled at first use, forward ones and backward
-// ones each by themselves, and take the weight's size each.
+// The matrix with panels, where they serve: frozen, on a CPU that has the micro-kernels; otherwise as it is. They are
+// filled at first use, forward ones and backward ones each by themselves, and take the weight's size each.
 Matrix pack_weight(Matrix weight, OnPacked on_packed = nullptr);
 
-// W [N, K] on the CPU, floating, any shape, in a quantised format: panels alone, for both passes. On a CPU without micro-kernels (quantised_products()), a float32
-// matrix of the format's values. UserError: a weight that is no finite number or beyond the format's range.
+// W [N, K] on the CPU, floating, any shape, in a quantised format: panels alone, for both passes. On a CPU without
+// micro-kernels (quantised_products()), a float32 matrix of the format's values. UserError: a weight that is no finite
+// number or beyond the format's range.
 Matrix quantise(const at::Tensor& weight_NK, WeightFormat format);
 bool quantised_products();
 

@@ -1,5 +1,6 @@
 #pragma once
-// Experts that visit the device a layer at a time: what OffloadedWeights (host memory) and parallel::ShardedWeights (the other processes) share.
+// Experts that visit the device a layer at a time: what OffloadedWeights (host memory) and parallel::ShardedWeights
+// (the other processes) share.
 
 #include <memory>
 #include <vector>
@@ -35,9 +36,10 @@ class RingOrder {
   int64_t clock_ = 0;
 };
 
-// A ring of device buffers, each as large as the largest layer's experts. prefetch(l) starts to fill one; experts(l, ...) lets the current stream (on the CPU,
-// the host) wait for it. A buffer whose weights somebody still holds (autograd, where a layer is not computed again) is left to them and replaced by a new
-// one: slower, never wrong. RingOrder decides what is fetched when, so processes in step fetch in step.
+// A ring of device buffers, each as large as the largest layer's experts. prefetch(l) starts to fill one; experts(l,
+// ...) lets the current stream (on the CPU, the host) wait for it. A buffer whose weights somebody still holds
+// (autograd, where a layer is not computed again) is left to them and replaced by a new one: slower, never wrong.
+// RingOrder decides what is fetched when, so processes in step fetch in step.
 class ExpertRing : public WeightProvider {
  public:
   // The next layer's experts, in rest's dtype; none for a dense layer.
@@ -66,10 +68,11 @@ class ExpertRing : public WeightProvider {
   // rest: everything but the experts, on the device that computes. buffers >= 2.
   ExpertRing(std::shared_ptr<WeightProvider> rest, int64_t buffers);
 
-  // Takes note of a layer whose buffer needs room for `room` elements (0: as many as the layer has). Returns its matrices in the order they have in a buffer:
-  // gate and up of each expert, then down of each.
+  // Takes note of a layer whose buffer needs room for `room` elements (0: as many as the layer has). Returns its
+  // matrices in the order they have in a buffer: gate and up of each expert, then down of each.
   std::vector<at::Tensor> declare_layer(const ExpertWeights& experts, int64_t room = 0);
-  // Starts to bring a layer into buffer number `slot`, after everything enqueued on the current stream so far (it may still read the buffer).
+  // Starts to bring a layer into buffer number `slot`, after everything enqueued on the current stream so far (it may
+  // still read the buffer).
   virtual void fetch(int64_t layer, int64_t slot, const at::Tensor& buffer) = 0;
   // What was last fetched into `slot` is needed now. May be called again.
   virtual void await(int64_t slot) = 0;

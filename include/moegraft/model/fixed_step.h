@@ -11,10 +11,11 @@
 
 namespace moegraft::model {
 
-// One token for each of the first `count` sequences of a cache, all of one modality and one set of ids. What changes between steps (ids, lengths, keys,
-// values) lies in device memory of fixed address, so that every step launches the same operations: recorded once, they are replayed as one CUDA graph.
-// Attention is over the cache's whole room, masked: equal to Decoder::forward's with the cache but for rounding. Decoder, cache and what is attached must
-// stay as they are; the cache's sequences may be replaced or truncated between steps.
+// One token for each of the first `count` sequences of a cache, all of one modality and one set of ids. What changes
+// between steps (ids, lengths, keys, values) lies in device memory of fixed address, so that every step launches the
+// same operations: recorded once, they are replayed as one CUDA graph. Attention is over the cache's whole room,
+// masked: equal to Decoder::forward's with the cache but for rounding. Decoder, cache and what is attached must stay as
+// they are; the cache's sequences may be replaced or truncated between steps.
 class FixedStep {
  public:
   using Head = std::function<at::Tensor(const at::Tensor& hidden_BD)>;  // runs as a part of the step; wait for nothing
@@ -23,8 +24,8 @@ class FixedStep {
   FixedStep(const Decoder& decoder, KvCache& cache, int64_t count, int64_t modality, Head head, bool record);
   static std::string obstacle(const Decoder& decoder);
 
-  // Feeds ids [count]. Returns what head made of the hidden states, valid until the next call. UserError: an id of another set than the first call's, or a
-  // sequence that has no room left.
+  // Feeds ids [count]. Returns what head made of the hidden states, valid until the next call. UserError: an id of
+  // another set than the first call's, or a sequence that has no room left.
   at::Tensor operator()(const std::vector<int64_t>& ids);
 
  private:

@@ -10,13 +10,15 @@
 
 namespace moegraft::model {
 
-// prefetch(l) starts a copy on a stream of its own; experts(l, ...) lets the current stream wait for it (the host never waits).
-// On the CPU the copies happen at once: the same logic, for tests.
+// prefetch(l) starts a copy on a stream of its own; experts(l, ...) lets the current stream wait for it (the host never
+// waits). On the CPU the copies happen at once: the same logic, for tests.
 class OffloadedWeights : public ExpertRing {
  public:
-  // rest: everything but the experts, on the device that computes. arena: memory that layers are copied into, page-locked for a GPU: a few large copies from
-  // there run beside the computation, many small ones from mapped memory do not. None: layers stay as they are given. buffers >= 2.
-  explicit OffloadedWeights(std::shared_ptr<WeightProvider> rest, std::optional<HostArena> arena = {}, int64_t buffers = kRingBuffers);
+  // rest: everything but the experts, on the device that computes. arena: memory that layers are copied into,
+  // page-locked for a GPU: a few large copies from there run beside the computation, many small ones from mapped memory
+  // do not. None: layers stay as they are given. buffers >= 2.
+  explicit OffloadedWeights(std::shared_ptr<WeightProvider> rest, std::optional<HostArena> arena = {},
+                            int64_t buffers = kRingBuffers);
   ~OffloadedWeights() override;
 
   void add_layer(const ExpertWeights& host) override;  // in host memory

@@ -1,7 +1,8 @@
 #pragma once
-// Captions come back every epoch, and what a frozen base makes of one never changes: its keys and values, its final hidden states, and where its tokens were
-// routed, kept by its ids. Each caption is computed as if it were alone (see cached_prefix in src/model/prefix.h), so its bits depend on neither its batch nor on what
-// was kept before: a run that resumes with an empty cache goes on bit for bit.
+// Captions come back every epoch, and what a frozen base makes of one never changes: its keys and values, its final
+// hidden states, and where its tokens were routed, kept by its ids. Each caption is computed as if it were alone (see
+// cached_prefix in src/model/prefix.h), so its bits depend on neither its batch nor on what was kept before: a run that
+// resumes with an empty cache goes on bit for bit.
 
 #include <torch/types.h>
 
@@ -20,13 +21,14 @@ class PrefixCache {
   // Letters as in model/spec.h; S tokens of the caption, L all layers, N those with experts.
   struct Entry {
     at::Tensor keys_LSGC, values_LSGC, hidden_SD;  // compute dtype
-    at::Tensor probs_NSE, ids_NSK, weights_NSK;    // what a RoutingObserver is told: float32, int16, float32. Undefined without experts
+    at::Tensor probs_NSE, ids_NSK,
+        weights_NSK;  // what a RoutingObserver is told: float32, int16, float32. Undefined without experts
     int64_t bytes() const;
   };
   using Ids = std::vector<int64_t>;
 
-  // Keeps what comes first, up to this many bytes, and nothing that comes later: in epochs longer than the cache, keeping the latest would keep what is not
-  // asked for again before it has gone.
+  // Keeps what comes first, up to this many bytes, and nothing that comes later: in epochs longer than the cache,
+  // keeping the latest would keep what is not asked for again before it has gone.
   explicit PrefixCache(int64_t capacity_bytes) : capacity_(capacity_bytes) {}
 
   std::shared_ptr<const Entry> find(const Ids& ids) const;  // null: not here. Compares all ids
@@ -43,8 +45,8 @@ class PrefixCache {
   Use take_use();
   void count(const Use& use) { use_.tokens += use.tokens, use_.found += use.found; }
 
-  // Whether captions computed in one pass get the bits they have alone: asked of the machine once. The cache is of this base from then on (InvariantError
-  // for another).
+  // Whether captions computed in one pass get the bits they have alone: asked of the machine once. The cache is of this
+  // base from then on (InvariantError for another).
   bool may_share_a_pass(const DecoderSpec& spec, WeightProvider& weights);
 
  private:

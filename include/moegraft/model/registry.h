@@ -1,5 +1,6 @@
 #pragma once
-// Every trainable tensor, in one place. Optimizer, clipping, reduction, checkpoints, stages, export and inspect read only this.
+// Every trainable tensor, in one place. Optimizer, clipping, reduction, checkpoints, stages, export and inspect read
+// only this.
 
 #include <torch/types.h>
 
@@ -17,14 +18,16 @@ enum class Sharding {
 };
 
 struct Parameter {
-  std::string name;   // unique, stable across runs: "adapters.0.layers.3.experts.gate.A"; for people and files, nothing is read out of it
+  std::string name;   // unique, stable across runs: "adapters.0.layers.3.experts.gate.A"; for people and files, nothing
+                      // is read out of it
   at::Tensor tensor;  // float32 master, a leaf that requires grad
   std::string group;  // optimizer group: "lora", "embeddings", "base", …
   std::vector<int64_t> modalities{};  // ids of those whose tokens it acts on (text is 0); empty: all (the base)
   std::optional<int64_t> layer{};     // none: used before the first layer or after the last
   Sharding sharding = Sharding::replicated;
   std::string provenance{};  // how it was initialised: "kaiming_zero", "gw_cluster", "init_from runs/a"
-  // total_rows 0: the whole tensor is here. Otherwise rows [first_row, first_row + tensor.size(0)) of a tensor with total_rows rows, the others on other ranks.
+  // total_rows 0: the whole tensor is here. Otherwise rows [first_row, first_row + tensor.size(0)) of a tensor with
+  // total_rows rows, the others on other ranks.
   int64_t first_row = 0, total_rows = 0;
 };
 

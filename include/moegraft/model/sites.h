@@ -7,10 +7,11 @@
 
 namespace moegraft::model {
 
-// Of attention: q, k, v, o. Of the FFN: gate, up, down, which mean every routed expert's in a model that has experts, and every layer's in a dense model.
-// router: the product that scores the experts.
+// Of attention: q, k, v, o. Of the FFN: gate, up, down, which mean every routed expert's in a model that has experts,
+// and every layer's in a dense model. router: the product that scores the experts.
 enum class Site { q, k, v, o, gate, up, down, router };
-inline constexpr Site kAllSites[] = {Site::q, Site::k, Site::v, Site::o, Site::gate, Site::up, Site::down, Site::router};
+inline constexpr Site kAllSites[] = {Site::q,    Site::k,  Site::v,    Site::o,
+                                     Site::gate, Site::up, Site::down, Site::router};
 
 // y += scale * (x A^T) B^T on rows of `modality`. A [P,in], B [out,P]; of experts A [E,P,in], B [E,out,P].
 struct LowRank {
@@ -28,9 +29,9 @@ class AdapterSites {
 // The new modality's rows. Ids V + first .. V + first + count - 1 look up `embedding`; logits come from `head`.
 struct ModalityRows {
   int64_t modality = 1;
-  int64_t first_id = 0;       // V for the first modality
-  at::Tensor embedding_ND;    // float32 master
-  at::Tensor head_ND;         // the embedding when the base ties them
+  int64_t first_id = 0;     // V for the first modality
+  at::Tensor embedding_ND;  // float32 master
+  at::Tensor head_ND;       // the embedding when the base ties them
 };
 
 }  // namespace moegraft::model

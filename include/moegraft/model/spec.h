@@ -1,6 +1,7 @@
 #pragma once
 // What a decoder is, for every family. A family file fills this from config.json; the decoder reads nothing else.
-// Letters: T tokens, D model width, H query heads, G KV heads, C head width, F expert width, I dense FFN width, E experts, K experts per token, V vocabulary.
+// Letters: T tokens, D model width, H query heads, G KV heads, C head width, F expert width, I dense FFN width, E
+// experts, K experts per token, V vocabulary.
 
 #include <cstdint>
 #include <string>
@@ -10,13 +11,15 @@ namespace moegraft::model {
 
 enum class QkNorm { none, per_head, full };  // per_head: over C (Qwen3); full: over H*C and G*C (OLMoE)
 
-// From a router's logits to experts and weights: scores of all experts, the K best of them, their scores as weights. softmax over the experts (Shazeer et al.,
-// arXiv:1701.06538), or each expert's sigmoid (DeepSeek-V3, arXiv:2412.19437).
+// From a router's logits to experts and weights: scores of all experts, the K best of them, their scores as weights.
+// softmax over the experts (Shazeer et al., arXiv:1701.06538), or each expert's sigmoid (DeepSeek-V3,
+// arXiv:2412.19437).
 struct RouterSpec {
   enum class Score { softmax, sigmoid };
   Score score = Score::softmax;
   bool correction_bias = false;             // a vector [E] added to the scores for the choice, not for the weights
-  int64_t num_groups = 1, topk_groups = 1;  // experts lie in equal groups; only those of the best topk_groups (by the sum of a group's two best) may be chosen
+  int64_t num_groups = 1, topk_groups = 1;  // experts lie in equal groups; only those of the best topk_groups (by the
+                                            // sum of a group's two best) may be chosen
   bool renormalise = false;                 // a token's weights are divided by their sum
   double scale = 1.0;                       // times this, at last
   // Softmax and top k, for which there are kernels.
@@ -33,9 +36,10 @@ struct SharedExpertSpec {
 
 struct RopeSpec {
   double theta = 10000.0;
-  std::string type = "default";  // default | linear | dynamic | yarn | llama3 …; families refuse what the decoder does not know
+  std::string type =
+      "default";  // default | linear | dynamic | yarn | llama3 …; families refuse what the decoder does not know
   double factor = 1.0;
-  double low_freq_factor = 1.0, high_freq_factor = 4.0;      // llama3
+  double low_freq_factor = 1.0, high_freq_factor = 4.0;              // llama3
   double beta_fast = 32.0, beta_slow = 1.0, attention_factor = 0.0;  // yarn; attention_factor 0: computed
   double mscale = 0.0, mscale_all_dim = 0.0;
   bool truncate = true;
@@ -59,7 +63,7 @@ struct DecoderSpec {
   Activation activation = Activation::silu;
   double rms_norm_eps = 1e-6;
   QkNorm qk_norm = QkNorm::none;
-  double clip_qkv = 0.0;  // 0: off
+  double clip_qkv = 0.0;                  // 0: off
   bool qkv_bias = false, o_bias = false;  // of attention's projections
   bool mlp_bias = false;                  // of dense layers' gate, up and down
   bool tie_word_embeddings = false;

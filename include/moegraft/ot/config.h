@@ -31,14 +31,17 @@ struct OtConfig {
     v("clusters", clusters, config::range(2, 65536), "k-means centres for the clustered methods.");
     v("max_iterations", max_iterations, config::range(1, 1e6), "Outer iterations per epsilon.");
     v("max_points", max_points, config::range(2, 1 << 20), "Larger clouds are clustered to this size first.");
-    v("calibration_tokens", calibration_tokens, config::range(1, 1e9), "Tokens run through the base to collect expert inputs.");
-    v("calibration_gib", calibration_gib, config::range(0.0, 1e6), "Host memory for those inputs: 256 rows of each expert, site and modality, or as many fewer as fit.");
+    v("calibration_tokens", calibration_tokens, config::range(1, 1e9),
+      "Tokens run through the base to collect expert inputs.");
+    v("calibration_gib", calibration_gib, config::range(0.0, 1e6),
+      "Host memory for those inputs: 256 rows of each expert, site and modality, or as many fewer as fit.");
   }
   void validate(const std::string& path) const {
     MOEGRAFT_CHECK_USAGE(!epsilon.empty(), path, ".epsilon must have at least one value");
     for (size_t i = 0; i < epsilon.size(); ++i) {
       MOEGRAFT_CHECK_USAGE(epsilon[i] > 0, path, ".epsilon[", i, "] must be above 0, got ", epsilon[i]);
-      MOEGRAFT_CHECK_USAGE(i == 0 || epsilon[i] < epsilon[i - 1], path, ".epsilon must decrease from first to last, got ", epsilon);
+      MOEGRAFT_CHECK_USAGE(i == 0 || epsilon[i] < epsilon[i - 1], path,
+                           ".epsilon must decrease from first to last, got ", epsilon);
     }
   }
 };

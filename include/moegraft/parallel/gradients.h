@@ -9,9 +9,10 @@
 
 namespace moegraft::parallel {
 
-// Replicated parameters are summed over the world, expert ones over the data group. Gradients lie in buckets, filled from the last layer to the first, and a
-// bucket's all-reduce starts as soon as all its gradients and those of all earlier buckets are there: the order is the same on every rank, whichever of
-// them has a gradient. On CUDA the sums run beside the backward pass. The result depends on the layout alone, not on timing.
+// Replicated parameters are summed over the world, expert ones over the data group. Gradients lie in buckets, filled
+// from the last layer to the first, and a bucket's all-reduce starts as soon as all its gradients and those of all
+// earlier buckets are there: the order is the same on every rank, whichever of them has a gradient. On CUDA the sums
+// run beside the backward pass. The result depends on the layout alone, not on timing.
 //
 //   reducer.begin_step();                       // instead of registry.zero_grad()
 //   for (each micro-batch i) {
@@ -21,18 +22,20 @@ namespace moegraft::parallel {
 //   reducer.finish();
 class GradientReducer {
  public:
-  // The registry is complete, outlives this and is equal on all ranks (names and, per expert group member, shapes). Collective: makes groups of its own.
-  // dtype: what gradients are kept in, float32 or bfloat16. The sums over processes are float32's either way: a bf16 bucket travels as a float32 copy, kUnderWay of
-  // them at a time, and is rounded when it comes back.
-  GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes, at::ScalarType dtype = at::kFloat);
+  // The registry is complete, outlives this and is equal on all ranks (names and, per expert group member, shapes).
+  // Collective: makes groups of its own. dtype: what gradients are kept in, float32 or bfloat16. The sums over
+  // processes are float32's either way: a bf16 bucket travels as a float32 copy, kUnderWay of them at a time, and is
+  // rounded when it comes back.
+  GradientReducer(model::ParameterRegistry& registry, const distributed::Mesh& mesh, int64_t bucket_bytes,
+                  at::ScalarType dtype = at::kFloat);
   ~GradientReducer();
   GradientReducer(const GradientReducer&) = delete;
 
   // Every gradient becomes zeros that the backward passes add to.
   void begin_step();
   void last_backward();
-  // Collective. Afterwards every gradient is the sum over its group, or undefined where no member had one. Waits for the host's part only: on CUDA the current
-  // stream waits for the sums.
+  // Collective. Afterwards every gradient is the sum over its group, or undefined where no member had one. Waits for
+  // the host's part only: on CUDA the current stream waits for the sums.
   void finish();
 
   static constexpr size_t kUnderWay = 4;
@@ -68,7 +71,7 @@ class GradientReducer {
   distributed::Mesh mesh_;
   std::shared_ptr<distributed::Communicator> world_, data_;  // data_: null when every expert is here once
   std::vector<Bucket> buckets_;
-  std::vector<Place> places_;  // in the registry's order
+  std::vector<Place> places_;         // in the registry's order
   size_t started_ = 0, settled_ = 0;  // buckets
   bool communicating_ = false;
 };

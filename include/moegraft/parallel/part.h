@@ -20,9 +20,11 @@ struct Part {
   std::shared_ptr<ShardedWeights> sharded{};  // base.weights where they are split over the data group; null otherwise
 };
 
-// Reads this process's experts of a Hugging Face directory and everything else. options: which experts, and who keeps them, follow from the mesh.
-// shard_base: as in ParallelConfig. Collective. Errors are load_base's, and a UsageError when the expert group's size does not divide the number of experts.
-Part load_part(const std::filesystem::path& dir, model::LoadOptions options, const distributed::Mesh& mesh, bool shard_base);
+// Reads this process's experts of a Hugging Face directory and everything else. options: which experts, and who keeps
+// them, follow from the mesh. shard_base: as in ParallelConfig. Collective. Errors are load_base's, and a UsageError
+// when the expert group's size does not divide the number of experts.
+Part load_part(const std::filesystem::path& dir, model::LoadOptions options, const distributed::Mesh& mesh,
+               bool shard_base);
 
 // Whether forward and backward passes on such a part hold collectives (ForwardOptions::lockstep).
 bool lockstep(const distributed::Mesh& mesh, bool shard_base);

@@ -9,11 +9,13 @@
 
 namespace moegraft::parallel {
 
-// Every parameter has one owner in the group that replicates it (the world; for expert parameters the data group), chosen from the registry and the mesh
-// alone: the largest first, each to the rank that owns least so far. The owner keeps its optimizer state, updates it and hands the new value round.
+// Every parameter has one owner in the group that replicates it (the world; for expert parameters the data group),
+// chosen from the registry and the mesh alone: the largest first, each to the rank that owns least so far. The owner
+// keeps its optimizer state, updates it and hands the new value round.
 class UpdateSharding {
  public:
-  static constexpr int64_t kTogether = int64_t{4} << 20;  // elements: what is smaller travels in a common buffer of about this size
+  static constexpr int64_t kTogether =
+      int64_t{4} << 20;  // elements: what is smaller travels in a common buffer of about this size
 
   // The registry is complete, outlives this and is equal on all ranks.
   UpdateSharding(const model::ParameterRegistry& registry, distributed::Mesh mesh);
@@ -23,8 +25,8 @@ class UpdateSharding {
   // Per parameter, in the registry's order: rank in the group that replicates it.
   const std::vector<int64_t>& owners() const { return owners_; }
 
-  // Collective, after the owners' updates: the new values of all parameters that have a gradient (on every rank alike: GradientReducer sees to it) reach the
-  // other members.
+  // Collective, after the owners' updates: the new values of all parameters that have a gradient (on every rank alike:
+  // GradientReducer sees to it) reach the other members.
   void share() const;
 
  private:

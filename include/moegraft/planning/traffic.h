@@ -1,5 +1,6 @@
 #pragma once
-// What one training step hands to the other processes, from shapes alone, in the units of distributed::Traffic: bytes that a process gives to collectives.
+// What one training step hands to the other processes, from shapes alone, in the units of distributed::Traffic: bytes
+// that a process gives to collectives.
 
 #include <vector>
 
@@ -21,12 +22,15 @@ struct Message {
   double calls = 0, bytes_each = 0;
 };
 
-// Of a step of `micro_batches` with request.tokens tokens on every process, once the first step is over. The first recompute_layers layers run again (all of
-// them where the base is sharded). Tokens choose experts evenly and every token needs gradients: a mean for exchanges with experts, exact for everything else.
-std::vector<Message> count_traffic(const MemoryRequest& request, int64_t micro_batches, int64_t recompute_layers, double bucket_bytes);
+// Of a step of `micro_batches` with request.tokens tokens on every process, once the first step is over. The first
+// recompute_layers layers run again (all of them where the base is sharded). Tokens choose experts evenly and every
+// token needs gradients: a mean for exchanges with experts, exact for everything else.
+std::vector<Message> count_traffic(const MemoryRequest& request, int64_t micro_batches, int64_t recompute_layers,
+                                   double bucket_bytes);
 double total_bytes(const std::vector<Message>& messages, Purpose purpose);
 
-// Processes out of `parts` that a token visits when it chooses top_k of num_experts evenly and each holds an equal part: the mean.
+// Processes out of `parts` that a token visits when it chooses top_k of num_experts evenly and each holds an equal
+// part: the mean.
 double mean_visits(int64_t num_experts, int64_t top_k, int64_t parts);
 
 }  // namespace moegraft::planning

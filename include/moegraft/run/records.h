@@ -1,6 +1,7 @@
 #pragma once
-// What a run writes down, as types: the lines of metrics.jsonl, and run.json. A key is named once, in the list of fields that writing and reading share.
-// A plain field is in every version's records; an optional one came later, or not every run has it, and is left out where it is empty. NaN is null in the file.
+// What a run writes down, as types: the lines of metrics.jsonl, and run.json. A key is named once, in the list of
+// fields that writing and reading share. A plain field is in every version's records; an optional one came later, or
+// not every run has it, and is left out where it is empty. NaN is null in the file.
 
 #include <cstdint>
 #include <filesystem>
@@ -15,17 +16,19 @@ struct RoutingLine;  // routing/stats.h
 
 namespace moegraft::run {
 
-// metrics.jsonl, every train.log_every steps. Losses by modality, rates and shares are over the steps since the line before.
+// metrics.jsonl, every train.log_every steps. Losses by modality, rates and shares are over the steps since the line
+// before.
 struct TrainingLine {
   int64_t step = 0;    // steps taken
   int64_t tokens = 0;  // seen so far
   double epochs = 0;   // documents drawn so far / documents there are
   double seconds = 0;  // of training so far, over all sessions
-  std::optional<int64_t> truncated_documents, skipped_documents;  // so far: text cut at data.sequence_length, other documents longer than that
-  std::optional<std::vector<double>> busy_seconds_by_rank;        // of a step, without waiting for other processes
+  std::optional<int64_t> truncated_documents,
+      skipped_documents;  // so far: text cut at data.sequence_length, other documents longer than that
+  std::optional<std::vector<double>> busy_seconds_by_rank;  // of a step, without waiting for other processes
 
-  double loss = 0, grad_norm = 0;  // of this step
-  double lr_factor = 0;            // its learning rate's share of the peak
+  double loss = 0, grad_norm = 0;     // of this step
+  double lr_factor = 0;               // its learning rate's share of the peak
   std::map<std::string, double> nll;  // by modality: those with labels
   double tokens_per_s = 0;
   std::optional<double> data_wait_share;         // of the time in steps
@@ -91,8 +94,9 @@ struct Metrics {
   std::string last_line;
 };
 
-// Empty where there is no file: it is made with its first line. A last line without its end (the run was killed, or is writing) is left out; so are lines of other
-// kinds, and keys that this version does not know. UserError for anything else that does not read as it should: "runs/a/metrics.jsonl:7: ...".
+// Empty where there is no file: it is made with its first line. A last line without its end (the run was killed, or is
+// writing) is left out; so are lines of other kinds, and keys that this version does not know. UserError for anything
+// else that does not read as it should: "runs/a/metrics.jsonl:7: ...".
 Metrics read_metrics(const std::filesystem::path& path);
 // Adds what was written since. Begins anew when the file was cut back, as a resume does.
 void read_more(const std::filesystem::path& path, Metrics& metrics);
@@ -134,9 +138,10 @@ struct Session {
   std::string started;  // UTC
   std::string host;
   int64_t pid = 0, cores = 0, from_step = 0;
-  std::map<std::string, std::string> environment;    // describe_environment
-  std::vector<std::string> changed;                  // config keys: "train.steps: 100 -> 200"
-  std::optional<std::vector<std::string>> accepted;  // fingerprints of data that is other data than before, in the same form
+  std::map<std::string, std::string> environment;  // describe_environment
+  std::vector<std::string> changed;                // config keys: "train.steps: 100 -> 200"
+  std::optional<std::vector<std::string>>
+      accepted;  // fingerprints of data that is other data than before, in the same form
   template <class V>
   void visit_fields(V& v) {
     v("started", started);
@@ -178,7 +183,8 @@ struct RunRecord {
   bool operator==(const RunRecord&) const = default;
 };
 
-// run.json of a run's directory. Keys that this version does not know are passed over. UserError names the file and the key.
+// run.json of a run's directory. Keys that this version does not know are passed over. UserError names the file and the
+// key.
 RunRecord read_run_record(const std::filesystem::path& dir);
 
 }  // namespace moegraft::run

@@ -1,6 +1,7 @@
 #pragma once
 // The run directory, the truth about a run:
-//   config.yaml (resolved)   run.json (versions, hardware, sessions)   metrics.jsonl   routing.jsonl   tb/   samples/   checkpoints/   lock
+//   config.yaml (resolved)   run.json (versions, hardware, sessions)   metrics.jsonl   routing.jsonl   tb/   samples/
+//   checkpoints/   lock
 
 #include <cstdint>
 #include <filesystem>
@@ -15,7 +16,8 @@
 
 namespace moegraft::run {
 
-// What bit-identity depends on: binary (checksum of the executable), libtorch, processor, vector instructions, threads, device.
+// What bit-identity depends on: binary (checksum of the executable), libtorch, processor, vector instructions, threads,
+// device.
 std::map<std::string, std::string> describe_environment(const std::string& device = "cpu");
 
 // The commit that this build was configured at; "unknown" outside a checkout.
@@ -27,7 +29,8 @@ bool is_run(const std::filesystem::path& dir);
 // The resolved config of an existing run, an earlier version's too. UserError when `dir` is none.
 RunConfig load_run_config(const std::filesystem::path& dir);
 
-// Keys that may differ when a run continues; a trailing ".*" stands for a whole section. All others decide what is computed.
+// Keys that may differ when a run continues; a trailing ".*" stands for a whole section. All others decide what is
+// computed.
 const std::vector<std::string>& keys_free_on_resume();
 
 // Every key of a config and its value: "train.steps" -> "100".
@@ -49,7 +52,8 @@ class LineLog {
   LineLog(LineLog&& other) noexcept;
   LineLog& operator=(LineLog&& other) noexcept;
 
-  // `line` is one JSON object without a line break. In the file when this returns. UserError (full disk): no half line stays.
+  // `line` is one JSON object without a line break. In the file when this returns. UserError (full disk): no half line
+  // stays.
   void append(const std::string& line);
   // Drops lines with a step beyond `step`, and a last line cut short by a kill.
   void cut_back(int64_t step);
@@ -63,25 +67,34 @@ class LineLog {
   int fd_ = -1;
 };
 
-// Owns the directory until destroyed: one process at a time, held by a file lock that the system releases when the process ends.
+// Owns the directory until destroyed: one process at a time, held by a file lock that the system releases when the
+// process ends.
 class RunDir {
  public:
-  // A new run in config.run.dir. What an earlier start left there without a checkpoint is taken over; over_untrained: that of step 0 too. UsageError when a run is there already (the remedy,
+  // A new run in config.run.dir. What an earlier start left there without a checkpoint is taken over; over_untrained:
+  // that of step 0 too. UsageError when a run is there already (the remedy,
   // --resume auto, is named); UserError when another process has it.
-  static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu", bool over_untrained = false);
+  static RunDir create(const RunConfig& config, const Fingerprints& fingerprints, const std::string& device = "cpu",
+                       bool over_untrained = false);
 
-  // Whether a checkpoint of a step lies there: that of step 0 holds nothing learned, and a corrected config may take the directory over.
+  // Whether a checkpoint of a step lies there: that of step 0 holds nothing learned, and a corrected config may take
+  // the directory over.
   static bool has_trained(const std::filesystem::path& dir);
   // Whether resume() would go on with the run in config.run.dir, data included.
   static bool would_resume(const RunConfig& config, const Fingerprints& fingerprints);
 
-  // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the others), stores the new config,
-  // notes the session in run.json and cuts metrics.jsonl and routing.jsonl back. Fingerprints that changed are refused (identity.h), data's unless accept_data;
-  // where they are known, paths of the same content may change.
-  static RunDir resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step, const std::string& device = "cpu", bool accept_data = false);
+  // Continues the run in config.run.dir after `step` steps: checks that only free keys changed (UsageError names the
+  // others), stores the new config, notes the session in run.json and cuts metrics.jsonl and routing.jsonl back.
+  // Fingerprints that changed are refused (identity.h), data's unless accept_data; where they are known, paths of the
+  // same content may change.
+  static RunDir resume(const RunConfig& config, const Fingerprints& fingerprints, int64_t step,
+                       const std::string& device = "cpu", bool accept_data = false);
 
-  // A new run in config.run.dir that goes on from another run's checkpoint: as resume() of that run, with its records up to `step` copied, and the checkpoint.
-  static RunDir branch(const RunConfig& config, const Fingerprints& fingerprints, const std::filesystem::path& checkpoint, int64_t step, const std::string& device = "cpu", bool accept_data = false);
+  // A new run in config.run.dir that goes on from another run's checkpoint: as resume() of that run, with its records
+  // up to `step` copied, and the checkpoint.
+  static RunDir branch(const RunConfig& config, const Fingerprints& fingerprints,
+                       const std::filesystem::path& checkpoint, int64_t step, const std::string& device = "cpu",
+                       bool accept_data = false);
 
   ~RunDir();
   RunDir(RunDir&& other) noexcept;
@@ -102,7 +115,8 @@ class RunDir {
  private:
   explicit RunDir(std::filesystem::path dir);  // makes the folders and takes the lock
   static RunDir open_new(const RunConfig& config, bool over_untrained = false);
-  void begin(const RunConfig& config, const Fingerprints& fingerprints, const Session& session, std::optional<std::string> branched_from = {});
+  void begin(const RunConfig& config, const Fingerprints& fingerprints, const Session& session,
+             std::optional<std::string> branched_from = {});
   std::filesystem::path dir_;
   int lock_ = -1;
 };

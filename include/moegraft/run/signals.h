@@ -1,15 +1,16 @@
 #pragma once
-// A polite stop: SIGINT, SIGTERM, SIGHUP (a closed terminal; unless nohup ignores it) and SIGUSR1 (Slurm's warning before the time limit) ask the loop to save and
-// leave.
+// A polite stop: SIGINT, SIGTERM, SIGHUP (a closed terminal; unless nohup ignores it) and SIGUSR1 (Slurm's warning
+// before the time limit) ask the loop to save and leave.
 
 namespace moegraft::run {
 
-// Exit codes of `moegraft train`: 0 finished (train.steps or train.max_minutes reached), 1 failed, 2 bad usage or configuration,
-// 3 stopped by a signal with everything saved: `--resume auto` continues exactly. A scheduler requeues on 3.
+// Exit codes of `moegraft train`: 0 finished (train.steps or train.max_minutes reached), 1 failed, 2 bad usage or
+// configuration, 3 stopped by a signal with everything saved: `--resume auto` continues exactly. A scheduler requeues
+// on 3.
 constexpr int kExitStopped = 3;
 
-// Installs the handlers until destroyed, then restores the former ones. Also ignores SIGXFSZ: a file-size limit then is an error that a save reports,
-// not a kill. One at a time.
+// Installs the handlers until destroyed, then restores the former ones. Also ignores SIGXFSZ: a file-size limit then is
+// an error that a save reports, not a kill. One at a time.
 class StopSignals {
  public:
   StopSignals();
@@ -22,7 +23,8 @@ class StopSignals {
   bool requested() const { return received() != 0; }
 };
 
-// Before there is a loop: the same signals end the process at once with a line and kExitStopped. StopSignals take over from it.
+// Before there is a loop: the same signals end the process at once with a line and kExitStopped. StopSignals take over
+// from it.
 class StartSignals {
  public:
   StartSignals();

@@ -40,9 +40,11 @@ std::vector<EmojiEntry> some_emoji() {
   for (int i = 0; i < 60; ++i) {
     const std::string name = "gesture " + std::to_string(i);
     add(name, name);
-    for (const char* tone : {"light", "medium-light", "medium", "medium-dark", "dark"}) add(name + ": " + tone + " skin tone", name);
+    for (const char* tone : {"light", "medium-light", "medium", "medium-dark", "dark"})
+      add(name + ": " + tone + " skin tone", name);
   }
-  for (const char* colour : {"red", "orange", "yellow", "green", "blue", "purple", "black", "white"}) add(std::string(colour) + " heart", std::string(colour) + " heart");
+  for (const char* colour : {"red", "orange", "yellow", "green", "blue", "purple", "black", "white"})
+    add(std::string(colour) + " heart", std::string(colour) + " heart");
   add("pizza", "pizza");
   return entries;
 }
@@ -55,9 +57,7 @@ TEST(EmojiSplits, ConceptsAndCompositions) {
   for (size_t i = 0; i < entries.size(); ++i) {
     ++by_concept[entries[i].concept_name][splits[i]];
     if (entries[i].name.ends_with(" heart")) hearts_out += splits[i] == EmojiSplit::composition;
-    if (well_known_rank(entries[i].name) >= 0) {
-      EXPECT_EQ(splits[i], EmojiSplit::train) << entries[i].name;
-    }
+    if (well_known_rank(entries[i].name) >= 0) { EXPECT_EQ(splits[i], EmojiSplit::train) << entries[i].name; }
   }
   EXPECT_EQ(hearts_out, 2);
   for (const auto& [name, counts] : by_concept) {
@@ -87,7 +87,8 @@ TEST(EmojiSplits, ConceptsAndCompositions) {
 
 TEST(Emoji, SmallSetFromTheDebianPackages) {
   EmojiOptions options;
-  if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.annotations)) GTEST_SKIP() << "fonts-noto-color-emoji or unicode-cldr-core is not installed";
+  if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.annotations))
+    GTEST_SKIP() << "fonts-noto-color-emoji or unicode-cldr-core is not installed";
   Folder folder;
   options.output = folder / "emoji";
   options.limit = 60, options.popular = 30, options.size = 24;
@@ -104,8 +105,12 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
   // The probes: in captions that no training manifest holds, of words that no training caption of their picture holds.
   std::map<io::Picture, std::vector<std::string>> trained;
   for (const char* manifest : {"emoji/train.jsonl", "emoji/popular.jsonl"})
-    for (const auto& entry : data::read_manifest(folder / manifest)) trained[entry.segments[1].image].insert(trained[entry.segments[1].image].end(), entry.captions.begin(), entry.captions.end());
-  for (const auto& [manifest, count] : {std::pair("emoji/paraphrases.jsonl", summary.paraphrases), {"emoji/synonyms.jsonl", summary.synonyms}, {"emoji/templates.jsonl", summary.templates}}) {
+    for (const auto& entry : data::read_manifest(folder / manifest))
+      trained[entry.segments[1].image].insert(trained[entry.segments[1].image].end(), entry.captions.begin(),
+                                              entry.captions.end());
+  for (const auto& [manifest, count] : {std::pair("emoji/paraphrases.jsonl", summary.paraphrases),
+                                        {"emoji/synonyms.jsonl", summary.synonyms},
+                                        {"emoji/templates.jsonl", summary.templates}}) {
     const auto probes = data::read_manifest(folder / manifest);
     EXPECT_EQ(int64_t(probes.size()), count) << manifest;
     ASSERT_GT(count, 1) << manifest;
@@ -113,7 +118,9 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
       ASSERT_TRUE(trained.contains(probe.segments[1].image)) << manifest;
       for (const auto& caption : trained.at(probe.segments[1].image)) {
         EXPECT_NE(caption, probe.captions[0]) << manifest;
-        EXPECT_TRUE(std::string(manifest).find("templates") != std::string::npos || !shares_word(caption, word_set(probe.captions[0]))) << manifest << ": " << caption << " | " << probe.captions[0];
+        EXPECT_TRUE(std::string(manifest).find("templates") != std::string::npos ||
+                    !shares_word(caption, word_set(probe.captions[0])))
+            << manifest << ": " << caption << " | " << probe.captions[0];
       }
     }
   }
@@ -123,7 +130,9 @@ TEST(Emoji, SmallSetFromTheDebianPackages) {
     int64_t count = 0;
     if (std::filesystem::file_size(folder / manifest) == 0) return count;
     for (const auto& entry : data::read_manifest(folder / manifest))
-      for (const auto& caption : entry.captions) count += std::set<std::string>{"sleeps", "old", "beside"}.contains(caption.substr(0, caption.find(' '))) || caption.ends_with(" sleeps");
+      for (const auto& caption : entry.captions)
+        count += std::set<std::string>{"sleeps", "old", "beside"}.contains(caption.substr(0, caption.find(' '))) ||
+                 caption.ends_with(" sleeps");
     return count;
   };
   EXPECT_GE(in_text("emoji/train.jsonl"), summary.train / 2);
@@ -158,23 +167,31 @@ TEST(Emoji, CaptionsInRunningText) {
   for (const auto& caption : captions) {
     auto& kind = caption.find("waving hand with dark skin tone") == std::string::npos ? sets : within;
     EXPECT_TRUE(kind.insert(caption).second) << caption;
-    for (const char* never : {"two", "one,", "five", "bye", "  "}) EXPECT_EQ(caption.find(never), std::string::npos) << caption;
+    for (const char* never : {"two", "one,", "five", "bye", "  "})
+      EXPECT_EQ(caption.find(never), std::string::npos) << caption;
   }
   EXPECT_GE(within.size(), 4u);
-  EXPECT_TRUE(std::any_of(within.begin(), within.end(), [](const std::string& caption) { return !caption.starts_with("waving") && !caption.ends_with("tone"); }));
-  for (const auto& set : sets) EXPECT_TRUE((std::set<std::string>{"hello", "hand", "hello, hand", "hand, hello", "hello hand", "hand hello"}.contains(set))) << set;
+  EXPECT_TRUE(std::any_of(within.begin(), within.end(), [](const std::string& caption) {
+    return !caption.starts_with("waving") && !caption.ends_with("tone");
+  }));
+  for (const auto& set : sets)
+    EXPECT_TRUE((
+        std::set<std::string>{"hello", "hand", "hello, hand", "hand, hello", "hello hand", "hand hello"}.contains(set)))
+        << set;
   EXPECT_GE(sets.size(), 2u);
   EXPECT_TRUE(captions_in_text(EmojiEntry(), {}, {}, 17).empty());
 }
 
 TEST(Emoji, SynonymsNameTheBrokenLine) {
   Folder folder;
-  for (const auto& [text, expected] : std::vector<std::pair<std::string, std::string>>{{"pizza", "expected \"name<TAB>other words\", got \"pizza\""},
-                                                                                      {"pizza\t", "expected \"name<TAB>"},
-                                                                                      {"red heart\tHeart of love", "shares a word with its name \"red heart\""},
-                                                                                      {"pizza\tflat cheese\npizza\tslice", "s.tsv:2: \"pizza\" comes twice"}}) {
+  for (const auto& [text, expected] : std::vector<std::pair<std::string, std::string>>{
+           {"pizza", "expected \"name<TAB>other words\", got \"pizza\""},
+           {"pizza\t", "expected \"name<TAB>"},
+           {"red heart\tHeart of love", "shares a word with its name \"red heart\""},
+           {"pizza\tflat cheese\npizza\tslice", "s.tsv:2: \"pizza\" comes twice"}}) {
     write(folder / "s.tsv", text);
-    EXPECT_NE(error_of([&] { read_synonyms(folder / "s.tsv"); }).find(expected), std::string::npos) << error_of([&] { read_synonyms(folder / "s.tsv"); });
+    EXPECT_NE(error_of([&] { read_synonyms(folder / "s.tsv"); }).find(expected), std::string::npos)
+        << error_of([&] { read_synonyms(folder / "s.tsv"); });
   }
   EXPECT_NE(error_of([&] { read_synonyms(folder / "none.tsv"); }).find("none.tsv"), std::string::npos);
 }
@@ -185,26 +202,34 @@ TEST(Corpus, SmallWordNet) {
   for (const char* name : {"data.noun", "data.verb", "data.adj", "data.adv"}) {
     std::string text = licence;
     for (int i = 0; i < 25; ++i)
-      text += "00001740 03 n 02 Physical_entity" + std::to_string(i) + " 0 thing(p) 0 001 ~ 00001930 n 0000 | that which is Known" + std::string(name).substr(5) + std::to_string(i) + "; \"an example\"  \n";
+      text += "00001740 03 n 02 Physical_entity" + std::to_string(i) +
+              " 0 thing(p) 0 001 ~ 00001930 n 0000 | that which is Known" + std::string(name).substr(5) +
+              std::to_string(i) + "; \"an example\"  \n";
     write(folder / ("wn/" + std::string(name)), text);
   }
-  write(folder / "cldr/annotations/en.xml", R"(<ldml><annotations><annotation cp="❤">heart | love</annotation><annotation cp="❤" type="tts">red heart</annotation>
+  write(
+      folder / "cldr/annotations/en.xml",
+      R"(<ldml><annotations><annotation cp="❤">heart | love</annotation><annotation cp="❤" type="tts">red heart</annotation>
       <annotation cp="{" type="tts">open brace</annotation></annotations></ldml>)");
   write(folder / "cldr/annotationsDerived/en.xml", "<ldml><annotations/></ldml>");
   CorpusOptions options;
-  options.wordnet = folder / "wn", options.annotations = folder / "cldr", options.output = folder / "out", options.eval_share = 0.1;
+  options.wordnet = folder / "wn", options.annotations = folder / "cldr", options.output = folder / "out",
+  options.eval_share = 0.1;
   const auto summary = prepare_corpus(options);
   EXPECT_EQ(summary.train_documents, 90 + 6);
   EXPECT_EQ(summary.eval_documents, 10);
   auto train = lines(folder / "out/train.txt"), eval = lines(folder / "out/eval.txt");
-  EXPECT_EQ(std::count(train.begin(), train.end(), "red heart: heart, love") + std::count(train.begin(), train.end(), "red heart: love, heart"), 6);
+  EXPECT_EQ(std::count(train.begin(), train.end(), "red heart: heart, love") +
+                std::count(train.begin(), train.end(), "red heart: love, heart"),
+            6);
   std::set<std::string> all(train.begin(), train.end());
   for (const auto& line : eval) EXPECT_TRUE(all.insert(line).second) << "held-out text is not trained on";
   EXPECT_TRUE(all.contains("physical entity3, thing: that which is knownverb3; \"an example\""));
   prepare_corpus(options);
   EXPECT_EQ(lines(folder / "out/train.txt"), train);
   write(folder / "wn/data.adj", licence + "rubbish\n");
-  EXPECT_NE(error_of([&] { prepare_corpus(options); }).find("data.adj:2: not a WordNet synset line"), std::string::npos);
+  EXPECT_NE(error_of([&] { prepare_corpus(options); }).find("data.adj:2: not a WordNet synset line"),
+            std::string::npos);
   std::filesystem::remove(folder / "wn/data.adj");
   EXPECT_NE(error_of([&] { prepare_corpus(options); }).find("WordNet not found"), std::string::npos);
 }

@@ -1,4 +1,5 @@
-// Arrow's IPC format, as streams (what datasets' cache and save_to_disk hold) and files. Mapped: what is not compressed is read where it lies.
+// Arrow's IPC format, as streams (what datasets' cache and save_to_disk hold) and files. Mapped: what is not compressed
+// is read where it lies.
 #include <arrow/io/file.h>
 #include <arrow/ipc/api.h>
 
@@ -13,7 +14,9 @@ namespace {
 
 class IpcTable : public OpenTable {
  public:
-  explicit IpcTable(const std::filesystem::path& path) : path_(path), file_(value_of(arrow::io::MemoryMappedFile::Open(path.string(), arrow::io::FileMode::READ), path)) {
+  explicit IpcTable(const std::filesystem::path& path)
+      : path_(path),
+        file_(value_of(arrow::io::MemoryMappedFile::Open(path.string(), arrow::io::FileMode::READ), path)) {
     options_.use_threads = false;
     const int64_t bytes = value_of(file_->GetSize(), path);
     MOEGRAFT_CHECK(bytes > 0, path.string(), " is empty, expected an Arrow file");
@@ -31,7 +34,8 @@ class IpcTable : public OpenTable {
   const arrow::Schema& schema() const override { return *schema_; }
 
   void scan(const Take& take) override {
-    if (!ended_) log::warning(path_.string(), " has no end mark behind its ", messages_.size(), " batches: it may be cut short");
+    if (!ended_)
+      log::warning(path_.string(), " has no end mark behind its ", messages_.size(), " batches: it may be cut short");
     const int64_t parts = reader_ ? reader_->num_record_batches() : int64_t(messages_.size());
     for (int64_t part = 0; part < parts; ++part) take(part, 0, *read(part));
   }
@@ -51,20 +55,27 @@ class IpcTable : public OpenTable {
     // A stream has no table of its batches: they are found once. Their bodies stay in the mapping.
     check(file_->Seek(0), path_);
     auto first = value_of(arrow::ipc::ReadMessage(file_.get()), path_);
-    MOEGRAFT_CHECK(first && first->type() == arrow::ipc::MessageType::SCHEMA, path_.string(), " does not begin with a schema: it is no Arrow file");
+    MOEGRAFT_CHECK(first && first->type() == arrow::ipc::MessageType::SCHEMA, path_.string(),
+                   " does not begin with a schema: it is no Arrow file");
     schema_ = value_of(arrow::ipc::ReadSchema(*first, &dictionaries_), path_);
     while (auto message = value_of(arrow::ipc::ReadMessage(file_.get()), path_)) {
-      MOEGRAFT_CHECK(message->type() == arrow::ipc::MessageType::RECORD_BATCH, path_.string(), " holds dictionary-encoded columns in a stream, which are not read: write it as Parquet (datasets: d.to_parquet)");
+      MOEGRAFT_CHECK(message->type() == arrow::ipc::MessageType::RECORD_BATCH, path_.string(),
+                     " holds dictionary-encoded columns in a stream, which are not read: write it as Parquet "
+                     "(datasets: d.to_parquet)");
       messages_.push_back(std::move(message));
     }
-    // A writer that ended properly says so (the format's "Encapsulated message format"); a reader takes the end of the file for it.
+    // A writer that ended properly says so (the format's "Encapsulated message format"); a reader takes the end of the
+    // file for it.
     using namespace std::string_view_literals;
     const size_t end = size_t(value_of(file_->Tell(), path_));
     ended_ = std::string_view(*mapped_).substr(0, end).ends_with("\xFF\xFF\xFF\xFF\0\0\0\0"sv);
   }
 
   std::shared_ptr<arrow::RecordBatch> read(int64_t part) {
-    auto batch = reader_ ? value_of(reader_->ReadRecordBatch(int(part)), path_) : value_of(arrow::ipc::ReadRecordBatch(*messages_[size_t(part)], schema_, &dictionaries_, options_), path_);
+    auto batch =
+        reader_
+            ? value_of(reader_->ReadRecordBatch(int(part)), path_)
+            : value_of(arrow::ipc::ReadRecordBatch(*messages_[size_t(part)], schema_, &dictionaries_, options_), path_);
     check(batch->ValidateFull(), path_);  // offsets come out of the file as they are
     return batch;
   }
@@ -75,9 +86,9 @@ class IpcTable : public OpenTable {
   arrow::ipc::IpcReadOptions options_ = arrow::ipc::IpcReadOptions::Defaults();
   arrow::ipc::DictionaryMemo dictionaries_;
   std::shared_ptr<arrow::Schema> schema_;
-  std::shared_ptr<arrow::ipc::RecordBatchFileReader> reader_;    // a file
-  std::vector<std::unique_ptr<arrow::ipc::Message>> messages_;   // a stream
-  std::shared_ptr<arrow::RecordBatch> batch_;                    // the last one that a cell was taken of
+  std::shared_ptr<arrow::ipc::RecordBatchFileReader> reader_;   // a file
+  std::vector<std::unique_ptr<arrow::ipc::Message>> messages_;  // a stream
+  std::shared_ptr<arrow::RecordBatch> batch_;                   // the last one that a cell was taken of
   int64_t part_ = -1;
   bool ended_ = true;
 };

@@ -1,5 +1,6 @@
-// Parquet. A pass decodes the text alone; a column of pictures is decoded page by page, a few rows at a time. Pages are as large
-// as the writer made them: pyarrow puts up to 1,024 pictures into one, of which about twice the size is in memory for a while.
+// Parquet. A pass decodes the text alone; a column of pictures is decoded page by page, a few rows at a time. Pages are
+// as large as the writer made them: pyarrow puts up to 1,024 pictures into one, of which about twice the size is in
+// memory for a while.
 #include <arrow/io/file.h>
 #include <parquet/arrow/reader.h>
 #include <parquet/file_reader.h>
@@ -32,10 +33,13 @@ class ParquetTable : public OpenTable {
     leaves_.resize(size_t(schema_->num_fields()));
     for (int i = 0; i < columns.num_columns(); ++i) {
       const int top = columns.group_node()->FieldIndex(*columns.GetColumnRoot(i));
-      MOEGRAFT_CHECK(top >= 0 && top < schema_->num_fields(), path.string(), ": its schema names a column that is not there");
+      MOEGRAFT_CHECK(top >= 0 && top < schema_->num_fields(), path.string(),
+                     ": its schema names a column that is not there");
       leaves_[size_t(top)].push_back(i);
       const auto& type = columns.Column(i)->logical_type();
-      if (columns.Column(i)->physical_type() == parquet::Type::BYTE_ARRAY && type && (type->is_string() || type->is_JSON() || type->is_enum())) texts_.push_back(i);
+      if (columns.Column(i)->physical_type() == parquet::Type::BYTE_ARRAY && type &&
+          (type->is_string() || type->is_JSON() || type->is_enum()))
+        texts_.push_back(i);
     }
   }
 
@@ -46,7 +50,9 @@ class ParquetTable : public OpenTable {
     for (int part = 0; part < reader_->num_row_groups(); ++part) {
       const auto batches = value_of(reader_->GetRecordBatchReader({part}, texts_), path_);
       int64_t first = 0;
-      for (std::shared_ptr<arrow::RecordBatch> batch; check(batches->ReadNext(&batch), path_), batch; first += batch->num_rows()) take(part, first, *batch);
+      for (std::shared_ptr<arrow::RecordBatch> batch; check(batches->ReadNext(&batch), path_), batch;
+           first += batch->num_rows())
+        take(part, first, *batch);
     }
   }
 

@@ -20,7 +20,8 @@ class OpenTable {
   virtual ~OpenTable() = default;
   virtual const arrow::Schema& schema() const = 0;
   virtual void scan(const Take& take) = 0;
-  // The array that holds the whole value of a column (its place in the schema) in a row of a part, and where. Cheap in the order of rows.
+  // The array that holds the whole value of a column (its place in the schema) in a row of a part, and where. Cheap in
+  // the order of rows.
   virtual std::pair<std::shared_ptr<arrow::Array>, int64_t> cell(int64_t part, int64_t row, int column) = 0;
 };
 
@@ -44,15 +45,11 @@ template <class F>
 auto guarded(const std::filesystem::path& path, const F& f) {
   try {
     return f();
-  } catch (const UserError&) {
-    throw;
-  } catch (const InvariantError&) {
+  } catch (const UserError&) { throw; } catch (const InvariantError&) {
     throw;
   } catch (const std::bad_alloc&) {
     fail(path.string(), ": a batch of its rows does not fit in memory");
-  } catch (const std::exception& e) {
-    damaged(path, e.what());
-  }
+  } catch (const std::exception& e) { damaged(path, e.what()); }
 }
 
 }  // namespace moegraft::io

@@ -1,4 +1,5 @@
-// The expert FFN through ATen: every device and dtype, and experts that train. Chunks of one (expert, group); on the CPU chunks are spread over the threads.
+// The expert FFN through ATen: every device and dtype, and experts that train. Chunks of one (expert, group); on the
+// CPU chunks are spread over the threads.
 
 #include "../cpu/cpu.h"
 #include "../moe.h"
@@ -17,7 +18,8 @@ std::vector<Task> make_tasks(const Dispatch& d, const std::vector<int64_t>& offs
   for (int64_t e = 0; e < d.num_experts; ++e)
     for (int64_t g = 0; g < d.num_groups; ++g) {
       const int64_t end = offsets[e * d.num_groups + g + 1];
-      for (int64_t at = offsets[e * d.num_groups + g]; at < end; at += kChunkRows) tasks.push_back({e, g, at, std::min(kChunkRows, end - at)});
+      for (int64_t at = offsets[e * d.num_groups + g]; at < end; at += kChunkRows)
+        tasks.push_back({e, g, at, std::min(kChunkRows, end - at)});
     }
   return tasks;
 }
@@ -57,14 +59,17 @@ at::Tensor rows_of_slots(const at::Tensor& y_RD, const Dispatch& d) {
 }
 
 at::Tensor slots_to_rows(const at::Tensor& slots_XK, const Dispatch& d) {
-  return at::empty({d.num_rows() + 1}, slots_XK.options()).index_copy_(0, slot_index(d), slots_XK.reshape({-1})).narrow(0, 0, d.num_rows());
+  return at::empty({d.num_rows() + 1}, slots_XK.options())
+      .index_copy_(0, slot_index(d), slots_XK.reshape({-1}))
+      .narrow(0, 0, d.num_rows());
 }
 
 MoeForward moe_forward_aten(const MoeProblem& p, bool save, bool keep_hidden) {
   const at::Tensor x = p.x_XD.index_select(0, p.dispatch.token_of_row_R);
   const auto dtype = x.scalar_type();
   const Site gate(p.terms[kGate], dtype), up(p.terms[kUp], dtype), down(p.terms[kDown], dtype);
-  at::Tensor g = at::empty({x.size(0), p.expert_width()}, x.options()), u = at::empty_like(g), y = at::empty_like(x), hidden = keep_hidden ? at::empty_like(g) : at::Tensor();
+  at::Tensor g = at::empty({x.size(0), p.expert_width()}, x.options()), u = at::empty_like(g), y = at::empty_like(x),
+             hidden = keep_hidden ? at::empty_like(g) : at::Tensor();
   const auto tasks = make_tasks(p.dispatch, p.dispatch.host_offsets());
   run_tasks(int64_t(tasks.size()), x.is_cpu(), [&](int64_t i) {
     const auto [e, m, begin, count] = tasks[i];
@@ -89,7 +94,8 @@ MoeForward moe_forward_aten(const MoeProblem& p, bool save, bool keep_hidden) {
 
 namespace {
 
-void expert_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, const at::Tensor& x, const at::Tensor& h, const at::Tensor& dg, const at::Tensor& du, const at::Tensor& dy,
+void expert_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, const at::Tensor& x,
+                      const at::Tensor& h, const at::Tensor& dg, const at::Tensor& du, const at::Tensor& dy,
                       MoeGradients& out) {
   const Dispatch& d = p.dispatch;
   out.gate_EFD = at::empty(p.weights.gate_EFD.sizes(), x.options());
@@ -100,13 +106,17 @@ void expert_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, 
     at::Tensor target = (i % 3 == 0 ? out.gate_EFD : i % 3 == 1 ? out.up_EFD : out.down_EDF)[e];
     if (count == 0) return void(target.zero_());
     const auto part = [&](const at::Tensor& t) { return t.narrow(0, begin, count); };
-    if (i % 3 == 0) at::mm_out(target, part(dg).t(), part(x));
-    else if (i % 3 == 1) at::mm_out(target, part(du).t(), part(x));
-    else at::mm_out(target, part(dy).t(), part(h));
+    if (i % 3 == 0)
+      at::mm_out(target, part(dg).t(), part(x));
+    else if (i % 3 == 1)
+      at::mm_out(target, part(du).t(), part(x));
+    else
+      at::mm_out(target, part(dy).t(), part(h));
   });
 }
 
-void factor_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, const MoeNeeds& needs, const at::Tensor& x, const at::Tensor& h, const at::Tensor& dg, const at::Tensor& du,
+void factor_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, const MoeNeeds& needs,
+                      const at::Tensor& x, const at::Tensor& h, const at::Tensor& dg, const at::Tensor& du,
                       const at::Tensor& dy, MoeGradients& out) {
   struct Job {
     int site;
@@ -127,13 +137,18 @@ void factor_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, 
   run_tasks(int64_t(jobs.size()), x.is_cpu(), [&](int64_t i) {
     const Job& job = jobs[i];
     const auto& term = p.terms[job.site][job.term];
-    at::Tensor dA = out.factors[job.site][job.term].first[job.expert], dB = out.factors[job.site][job.term].second[job.expert];
+    at::Tensor dA = out.factors[job.site][job.term].first[job.expert],
+               dB = out.factors[job.site][job.term].second[job.expert];
     for (int64_t m = 0; m < d.num_groups; ++m) {
-      const int64_t begin = offsets[job.expert * d.num_groups + m], count = offsets[job.expert * d.num_groups + m + 1] - begin;
+      const int64_t begin = offsets[job.expert * d.num_groups + m],
+                    count = offsets[job.expert * d.num_groups + m + 1] - begin;
       if (count == 0 || !term.acts[m]) continue;
       const auto part = [&](const at::Tensor& t) { return t.narrow(0, begin, count); };
-      const at::Tensor in = part(job.site == kDown ? h : x), dout = part(job.site == kGate ? dg : job.site == kUp ? du : dy);
-      const at::Tensor dt = at::mm(dout, term.B_EXP[job.expert].to(dtype)), t = at::mm(in, term.A_EPX[job.expert].to(dtype).t());  // [n,P]
+      const at::Tensor in = part(job.site == kDown ? h : x), dout = part(job.site == kGate ? dg
+                                                                         : job.site == kUp ? du
+                                                                                           : dy);
+      const at::Tensor dt = at::mm(dout, term.B_EXP[job.expert].to(dtype)),
+                       t = at::mm(in, term.A_EPX[job.expert].to(dtype).t());  // [n,P]
       dA.add_(at::mm(dt.t(), in), term.scale);
       dB.add_(at::mm(dout.t(), t), term.scale);
     }
@@ -142,17 +157,20 @@ void factor_gradients(const MoeProblem& p, const std::vector<int64_t>& offsets, 
 
 }  // namespace
 
-MoeGradients moe_backward_aten(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs) {
+MoeGradients moe_backward_aten(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD,
+                               const MoeNeeds& needs) {
   const Dispatch& d = p.dispatch;
   const at::Tensor &g = saved[0], &u = saved[1], x = p.x_XD.index_select(0, d.token_of_row_R);
   const auto dtype = x.scalar_type();
   const auto wide = wide_of(x);
   const Site gate(p.terms[kGate], dtype), up(p.terms[kUp], dtype), down(p.terms[kDown], dtype);
   const at::Tensor w_R = slots_to_rows(p.weights_XK, d);
-  const at::Tensor dy_plain = dout_XD.index_select(0, d.token_of_row_R);  // before the row's weight: <h, dh> is the weight's gradient
+  const at::Tensor dy_plain =
+      dout_XD.index_select(0, d.token_of_row_R);  // before the row's weight: <h, dh> is the weight's gradient
   const at::Tensor dy = (dy_plain.to(wide) * w_R.unsqueeze(-1)).to(dtype);
   const at::Tensor h = at::silu(g).mul_(u);
-  at::Tensor dg = at::empty_like(g), du = at::empty_like(u), dx = needs.x ? at::empty_like(x) : at::Tensor(), dw_R = at::empty({x.size(0)}, p.weights_XK.options());
+  at::Tensor dg = at::empty_like(g), du = at::empty_like(u), dx = needs.x ? at::empty_like(x) : at::Tensor(),
+             dw_R = at::empty({x.size(0)}, p.weights_XK.options());
   const auto offsets = d.host_offsets();
   const auto tasks = make_tasks(d, offsets);
   run_tasks(int64_t(tasks.size()), x.is_cpu(), [&](int64_t i) {

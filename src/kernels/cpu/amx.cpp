@@ -1,5 +1,6 @@
-// The bf16 micro-kernel on AMX tiles. One tile layout (eight tiles of 16 rows x 64 bytes) serves every shape; depths that are no multiple of 32 are completed with
-// zeros here. Compiled for AMX and AVX-512 alone (third_party/cmake/Modules.cmake); includes nothing with inline functions, like loops.inc.
+// The bf16 micro-kernel on AMX tiles. One tile layout (eight tiles of 16 rows x 64 bytes) serves every shape; depths
+// that are no multiple of 32 are completed with zeros here. Compiled for AMX and AVX-512 alone
+// (third_party/cmake/Modules.cmake); includes nothing with inline functions, like loops.inc.
 #include "micro_kernel.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -12,7 +13,8 @@ namespace {
 
 using Term = PanelTerm<bf16>;
 
-constexpr int64_t kRows = 16, kDepth = 32, kStrip = 256;  // rows and depth of a tile; rows whose depth tails are completed at a time
+constexpr int64_t kRows = 16, kDepth = 32,
+                  kStrip = 256;  // rows and depth of a tile; rows whose depth tails are completed at a time
 
 // The intrinsics want literals; templates want constants.
 template <int D>
@@ -20,7 +22,8 @@ inline __attribute__((always_inline)) void load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(D) : "memory");
 }
 template <int D>
-inline __attribute__((always_inline)) void load_once(const void* p, int64_t stride) {  // does not displace what the first-level cache holds
+inline __attribute__((always_inline)) void load_once(
+    const void* p, int64_t stride) {  // does not displace what the first-level cache holds
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(D) : "memory");
 }
 template <int S>
@@ -56,45 +59,57 @@ struct Rounding {
   inline __attribute__((always_inline)) void some(int64_t count) {
     for (; count > 0 && rows > 0; --count, --rows, from += 32, to += ld) {
       const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-      if (past_cache) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
-      else _mm512_mask_storeu_epi16(to, columns, (__m512i)both);
+      if (past_cache)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)both);
+      else
+        _mm512_mask_storeu_epi16(to, columns, (__m512i)both);
     }
   }
 };
 
 #include "fetching.inc"
 
-// Where the accumulators of the block before go: stored between the next block's first products, which hides the stores.
+// Where the accumulators of the block before go: stored between the next block's first products, which hides the
+// stores.
 struct Pending {
   float* c = nullptr;
   int64_t ld = 0;
 };
 
-// One block of R x C accumulators (tile r * C + c). kStreamB: the panel is too large for the first-level cache and is read past it, or else A is.
+// One block of R x C accumulators (tile r * C + c). kStreamB: the panel is too large for the first-level cache and is
+// read past it, or else A is.
 template <int R, int C, bool kStreamB>
 struct Block {
   static_assert(R * C <= 4 && R <= 2);
   template <int T>
-  static inline __attribute__((always_inline)) void start(const Pending& before, float* c, int64_t ldc, bool accumulate) {
+  static inline __attribute__((always_inline)) void start(const Pending& before, float* c, int64_t ldc,
+                                                          bool accumulate) {
     const int64_t place = (T / C) * kRows, column = (T % C) * kRows;
     if (before.c) store<T>(before.c + place * before.ld + column, before.ld * 4);
-    if (accumulate) load<T>(c + place * ldc + column, ldc * 4);
-    else zero<T>();
+    if (accumulate)
+      load<T>(c + place * ldc + column, ldc * 4);
+    else
+      zero<T>();
   }
   template <int T>
   static inline __attribute__((always_inline)) void load_a(const void* p, int64_t stride) {
-    if constexpr (kStreamB) load<T>(p, stride);
-    else load_once<T>(p, stride);
+    if constexpr (kStreamB)
+      load<T>(p, stride);
+    else
+      load_once<T>(p, stride);
   }
   template <int T>
   static inline __attribute__((always_inline)) void load_b(const void* p, int64_t stride) {
-    if constexpr (kStreamB) load_once<T>(p, stride);
-    else load<T>(p, stride);
+    if constexpr (kStreamB)
+      load_once<T>(p, stride);
+    else
+      load<T>(p, stride);
   }
 
   template <bool kFirst>
-  static inline __attribute__((always_inline)) void step(const bf16* a, const bf16* a_below, int64_t stride_a, const bf16* b, int64_t stride_b, const Pending& before, float* c, int64_t ldc,
-                                                         bool accumulate) {
+  static inline __attribute__((always_inline)) void step(const bf16* a, const bf16* a_below, int64_t stride_a,
+                                                         const bf16* b, int64_t stride_b, const Pending& before,
+                                                         float* c, int64_t ldc, bool accumulate) {
     load_a<4>(a, stride_a);
     load_b<6>(b, stride_b);
     if constexpr (C == 2) load_b<7>(b + 32, stride_b);
@@ -115,8 +130,10 @@ struct Block {
     }
   }
 
-  static inline __attribute__((always_inline)) void run(const Segment* segments, int64_t count, int64_t row, int64_t column, int64_t width, const Pending& before, Rounding& rounding, Fetching& fetching,
-                                                        float* c, int64_t ldc, bool accumulate) {
+  static inline __attribute__((always_inline)) void run(const Segment* segments, int64_t count, int64_t row,
+                                                        int64_t column, int64_t width, const Pending& before,
+                                                        Rounding& rounding, Fetching& fetching, float* c, int64_t ldc,
+                                                        bool accumulate) {
     const int64_t stride_b = width * 4;
     for (int64_t s = 0; s < count; ++s) {
       const Segment& g = segments[s];
@@ -128,7 +145,8 @@ struct Block {
         i = 1;
       }
       for (; i < g.steps; ++i) {
-        step<false>(a + i * kDepth, below + i * kDepth, g.stride_a, b + i * kDepth * width, stride_b, before, c, ldc, false);
+        step<false>(a + i * kDepth, below + i * kDepth, g.stride_a, b + i * kDepth * width, stride_b, before, c, ldc,
+                    false);
         rounding.some(4);
         fetching.some();
       }
@@ -148,7 +166,8 @@ struct Tails {
   alignas(64) bf16 b[kMostTerms][kDepth * 64];
 };
 
-int64_t cut_segments(int64_t rows, int64_t row, const Term* terms, int64_t count, int64_t width, Tails& tails, Segment* out) {
+int64_t cut_segments(int64_t rows, int64_t row, const Term* terms, int64_t count, int64_t width, Tails& tails,
+                     Segment* out) {
   int64_t n = 0;
   for (int64_t t = 0; t < count; ++t) {
     const Term& term = terms[t];
@@ -157,9 +176,11 @@ int64_t cut_segments(int64_t rows, int64_t row, const Term* terms, int64_t count
     if (whole) out[n++] = {a, term.lda * 2, term.lda, term.panel, whole};
     if (!rest) continue;
     const __mmask32 kept = (__mmask32(1) << rest) - 1;
-    for (int64_t r = 0; r < rows; ++r) _mm512_store_si512(tails.a[t] + r * kDepth, _mm512_maskz_loadu_epi16(kept, a + r * term.lda + whole * kDepth));
+    for (int64_t r = 0; r < rows; ++r)
+      _mm512_store_si512(tails.a[t] + r * kDepth, _mm512_maskz_loadu_epi16(kept, a + r * term.lda + whole * kDepth));
     const bf16* b = term.panel + whole * kDepth * width;
-    for (int64_t i = 0; i < width * kDepth; i += 32) _mm512_store_si512(tails.b[t] + i, i < width * rest ? _mm512_loadu_si512(b + i) : _mm512_setzero_si512());
+    for (int64_t i = 0; i < width * kDepth; i += 32)
+      _mm512_store_si512(tails.b[t] + i, i < width * rest ? _mm512_loadu_si512(b + i) : _mm512_setzero_si512());
     out[n++] = {tails.a[t], kDepth * 2, kDepth, tails.b[t], 1};
   }
   return n;
@@ -179,7 +200,8 @@ struct Rooms {  // two, in turn: one is filled while the other is rounded
 };
 
 template <bool kStreamB>
-void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, const Target& to, Rooms& rooms, Fetching& fetching) {
+void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, const Target& to, Rooms& rooms,
+           Fetching& fetching) {
   Pending before;
   void (*finish)(const Pending&) = nullptr;
   Rounding rounding, next;
@@ -203,19 +225,27 @@ void strip(int64_t rows, const Segment* segments, int64_t count, int64_t width, 
     if (to.c) return;
     turn ^= 1;
     const int64_t left = to.columns - column;
-    next = {c, to.out + row * to.ld_out + column, to.ld_out, block_rows, left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1};
+    next = {c, to.out + row * to.ld_out + column, to.ld_out, block_rows,
+            left >= 32  ? ~__mmask32(0)
+            : left <= 0 ? 0
+                        : (__mmask32(1) << left) - 1};
     if (C == 1) next.columns &= 0xffff;
-    next.past_cache = to.past_cache && next.columns == ~__mmask32(0) && !(reinterpret_cast<size_t>(next.to) % 64) && to.ld_out % 32 == 0;
+    next.past_cache = to.past_cache && next.columns == ~__mmask32(0) && !(reinterpret_cast<size_t>(next.to) % 64) &&
+                      to.ld_out % 32 == 0;
   };
   for (int64_t row = 0; row < rows; row += 2 * kRows) {
     const bool two = rows - row > kRows;
     for (int64_t column = 0; column < width; column += 32) {
       if (width - column >= 32) {
-        if (two) block.template operator()<2, 2>(row, column);
-        else block.template operator()<1, 2>(row, column);
+        if (two)
+          block.template operator()<2, 2>(row, column);
+        else
+          block.template operator()<1, 2>(row, column);
       } else {
-        if (two) block.template operator()<2, 1>(row, column);
-        else block.template operator()<1, 1>(row, column);
+        if (two)
+          block.template operator()<2, 1>(row, column);
+        else
+          block.template operator()<1, 1>(row, column);
       }
     }
   }
@@ -249,32 +279,47 @@ void run(int64_t m, const Term* terms, int64_t count, int64_t width, Target to, 
     const int64_t rows = m - row < kStrip ? m - row : kStrip;
     Segment segments[2 * kMostTerms];
     const int64_t n = cut_segments(rows, row, terms, count, width, tails, segments);
-    const Target at{to.c ? to.c + row * to.ldc : nullptr, to.ldc, to.accumulate, to.out + (to.out ? row * to.ld_out : 0), to.ld_out, to.columns, to.past_cache};
-    if (rows > 2 * kRows && depth * width <= 16384) strip<false>(rows, segments, n, width, at, rooms, fetching);
-    else strip<true>(rows, segments, n, width, at, rooms, fetching);
+    const Target at{to.c ? to.c + row * to.ldc : nullptr,
+                    to.ldc,
+                    to.accumulate,
+                    to.out + (to.out ? row * to.ld_out : 0),
+                    to.ld_out,
+                    to.columns,
+                    to.past_cache};
+    if (rows > 2 * kRows && depth * width <= 16384)
+      strip<false>(rows, segments, n, width, at, rooms, fetching);
+    else
+      strip<true>(rows, segments, n, width, at, rooms, fetching);
   }
 }
 
-void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate, const Ahead& ahead) {
+void product(int64_t m, const Term* terms, int64_t count, int64_t width, float* c, int64_t ldc, bool accumulate,
+             const Ahead& ahead) {
   run(m, terms, count, width, {c, ldc, accumulate, nullptr, 0, 0, false}, ahead);
 }
-void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out, int64_t columns, bool past_cache, const Ahead& ahead) {
+void product_rounded(int64_t m, const Term* terms, int64_t count, int64_t width, bf16* out, int64_t ld_out,
+                     int64_t columns, bool past_cache, const Ahead& ahead) {
   run(m, terms, count, width, {nullptr, 0, false, out, ld_out, columns, past_cache}, ahead);
   if (past_cache) _mm_sfence();
 }
 
 #include "turn.inc"
 
-// A pair of a tile is usually two rows of the right operand. Here it is two columns of one row, as they lie in memory, against the pairs (t, 0) and (0, t): the
-// two sums are those of the even and of the odd columns. Half of the multiplications are by zero, but `in`, which is wide, needs no other layout.
-void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld, int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
-  if (width % 2) return avx512_bf16::kBf16Kernel.outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
+// A pair of a tile is usually two rows of the right operand. Here it is two columns of one row, as they lie in memory,
+// against the pairs (t, 0) and (0, t): the two sums are those of the even and of the odd columns. Half of the
+// multiplications are by zero, but `in`, which is wide, needs no other layout.
+void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t columns, const bf16* in, int64_t ld,
+           int64_t width, float* acc, int64_t ld_acc, bool accumulate) {
+  if (width % 2)
+    return avx512_bf16::kBf16Kernel.outer(rows, t, ldt, s, columns, in, ld, width, acc, ld_acc, accumulate);
   set_up();
   constexpr int64_t kMost = 512;
-  alignas(64) uint32_t pairs[16 + kRows * (kMost + 16)];  // [column of t][row] as (t, 0), and room for one element before them: two bytes earlier lie the (0, t)
+  alignas(64) uint32_t pairs[16 + kRows * (kMost + 16)];  // [column of t][row] as (t, 0), and room for one element
+                                                          // before them: two bytes earlier lie the (0, t)
   alignas(64) float even[2][kRows * kRows], odd[2][kRows * kRows];
   for (int64_t first = 0; first < rows; first += kMost) {
-    const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows, ld_a = depth + 16;
+    const int64_t count = rows - first < kMost ? rows - first : kMost, depth = (count + kRows - 1) / kRows * kRows,
+                  ld_a = depth + 16;
     const bool add = accumulate || first > 0;
     for (int64_t c = 0; c < columns; c += kRows) {
       uint32_t* a = pairs + 16;
@@ -283,7 +328,9 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
         for (int64_t i = 0; i < kRows; ++i) {
           const int64_t row = first + (r + i < count ? r + i : count - 1);
           v[i] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + row * ldt + c)));
-          if (s) v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(s[row]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
+          if (s)
+            v[i] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(
+                _mm512_mul_ps(_mm512_set1_ps(s[row]), _mm512_castsi512_ps(_mm512_slli_epi32(v[i], 16)))));
         }
         const __mmask16 real = count - r >= kRows ? 0xffff : __mmask16((1u << (count - r)) - 1);
         turn(v);
@@ -313,7 +360,8 @@ void outer(int64_t rows, const bf16* t, int64_t ldt, const float* s, int64_t col
         store<1>(odd[0], 64);
         store<2>(even[1], 64);
         store<3>(odd[1], 64);
-        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                      high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         for (int half = 0; half < (second ? 2 : 1); ++half)
           for (int64_t i = 0; i < kRows; ++i) {
             const __m512 e = _mm512_load_ps(even[half] + i * kRows), o = _mm512_load_ps(odd[half] + i * kRows);

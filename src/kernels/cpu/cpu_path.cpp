@@ -23,7 +23,8 @@ namespace {
 constexpr std::array<const char*, 5> kNames{"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
-// Whether the CPU has AMX for bf16, and the kernel lets this process use it: tiles are state that a process must ask for.
+// Whether the CPU has AMX for bf16, and the kernel lets this process use it: tiles are state that a process must ask
+// for.
 bool has_amx() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -38,7 +39,8 @@ bool has_amx() {
 
 CpuPath find_best() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512cd");
   if (!has_avx2 || !avx2::kBf16Kernel.built()) return CpuPath::portable;
   if (!has_avx512 || !avx512::kBf16Kernel.built()) return CpuPath::avx2;
@@ -80,7 +82,9 @@ void allow_cpu_path(const std::string& path, const std::string& whose) {
   const auto named = std::find(names.begin(), names.end(), path);
   MOEGRAFT_CHECK_USAGE(named != names.end(), whose, " must be one of ", join(names, ", "), ", got \"", path, "\"");
   const CpuPath asked = path == "auto" ? best_cpu_path() : CpuPath(named - names.begin() - 1);
-  MOEGRAFT_CHECK_USAGE(asked <= best_cpu_path(), whose, " ", path, ": this CPU (or build) has no such path; its best one is ", name_of(best_cpu_path()), ", which auto takes");
+  MOEGRAFT_CHECK_USAGE(asked <= best_cpu_path(), whose, " ", path,
+                       ": this CPU (or build) has no such path; its best one is ", name_of(best_cpu_path()),
+                       ", which auto takes");
   MOEGRAFT_INVARIANT(!in_use || asked == cpu_path(), whose, " ", path, ": ", name_of(cpu_path()), " is in use already");
   allowed = int(asked);
 }
@@ -110,8 +114,10 @@ const MicroKernel<float>* micro_kernel<float>() {
 }
 template <>
 const MicroKernel<bf16>* micro_kernel<bf16>() {
-  static const Choice<bf16> kBestFirst[]{
-      {CpuPath::amx, amx::kBf16Kernel}, {CpuPath::avx512_bf16, avx512_bf16::kBf16Kernel}, {CpuPath::avx512, avx512::kBf16Kernel}, {CpuPath::avx2, avx2::kBf16Kernel}};
+  static const Choice<bf16> kBestFirst[]{{CpuPath::amx, amx::kBf16Kernel},
+                                         {CpuPath::avx512_bf16, avx512_bf16::kBf16Kernel},
+                                         {CpuPath::avx512, avx512::kBf16Kernel},
+                                         {CpuPath::avx2, avx2::kBf16Kernel}};
   static const MicroKernel<bf16>* const kernel = first_of(kBestFirst);
   return kernel;
 }
@@ -120,7 +126,8 @@ CpuKernels cpu_kernels() {
   const auto* for_float = micro_kernel<float>();
   const auto* for_bf16 = micro_kernel<bf16>();
   const char* library = "library products (ATen)";
-  return {name_of(cpu_path()), name_of(best_cpu_path()), for_float ? for_float->name : library, for_bf16 ? for_bf16->name : library, for_bf16 ? for_bf16->times_float : 0.0};
+  return {name_of(cpu_path()), name_of(best_cpu_path()), for_float ? for_float->name : library,
+          for_bf16 ? for_bf16->name : library, for_bf16 ? for_bf16->times_float : 0.0};
 }
 
 }  // namespace moegraft::kernels

@@ -10,7 +10,9 @@ const Loops<float>& loops<float>() {
 }
 template <>
 const Loops<bf16>& loops<bf16>() {
-  static const Loops<bf16>& chosen = cpu_path() >= CpuPath::avx512_bf16 ? v4_bf16::kBf16Loops : cpu_path() >= CpuPath::avx512 ? v4::kBf16Loops : v3::kBf16Loops;
+  static const Loops<bf16>& chosen = cpu_path() >= CpuPath::avx512_bf16 ? v4_bf16::kBf16Loops
+                                     : cpu_path() >= CpuPath::avx512    ? v4::kBf16Loops
+                                                                        : v3::kBf16Loops;
   return chosen;
 }
 

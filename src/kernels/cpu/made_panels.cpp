@@ -1,4 +1,5 @@
-// Panels of stored operands (block_product.h): dequantised, or turned from the layout of the other pass, when a product reads them.
+// Panels of stored operands (block_product.h): dequantised, or turned from the layout of the other pass, when a product
+// reads them.
 #include <array>
 #include <vector>
 
@@ -11,7 +12,8 @@ namespace {
 
 int64_t stored_width(const StoredOperand& s, int64_t j) { return padded_width(std::min(kPanel, s.n - j * kPanel)); }
 
-// Elements of the two layouts are the same, in another order: a block of 64 x 64 of each stored panel becomes one of this one.
+// Elements of the two layouts are the same, in another order: a block of 64 x 64 of each stored panel becomes one of
+// this one.
 template <class T>
 void turn(const Panels<T>& b, int64_t j, T* out) {
   const StoredOperand& s = b.stored;
@@ -21,7 +23,8 @@ void turn(const Panels<T>& b, int64_t j, T* out) {
     const int64_t i = (b.first + row) / kPanel, w = stored_width(s, i);
     const T* from = block;
     if (s.format) {
-      s.format->dequantise(static_cast<const uint8_t*>(stored_panel<T>(s, i)), w, j * kPanel, padded_depth<T>(columns), block);
+      s.format->dequantise(static_cast<const uint8_t*>(stored_panel<T>(s, i)), w, j * kPanel, padded_depth<T>(columns),
+                           block);
     } else {
       from = static_cast<const T*>(stored_panel<T>(s, i)) + j * kPanel * w;
       if (next > 0) fetch(from + kPanel * w, next * w);  // of the next panel, while this one's products run
@@ -48,7 +51,9 @@ Cache& cache() {
 }
 
 constexpr size_t kAlign = 64;
-std::byte* aligned(std::vector<std::byte>& memory) { return memory.data() + (kAlign - reinterpret_cast<size_t>(memory.data()) % kAlign) % kAlign; }
+std::byte* aligned(std::vector<std::byte>& memory) {
+  return memory.data() + (kAlign - reinterpret_cast<size_t>(memory.data()) % kAlign) % kAlign;
+}
 
 }  // namespace
 
@@ -60,15 +65,22 @@ template <class T>
 const T* make_panel(const Panels<T>& b, int64_t j) {
   Cache& c = cache();
   const StoredOperand& s = b.stored;
-  const auto holds = [&](const Made& m) { return m.data == s.data && m.first == b.first && m.k == b.k && m.j == j && m.turned == s.turned && m.size_of == sizeof(T); };
+  const auto holds = [&](const Made& m) {
+    return m.data == s.data && m.first == b.first && m.k == b.k && m.j == j && m.turned == s.turned &&
+           m.size_of == sizeof(T);
+  };
   auto at = std::find_if(c.made.begin(), c.made.end(), holds);
   if (at == c.made.end()) {
     at = std::min_element(c.made.begin(), c.made.end(), [](const Made& x, const Made& y) { return x.used < y.used; });
     // Readers may touch padded_rows of a panel that is a left operand.
-    if (const size_t bytes = size_t(round_up(b.k, kPanel) * kPanel) * sizeof(T) + kAlign; at->memory.size() < bytes) at->memory.resize(bytes);
+    if (const size_t bytes = size_t(round_up(b.k, kPanel) * kPanel) * sizeof(T) + kAlign; at->memory.size() < bytes)
+      at->memory.resize(bytes);
     T* out = reinterpret_cast<T*>(aligned(at->memory));
-    if (s.turned) turn(b, j, out);
-    else s.format->dequantise(static_cast<const uint8_t*>(stored_panel<T>(s, j)), stored_width(s, j), b.first, b.depth(), out);
+    if (s.turned)
+      turn(b, j, out);
+    else
+      s.format->dequantise(static_cast<const uint8_t*>(stored_panel<T>(s, j)), stored_width(s, j), b.first, b.depth(),
+                           out);
     at->data = s.data, at->first = b.first, at->k = b.k, at->j = j, at->turned = s.turned, at->size_of = sizeof(T);
   }
   at->used = ++c.clock;
@@ -78,8 +90,8 @@ const T* make_panel(const Panels<T>& b, int64_t j) {
 template <class T>
 Range stored_range(const Panels<T>& b, int64_t j, int64_t part, int64_t parts) {
   if (b.stored.turned) return {};
-  const int64_t size = b.stored.format->groups(b.stored.k) * b.stored.format->group_bytes(stored_width(b.stored, j)), share = round_up((size + parts - 1) / parts, int64_t(kAlign)),
-                begin = std::min(size, part * share);
+  const int64_t size = b.stored.format->groups(b.stored.k) * b.stored.format->group_bytes(stored_width(b.stored, j)),
+                share = round_up((size + parts - 1) / parts, int64_t(kAlign)), begin = std::min(size, part * share);
   return {static_cast<const uint8_t*>(stored_panel<T>(b.stored, j)) + begin, std::min(share, size - begin)};
 }
 

@@ -1,7 +1,10 @@
-// The expert FFN on the CPU by block products. A task is a strip: rows of one (expert, group), taken 256 at a time through
-//   gather x -> gate, up (+ low rank) -> SwiGLU -> down (+ low rank) -> y of the sorted rows; then each token sums its rows.
-// Everything of a chunk stays in the second-level cache; only gate and up outputs and the thin products are written for the backward pass.
-// Low-rank factors of the terms that act on a group are concatenated along their rank, so that gate and up (which share their input) cost one thin product.
+// The expert FFN on the CPU by block products. A task is a strip: rows of one (expert, group), taken 256 at a time
+// through
+//   gather x -> gate, up (+ low rank) -> SwiGLU -> down (+ low rank) -> y of the sorted rows; then each token sums its
+//   rows.
+// Everything of a chunk stays in the second-level cache; only gate and up outputs and the thin products are written for
+// the backward pass. Low-rank factors of the terms that act on a group are concatenated along their rank, so that gate
+// and up (which share their input) cost one thin product.
 
 #include <algorithm>
 #include <cstring>
@@ -21,20 +24,30 @@ template <class T>
 constexpr int64_t kMostRows = sizeof(T) == 2 ? 384 : 256;  // worked on at a time
 
 template <class T>
-int64_t block_rows() { return micro_kernel<T>()->block_rows; }
+int64_t block_rows() {
+  return micro_kernel<T>()->block_rows;
+}
 
-constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in the forward layout alone (product_across)
+constexpr int64_t kRowsAcross = kPanel;  // up to which gradients of the input are formed across, where weights lie in
+                                         // the forward layout alone (product_across)
 
 template <class T>
-bool across_may_serve(const MoeProblem& p) { return sizeof(T) == 4 && !p.weights.panels->stores_backward(); }
+bool across_may_serve(const MoeProblem& p) {
+  return sizeof(T) == 4 && !p.weights.panels->stores_backward();
+}
 
-// Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay in the second-level cache.
+// Rows worked on at a time: many amortise reading an expert's weights from memory, but what is made of them should stay
+// in the second-level cache.
 int64_t chunk_rows(const MoeProblem& p) {
-  const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size()), most = p.x_XD.element_size() == 2 ? kMostRows<bf16> : kMostRows<float>;
+  const int64_t bytes = (p.model_width() + 2 * p.expert_width()) * int64_t(p.x_XD.element_size()),
+                most = p.x_XD.element_size() == 2 ? kMostRows<bf16> : kMostRows<float>;
   return std::clamp<int64_t>((int64_t{1} << 20) / bytes, 256, most) / 32 * 32;
 }
 // Whether what is made for every row is more than second-level caches hold until it is read again.
-bool is_large(const MoeProblem& p) { return p.x_XD.scalar_type() == at::kBFloat16 && p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20; }
+bool is_large(const MoeProblem& p) {
+  return p.x_XD.scalar_type() == at::kBFloat16 &&
+         p.dispatch.num_rows() * p.model_width() * int64_t(p.x_XD.element_size()) > int64_t{4} << 20;
+}
 // `count` in parts of at most `most`, all but the last of equal size, in whole blocks.
 template <class T>
 int64_t even_part(int64_t count, int64_t most) {
@@ -46,22 +59,27 @@ int64_t even_part(int64_t count, int64_t most) {
 template <class T>
 std::vector<Strip> make_strips(const MoeProblem& p, const std::vector<int64_t>& offsets) {
   const Dispatch& d = p.dispatch;
-  const int64_t chunk = chunk_rows(p), most = std::max(chunk, round_up(offsets.back() / (4 * at::get_num_threads()), chunk));
+  const int64_t chunk = chunk_rows(p),
+                most = std::max(chunk, round_up(offsets.back() / (4 * at::get_num_threads()), chunk));
   std::vector<Strip> strips;
   for (int64_t b = 0; b < d.num_experts * d.num_groups; ++b) {
     const int64_t rows = offsets[b + 1] - offsets[b];
     if (rows == 0) continue;
     const int64_t part = even_part<T>(rows, most);
-    for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part) strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
+    for (int64_t at = offsets[b]; at < offsets[b + 1]; at += part)
+      strips.push_back({b / d.num_groups, b % d.num_groups, at, std::min(at + part, offsets[b + 1])});
   }
   return strips;
 }
 
-// Strips in the order in which threads take them, the longest first: the last ones to end are short. Sums do not follow this order.
+// Strips in the order in which threads take them, the longest first: the last ones to end are short. Sums do not follow
+// this order.
 std::vector<size_t> by_length(const std::vector<Strip>& strips) {
   std::vector<size_t> order(strips.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strips[a].end - strips[a].begin > strips[b].end - strips[b].begin; });
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+    return strips[a].end - strips[a].begin > strips[b].end - strips[b].begin;
+  });
   return order;
 }
 
@@ -90,7 +108,8 @@ int64_t most_columns(const MoeProblem& p) {
   return n + 32 * kSites;
 }
 
-// Views of what is saved. g and u lie as the backward pass reads them: chunk by chunk, panel by panel, [rows, 64] each, so that reading streams.
+// Views of what is saved. g and u lie as the backward pass reads them: chunk by chunk, panel by panel, [rows, 64] each,
+// so that reading streams.
 template <class T>
 struct Saved {
   T *g = nullptr, *u = nullptr, *t_gu = nullptr, *t_d = nullptr;
@@ -127,7 +146,8 @@ at::Tensor sum_rows(const MoeProblem& p, const at::Tensor& y_RD, bool weighted) 
 template <class T>
 class Forward {
  public:
-  Forward(const MoeProblem& p, bool save, bool keep_hidden) : p_(p), save_(save), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
+  Forward(const MoeProblem& p, bool save, bool keep_hidden)
+      : p_(p), save_(save), offsets_(p.dispatch.host_offsets()), large_(is_large(p)) {
     p.weights.panels->template prepare_forward<T>();
     sets_ = rank_sets<T>(p);
     const int64_t R = p.dispatch.num_rows(), F = p.expert_width();
@@ -135,8 +155,14 @@ class Forward {
     for (const auto& set : sets_) gu = std::max(gu, set.gate_up()), d = std::max(d, set.columns[kDown]);
     const auto options = p.x_XD.options();
     if (save) {
-      saved_ = {at::empty({R, round_up(F, kPanel)}, options), at::empty({R, round_up(F, kPanel)}, options), at::empty({R, gu}, options), at::empty({R, d}, options)};
-      view_ = {mutable_data<T>(saved_[0]), mutable_data<T>(saved_[1]), mutable_data<T>(saved_[2]), mutable_data<T>(saved_[3]), gu, d};
+      saved_ = {at::empty({R, round_up(F, kPanel)}, options), at::empty({R, round_up(F, kPanel)}, options),
+                at::empty({R, gu}, options), at::empty({R, d}, options)};
+      view_ = {mutable_data<T>(saved_[0]),
+               mutable_data<T>(saved_[1]),
+               mutable_data<T>(saved_[2]),
+               mutable_data<T>(saved_[3]),
+               gu,
+               d};
     }
     y_RD_ = at::empty({R, p.model_width()}, options);
     if (keep_hidden) hidden_RF_ = at::empty({R, F}, options);
@@ -145,11 +171,16 @@ class Forward {
   MoeForward run() {
     const auto strips = make_strips<T>(p_, offsets_);
     const auto order = by_length(strips);
-    KeptFactors<T>* kept = p_.cache ? &p_.cache->template content<KeptFactors<T>>(p_, [&] { return std::make_unique<KeptFactors<T>>(p_.dispatch.num_experts, p_.dispatch.num_groups); }) : nullptr;
+    KeptFactors<T>* kept =
+        p_.cache
+            ? &p_.cache->template content<KeptFactors<T>>(
+                  p_, [&] { return std::make_unique<KeptFactors<T>>(p_.dispatch.num_experts, p_.dispatch.num_groups); })
+            : nullptr;
     for_each_task(int64_t(strips.size()), [&](int64_t task, Scratch& scratch) {
       const Strip& s = strips[order[task]];
       Buffers b(p_, scratch);
-      const auto f = kept ? kept->get(p_, sets_[s.group], s.expert, s.group, scratch) : pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
+      const auto f = kept ? kept->get(p_, sets_[s.group], s.expert, s.group, scratch)
+                          : pack_factors<T>(p_, sets_[s.group], s.expert, false, scratch);
       const int64_t part = even_part<T>(s.end - s.begin, chunk_rows(p_));
       for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), b);
     });
@@ -162,7 +193,8 @@ class Forward {
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_x(copied_depth<T>(p.model_width())), ld_h(copied_depth<T>(p.expert_width())) {
+    Buffers(const MoeProblem& p, Scratch& s)
+        : ld_x(copied_depth<T>(p.model_width())), ld_h(copied_depth<T>(p.expert_width())) {
       x = s.take<T>(kMostRows<T> * ld_x);
       h = s.take<T>(kMostRows<T> * ld_h);
       t = s.take<T>(kMostRows<T> * most_columns(p));
@@ -177,9 +209,11 @@ class Forward {
   };
 
   void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, Buffers& b) const {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(), blocks = (rows + step - 1) / step;
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(),
+                  blocks = (rows + step - 1) / step;
     const ExpertPanels& w = *p_.weights.panels;
-    const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
+    const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix),
+                    up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
     const RankSet& set = sets_[s.group];
     gather(data<T>(p_.x_XD), data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows, D, b.ld_x, b.x);
@@ -187,35 +221,43 @@ class Forward {
     const int64_t gu = set.gate_up();
     if (gu) {
       thin(rows, b.x, b.ld_x, f.A_in[0], b.t, gu, b.g);
-      for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_gu + (begin + r) * view_.ld_gu, b.t + r * gu, size_t(gu) * sizeof(T));
+      for (int64_t r = 0; save_ && r < rows; ++r)
+        std::memcpy(view_.t_gu + (begin + r) * view_.ld_gu, b.t + r * gu, size_t(gu) * sizeof(T));
     }
     for (int64_t j = 0; j < gate.count(); ++j) {
       const int64_t width = gate.width(j), columns = gate.columns(j);
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), column = j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> to_gate[]{{b.x + r * b.ld_x, b.ld_x, &gate, j}, {b.t + r * gu, gu, &f.B_out[kGate], j}};
-        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j}, {b.t + r * gu + (joint_thin<T>() ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
+        const Term<T> to_up[]{{b.x + r * b.ld_x, b.ld_x, &up, j},
+                              {b.t + r * gu + (joint_thin<T>() ? 0 : set.columns[kGate]), gu, &f.B_out[kUp], j}};
         // In the order of use: up's panel beside the first product of gate's, then gate's next one.
         const bool last = j + 1 == gate.count();
         sum_of_products(m, to_gate, set.rank[kGate] ? 2 : 1, b.g, width, r == 0 ? ahead(panel_range(up, j)) : Ahead());
-        sum_of_products(m, to_up, set.rank[kUp] ? 2 : 1, b.u, width, ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
-        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel, b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
+        sum_of_products(
+            m, to_up, set.rank[kUp] ? 2 : 1, b.u, width,
+            ahead(last ? panel_range(down, 0, r / step, blocks) : panel_range(gate, j + 1, r / step, blocks)));
+        loops<T>().swiglu(b.g, b.u, width, save_ ? view_.g + tile : b.g_T, save_ ? view_.u + tile : b.u_T, kPanel,
+                          b.h + r * b.ld_h + column, b.ld_h, m, columns, save_ && large_);
         if (columns < padded_depth<T>(columns))
           for (int64_t i = 0; i < m; ++i) b.h[(r + i) * b.ld_h + column + columns] = T{};
       }
     }
     if (hidden_RF_.defined())
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(mutable_data<T>(hidden_RF_) + (begin + r) * F, b.h + r * b.ld_h, size_t(F) * sizeof(T));
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(mutable_data<T>(hidden_RF_) + (begin + r) * F, b.h + r * b.ld_h, size_t(F) * sizeof(T));
 
     const int64_t d = set.columns[kDown];
     if (d) {
       thin(rows, b.h, b.ld_h, f.A_in[1], b.t, d, b.g);
-      for (int64_t r = 0; save_ && r < rows; ++r) std::memcpy(view_.t_d + (begin + r) * view_.ld_d, b.t + r * d, size_t(d) * sizeof(T));
+      for (int64_t r = 0; save_ && r < rows; ++r)
+        std::memcpy(view_.t_d + (begin + r) * view_.ld_d, b.t + r * d, size_t(d) * sizeof(T));
     }
     T* y = mutable_data<T>(y_RD_);
     for (int64_t j = 0; j < down.count(); ++j) {
       const Term<T> terms[]{{b.h, b.ld_h, &down, j}, {b.t, d, &f.B_out[kDown], j}};
-      sum_of_products(rows, terms, d ? 2 : 1, y + begin * D + j * kPanel, D, down.columns(j), b.g, ahead(panel_range(down, j + 1)), large_);
+      sum_of_products(rows, terms, d ? 2 : 1, y + begin * D + j * kPanel, D, down.columns(j), b.g,
+                      ahead(panel_range(down, j + 1)), large_);
     }
   }
 
@@ -231,7 +273,8 @@ class Forward {
 
 // One factor's gradient: acc [columns, padded_width(width)] (+)= (s t)^T in.
 template <class T>
-void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width, float* acc, bool accumulate) {
+void outer(int64_t rows, const T* t, int64_t ldt, const float* s, int64_t columns, T* in, int64_t ld, int64_t width,
+           float* acc, bool accumulate) {
   outer_product(rows, t, ldt, s, columns, in, ld, width, acc, padded_width(width), accumulate);
 }
 
@@ -243,7 +286,8 @@ class Backward {
     p.weights.panels->template prepare_forward<T>();
     p.weights.panels->template prepare_backward<T>();
     sets_ = rank_sets<T>(p);
-    view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]), mutable_data<T>(saved[3]), saved[2].size(1), saved[3].size(1)};
+    view_ = {mutable_data<T>(saved[0]), mutable_data<T>(saved[1]), mutable_data<T>(saved[2]),
+             mutable_data<T>(saved[3]), saved[2].size(1),          saved[3].size(1)};
     const int64_t R = p.dispatch.num_rows();
     if (needs.x) dx_RD_ = at::empty({R, p.model_width()}, p.x_XD.options());
     weight_R_.resize(R);
@@ -265,7 +309,8 @@ class Backward {
       const auto f = pack_factors<T>(p_, sets_[s.group], s.expert, true, scratch);
       const FactorSums sums = factors.sums_of(int64_t(i), scratch);
       const int64_t part = even_part<T>(s.end - s.begin, chunk_rows(p_));
-      for (int64_t at = s.begin; at < s.end; at += part) chunk(s, f, at, std::min(part, s.end - at), sums, at > s.begin, b);
+      for (int64_t at = s.begin; at < s.end; at += part)
+        chunk(s, f, at, std::min(part, s.end - at), sums, at > s.begin, b);
       factors.finish_strip(int64_t(i), sums);
     });
     factors.finish();
@@ -273,14 +318,16 @@ class Backward {
     if (needs_.weights) {
       g.weights_XK = at::empty_like(p_.weights_XK);
       const int32_t* row = data<int32_t>(p_.dispatch.row_of_slot_TK);
-      for (int64_t i = 0; i < g.weights_XK.numel(); ++i) mutable_data<float>(g.weights_XK)[i] = row[i] < 0 ? 0.0f : dweight_R_[row[i]];
+      for (int64_t i = 0; i < g.weights_XK.numel(); ++i)
+        mutable_data<float>(g.weights_XK)[i] = row[i] < 0 ? 0.0f : dweight_R_[row[i]];
     }
     return g;
   }
 
  private:
   struct Buffers {
-    Buffers(const MoeProblem& p, Scratch& s) : ld_d(copied_depth<T>(p.model_width())), ld_f(copied_depth<T>(p.expert_width())) {
+    Buffers(const MoeProblem& p, Scratch& s)
+        : ld_d(copied_depth<T>(p.model_width())), ld_f(copied_depth<T>(p.expert_width())) {
       const int64_t columns = most_columns(p);
       dy = s.take<T>(kMostRows<T> * ld_d);
       x = s.take<T>(kMostRows<T> * ld_d);
@@ -303,14 +350,17 @@ class Backward {
     float* out;
   };
 
-  // out [w.k, width] (+)= W in^T for the forward panels w of W and `rows` <= 64 rows of `in`, width = padded_width(rows): dx = dy W, transposed, from the layout
-  // that the forward pass reads. Turning few rows takes less than turning weights, which are read once, in the order they lie. `in` has zeros up to `width` rows.
-  static void product_across(const Panels<T>& w, const T* in, int64_t ld, int64_t rows, bool accumulate, T* in_across, float* out, const Range& after) {
+  // out [w.k, width] (+)= W in^T for the forward panels w of W and `rows` <= 64 rows of `in`, width =
+  // padded_width(rows): dx = dy W, transposed, from the layout that the forward pass reads. Turning few rows takes less
+  // than turning weights, which are read once, in the order they lie. `in` has zeros up to `width` rows.
+  static void product_across(const Panels<T>& w, const T* in, int64_t ld, int64_t rows, bool accumulate, T* in_across,
+                             float* out, const Range& after) {
     const int64_t width = padded_width(rows);
     loops<T>().transpose(in, ld, width, w.n, in_across, width);
     for (int64_t j = 0; j < w.count(); ++j) {
       const Panels<T> right{in_across + j * kPanel * width, w.columns(j), width};
-      product(w.k, w.panel(j), w.width(j), right, 0, out, width, accumulate || j > 0, ahead(j + 1 < w.count() ? panel_range(w, j + 1) : after));
+      product(w.k, w.panel(j), w.width(j), right, 0, out, width, accumulate || j > 0,
+              ahead(j + 1 < w.count() ? panel_range(w, j + 1) : after));
     }
   }
 
@@ -320,11 +370,14 @@ class Backward {
   // b.out [rows, 64] = columns [64 j, 64 (j + 1)) of what product_across left.
   static void from_across(Buffers& b, int64_t j, int64_t columns, int64_t rows) {
     const int64_t width = padded_width(rows);
-    loops<float>().transpose(b.out_across + j * kPanel * width, width, std::min(kPanel, columns - j * kPanel), width, b.out, kPanel);
+    loops<float>().transpose(b.out_across + j * kPanel * width, width, std::min(kPanel, columns - j * kPanel), width,
+                             b.out, kPanel);
   }
 
-  void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums, bool accumulate, Buffers& b) {
-    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(), blocks = (rows + step - 1) / step;
+  void chunk(const Strip& s, const FactorPanels<T>& f, int64_t begin, int64_t rows, const FactorSums& sums,
+             bool accumulate, Buffers& b) {
+    const int64_t D = p_.model_width(), F = p_.expert_width(), step = block_rows<T>(),
+                  blocks = (rows + step - 1) / step;
     const RankSet& set = sets_[s.group];
     const int64_t gu = set.gate_up(), d = set.columns[kDown];
     const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
@@ -332,19 +385,25 @@ class Backward {
     const float* weight = weight_R_.data() + begin;
     const int64_t d_real = padded_width(set.rank[kDown]);
     if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
-    if (sums.wanted() && d) outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate);
+    if (sums.wanted() && d)
+      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown],
+            accumulate);
 
     // b.out holds dh of rows [r, r + m), columns of panel j.
     const auto finish_hidden = [&](int64_t j, int64_t r, int64_t m, int64_t ld) {
-      const int64_t columns = std::min(kPanel, F - j * kPanel), row = begin + r, to = r * b.ld_f + j * kPanel, tile = Saved<T>::tile(begin, rows, F, j, r);
-      loops<T>().swiglu_backward(b.out, ld, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to, b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m, columns);
+      const int64_t columns = std::min(kPanel, F - j * kPanel), row = begin + r, to = r * b.ld_f + j * kPanel,
+                    tile = Saved<T>::tile(begin, rows, F, j, r);
+      loops<T>().swiglu_backward(b.out, ld, view_.g + tile, view_.u + tile, kPanel, weight_R_.data() + row, b.h + to,
+                                 b.dg + to, b.du + to, b.ld_f, dweight_R_.data() + row, m, columns);
       if (columns < padded_depth<T>(columns))
-        for (int64_t i = 0; i < m; ++i) b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
+        for (int64_t i = 0; i < m; ++i)
+          b.h[to + i * b.ld_f + columns] = b.dg[to + i * b.ld_f + columns] = b.du[to + i * b.ld_f + columns] = T{};
     };
     const ExpertPanels& w = *p_.weights.panels;
     const bool across = across_may_serve<T>(p_) && rows <= kRowsAcross;
     if (across) {
-      const Panels<T> down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix), gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix);
+      const Panels<T> down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix),
+                      gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix);
       clear_padding(b.dy, b.ld_d, rows);
       product_across(down, b.dy, b.ld_d, rows, false, b.in_across, b.out_across, panel_range(gate, 0));
       for (int64_t j = 0; j * kPanel < F; ++j) {
@@ -359,7 +418,9 @@ class Backward {
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t m = std::min(step, rows - r), tile = Saved<T>::tile(begin, rows, F, j, r);
         const Term<T> terms[]{{b.dy + r * b.ld_d, b.ld_d, &to_h, j}, {b.dt_d + r * d, d, &f.A_out[1], j}};
-        sum_of_products(m, terms, d ? 2 : 1, b.out, width, ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel), panel_range(to_h, j + 1, r / step, blocks)));
+        sum_of_products(m, terms, d ? 2 : 1, b.out, width,
+                        ahead(range(view_.g + tile, m * kPanel), range(view_.u + tile, m * kPanel),
+                              panel_range(to_h, j + 1, r / step, blocks)));
         finish_hidden(j, r, m, width);
       }
     }
@@ -380,7 +441,8 @@ class Backward {
     if (!needs_.x) return;
     T* dx = mutable_data<T>(dx_RD_);
     if (across) {
-      const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix);
+      const Panels<T> gate = w.template forward<T>(s.expert, ExpertPanels::kGateMatrix),
+                      up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix);
       clear_padding(b.dg, b.ld_f, rows);
       clear_padding(b.du, b.ld_f, rows);
       product_across(gate, b.dg, b.ld_f, rows, false, b.in_across, b.out_across, panel_range(up, 0));
@@ -392,11 +454,13 @@ class Backward {
       }
       return;
     }
-    const Panels<T> gate = w.template backward<T>(s.expert, ExpertPanels::kGateMatrix), up = w.template backward<T>(s.expert, ExpertPanels::kUpMatrix);
+    const Panels<T> gate = w.template backward<T>(s.expert, ExpertPanels::kGateMatrix),
+                    up = w.template backward<T>(s.expert, ExpertPanels::kUpMatrix);
     for (int64_t column = 0; column < D; column += kPanel) {
       const int64_t j = column / kPanel;
       const Term<T> terms[]{{b.dg, b.ld_f, &gate, j}, {b.du, b.ld_f, &up, j}, {b.dt_gu, gu, &f.A_out[0], j}};
-      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(j), b.out, ahead(panel_range(gate, j + 1), panel_range(up, j + 1)), large_);
+      sum_of_products(rows, terms, gu ? 3 : 2, dx + begin * D + column, D, gate.columns(j), b.out,
+                      ahead(panel_range(gate, j + 1), panel_range(up, j + 1)), large_);
     }
   }
 
@@ -423,11 +487,14 @@ bool moe_blocks_serve(const MoeProblem& p) {
 }
 
 MoeForward moe_forward_blocks(const MoeProblem& p, bool save, bool keep_hidden) {
-  return p.x_XD.scalar_type() == at::kFloat ? Forward<float>(p, save, keep_hidden).run() : Forward<bf16>(p, save, keep_hidden).run();
+  return p.x_XD.scalar_type() == at::kFloat ? Forward<float>(p, save, keep_hidden).run()
+                                            : Forward<bf16>(p, save, keep_hidden).run();
 }
 
-MoeGradients moe_backward_blocks(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD, const MoeNeeds& needs) {
-  return p.x_XD.scalar_type() == at::kFloat ? Backward<float>(p, saved, dout_XD, needs).run() : Backward<bf16>(p, saved, dout_XD, needs).run();
+MoeGradients moe_backward_blocks(const MoeProblem& p, const std::vector<at::Tensor>& saved, const at::Tensor& dout_XD,
+                                 const MoeNeeds& needs) {
+  return p.x_XD.scalar_type() == at::kFloat ? Backward<float>(p, saved, dout_XD, needs).run()
+                                            : Backward<bf16>(p, saved, dout_XD, needs).run();
 }
 
 }  // namespace moegraft::kernels

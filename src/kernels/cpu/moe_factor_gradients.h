@@ -20,18 +20,22 @@ struct FactorSums {
   bool wanted() const { return A[0]; }
 };
 
-// A strip whose terms act on no other strip of its expert (nearly all, when rows are few) sums in its thread's own memory and writes its gradients while they
-// are in cache; others keep their sums until all are there, and are added in strip order.
+// A strip whose terms act on no other strip of its expert (nearly all, when rows are few) sums in its thread's own
+// memory and writes its gradients while they are in cache; others keep their sums until all are there, and are added in
+// strip order.
 class FactorGradients {
  public:
   // Allocates the gradients that are needed, in g.
-  FactorGradients(const MoeProblem& p, const MoeNeeds& needs, const std::vector<RankSet>& sets, const std::vector<Strip>& strips, MoeGradients& g) : p_(p), sets_(sets), strips_(strips) {
+  FactorGradients(const MoeProblem& p, const MoeNeeds& needs, const std::vector<RankSet>& sets,
+                  const std::vector<Strip>& strips, MoeGradients& g)
+      : p_(p), sets_(sets), strips_(strips) {
     for (int s = 0; s < kSites; ++s)
       for (size_t i = 0; i < p.terms[s].size(); ++i) {
         g.factors[s].emplace_back();
         if (!needs.factors[s][i]) continue;
         g.factors[s].back() = {at::empty_like(p.terms[s][i].A_EPX), at::empty_like(p.terms[s][i].B_EXP)};
-        jobs_.push_back({s, int64_t(i), mutable_data<float>(g.factors[s].back().first), mutable_data<float>(g.factors[s].back().second)});
+        jobs_.push_back({s, int64_t(i), mutable_data<float>(g.factors[s].back().first),
+                         mutable_data<float>(g.factors[s].back().second)});
       }
     if (jobs_.empty()) return;
     const int64_t E = p.dispatch.num_experts;
@@ -88,7 +92,9 @@ class FactorGradients {
   int64_t in_width(int site) const { return site == kDown ? p_.expert_width() : p_.model_width(); }
   int64_t out_width(int site) const { return site == kDown ? p_.model_width() : p_.expert_width(); }
   int64_t elements(const RankSet& set) const {
-    return set.empty() ? 0 : (set.gate_up() + set.columns[kDown]) * (padded_width(p_.model_width()) + padded_width(p_.expert_width()));
+    return set.empty() ? 0
+                       : (set.gate_up() + set.columns[kDown]) *
+                             (padded_width(p_.model_width()) + padded_width(p_.expert_width()));
   }
   FactorSums lay_out(const RankSet& set, float* at) const {
     FactorSums sums;
@@ -118,7 +124,8 @@ class FactorGradients {
 
   // Into the gradients' shapes; scales B's sums where they are.
   void put(const Job& job, int64_t expert, const RankSet::Term& term, const FactorSums& sums) const {
-    const int64_t in = in_width(job.site), out = out_width(job.site), ld_a = padded_width(in), ld_b = padded_width(out), rank = term.rank;
+    const int64_t in = in_width(job.site), out = out_width(job.site), ld_a = padded_width(in), ld_b = padded_width(out),
+                  rank = term.rank;
     const float scale = float(p_.terms[job.site][job.term].scale);
     const float* a = sums.A[job.site] + term.first * ld_a;
     float *b = sums.B[job.site] + term.first * ld_b, *A = job.A + expert * rank * in, *B = job.B + expert * out * rank;
@@ -139,11 +146,16 @@ class FactorGradients {
         first = &kept_[i], place = term;
         continue;
       }
-      add(kept_[i].A[job.site] + term->first * padded_width(in), rank * padded_width(in), first->A[job.site] + place->first * padded_width(in));
-      add(kept_[i].B[job.site] + term->first * padded_width(out), rank * padded_width(out), first->B[job.site] + place->first * padded_width(out));
+      add(kept_[i].A[job.site] + term->first * padded_width(in), rank * padded_width(in),
+          first->A[job.site] + place->first * padded_width(in));
+      add(kept_[i].B[job.site] + term->first * padded_width(out), rank * padded_width(out),
+          first->B[job.site] + place->first * padded_width(out));
     }
-    if (first) put(job, expert, *place, *first);
-    else std::fill_n(job.A + expert * rank * in, rank * in, 0.0f), std::fill_n(job.B + expert * out * rank, out * rank, 0.0f);
+    if (first)
+      put(job, expert, *place, *first);
+    else
+      std::fill_n(job.A + expert * rank * in, rank * in, 0.0f),
+          std::fill_n(job.B + expert * out * rank, out * rank, 0.0f);
   }
   static void add(const float* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; ++i) to[i] += from[i];

@@ -1,5 +1,6 @@
 #pragma once
-// Frozen weights laid out for block products, made at first use (quantised ones at once) and shared by whoever holds the weight.
+// Frozen weights laid out for block products, made at first use (quantised ones at once) and shared by whoever holds
+// the weight.
 
 #include <array>
 #include <mutex>
@@ -16,16 +17,22 @@ class WeightPanels {
   explicit WeightPanels(at::Tensor weight_NK, OnPacked on_packed = nullptr);
   WeightPanels(const at::Tensor& weight_NK, const BlockFormat& format);  // quantised
   // Whether products in this dtype can read them.
-  bool serve(at::ScalarType dtype) const { return has_block_products(dtype) && (format_ || dtype == weight_.scalar_type()); }
+  bool serve(at::ScalarType dtype) const {
+    return has_block_products(dtype) && (format_ || dtype == weight_.scalar_type());
+  }
   template <class T>
-  Panels<T> forward() { return panels<T>(forward_, false); }
+  Panels<T> forward() {
+    return panels<T>(forward_, false);
+  }
   template <class T>
-  Panels<T> backward() { return panels<T>(backward_, true); }
+  Panels<T> backward() {
+    return panels<T>(backward_, true);
+  }
 
   // Of a quantised matrix.
   int64_t bytes() const { return int64_t(blocks_.nbytes()); }
-  at::Tensor dense() const;                                   // float32 [N, K]
-  at::Tensor dense_rows(const at::Tensor& ids) const;         // float32 [ids.numel(), K]
+  at::Tensor dense() const;                            // float32 [N, K]
+  at::Tensor dense_rows(const at::Tensor& ids) const;  // float32 [ids.numel(), K]
 
  private:
   struct Layout {
@@ -46,11 +53,14 @@ class WeightPanels {
 // The three matrices of every expert of a layer.
 class ExpertPanels {
  public:
-  // Stored backward panels serve the backward pass as they are; without them forward ones are turned as they are needed.
+  // Stored backward panels serve the backward pass as they are; without them forward ones are turned as they are
+  // needed.
   ExpertPanels(const ExpertFfnWeights& weights, OnPacked on_packed, bool stores_backward);
   ExpertPanels(const ExpertFfnWeights& weights, const BlockFormat& format);
   bool stores_backward() const { return stores_backward_; }
-  bool serve(at::ScalarType dtype) const { return has_block_products(dtype) && (format_ || dtype == weights_[0].front().scalar_type()); }
+  bool serve(at::ScalarType dtype) const {
+    return has_block_products(dtype) && (format_ || dtype == weights_[0].front().scalar_type());
+  }
   int64_t num_experts() const { return experts_; }
   int64_t expert_width() const { return shapes_[kGateMatrix].first; }
   int64_t bytes() const { return int64_t(forward_.nbytes()); }  // quantised
@@ -61,9 +71,13 @@ class ExpertPanels {
   template <class T>
   void prepare_backward();
   template <class T>
-  Panels<T> forward(int64_t expert, Matrix matrix) const { return panels<T>(expert, matrix, false); }
+  Panels<T> forward(int64_t expert, Matrix matrix) const {
+    return panels<T>(expert, matrix, false);
+  }
   template <class T>
-  Panels<T> backward(int64_t expert, Matrix matrix) const { return panels<T>(expert, matrix, true); }
+  Panels<T> backward(int64_t expert, Matrix matrix) const {
+    return panels<T>(expert, matrix, true);
+  }
 
  private:
   explicit ExpertPanels(const ExpertFfnWeights& weights);

@@ -1,4 +1,5 @@
-// The 8-bit AdamW step on CUDA: a warp per block of 256 values, eight values per lane, so the block's maxima need shuffles alone.
+// The 8-bit AdamW step on CUDA: a warp per block of 256 values, eight values per lane, so the block's maxima need
+// shuffles alone.
 
 #include "start_kernel.cuh"
 
@@ -20,7 +21,8 @@ __device__ float largest_magnitude(const float (&x)[kPerLane]) {
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) largest = max(largest, __float_as_int(x[j]) & 0x7fffffff);
 #pragma unroll
-  for (int other = kWarp / 2; other > 0; other /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+  for (int other = kWarp / 2; other > 0; other /= 2)
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, other));
   return __int_as_float(largest);
 }
 
@@ -47,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Factors f, Arrays a, int
       update(f, a.grad[i], parameter, exp_avg[j], root[j]);
       a.parameter[i] = parameter;
     }
-    const float new_exp_avg_scale = usable_scale(largest_magnitude(exp_avg)), new_root_scale = usable_scale(largest_magnitude(root));
+    const float new_exp_avg_scale = usable_scale(largest_magnitude(exp_avg)),
+                new_root_scale = usable_scale(largest_magnitude(root));
     const float exp_avg_inverse = inverse_scale(new_exp_avg_scale), root_inverse = inverse_scale(new_root_scale);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) {

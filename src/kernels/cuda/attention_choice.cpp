@@ -15,9 +15,9 @@ namespace {
 constexpr std::array<const char*, 2> kNames{"flash", "cudnn"};  // of DeviceAttention
 std::atomic<int> wanted_kernel{-1};                             // -1: none
 
-constexpr int64_t kOldestCudnn = 91800;                        // ordered, packed, grouped and bottom-right at once, on Hopper and Blackwell
-constexpr int64_t kLargestWorkspace = int64_t{2} << 30;         // bytes: beyond, memory is worth more than the kernel's speed
-constexpr int64_t kLargestOffset = (int64_t{1} << 31) - 1;      // ragged offsets are int32, in elements
+constexpr int64_t kOldestCudnn = 91800;  // ordered, packed, grouped and bottom-right at once, on Hopper and Blackwell
+constexpr int64_t kLargestWorkspace = int64_t{2} << 30;  // bytes: beyond, memory is worth more than the kernel's speed
+constexpr int64_t kLargestOffset = (int64_t{1} << 31) - 1;  // ragged offsets are int32, in elements
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t power_of_two(int64_t n) {
@@ -43,10 +43,13 @@ AttentionShape attention_shape(const AttentionProblem& p) {
 }
 
 AttentionBucket bucket_of(const AttentionShape& s) {
-  return {power_of_two(s.sequences), length_bucket(s.longest_q), length_bucket(s.longest_kv), length_bucket(s.queries), length_bucket(s.keys)};
+  return {power_of_two(s.sequences), length_bucket(s.longest_q), length_bucket(s.longest_kv), length_bucket(s.queries),
+          length_bucket(s.keys)};
 }
 
-int64_t deterministic_workspace_bytes(const AttentionBucket& b, int64_t heads) { return 2 * b.sequences * heads * round_up(b.longest_q, 64) * round_up(b.longest_kv, 128); }
+int64_t deterministic_workspace_bytes(const AttentionBucket& b, int64_t heads) {
+  return 2 * b.sequences * heads * round_up(b.longest_q, 64) * round_up(b.longest_kv, 128);
+}
 
 std::vector<std::string> attention_choices() {
   std::vector<std::string> names{"auto"};
@@ -69,18 +72,29 @@ std::optional<DeviceAttention> wanted_attention() {
 AttentionChoice choose_attention(const AttentionShape& s, std::optional<DeviceAttention> wanted) {
   using moegraft::detail::concat;
   const auto flash = [](std::string why) { return AttentionChoice{DeviceAttention::flash, std::move(why)}; };
-  if (!wanted) return flash("the default; cuDNN's (--attention cudnn, model.attention: cudnn) has not been compared with it on a GPU yet");
+  if (!wanted)
+    return flash(
+        "the default; cuDNN's (--attention cudnn, model.attention: cudnn) has not been compared with it on a GPU yet");
   if (*wanted == DeviceAttention::flash) return flash("asked for");
-  if (s.cudnn_version == 0) return flash("this build has no cuDNN attention: cudnn-frontend's headers were not there (third_party/requirements-cudnn-frontend.txt)");
+  if (s.cudnn_version == 0)
+    return flash(
+        "this build has no cuDNN attention: cudnn-frontend's headers were not there "
+        "(third_party/requirements-cudnn-frontend.txt)");
   if (s.cudnn_version < kOldestCudnn) return flash(concat("cuDNN ", s.cudnn_version, " is older than ", kOldestCudnn));
-  if (s.generation < 9) return flash(concat("cuDNN has no deterministic backward pass over packed sequences on compute capability ", s.generation, ".x"));
-  if (s.generation > 10) return flash(concat("compute capability ", s.generation, ".x: not known to cuDNN's deterministic backward pass"));
+  if (s.generation < 9)
+    return flash(concat("cuDNN has no deterministic backward pass over packed sequences on compute capability ",
+                        s.generation, ".x"));
+  if (s.generation > 10)
+    return flash(concat("compute capability ", s.generation, ".x: not known to cuDNN's deterministic backward pass"));
   if (!s.bfloat16) return flash("only bfloat16 goes to cuDNN");
-  if (s.head_dim % 16 != 0 || s.head_dim > 128) return flash(concat("heads of ", s.head_dim, ": cuDNN takes multiples of 16 up to 128"));
+  if (s.head_dim % 16 != 0 || s.head_dim > 128)
+    return flash(concat("heads of ", s.head_dim, ": cuDNN takes multiples of 16 up to 128"));
   if (s.queries == 0 || s.keys == 0) return flash("no rows");
-  if (std::max(s.queries * s.heads, s.keys * s.groups) * s.head_dim > kLargestOffset) return flash("offsets into so many rows do not fit 32 bits");
+  if (std::max(s.queries * s.heads, s.keys * s.groups) * s.head_dim > kLargestOffset)
+    return flash("offsets into so many rows do not fit 32 bits");
   if (const int64_t bytes = deterministic_workspace_bytes(bucket_of(s), s.heads); bytes > kLargestWorkspace)
-    return flash(concat("cuDNN's deterministic backward pass would hold ", bytes >> 20, " MiB for ", s.sequences, " sequences of up to ", s.longest_kv, " tokens"));
+    return flash(concat("cuDNN's deterministic backward pass would hold ", bytes >> 20, " MiB for ", s.sequences,
+                        " sequences of up to ", s.longest_kv, " tokens"));
   return {DeviceAttention::cudnn, "asked for"};
 }
 
@@ -90,7 +104,9 @@ std::string describe_device_attention() {
   AttentionShape shape;
   shape.cudnn_version = version;
   const AttentionChoice choice = choose_attention(shape, wanted_attention());
-  return choice.kernel == DeviceAttention::cudnn ? moegraft::detail::concat("cuDNN ", version, " where it serves, else flash (", choice.why, ")") : "flash (" + choice.why + ")";
+  return choice.kernel == DeviceAttention::cudnn
+             ? moegraft::detail::concat("cuDNN ", version, " where it serves, else flash (", choice.why, ")")
+             : "flash (" + choice.why + ")";
 }
 
 }  // namespace moegraft::kernels

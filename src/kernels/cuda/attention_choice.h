@@ -1,5 +1,6 @@
 #pragma once
-// Which of the library's attention kernels serves packed sequences on a GPU, and why: the one place. Plain host code, tested without a GPU.
+// Which of the library's attention kernels serves packed sequences on a GPU, and why: the one place. Plain host code,
+// tested without a GPU.
 
 #include <cstdint>
 #include <optional>
@@ -23,14 +24,16 @@ struct AttentionShape {
 // All but what the machine and the build are.
 AttentionShape attention_shape(const AttentionProblem& problem);
 
-// Sizes that a cuDNN plan is made for: a plan takes a noticeable part of a second to make, and serves every smaller problem.
+// Sizes that a cuDNN plan is made for: a plan takes a noticeable part of a second to make, and serves every smaller
+// problem.
 struct AttentionBucket {
   int64_t sequences, longest_q, longest_kv, queries, keys;
   bool operator==(const AttentionBucket&) const = default;
 };
 AttentionBucket bucket_of(const AttentionShape& shape);
-// What cuDNN's deterministic backward pass holds on Hopper: every score's gradient of the bucket in 2 bytes (cudnn-frontend 1.32,
-// node/scaled_dot_product_flash_attention.h; its ordered accumulation, which needs none, begins with cuDNN 9.25).
+// What cuDNN's deterministic backward pass holds on Hopper: every score's gradient of the bucket in 2 bytes
+// (cudnn-frontend 1.32, node/scaled_dot_product_flash_attention.h; its ordered accumulation, which needs none, begins
+// with cuDNN 9.25).
 int64_t deterministic_workspace_bytes(const AttentionBucket& bucket, int64_t heads);
 
 struct AttentionChoice {

@@ -16,9 +16,12 @@ __device__ __forceinline__ float exchange(float v, int offset) { return __shfl_x
 __device__ __forceinline__ Candidate exchange(const Candidate& v, int offset) {
   return {__shfl_xor_sync(kWholeWarp, v.value, offset), __shfl_xor_sync(kWholeWarp, v.index, offset)};
 }
-__device__ __forceinline__ SoftmaxSum exchange(const SoftmaxSum& v, int offset) { return {exchange(v.largest, offset), exchange(v.total, offset)}; }
+__device__ __forceinline__ SoftmaxSum exchange(const SoftmaxSum& v, int offset) {
+  return {exchange(v.largest, offset), exchange(v.total, offset)};
+}
 
-// N lanes, all of which must call together. Larger teams than a warp are whole blocks and combine the warps' results in warp order.
+// N lanes, all of which must call together. Larger teams than a warp are whole blocks and combine the warps' results in
+// warp order.
 template <int N>
 struct Team : TeamBase<Team<N>> {
   static_assert(N % 32 == 0, "teams are whole warps");
@@ -63,7 +66,8 @@ __global__ void __launch_bounds__(kBlock) row_kernel(const F f, int64_t count) {
 template <class F>
 void launch_threads(const F& f, int64_t count, CUstream_st* stream) {
   if (count <= 0) return;
-  start_kernel(&device::thread_kernel<F>, (count + device::kThreads - 1) / device::kThreads, device::kThreads, stream, f, count);
+  start_kernel(&device::thread_kernel<F>, (count + device::kThreads - 1) / device::kThreads, device::kThreads, stream,
+               f, count);
 }
 
 template <class F>

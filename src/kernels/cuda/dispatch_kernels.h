@@ -1,6 +1,6 @@
 #pragma once
-// A stable counting sort of slots (t, k) by bucket (expert, group): counts per (bucket, chunk of slots), a scan, and the place of each slot.
-// Sums of integers only, so the result does not depend on the order in which threads run.
+// A stable counting sort of slots (t, k) by bucket (expert, group): counts per (bucket, chunk of slots), a scan, and
+// the place of each slot. Sums of integers only, so the result does not depend on the order in which threads run.
 
 #include "team.h"
 
@@ -8,8 +8,8 @@ namespace moegraft::kernels::cuda {
 
 constexpr int64_t kSortChunk = 256;  // slots; a slot's rank inside its chunk is counted directly
 
-// One thread per slot. counts [buckets + 1, chunks], zero before: slots without an expert here (id < 0) share the last bucket. An id beyond the experts would
-// write elsewhere: it is brought back into range.
+// One thread per slot. counts [buckets + 1, chunks], zero before: slots without an expert here (id < 0) share the last
+// bucket. An id beyond the experts would write elsewhere: it is brought back into range.
 struct CountSlots {
   const int64_t* ids;
   const int64_t* group;  // null: one group

@@ -1,5 +1,6 @@
 #pragma once
-// Starts a functor of the kernel headers on a stream. Defined and instantiated in the .cu files, one per family of kernels, so that only those need nvcc.
+// Starts a functor of the kernel headers on a stream. Defined and instantiated in the .cu files, one per family of
+// kernels, so that only those need nvcc.
 
 #include <cstdint>
 

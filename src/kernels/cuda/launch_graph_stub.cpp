@@ -11,7 +11,9 @@ std::string recording_obstacle(const at::Device& device, at::ScalarType, int64_t
 
 struct LaunchGraph::State {};
 
-LaunchGraph::LaunchGraph(const at::Device&, const std::function<void()>&) { fail<InvariantError>("a graph in a build without CUDA: ask recording_obstacle() first"); }
+LaunchGraph::LaunchGraph(const at::Device&, const std::function<void()>&) {
+  fail<InvariantError>("a graph in a build without CUDA: ask recording_obstacle() first");
+}
 LaunchGraph::~LaunchGraph() = default;
 LaunchGraph::LaunchGraph(LaunchGraph&&) noexcept = default;
 LaunchGraph& LaunchGraph::operator=(LaunchGraph&&) noexcept = default;

@@ -1,7 +1,8 @@
 #pragma once
-// The expert FFN on rows in expert order, for any way to run a functor: the device (moe.cpp), or the host in tests. Full products and thin ones are
-// at::_grouped_mm with the experts' row ranges as device offsets; the rest is ours. One product covers all rows of an expert, whatever acts on them, so
-// that adapters never change how the base's products are cut; a term that does not act on a row adds nothing there, not even a zero.
+// The expert FFN on rows in expert order, for any way to run a functor: the device (moe.cpp), or the host in tests.
+// Full products and thin ones are at::_grouped_mm with the experts' row ranges as device offsets; the rest is ours. One
+// product covers all rows of an expert, whatever acts on them, so that adapters never change how the base's products
+// are cut; a term that does not act on a row adds nothing there, not even a zero.
 
 #include "../factor_cache.h"
 #include "../moe.h"
@@ -10,14 +11,17 @@
 
 namespace moegraft::kernels::cuda {
 
-// A copy of the whole layer where there is no such view: join_experts (expert_layout.h) lays a base out once so that this never happens.
-inline at::Tensor stacked(const ExpertMatrices& matrices) { return matrices.stacked().defined() ? matrices.stacked() : at::stack(matrices.list()); }
+// A copy of the whole layer where there is no such view: join_experts (expert_layout.h) lays a base out once so that
+// this never happens.
+inline at::Tensor stacked(const ExpertMatrices& matrices) {
+  return matrices.stacked().defined() ? matrices.stacked() : at::stack(matrices.list());
+}
 
-// The low-rank terms of one site side by side: columns [begin, begin + P) of the site's thin products belong to a term; ranks are padded with zero columns
-// to multiples of 8, which the grouped product's alignment asks for.
+// The low-rank terms of one site side by side: columns [begin, begin + P) of the site's thin products belong to a term;
+// ranks are padded with zero columns to multiples of 8, which the grouped product's alignment asks for.
 struct ThinSite {
   const std::vector<ExpertLowRank>* terms = nullptr;
-  int64_t columns = 0;       // padded, of all terms
+  int64_t columns = 0;  // padded, of all terms
   std::vector<int64_t> begin;
   uint32_t first_bit = 0, acting = 0;  // term i is bit first_bit + i
 
@@ -77,8 +81,12 @@ class MoeLayer {
       thin_in = product(x, kept(kKeptIn, [&] { return pack_A_in(); }).transpose(1, 2));
       gate_thin(sg, thin_in, 0, thin_in, 0, {});
       gate_thin(su, thin_in, sg.columns, thin_in, sg.columns, {});
-      if (!sg.empty()) delta_g = product(thin_in.narrow(1, 0, sg.columns), kept(kKeptGate, [&] { return pack_B(sg); }).transpose(1, 2));
-      if (!su.empty()) delta_u = product(thin_in.narrow(1, sg.columns, su.columns), kept(kKeptUp, [&] { return pack_B(su); }).transpose(1, 2));
+      if (!sg.empty())
+        delta_g =
+            product(thin_in.narrow(1, 0, sg.columns), kept(kKeptGate, [&] { return pack_B(sg); }).transpose(1, 2));
+      if (!su.empty())
+        delta_u = product(thin_in.narrow(1, sg.columns, su.columns),
+                          kept(kKeptUp, [&] { return pack_B(su); }).transpose(1, 2));
     }
     x = at::Tensor();
     const at::Tensor h = at::empty({R, F}, p_.x_XD.options());
@@ -108,14 +116,19 @@ class MoeLayer {
     MOEGRAFT_INVARIANT(!needs.experts, "device experts are frozen");
     if (R == 0) return empty_gradients(std::move(grads), needs);
     const ThinSite &sg = sites_[kGate], &su = sites_[kUp], &sd = sites_[kDown];
-    const bool thin_in = !sg.empty() || !su.empty(), want_down = any(needs, kDown), want_in = any(needs, kGate) || any(needs, kUp);
-    const at::Tensor &g = saved.at(0), &u = saved.at(1), t_in = thin_in ? saved.at(2) : at::Tensor(), t_down = sd.empty() ? at::Tensor() : saved.at(thin_in ? 3 : 2);
+    const bool thin_in = !sg.empty() || !su.empty(), want_down = any(needs, kDown),
+               want_in = any(needs, kGate) || any(needs, kUp);
+    const at::Tensor &g = saved.at(0), &u = saved.at(1), t_in = thin_in ? saved.at(2) : at::Tensor(),
+                     t_down = sd.empty() ? at::Tensor() : saved.at(thin_in ? 3 : 2);
 
     const at::Tensor row_weights = at::empty({R}, p_.weights_XK.options());
-    Run::threads(SlotsToRows{in<float>(p_.weights_XK), in<int32_t>(d_.row_of_slot_TK), out<float>(row_weights)}, p_.weights_XK.numel());
+    Run::threads(SlotsToRows{in<float>(p_.weights_XK), in<int32_t>(d_.row_of_slot_TK), out<float>(row_weights)},
+                 p_.weights_XK.numel());
 
-    // Through down. dout's rows are not weighted: the weight enters with silu's derivative, and <h, dh> before it is the weight's own gradient.
-    at::Tensor dy = Op::gather_rows(dout_XD, d_.token_of_row_R), dh = product(dy, down_), delta_h, dt_down, dt_weighted, t_weighted;
+    // Through down. dout's rows are not weighted: the weight enters with silu's derivative, and <h, dh> before it is
+    // the weight's own gradient.
+    at::Tensor dy = Op::gather_rows(dout_XD, d_.token_of_row_R), dh = product(dy, down_), delta_h, dt_down, dt_weighted,
+               t_weighted;
     if (!sd.empty()) {
       dt_down = product(dy, pack_B(sd));
       dt_weighted = at::empty_like(dt_down);
@@ -127,14 +140,18 @@ class MoeLayer {
       }
     }
     const at::Tensor dgu = at::empty({R, 2 * F}, g.options()), dg = dgu.narrow(1, 0, F), du = dgu.narrow(1, F, F);
-    at::Tensor h = want_down ? at::empty({R, F}, g.options()) : at::Tensor(), dots = needs.weights ? at::empty_like(row_weights) : at::Tensor();
+    at::Tensor h = want_down ? at::empty({R, F}, g.options()) : at::Tensor(),
+               dots = needs.weights ? at::empty_like(row_weights) : at::Tensor();
     swiglu_backward(dh, delta_h, g, u, row_weights, dg, du, h, dots);
     dh = delta_h = at::Tensor();
     if (needs.weights) {
       grads.weights_XK = at::empty_like(p_.weights_XK);
-      Run::threads(RowsToSlots{in<float>(dots), in<int32_t>(d_.row_of_slot_TK), out<float>(grads.weights_XK)}, p_.weights_XK.numel());
+      Run::threads(RowsToSlots{in<float>(dots), in<int32_t>(d_.row_of_slot_TK), out<float>(grads.weights_XK)},
+                   p_.weights_XK.numel());
     }
-    if (want_down) factor_gradients(sd, needs.factors[kDown], contraction(dt_weighted, h), contraction(dy, t_weighted), grads.factors[kDown]);
+    if (want_down)
+      factor_gradients(sd, needs.factors[kDown], contraction(dt_weighted, h), contraction(dy, t_weighted),
+                       grads.factors[kDown]);
     dy = h = dt_down = dt_weighted = t_weighted = at::Tensor();
 
     // Through gate and up.
@@ -146,12 +163,18 @@ class MoeLayer {
       if (needs.x) delta_x = product(dt_in, pack_A_in());
     }
     if (want_in) {
-      const at::Tensor x = Op::gather_rows(p_.x_XD, d_.token_of_row_R), dA = contraction(dt_in, x);  // [E, all columns, D]
-      if (!sg.empty()) factor_gradients(sg, needs.factors[kGate], dA.narrow(1, 0, sg.columns), contraction(dg, t_in.narrow(1, 0, sg.columns)), grads.factors[kGate]);
-      if (!su.empty()) factor_gradients(su, needs.factors[kUp], dA.narrow(1, sg.columns, su.columns), contraction(du, t_in.narrow(1, sg.columns, su.columns)), grads.factors[kUp]);
+      const at::Tensor x = Op::gather_rows(p_.x_XD, d_.token_of_row_R),
+                       dA = contraction(dt_in, x);  // [E, all columns, D]
+      if (!sg.empty())
+        factor_gradients(sg, needs.factors[kGate], dA.narrow(1, 0, sg.columns),
+                         contraction(dg, t_in.narrow(1, 0, sg.columns)), grads.factors[kGate]);
+      if (!su.empty())
+        factor_gradients(su, needs.factors[kUp], dA.narrow(1, sg.columns, su.columns),
+                         contraction(du, t_in.narrow(1, sg.columns, su.columns)), grads.factors[kUp]);
     }
     if (needs.x) {
-      const at::Tensor dx = gate_up_.defined() ? product(dgu, gate_up_) : product(dg, gate_), dx_up = gate_up_.defined() ? at::Tensor() : product(du, up_);
+      const at::Tensor dx = gate_up_.defined() ? product(dgu, gate_up_) : product(dg, gate_),
+                       dx_up = gate_up_.defined() ? at::Tensor() : product(du, up_);
       grads.x_XD = Op::combine_sum(dx, dx_up, delta_x, row_bits_, sg.acting | su.acting, {}, d_.row_of_slot_TK);
     }
     return grads;
@@ -172,12 +195,17 @@ class MoeLayer {
   }
 
   // [R, a] x [E, a, b] -> [R, b], each expert's rows with its own matrix.
-  at::Tensor product(const at::Tensor& rows, const at::Tensor& matrices) const { return at::_grouped_mm(aligned(rows), aligned(matrices), ends_); }
+  at::Tensor product(const at::Tensor& rows, const at::Tensor& matrices) const {
+    return at::_grouped_mm(aligned(rows), aligned(matrices), ends_);
+  }
   // [R, a], [R, b] -> [E, a, b], contracted over each expert's rows.
-  at::Tensor contraction(const at::Tensor& left, const at::Tensor& right) const { return at::_grouped_mm(aligned(left).t(), aligned(right), ends_); }
+  at::Tensor contraction(const at::Tensor& left, const at::Tensor& right) const {
+    return at::_grouped_mm(aligned(left).t(), aligned(right), ends_);
+  }
   // What the device's tensor copies ask for and a host would forgive.
   static const at::Tensor& aligned(const at::Tensor& t) {
-    MOEGRAFT_INVARIANT(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "device experts: an operand ", t.sizes(), " of a grouped product starts off 16 bytes");
+    MOEGRAFT_INVARIANT(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, "device experts: an operand ",
+                       t.sizes(), " of a grouped product starts off 16 bytes");
     return t;
   }
 
@@ -232,52 +260,60 @@ class MoeLayer {
     return padding == 0 ? at::empty(shape, p_.x_XD.options()) : at::zeros(shape, p_.x_XD.options());
   }
 
-  // A site's thin product from columns [from_column, ...) to columns [to_column, ...), exactly zero on rows where a term does not act; `weighted` (as wide
-  // as `to`) gets it times the rows' weights. Either may be undefined.
-  void gate_thin(const ThinSite& site, const at::Tensor& from, int64_t from_column, const at::Tensor& to, int64_t to_column, const at::Tensor& row_weights,
-                 const at::Tensor& weighted = {}) const {
+  // A site's thin product from columns [from_column, ...) to columns [to_column, ...), exactly zero on rows where a
+  // term does not act; `weighted` (as wide as `to`) gets it times the rows' weights. Either may be undefined.
+  void gate_thin(const ThinSite& site, const at::Tensor& from, int64_t from_column, const at::Tensor& to,
+                 int64_t to_column, const at::Tensor& row_weights, const at::Tensor& weighted = {}) const {
     with_type(type_, [&](auto t) {
       using T = decltype(t);
       for (size_t i = 0; i < site.terms->size(); ++i) {
         const int64_t columns = ThinSite::padded((*site.terms)[i].A_EPX.size(1)), at = to_column + site.begin[i];
         const auto place = [&](const at::Tensor& tensor) { return tensor.defined() ? out<T>(tensor) + at : nullptr; };
-        Run::threads(GateThin<T>{in<T>(from) + from_column + site.begin[i], from.stride(0), place(to), place(weighted), (to.defined() ? to : weighted).stride(0), Op::bits(row_bits_),
-                                 site.bit(i), in<float>(row_weights), columns},
+        Run::threads(GateThin<T>{in<T>(from) + from_column + site.begin[i], from.stride(0), place(to), place(weighted),
+                                 (to.defined() ? to : weighted).stride(0), Op::bits(row_bits_), site.bit(i),
+                                 in<float>(row_weights), columns},
                      d_.num_rows() * columns);
       }
     });
   }
 
-  void swiglu(const at::Tensor& g, const at::Tensor& u, const at::Tensor& delta_g, const at::Tensor& delta_u, const at::Tensor& h) const {
+  void swiglu(const at::Tensor& g, const at::Tensor& u, const at::Tensor& delta_g, const at::Tensor& delta_u,
+              const at::Tensor& h) const {
     const int64_t width = h.size(1);
     with_type(type_, [&](auto t) {
       using T = decltype(t);
       with_pack(packs(width, {g, u, delta_g, delta_u, h}), [&](auto v) {
-        Run::threads(SwigluForward<T, v()>{out<T>(g), out<T>(u), g.stride(0), u.stride(0), in<T>(delta_g), in<T>(delta_u), width, Op::bits(row_bits_), sites_[kGate].acting,
-                                           sites_[kUp].acting, out<T>(h), width},
-                     d_.num_rows() * (width / v()));
+        Run::threads(
+            SwigluForward<T, v()>{out<T>(g), out<T>(u), g.stride(0), u.stride(0), in<T>(delta_g), in<T>(delta_u), width,
+                                  Op::bits(row_bits_), sites_[kGate].acting, sites_[kUp].acting, out<T>(h), width},
+            d_.num_rows() * (width / v()));
       });
     });
   }
-  void swiglu_backward(const at::Tensor& dh, const at::Tensor& delta, const at::Tensor& g, const at::Tensor& u, const at::Tensor& row_weights, const at::Tensor& dg,
-                       const at::Tensor& du, const at::Tensor& h, const at::Tensor& dots) const {
+  void swiglu_backward(const at::Tensor& dh, const at::Tensor& delta, const at::Tensor& g, const at::Tensor& u,
+                       const at::Tensor& row_weights, const at::Tensor& dg, const at::Tensor& du, const at::Tensor& h,
+                       const at::Tensor& dots) const {
     const int64_t width = dg.size(1);
     with_type(type_, [&](auto t) {
       using T = decltype(t);
       with_pack(packs(width, {dh, delta, g, u, dg, du, h}), [&](auto v) {
-        Run::rows(SwigluBackward<T, v()>{in<T>(dh), in<T>(delta), Op::bits(row_bits_), sites_[kDown].acting, in<T>(g), in<T>(u), g.stride(0), u.stride(0), in<float>(row_weights),
-                                         out<T>(dg), out<T>(du), dg.stride(0), out<T>(h), out<float>(dots), width},
+        Run::rows(SwigluBackward<T, v()>{in<T>(dh), in<T>(delta), Op::bits(row_bits_), sites_[kDown].acting, in<T>(g),
+                                         in<T>(u), g.stride(0), u.stride(0), in<float>(row_weights), out<T>(dg),
+                                         out<T>(du), dg.stride(0), out<T>(h), out<float>(dots), width},
                   d_.num_rows());
       });
     });
   }
 
-  // dA [E, columns, X] (scaled already: B was) and dB [E, X, columns] (not scaled) of a site -> each term's gradients in its factors' dtype.
-  void factor_gradients(const ThinSite& site, const std::vector<bool>& needed, const at::Tensor& dA, const at::Tensor& dB, std::vector<std::pair<at::Tensor, at::Tensor>>& to) const {
+  // dA [E, columns, X] (scaled already: B was) and dB [E, X, columns] (not scaled) of a site -> each term's gradients
+  // in its factors' dtype.
+  void factor_gradients(const ThinSite& site, const std::vector<bool>& needed, const at::Tensor& dA,
+                        const at::Tensor& dB, std::vector<std::pair<at::Tensor, at::Tensor>>& to) const {
     for (size_t i = 0; i < site.terms->size(); ++i) {
       if (i >= needed.size() || !needed[i]) continue;
       const ExpertLowRank& term = (*site.terms)[i];
-      to[i] = {factor_gradient(dA.narrow(1, site.begin[i], term.A_EPX.size(1)), term.A_EPX, 1.0), factor_gradient(dB.narrow(2, site.begin[i], term.B_EXP.size(2)), term.B_EXP, term.scale)};
+      to[i] = {factor_gradient(dA.narrow(1, site.begin[i], term.A_EPX.size(1)), term.A_EPX, 1.0),
+               factor_gradient(dB.narrow(2, site.begin[i], term.B_EXP.size(2)), term.B_EXP, term.scale)};
     }
   }
   at::Tensor factor_gradient(const at::Tensor& from, const at::Tensor& factor, double scale) const {
@@ -286,26 +322,38 @@ class MoeLayer {
       using TFrom = std::decay_t<decltype(t)>;
       with_type(factor.scalar_type(), [&](auto master) {
         using TTo = std::decay_t<decltype(master)>;
-        if constexpr (!(std::is_same_v<TFrom, float> && std::is_same_v<TTo, bf16>)) {  // factors are masters or of the compute dtype, never below it
+        if constexpr (!(std::is_same_v<TFrom, float> &&
+                        std::is_same_v<TTo, bf16>)) {  // factors are masters or of the compute dtype, never below it
           const auto run = [&](auto f, int64_t width) { Run::threads(f, to.numel() / width); };
-          const int64_t m = to.size(1), n = to.size(2), se = from.stride(0), sm = from.stride(1), groups = d_.num_groups;
+          const int64_t m = to.size(1), n = to.size(2), se = from.stride(0), sm = from.stride(1),
+                        groups = d_.num_groups;
           const int32_t* offsets = in<int32_t>(d_.offsets);
-          if (packs(n, {from, to})) run(FactorGradient<TFrom, TTo, 8>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets, float(scale)}, 8);
-          else run(FactorGradient<TFrom, TTo, 1>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets, float(scale)}, 1);
+          if (packs(n, {from, to}))
+            run(FactorGradient<TFrom, TTo, 8>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets,
+                                              float(scale)},
+                8);
+          else
+            run(FactorGradient<TFrom, TTo, 1>{in<TFrom>(from), se, sm, out<TTo>(to), m, n, groups, offsets,
+                                              float(scale)},
+                1);
         }
       });
     });
     return to;
   }
 
-  static bool any(const MoeNeeds& needs, int site) { return std::find(needs.factors[site].begin(), needs.factors[site].end(), true) != needs.factors[site].end(); }
+  static bool any(const MoeNeeds& needs, int site) {
+    return std::find(needs.factors[site].begin(), needs.factors[site].end(), true) != needs.factors[site].end();
+  }
 
   MoeGradients empty_gradients(MoeGradients grads, const MoeNeeds& needs) const {
     if (needs.x) grads.x_XD = at::zeros_like(p_.x_XD);
     if (needs.weights) grads.weights_XK = at::zeros_like(p_.weights_XK);
     for (int s = 0; s < kSites; ++s)
       for (size_t i = 0; i < needs.factors[s].size(); ++i)
-        if (needs.factors[s][i]) grads.factors[s][i] = {at::zeros(p_.terms[s][i].A_EPX.sizes(), p_.terms[s][i].A_EPX.options()), at::zeros(p_.terms[s][i].B_EXP.sizes(), p_.terms[s][i].B_EXP.options())};
+        if (needs.factors[s][i])
+          grads.factors[s][i] = {at::zeros(p_.terms[s][i].A_EPX.sizes(), p_.terms[s][i].A_EPX.options()),
+                                 at::zeros(p_.terms[s][i].B_EXP.sizes(), p_.terms[s][i].B_EXP.options())};
     return grads;
   }
 

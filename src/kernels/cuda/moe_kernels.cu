@@ -16,19 +16,19 @@ MOEGRAFT_THREADS(RowBits);
 MOEGRAFT_THREADS(GateThin<float>);
 MOEGRAFT_THREADS(GateThin<bf16>);
 
-#define MOEGRAFT_FACTOR_KERNELS(TFrom, TTo)             \
-  MOEGRAFT_THREADS(FactorGradient<TFrom, TTo, 1>);      \
+#define MOEGRAFT_FACTOR_KERNELS(TFrom, TTo)        \
+  MOEGRAFT_THREADS(FactorGradient<TFrom, TTo, 1>); \
   MOEGRAFT_THREADS(FactorGradient<TFrom, TTo, 8>)
 
 MOEGRAFT_FACTOR_KERNELS(float, float);
 MOEGRAFT_FACTOR_KERNELS(bf16, float);
 MOEGRAFT_FACTOR_KERNELS(bf16, bf16);
 
-#define MOEGRAFT_ROW_KERNELS(T, V)         \
-  MOEGRAFT_THREADS(GatherRows<T, V>);      \
-  MOEGRAFT_THREADS(AddRows<T, V>);         \
-  MOEGRAFT_THREADS(CombineRows<T, V>);     \
-  MOEGRAFT_THREADS(SwigluForward<T, V>);   \
+#define MOEGRAFT_ROW_KERNELS(T, V)       \
+  MOEGRAFT_THREADS(GatherRows<T, V>);    \
+  MOEGRAFT_THREADS(AddRows<T, V>);       \
+  MOEGRAFT_THREADS(CombineRows<T, V>);   \
+  MOEGRAFT_THREADS(SwigluForward<T, V>); \
   MOEGRAFT_ROWS(SwigluBackward<T, V>)
 
 MOEGRAFT_ROW_KERNELS(float, 1);

@@ -3,14 +3,14 @@
 
 namespace moegraft::kernels::cuda {
 
-#define MOEGRAFT_NORM(TX, TW, TY, V)                \
-  MOEGRAFT_ROWS(RmsNormForward<TX, TW, TY, V>);     \
+#define MOEGRAFT_NORM(TX, TW, TY, V)            \
+  MOEGRAFT_ROWS(RmsNormForward<TX, TW, TY, V>); \
   MOEGRAFT_ROWS(RmsNormBackward<TX, TW, TY, V>)
-#define MOEGRAFT_NORM_TYPES(TX, TY)  \
-  MOEGRAFT_NORM(TX, float, TY, 1);   \
-  MOEGRAFT_NORM(TX, float, TY, 8);   \
-  MOEGRAFT_NORM(TX, bf16, TY, 1);    \
-  MOEGRAFT_NORM(TX, bf16, TY, 8);    \
+#define MOEGRAFT_NORM_TYPES(TX, TY) \
+  MOEGRAFT_NORM(TX, float, TY, 1);  \
+  MOEGRAFT_NORM(TX, float, TY, 8);  \
+  MOEGRAFT_NORM(TX, bf16, TY, 1);   \
+  MOEGRAFT_NORM(TX, bf16, TY, 8);   \
   MOEGRAFT_THREADS(RmsNormWeightPartial<TX, TY>)
 
 MOEGRAFT_NORM_TYPES(float, float);

@@ -5,8 +5,9 @@
 
 namespace moegraft::kernels::cuda {
 
-// One warp per row: sum = x + delta (delta null: x itself, nothing written), y = w * sum / sqrt(mean(sum^2) + eps). Statistics in float32; under a bf16
-// x the normalised value is rounded before the weight, as the reference models do. y_wide (null: not wanted): the same y in float32.
+// One warp per row: sum = x + delta (delta null: x itself, nothing written), y = w * sum / sqrt(mean(sum^2) + eps).
+// Statistics in float32; under a bf16 x the normalised value is rounded before the weight, as the reference models do.
+// y_wide (null: not wanted): the same y in float32.
 template <class TX, class TW, class TY, int V>
 struct RmsNormForward {
   static constexpr int kLanes = 32;
@@ -54,8 +55,8 @@ struct RmsNormForward {
   }
 };
 
-// One warp per row: the gradient of what was normalised. dy and dy_wide: gradients of y and y_wide, either may be null; dsum (null: none): what flows into
-// the sum beside the norm.
+// One warp per row: the gradient of what was normalised. dy and dy_wide: gradients of y and y_wide, either may be null;
+// dsum (null: none): what flows into the sum beside the norm.
 template <class TX, class TW, class TY, int V>
 struct RmsNormBackward {
   static constexpr int kLanes = 32;
@@ -141,8 +142,8 @@ struct SumChunks {
   }
 };
 
-// One thread per (token, head, V pairs): (a, b) -> (a cos - b sin, b cos + a sin), b half a head after a. sign -1: the inverse, which is the backward.
-// x rows may be strided per token (a slice of a joint projection); y is contiguous.
+// One thread per (token, head, V pairs): (a, b) -> (a cos - b sin, b cos + a sin), b half a head after a. sign -1: the
+// inverse, which is the backward. x rows may be strided per token (a slice of a joint projection); y is contiguous.
 template <class T, int V>
 struct Rotate {
   const T* x;
@@ -153,7 +154,8 @@ struct Rotate {
   float sign;
 
   MOEGRAFT_HD void operator()(int64_t i) const {
-    const int64_t half = head_width / 2, packs = half / V, pack = i % packs, head = i / packs % heads, token = i / packs / heads, j = pack * V;
+    const int64_t half = head_width / 2, packs = half / V, pack = i % packs, head = i / packs % heads,
+                  token = i / packs / heads, j = pack * V;
     float a[V], b[V], c[V], s[V], p[V], q[V];
     const T* in = x + token * x_token_stride + head * head_width + j;
     load<V>(in, a);

@@ -1,16 +1,18 @@
 #pragma once
-// The definitions of ops.h over `Device`, an Ops<...> named before this is included: once per program, by ops.cpp or by the tests' emulated device.
+// The definitions of ops.h over `Device`, an Ops<...> named before this is included: once per program, by ops.cpp or by
+// the tests' emulated device.
 
 #include <c10/core/DeviceGuard.h>
 
 namespace moegraft::kernels::cuda {
 
-Norm rms_norm_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps, at::ScalarType out, bool wide) {
+Norm rms_norm_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight, double eps,
+                      at::ScalarType out, bool wide) {
   const c10::DeviceGuard guard(x.device());
   return Device::rms_norm_forward(x, delta, weight, eps, out, wide);
 }
-NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dy_wide, const at::Tensor& dsum, const at::Tensor& sum, const at::Tensor& weight, const at::Tensor& rstd,
-                                bool need_dw) {
+NormGradients rms_norm_backward(const at::Tensor& dy, const at::Tensor& dy_wide, const at::Tensor& dsum,
+                                const at::Tensor& sum, const at::Tensor& weight, const at::Tensor& rstd, bool need_dw) {
   const c10::DeviceGuard guard(sum.device());
   return Device::rms_norm_backward(dy, dy_wide, dsum, sum, weight, rstd, need_dw);
 }
@@ -26,11 +28,13 @@ at::Tensor route_backward(const Route& routed, const at::Tensor& dweights, const
   const c10::DeviceGuard guard(routed.probs_TE.device());
   return Device::route_backward(routed, dweights, dprobs, renormalise);
 }
-void add_routing_sums(const at::Tensor& sums, const at::Tensor& probs, const at::Tensor& ids, const at::Tensor& modality) {
+void add_routing_sums(const at::Tensor& sums, const at::Tensor& probs, const at::Tensor& ids,
+                      const at::Tensor& modality) {
   const c10::DeviceGuard guard(sums.device());
   Device::add_routing_sums(sums, probs, ids, modality);
 }
-Dispatch make_dispatch(const at::Tensor& ids, int64_t num_experts, const at::Tensor& group, int64_t num_groups, int64_t num_rows) {
+Dispatch make_dispatch(const at::Tensor& ids, int64_t num_experts, const at::Tensor& group, int64_t num_groups,
+                       int64_t num_rows) {
   const c10::DeviceGuard guard(ids.device());
   return Device::make_dispatch(ids, num_experts, group, num_groups, num_rows);
 }

@@ -5,9 +5,9 @@
 
 namespace moegraft::kernels::cuda {
 
-// One warp per token. logits float32 [T, E] -> probs [T, E], ids [T, K] in falling order of probability (of equal ones the lower index first), weights
-// [T, K] = the probabilities, divided by their sum when `renormalise`. A row without K comparable values (NaN) fills up with the indices k, so that ids
-// always lie in range.
+// One warp per token. logits float32 [T, E] -> probs [T, E], ids [T, K] in falling order of probability (of equal ones
+// the lower index first), weights [T, K] = the probabilities, divided by their sum when `renormalise`. A row without K
+// comparable values (NaN) fills up with the indices k, so that ids always lie in range.
 struct RouteForward {
   static constexpr int kLanes = 32;
   const float* logits;
@@ -37,12 +37,14 @@ struct RouteForward {
     Candidate last{INFINITY, -1};
     float chosen = 0;
     for (int64_t k = 0; k < top_k; ++k) {
-      // What comes after `last` in the order: a smaller value, or the same one at a higher index. Each lane reads only what it wrote.
+      // What comes after `last` in the order: a smaller value, or the same one at a higher index. Each lane reads only
+      // what it wrote.
       const Candidate next = team.best([&](int lane) {
         Candidate found{0, -1};
         for (int64_t e = lane; e < num_experts; e += kLanes) {
           const float p = out[e];
-          if (p < last.value || (p == last.value && int32_t(e) > last.index)) found = better(found, Candidate{p, int32_t(e)});
+          if (p < last.value || (p == last.value && int32_t(e) > last.index))
+            found = better(found, Candidate{p, int32_t(e)});
         }
         return found;
       });
@@ -56,10 +58,11 @@ struct RouteForward {
         weights[token * top_k + k] = weight;
       });
     }
-    if (renormalise) team.each([&](int lane) {
-      if (lane != 0) return;  // the lane that wrote them
-      for (int64_t k = 0; k < top_k; ++k) weights[token * top_k + k] /= chosen;
-    });
+    if (renormalise)
+      team.each([&](int lane) {
+        if (lane != 0) return;  // the lane that wrote them
+        for (int64_t k = 0; k < top_k; ++k) weights[token * top_k + k] /= chosen;
+      });
   }
 };
 
@@ -100,7 +103,8 @@ struct RouteBackward {
       return part;
     });
     team.each([&](int lane) {
-      for (int64_t e = lane; e < num_experts; e += kLanes) dlogits[token * num_experts + e] = p[e] * (gradient(e) - dot);
+      for (int64_t e = lane; e < num_experts; e += kLanes)
+        dlogits[token * num_experts + e] = p[e] * (gradient(e) - dot);
     });
   }
 };

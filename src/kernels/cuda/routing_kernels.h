@@ -7,7 +7,8 @@ namespace moegraft::kernels::cuda {
 
 constexpr int64_t kRoutingTokens = 32;  // that one partial sum covers
 
-// One team per chunk of tokens: partial [chunks, M, 2E + 3], as add_routing_sums (route.h) lays a modality's sums out. A lane owns every kLanes-th expert.
+// One team per chunk of tokens: partial [chunks, M, 2E + 3], as add_routing_sums (route.h) lays a modality's sums out.
+// A lane owns every kLanes-th expert.
 struct RoutingPartial {
   static constexpr int kLanes = 128;
   const float* probs;
@@ -17,7 +18,8 @@ struct RoutingPartial {
   float entropy_scale;
 
   MOEGRAFT_HD bool is_of(int64_t token, int64_t m) const { return modality ? modality[token] == m : m == 0; }
-  // Largest minus second largest probability: ids are in falling order, and where only one was chosen the second is looked for.
+  // Largest minus second largest probability: ids are in falling order, and where only one was chosen the second is
+  // looked for.
   MOEGRAFT_HD float margin(int64_t token) const {
     const float* p = probs + token * num_experts;
     const int64_t* id = ids + token * top_k;
@@ -30,7 +32,8 @@ struct RoutingPartial {
 
   template <class Team>
   MOEGRAFT_HD void operator()(int64_t chunk, const Team& team) const {
-    const int64_t begin = chunk * kRoutingTokens, end = begin + kRoutingTokens < tokens ? begin + kRoutingTokens : tokens;
+    const int64_t begin = chunk * kRoutingTokens,
+                  end = begin + kRoutingTokens < tokens ? begin + kRoutingTokens : tokens;
     for (int64_t m = 0; m < num_modalities; ++m) {
       float* out = partial + (chunk * num_modalities + m) * (2 * num_experts + 3);
       const float entropy = team.sum([&](int lane) {
@@ -49,8 +52,10 @@ struct RoutingPartial {
         }
         return sum;
       });
-      const float count = team.sum([&](int lane) { return begin + lane < end && is_of(begin + lane, m) ? 1.0f : 0.0f; });
-      const float margins = team.sum([&](int lane) { return begin + lane < end && is_of(begin + lane, m) ? margin(begin + lane) : 0.0f; });
+      const float count =
+          team.sum([&](int lane) { return begin + lane < end && is_of(begin + lane, m) ? 1.0f : 0.0f; });
+      const float margins = team.sum(
+          [&](int lane) { return begin + lane < end && is_of(begin + lane, m) ? margin(begin + lane) : 0.0f; });
       team.each([&](int lane) {
         if (lane != 0) return;
         out[2 * num_experts] = count;

@@ -15,11 +15,13 @@ struct GatherRows {
 
   MOEGRAFT_HD void operator()(int64_t i) const {
     const int64_t packs = width / V, row = i / packs, column = i % packs * V;
-    *reinterpret_cast<Pack<T, V>*>(to + row * width + column) = *reinterpret_cast<const Pack<T, V>*>(from + token_of_row[row] * width + column);
+    *reinterpret_cast<Pack<T, V>*>(to + row * width + column) =
+        *reinterpret_cast<const Pack<T, V>*>(from + token_of_row[row] * width + column);
   }
 };
 
-// One thread per (row, V columns): to[place_of_row[row]] += factor * from[row], rounded once. No two rows have one place.
+// One thread per (row, V columns): to[place_of_row[row]] += factor * from[row], rounded once. No two rows have one
+// place.
 template <class T, int V>
 struct AddRows {
   const T* from;
@@ -39,8 +41,9 @@ struct AddRows {
   }
 };
 
-// One thread per (token, V columns): out[t] = sum_k w[t,k] * (y + y2 + delta)[row(t,k)], in the order of k. y2 and delta may be null; delta counts on rows
-// whose bits meet `acting` only, so that other rows keep the very bits of the sum without it. weights null: all ones.
+// One thread per (token, V columns): out[t] = sum_k w[t,k] * (y + y2 + delta)[row(t,k)], in the order of k. y2 and
+// delta may be null; delta counts on rows whose bits meet `acting` only, so that other rows keep the very bits of the
+// sum without it. weights null: all ones.
 template <class T, int V>
 struct CombineRows {
   const T *y, *y2, *delta;
@@ -99,19 +102,21 @@ struct RowBits {
     int32_t low = 0, high = buckets;  // offsets[low] <= row < offsets[high]
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
-      if (offsets[middle] <= row) low = middle;
-      else high = middle;
+      if (offsets[middle] <= row)
+        low = middle;
+      else
+        high = middle;
     }
     const int32_t group = low % num_groups;
     uint32_t bits = 0;
     MOEGRAFT_UNROLL  // an index that varies would put the array into local memory
-    for (int32_t g = 0; g < kMaxGroups; ++g) bits = g == group ? bits_of_group[g] : bits;
+        for (int32_t g = 0; g < kMaxGroups; ++g) bits = g == group ? bits_of_group[g] : bits;
     row_bits[row] = bits;
   }
 };
 
-// One thread per (row, column) of one term's thin product: to = the value where the term acts on the row, exactly zero elsewhere; weighted = that times the
-// row's weight. Either may be null; `to` may be `from`.
+// One thread per (row, column) of one term's thin product: to = the value where the term acts on the row, exactly zero
+// elsewhere; weighted = that times the row's weight. Either may be null; `to` may be `from`.
 template <class T>
 struct GateThin {
   const T* from;
@@ -131,8 +136,8 @@ struct GateThin {
   }
 };
 
-// One thread per V elements of one factor's gradient [E, m, n]: to = factor * from, and exactly zero for an expert without rows, whatever the product left
-// there. from has the given strides.
+// One thread per V elements of one factor's gradient [E, m, n]: to = factor * from, and exactly zero for an expert
+// without rows, whatever the product left there. from has the given strides.
 template <class TFrom, class TTo, int V>
 struct FactorGradient {
   const TFrom* from;

@@ -5,8 +5,8 @@
 
 namespace moegraft::kernels::cuda {
 
-// One thread per sequence of a bucket, and one more: lengths [bucket], 0 beyond the sequences there are; where each begins, in elements of a packed tensor
-// with so many of them per token [bucket + 1]. cu_q and cu_kv: [sequences + 1].
+// One thread per sequence of a bucket, and one more: lengths [bucket], 0 beyond the sequences there are; where each
+// begins, in elements of a packed tensor with so many of them per token [bucket + 1]. cu_q and cu_kv: [sequences + 1].
 struct SequenceOffsets {
   const int32_t *cu_q, *cu_kv;
   int64_t sequences, bucket;

@@ -7,8 +7,9 @@ namespace moegraft::kernels::cuda {
 
 MOEGRAFT_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// One thread per (row, V columns). delta_g, delta_u (null: no term) count on rows whose bits meet acting_*; g and u are then rewritten with the sum,
-// which is what backward needs. h is computed from the rounded sums, as backward recomputes it.
+// One thread per (row, V columns). delta_g, delta_u (null: no term) count on rows whose bits meet acting_*; g and u are
+// then rewritten with the sum, which is what backward needs. h is computed from the rounded sums, as backward
+// recomputes it.
 template <class T, int V>
 struct SwigluForward {
   T *g, *u;
@@ -42,8 +43,9 @@ struct SwigluForward {
   }
 };
 
-// One warp per row. dh: gradient of h before the row's weight; delta (null: none) is added on rows whose bits meet `acting`. Out: dg, du times the
-// row's weight (null: 1); h again, and dot = <h, dh>, the gradient of the weight, where asked for.
+// One warp per row. dh: gradient of h before the row's weight; delta (null: none) is added on rows whose bits meet
+// `acting`. Out: dg, du times the row's weight (null: 1); h again, and dot = <h, dh>, the gradient of the weight, where
+// asked for.
 template <class T, int V>
 struct SwigluBackward {
   static constexpr int kLanes = 32;
@@ -85,9 +87,10 @@ struct SwigluBackward {
       }
       return part;
     });
-    if (dot) team.each([&](int lane) {
-      if (lane == 0) dot[row] = total;
-    });
+    if (dot)
+      team.each([&](int lane) {
+        if (lane == 0) dot[row] = total;
+      });
   }
 };
 

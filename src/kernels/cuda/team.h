@@ -1,8 +1,9 @@
 #pragma once
-// The vocabulary of the device kernels. A kernel is a functor in one of these headers: either one thread per index, `operator()(i)`, or one team of
-// lanes per row, `operator()(row, team)`. A team runs a piece of code for every lane (`each`) and reduces what the lanes return (`sum`, `max`, `best`, `softmax`).
-// On the device a lane is a thread; on the host the same functor runs lane after lane with the same order of sums (host_run.h), which is how the
-// arithmetic and the indexing are tested on a machine without a GPU.
+// The vocabulary of the device kernels. A kernel is a functor in one of these headers: either one thread per index,
+// `operator()(i)`, or one team of lanes per row, `operator()(row, team)`. A team runs a piece of code for every lane
+// (`each`) and reduces what the lanes return (`sum`, `max`, `best`, `softmax`). On the device a lane is a thread; on
+// the host the same functor runs lane after lane with the same order of sums (host_run.h), which is how the arithmetic
+// and the indexing are tested on a machine without a GPU.
 
 #include <c10/util/BFloat16.h>
 
@@ -32,8 +33,8 @@ MOEGRAFT_HD void load(const T* from, float (&to)[V]) {
   const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
   for (int i = 0; i < V; ++i) to[i] = static_cast<float>(pack.at[i]);
 }
-// On the device 16 bytes at a time by an intrinsic: nvcc splits the copy of a pack into its elements where two of them are stored (Rotate: seven stores for the
-// second). A pack that is only moved (GatherRows) stays whole.
+// On the device 16 bytes at a time by an intrinsic: nvcc splits the copy of a pack into its elements where two of them
+// are stored (Rotate: seven stores for the second). A pack that is only moved (GatherRows) stays whole.
 template <int V, class T>
 MOEGRAFT_HD void store(const float (&from)[V], T* to) {
   Pack<T, V> pack;
@@ -81,10 +82,14 @@ MOEGRAFT_HD Candidate better(const Candidate& a, const Candidate& b) {
 struct SoftmaxSum {
   float largest, total;
 };
-MOEGRAFT_HD float rescaled(const SoftmaxSum& s, float largest) { return s.largest == largest ? s.total : s.total * expf(s.largest - largest); }
-// The order of a and b changes no bit, also where the compiler contracts: of the two totals only that of the smaller maximum is multiplied.
+MOEGRAFT_HD float rescaled(const SoftmaxSum& s, float largest) {
+  return s.largest == largest ? s.total : s.total * expf(s.largest - largest);
+}
+// The order of a and b changes no bit, also where the compiler contracts: of the two totals only that of the smaller
+// maximum is multiplied.
 MOEGRAFT_HD SoftmaxSum together(const SoftmaxSum& a, const SoftmaxSum& b) {
-  return a.largest >= b.largest ? SoftmaxSum{a.largest, a.total + rescaled(b, a.largest)} : SoftmaxSum{b.largest, b.total + rescaled(a, b.largest)};
+  return a.largest >= b.largest ? SoftmaxSum{a.largest, a.total + rescaled(b, a.largest)}
+                                : SoftmaxSum{b.largest, b.total + rescaled(a, b.largest)};
 }
 struct Add {
   MOEGRAFT_HD float operator()(float a, float b) const { return a + b; }
@@ -99,7 +104,8 @@ struct Together {
   MOEGRAFT_HD SoftmaxSum operator()(const SoftmaxSum& a, const SoftmaxSum& b) const { return together(a, b); }
 };
 
-// What a team offers, over a `reduce(f, op)` that every implementation supplies: within a warp by butterflies, across warps in warp order.
+// What a team offers, over a `reduce(f, op)` that every implementation supplies: within a warp by butterflies, across
+// warps in warp order.
 template <class Derived>
 struct TeamBase {
   template <class F>

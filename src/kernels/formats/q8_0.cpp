@@ -1,4 +1,5 @@
-// GGUF's Q8_0 (ggml-common.h): 32 integers and a float16 scale d = max |x| / 127; x = d q. A group of `width` rows is width scales, then 32 x width integers.
+// GGUF's Q8_0 (ggml-common.h): 32 integers and a float16 scale d = max |x| / 127; x = d q. A group of `width` rows is
+// width scales, then 32 x width integers.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,7 +17,8 @@ constexpr int64_t kBlock = format_row(WeightFormat::q8_0).block;
 bool store(const float* block, int64_t column, int64_t width, uint8_t* group) {
   float largest = 0;
   bool finite = true;
-  for (int64_t i = 0; i < kBlock; ++i) largest = std::max(largest, std::fabs(block[i])), finite &= std::isfinite(block[i]);
+  for (int64_t i = 0; i < kBlock; ++i)
+    largest = std::max(largest, std::fabs(block[i])), finite &= std::isfinite(block[i]);
   const float d = largest / 127.0f, inverse = d >= std::numeric_limits<float>::min() ? 1.0f / d : 0.0f;
   const at::Half scale(d);
   if (!finite || !std::isfinite(float(scale))) return false;
@@ -39,7 +41,8 @@ void to(const uint8_t* panel, int64_t width, int64_t first, int64_t k, T* out) {
   for (int64_t at = first; at < first + k;) {
     const int64_t begin = at % kBlock, count = std::min(kBlock - begin, first + k - at);
     const uint8_t* group = panel + at / kBlock * bytes;
-    loops<T>().dequantise_q8_0(group, reinterpret_cast<const int8_t*>(group + 2 * width) + begin * width, width, count, out);
+    loops<T>().dequantise_q8_0(group, reinterpret_cast<const int8_t*>(group + 2 * width) + begin * width, width, count,
+                               out);
     out += count * width, at += count;
   }
 }

@@ -1,5 +1,6 @@
-// dots.llm1 (transformers `dots1`): DeepSeek-V3's router (sigmoid scores, a correction bias for the choice, groups, a scale) over plain attention with q/k norm
-// per head, a shared expert without a gate, dense layers first, a sliding window in the layers from max_window_layers on.
+// dots.llm1 (transformers `dots1`): DeepSeek-V3's router (sigmoid scores, a correction bias for the choice, groups, a
+// scale) over plain attention with q/k norm per head, a shared expert without a gate, dense layers first, a sliding
+// window in the layers from max_window_layers on.
 #include <algorithm>
 
 #include "../family.h"
@@ -9,8 +10,17 @@ namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 152064}, {"hidden_size", 4608}, {"intermediate_size", 10944}, {"num_hidden_layers", 62}, {"num_attention_heads", 32}, {"num_key_value_heads", 32},
-          {"max_position_embeddings", 2048}, {"rms_norm_eps", 1e-6}, {"moe_intermediate_size", 1408}, {"sliding_window", 4096}, {"max_window_layers", 62}};
+  return {{"vocab_size", 152064},
+          {"hidden_size", 4608},
+          {"intermediate_size", 10944},
+          {"num_hidden_layers", 62},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 32},
+          {"max_position_embeddings", 2048},
+          {"rms_norm_eps", 1e-6},
+          {"moe_intermediate_size", 1408},
+          {"sliding_window", 4096},
+          {"max_window_layers", 62}};
 }
 
 void complete(DecoderSpec& s) {
@@ -36,7 +46,8 @@ DecoderSpec parse(const io::Json& config) {
   s.qkv_bias = s.o_bias = c.boolean("attention_bias", false);
   const int64_t dense = c.integer("first_k_dense_replace", 0);
   for (int64_t l = 0; l < s.num_layers; ++l) s.layers[l].sparse = l >= dense;
-  read_sliding_window(c, s, c.integer("sliding_window", 0), [first = c.integer("max_window_layers")](int64_t l) { return l >= first; });
+  read_sliding_window(c, s, c.integer("sliding_window", 0),
+                      [first = c.integer("max_window_layers")](int64_t l) { return l >= first; });
   return s;
 }
 
@@ -51,9 +62,11 @@ io::Json write(const DecoderSpec& s) {
   j["head_dim"] = s.head_dim;
   j["moe_intermediate_size"] = s.moe_intermediate_size;
   j["attention_bias"] = s.o_bias;
-  const auto sparse = std::find_if(s.layers.begin(), s.layers.end(), [](const LayerSpec& layer) { return layer.sparse; });
+  const auto sparse =
+      std::find_if(s.layers.begin(), s.layers.end(), [](const LayerSpec& layer) { return layer.sparse; });
   j["first_k_dense_replace"] = sparse - s.layers.begin();
-  MOEGRAFT_CHECK(std::all_of(sparse, s.layers.end(), [](const LayerSpec& layer) { return layer.sparse; }), "dots1 has its dense layers first");
+  MOEGRAFT_CHECK(std::all_of(sparse, s.layers.end(), [](const LayerSpec& layer) { return layer.sparse; }),
+                 "dots1 has its dense layers first");
   write_sliding_window(s, j);
   j.erase("use_sliding_window");
   return j;

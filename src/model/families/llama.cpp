@@ -1,18 +1,28 @@
-// Llama and Mistral (transformers `llama`, `mistral`), dense: Llama 2 and 3, SmolLM2, Mistral 7B and their kin. Llama may have biases on attention and FFN,
-// Mistral a sliding window.
+// Llama and Mistral (transformers `llama`, `mistral`), dense: Llama 2 and 3, SmolLM2, Mistral 7B and their kin. Llama
+// may have biases on attention and FFN, Mistral a sliding window.
 #include "../family.h"
 
 namespace moegraft::model {
 namespace {
 
 io::Json llama_defaults() {
-  return {{"vocab_size", 32000}, {"hidden_size", 4096}, {"intermediate_size", 11008}, {"num_hidden_layers", 32}, {"num_attention_heads", 32},
-          {"max_position_embeddings", 2048}, {"rms_norm_eps", 1e-6}, {"bos_token_id", 1}, {"eos_token_id", 2}};
+  return {{"vocab_size", 32000},     {"hidden_size", 4096},       {"intermediate_size", 11008},
+          {"num_hidden_layers", 32}, {"num_attention_heads", 32}, {"max_position_embeddings", 2048},
+          {"rms_norm_eps", 1e-6},    {"bos_token_id", 1},         {"eos_token_id", 2}};
 }
 
 io::Json mistral_defaults() {
-  return {{"vocab_size", 32000}, {"hidden_size", 4096}, {"intermediate_size", 14336}, {"num_hidden_layers", 32}, {"num_attention_heads", 32}, {"num_key_value_heads", 8},
-          {"max_position_embeddings", 131072}, {"rms_norm_eps", 1e-6}, {"bos_token_id", 1}, {"eos_token_id", 2}, {"sliding_window", 4096}};
+  return {{"vocab_size", 32000},
+          {"hidden_size", 4096},
+          {"intermediate_size", 14336},
+          {"num_hidden_layers", 32},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 8},
+          {"max_position_embeddings", 131072},
+          {"rms_norm_eps", 1e-6},
+          {"bos_token_id", 1},
+          {"eos_token_id", 2},
+          {"sliding_window", 4096}};
 }
 
 DecoderSpec parse_llama(const io::Json& config) {

@@ -1,13 +1,25 @@
-// Mixtral (transformers `mixtral`): top-k weights always renormalised, w1 gate, w3 up, w2 down, optional sliding window and head_dim.
+// Mixtral (transformers `mixtral`): top-k weights always renormalised, w1 gate, w3 up, w2 down, optional sliding window
+// and head_dim.
 #include "../family.h"
 
 namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 32000}, {"hidden_size", 4096}, {"intermediate_size", 14336}, {"num_hidden_layers", 32}, {"num_attention_heads", 32}, {"num_key_value_heads", 8},
-          {"max_position_embeddings", 131072}, {"rms_norm_eps", 1e-5}, {"rope_theta", 1e6}, {"num_experts_per_tok", 2}, {"num_local_experts", 8}, {"router_aux_loss_coef", 0.001},
-          {"bos_token_id", 1}, {"eos_token_id", 2}};
+  return {{"vocab_size", 32000},
+          {"hidden_size", 4096},
+          {"intermediate_size", 14336},
+          {"num_hidden_layers", 32},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 8},
+          {"max_position_embeddings", 131072},
+          {"rms_norm_eps", 1e-5},
+          {"rope_theta", 1e6},
+          {"num_experts_per_tok", 2},
+          {"num_local_experts", 8},
+          {"router_aux_loss_coef", 0.001},
+          {"bos_token_id", 1},
+          {"eos_token_id", 2}};
 }
 
 DecoderSpec parse(const io::Json& config) {
@@ -48,7 +60,14 @@ TensorTable tensors() {
 }  // namespace
 
 const Family& mixtral_family() {
-  static const Family family{"mixtral", defaults(), parse, write, complete, tensors(), "model.layers.{l}.block_sparse_moe.experts.gate_up_proj", "model.layers.{l}.block_sparse_moe.experts.down_proj"};
+  static const Family family{"mixtral",
+                             defaults(),
+                             parse,
+                             write,
+                             complete,
+                             tensors(),
+                             "model.layers.{l}.block_sparse_moe.experts.gate_up_proj",
+                             "model.layers.{l}.block_sparse_moe.experts.down_proj"};
   return family;
 }
 

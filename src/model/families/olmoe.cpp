@@ -1,4 +1,5 @@
-// OLMoE (transformers `olmoe`): q/k norm over the full width, optional clip_qkv, softmax then top-k, every layer sparse.
+// OLMoE (transformers `olmoe`): q/k norm over the full width, optional clip_qkv, softmax then top-k, every layer
+// sparse.
 #include "../family.h"
 #include "moegraft/base/check.h"
 
@@ -6,8 +7,10 @@ namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 50304}, {"hidden_size", 2048}, {"intermediate_size", 2048}, {"num_hidden_layers", 16}, {"num_attention_heads", 16},
-          {"max_position_embeddings", 4096}, {"rms_norm_eps", 1e-5}, {"num_experts_per_tok", 8}, {"num_experts", 64}, {"router_aux_loss_coef", 0.01}, {"pad_token_id", 1}, {"eos_token_id", 50279}};
+  return {{"vocab_size", 50304},          {"hidden_size", 2048},       {"intermediate_size", 2048},
+          {"num_hidden_layers", 16},      {"num_attention_heads", 16}, {"max_position_embeddings", 4096},
+          {"rms_norm_eps", 1e-5},         {"num_experts_per_tok", 8},  {"num_experts", 64},
+          {"router_aux_loss_coef", 0.01}, {"pad_token_id", 1},         {"eos_token_id", 50279}};
 }
 
 DecoderSpec parse(const io::Json& config) {
@@ -37,7 +40,9 @@ io::Json write(const DecoderSpec& s) {
 void complete(DecoderSpec& s) {
   s.intermediate_size = s.moe_intermediate_size;
   s.qk_norm = QkNorm::full;
-  MOEGRAFT_CHECK_USAGE(s.head_dim * s.num_heads == s.hidden_size, "model.init: olmoe needs num_heads * head_dim = hidden_size, got ", s.num_heads, " * ", s.head_dim, " and ", s.hidden_size);
+  MOEGRAFT_CHECK_USAGE(s.head_dim * s.num_heads == s.hidden_size,
+                       "model.init: olmoe needs num_heads * head_dim = hidden_size, got ", s.num_heads, " * ",
+                       s.head_dim, " and ", s.hidden_size);
 }
 
 }  // namespace

@@ -1,14 +1,27 @@
-// Qwen2-MoE (transformers `qwen2_moe`: Qwen1.5-MoE, Qwen2-57B-A14B): biases on q, k and v, a shared expert behind a gate of its own, dense layers by
-// decoder_sparse_step and mlp_only_layers, a sliding window in every other of the first max_window_layers.
+// Qwen2-MoE (transformers `qwen2_moe`: Qwen1.5-MoE, Qwen2-57B-A14B): biases on q, k and v, a shared expert behind a
+// gate of its own, dense layers by decoder_sparse_step and mlp_only_layers, a sliding window in every other of the
+// first max_window_layers.
 #include "../family.h"
 
 namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 151936}, {"hidden_size", 2048}, {"intermediate_size", 5632}, {"num_hidden_layers", 24}, {"num_attention_heads", 16}, {"num_key_value_heads", 16},
-          {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"moe_intermediate_size", 1408}, {"shared_expert_intermediate_size", 5632}, {"num_experts_per_tok", 4},
-          {"num_experts", 60}, {"sliding_window", 4096}, {"max_window_layers", 28}, {"router_aux_loss_coef", 0.001}};
+  return {{"vocab_size", 151936},
+          {"hidden_size", 2048},
+          {"intermediate_size", 5632},
+          {"num_hidden_layers", 24},
+          {"num_attention_heads", 16},
+          {"num_key_value_heads", 16},
+          {"max_position_embeddings", 32768},
+          {"rms_norm_eps", 1e-6},
+          {"moe_intermediate_size", 1408},
+          {"shared_expert_intermediate_size", 5632},
+          {"num_experts_per_tok", 4},
+          {"num_experts", 60},
+          {"sliding_window", 4096},
+          {"max_window_layers", 28},
+          {"router_aux_loss_coef", 0.001}};
 }
 
 DecoderSpec parse(const io::Json& config) {
@@ -17,7 +30,8 @@ DecoderSpec parse(const io::Json& config) {
   read_qwen_experts(c, s);
   s.shared_expert = {c.integer("shared_expert_intermediate_size"), true};
   s.qkv_bias = c.boolean("qkv_bias", true);
-  read_sliding_window(c, s, used_window(c), [first = c.integer("max_window_layers")](int64_t l) { return l < first && l % 2 == 0; });
+  read_sliding_window(c, s, used_window(c),
+                      [first = c.integer("max_window_layers")](int64_t l) { return l < first && l % 2 == 0; });
   return s;
 }
 

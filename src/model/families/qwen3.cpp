@@ -1,12 +1,22 @@
-// Qwen3 (transformers `qwen3`), dense: q/k norm per head, own head width, a sliding window in the layers from max_window_layers on.
+// Qwen3 (transformers `qwen3`), dense: q/k norm per head, own head width, a sliding window in the layers from
+// max_window_layers on.
 #include "../family.h"
 
 namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 151936}, {"hidden_size", 4096}, {"intermediate_size", 22016}, {"num_hidden_layers", 32}, {"num_attention_heads", 32}, {"num_key_value_heads", 32},
-          {"head_dim", 128}, {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"sliding_window", 4096}, {"max_window_layers", 28}};
+  return {{"vocab_size", 151936},
+          {"hidden_size", 4096},
+          {"intermediate_size", 22016},
+          {"num_hidden_layers", 32},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 32},
+          {"head_dim", 128},
+          {"max_position_embeddings", 32768},
+          {"rms_norm_eps", 1e-6},
+          {"sliding_window", 4096},
+          {"max_window_layers", 28}};
 }
 
 void complete(DecoderSpec& s) {

@@ -1,12 +1,23 @@
-// Qwen3-MoE (transformers `qwen3_moe`): q/k norm per head, own head width, dense layers by decoder_sparse_step and mlp_only_layers, optional sliding window.
+// Qwen3-MoE (transformers `qwen3_moe`): q/k norm per head, own head width, dense layers by decoder_sparse_step and
+// mlp_only_layers, optional sliding window.
 #include "../family.h"
 
 namespace moegraft::model {
 namespace {
 
 io::Json defaults() {
-  return {{"vocab_size", 151936}, {"hidden_size", 2048}, {"intermediate_size", 6144}, {"num_hidden_layers", 24}, {"num_attention_heads", 32}, {"num_key_value_heads", 4},
-          {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"moe_intermediate_size", 768}, {"num_experts_per_tok", 8}, {"num_experts", 128}, {"sliding_window", 4096},
+  return {{"vocab_size", 151936},
+          {"hidden_size", 2048},
+          {"intermediate_size", 6144},
+          {"num_hidden_layers", 24},
+          {"num_attention_heads", 32},
+          {"num_key_value_heads", 4},
+          {"max_position_embeddings", 32768},
+          {"rms_norm_eps", 1e-6},
+          {"moe_intermediate_size", 768},
+          {"num_experts_per_tok", 8},
+          {"num_experts", 128},
+          {"sliding_window", 4096},
           {"router_aux_loss_coef", 0.001}};
 }
 

@@ -26,8 +26,6 @@ int main() {
   try {
     moegraft::tokenizer::load_tokenizer(dir / "absent");
     return 1;
-  } catch (const moegraft::UserError& e) {
-    std::cout << "as expected: " << e.what() << "\n";
-  }
+  } catch (const moegraft::UserError& e) { std::cout << "as expected: " << e.what() << "\n"; }
   return tensor_round_trip(dir) ? 0 : 1;
 }

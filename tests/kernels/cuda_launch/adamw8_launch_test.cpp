@@ -21,7 +21,8 @@ adamw8::Arrays make_state(Arrays& a, int64_t numel) {
     return a.fill<float>(blocks, [&](int64_t b) { return b == 1 ? 0.0f : 1e-3f * float(1 + a.below(100)); });
   };  // a block of zeros
   float* parameter = a.random<float>(numel);
-  float* grad = a.fill<float>(numel, [&](int64_t i) { return i % 7 == 0 ? 0.0f : std::ldexp(float(a.below(2000) - 1000), -int(a.below(30))); });
+  float* grad = a.fill<float>(
+      numel, [&](int64_t i) { return i % 7 == 0 ? 0.0f : std::ldexp(float(a.below(2000) - 1000), -int(a.below(30))); });
   if (numel > 300) grad[300] = NAN;
   uint8_t* exp_avg_codes = codes();
   float* exp_avg_scales = scales();
@@ -34,12 +35,14 @@ TEST(CudaLaunch, Adamw8) {
   for (int code = 0; code < 256; ++code)
     signed_map[size_t(code)] = adamw8::signed_value(code), unsigned_map[size_t(code)] = adamw8::unsigned_value(code);
   const adamw8::Factors factors{0.9f, 0.1f, 0.99f, 0.01f, 0.999f, 1e-2f, 1.7f, 1e-8f, 0.5f};
-  // Part of a block, whole ones, more than the grid holds at once (8 blocks of 8 warps on the stand-in's one processor), none.
+  // Part of a block, whole ones, more than the grid holds at once (8 blocks of 8 warps on the stand-in's one
+  // processor), none.
   for (const int64_t numel : {1, 255, 256, 777, 8 * 8 * 256 + 1000}) {
     Arrays host, device;
     const adamw8::Arrays on_host = make_state(host, numel), on_device = make_state(device, numel);
     for (int step = 0; step < 2; ++step) {
-      for (int64_t b = 0; b * adamw8::kBlock < numel; ++b) adamw8::step_block(factors, on_host, b, signed_map.data(), unsigned_map.data());
+      for (int64_t b = 0; b * adamw8::kBlock < numel; ++b)
+        adamw8::step_block(factors, on_host, b, signed_map.data(), unsigned_map.data());
       adamw8::step_cuda(factors, on_device, 0);
     }
     device.expect_equal(host, std::to_string(numel) + " values");

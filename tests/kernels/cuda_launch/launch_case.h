@@ -1,7 +1,8 @@
 #pragma once
-// Device kernels as they are launched, on the CPU: the .cu files compiled against tests/support/cuda_stand_in, each kernel's arrays compared bit by bit with what the
-// same functor leaves on the host (host_run.h). A test file includes a .cu file after this header: every kernel that it instantiates then becomes a test, and one
-// for which there is no Case does not compile.
+// Device kernels as they are launched, on the CPU: the .cu files compiled against tests/support/cuda_stand_in, each
+// kernel's arrays compared bit by bit with what the same functor leaves on the host (host_run.h). A test file includes
+// a .cu file after this header: every kernel that it instantiates then becomes a test, and one for which there is no
+// Case does not compile.
 
 #include <cuda_runtime.h>
 
@@ -31,7 +32,8 @@ struct OnStandIn {
   }
 };
 
-// The arrays of one run: the same calls give the same contents. Each starts `shift` elements behind a multiple of 16 bytes and ends where the allocation does.
+// The arrays of one run: the same calls give the same contents. Each starts `shift` elements behind a multiple of 16
+// bytes and ends where the allocation does.
 class Arrays {
  public:
   explicit Arrays(int shift = 0) : shift_(shift) {}
@@ -88,7 +90,8 @@ class Arrays {
   std::vector<Array> all_;
 };
 
-// How a kernel is run: `template <class Run> static void run(Arrays&, int64_t rows)` makes its inputs and starts it by Run, in every variant that it has.
+// How a kernel is run: `template <class Run> static void run(Arrays&, int64_t rows)` makes its inputs and starts it by
+// Run, in every variant that it has.
 template <class F>
 struct Case;
 
@@ -102,7 +105,8 @@ constexpr int pack_of<F<T, U, V>> = V;
 template <template <class, class, class, int> class F, class T, class U, class W, int V>
 constexpr int pack_of<F<T, U, W, V>> = V;
 
-// No rows, one, and several blocks of which the last is not full: a block holds 256 threads, or four rows of a warp each, or one row of more lanes.
+// No rows, one, and several blocks of which the last is not full: a block holds 256 threads, or four rows of a warp
+// each, or one row of more lanes.
 template <class F>
 constexpr int64_t most_rows() {
   if constexpr (requires { F::kLanes; })
@@ -128,7 +132,8 @@ int add_kernel_test(const char* name, const char* file, int line) {
   struct KernelTest : ::testing::Test {
     void TestBody() override { expect_equal_bits<F>(); }
   };
-  ::testing::RegisterTest("CudaLaunch", name, nullptr, nullptr, file, line, []() -> ::testing::Test* { return new KernelTest; });
+  ::testing::RegisterTest("CudaLaunch", name, nullptr, nullptr, file, line,
+                          []() -> ::testing::Test* { return new KernelTest; });
   return 0;
 }
 
@@ -138,7 +143,9 @@ int add_kernel_test(const char* name, const char* file, int line) {
 #define MOEGRAFT_JOIN(a, b) MOEGRAFT_JOIN_(a, b)
 #undef MOEGRAFT_THREADS
 #undef MOEGRAFT_ROWS
-#define MOEGRAFT_THREADS(...) \
-  [[maybe_unused]] const int MOEGRAFT_JOIN(kernel_test_, __COUNTER__) = add_kernel_test<__VA_ARGS__>(#__VA_ARGS__, __FILE__, __LINE__)
-#define MOEGRAFT_ROWS(...) \
-  [[maybe_unused]] const int MOEGRAFT_JOIN(kernel_test_, __COUNTER__) = add_kernel_test<__VA_ARGS__>(#__VA_ARGS__, __FILE__, __LINE__)
+#define MOEGRAFT_THREADS(...)                                           \
+  [[maybe_unused]] const int MOEGRAFT_JOIN(kernel_test_, __COUNTER__) = \
+      add_kernel_test<__VA_ARGS__>(#__VA_ARGS__, __FILE__, __LINE__)
+#define MOEGRAFT_ROWS(...)                                              \
+  [[maybe_unused]] const int MOEGRAFT_JOIN(kernel_test_, __COUNTER__) = \
+      add_kernel_test<__VA_ARGS__>(#__VA_ARGS__, __FILE__, __LINE__)

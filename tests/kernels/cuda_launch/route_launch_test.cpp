@@ -24,8 +24,8 @@ struct Case<RouteForward> {
   static void run(Arrays& a, int64_t tokens) {
     for (const auto& [E, K] : kRoutings)
       for (const bool renormalise : {false, true})
-        Run::rows(RouteForward{logits_with_nan(a, tokens, E), a.empty<float>(tokens * E), a.empty<int64_t>(tokens * K), a.empty<float>(tokens * K), E,
-                               K, renormalise},
+        Run::rows(RouteForward{logits_with_nan(a, tokens, E), a.empty<float>(tokens * E), a.empty<int64_t>(tokens * K),
+                               a.empty<float>(tokens * K), E, K, renormalise},
                   tokens);
   }
 };
@@ -37,9 +37,11 @@ struct Case<RouteBackward> {
     for (const auto& [E, K] : kRoutings)
       for (const int given : {1, 2, 3}) {  // gradients of the weights, of the probabilities
         const int64_t experts = E;
-        Run::rows(RouteBackward{a.random<float>(tokens * E), a.fill<int64_t>(tokens * K, [&](int64_t i) { return (i * 7 + 3) % experts; }),
+        Run::rows(RouteBackward{a.random<float>(tokens * E),
+                                a.fill<int64_t>(tokens * K, [&](int64_t i) { return (i * 7 + 3) % experts; }),
                                 a.random<float>(tokens * K), given & 1 ? a.random<float>(tokens * K) : nullptr,
-                                given & 2 ? a.random<float>(tokens * E) : nullptr, a.empty<float>(tokens * E), E, K, given != 2},
+                                given & 2 ? a.random<float>(tokens * E) : nullptr, a.empty<float>(tokens * E), E, K,
+                                given != 2},
                   tokens);
       }
   }
@@ -53,9 +55,15 @@ struct Case<CrossEntropyRow<TIn, TOut>> {
   static void run(Arrays& a, int64_t rows) {
     for (const int64_t V : {5, 4099}) {
       const int64_t classes = V;  // odd: the second row starts inside a pack
-      const auto targets = [&] { return a.fill<int64_t>(rows, [&](int64_t r) { return r == 2 ? classes : r * 13 % classes; }); };  // one out of range
-      Run::rows(CrossEntropyRow<TIn, TOut>{a.random<TIn>(rows * V, 4), targets(), nullptr, a.empty<float>(rows), V, 0.25f}, rows);
-      Run::rows(CrossEntropyRow<TIn, TOut>{a.random<TIn>(rows * V, 4), targets(), a.empty<TOut>(rows * V), a.empty<float>(rows), V, 0.25f}, rows);
+      const auto targets = [&] {
+        return a.fill<int64_t>(rows, [&](int64_t r) { return r == 2 ? classes : r * 13 % classes; });
+      };  // one out of range
+      Run::rows(
+          CrossEntropyRow<TIn, TOut>{a.random<TIn>(rows * V, 4), targets(), nullptr, a.empty<float>(rows), V, 0.25f},
+          rows);
+      Run::rows(CrossEntropyRow<TIn, TOut>{a.random<TIn>(rows * V, 4), targets(), a.empty<TOut>(rows * V),
+                                           a.empty<float>(rows), V, 0.25f},
+                rows);
       if constexpr (std::is_same_v<TIn, TOut>) {
         TIn* logits = a.random<TIn>(rows * V, 4);
         Run::rows(CrossEntropyRow<TIn, TOut>{logits, targets(), logits, a.empty<float>(rows), V, 0.25f}, rows);
@@ -72,9 +80,14 @@ struct Case<RoutingPartial> {
     for (const auto& [E, K] : kRoutings) {
       const int64_t experts = E;
       const auto ids = [&] { return a.fill<int64_t>(tokens * K, [&](int64_t i) { return (i * 7 + 3) % experts; }); };
-      const auto probs = [&] { return a.fill<float>(tokens * E, [&](int64_t i) { return float(i % 9) / 8; }); };  // zeros among them
-      Run::rows(RoutingPartial{probs(), ids(), nullptr, a.empty<float>(chunks * (2 * E + 3)), tokens, E, K, 1, 0.5f}, chunks);
-      Run::rows(RoutingPartial{probs(), ids(), a.fill<int64_t>(tokens, [](int64_t t) { return t % 3 == 1; }), a.empty<float>(chunks * M * (2 * E + 3)), tokens, E, K, M, 0.5f}, chunks);
+      const auto probs = [&] {
+        return a.fill<float>(tokens * E, [&](int64_t i) { return float(i % 9) / 8; });
+      };  // zeros among them
+      Run::rows(RoutingPartial{probs(), ids(), nullptr, a.empty<float>(chunks * (2 * E + 3)), tokens, E, K, 1, 0.5f},
+                chunks);
+      Run::rows(RoutingPartial{probs(), ids(), a.fill<int64_t>(tokens, [](int64_t t) { return t % 3 == 1; }),
+                               a.empty<float>(chunks * M * (2 * E + 3)), tokens, E, K, M, 0.5f},
+                chunks);
     }
   }
 };
@@ -83,7 +96,9 @@ template <>
 struct Case<AddRoutingPartials> {
   template <class Run>
   static void run(Arrays& a, int64_t count) {
-    Run::threads(AddRoutingPartials{a.random<float>(7 * count), a.fill<double>(count, [](int64_t i) { return double(i) / 3; }), 7, count}, count);
+    Run::threads(AddRoutingPartials{a.random<float>(7 * count),
+                                    a.fill<double>(count, [](int64_t i) { return double(i) / 3; }), 7, count},
+                 count);
   }
 };
 

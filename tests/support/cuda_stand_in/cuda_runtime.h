@@ -1,10 +1,12 @@
 #pragma once
-// A CPU stand-in for what the device code of src/kernels uses of the CUDA runtime: with this folder first on the include path a .cu file is plain C++.
+// A CPU stand-in for what the device code of src/kernels uses of the CUDA runtime: with this folder first on the
+// include path a .cu file is plain C++.
 //
-// Each CUDA thread is a thread of the system, and barriers and shuffles really wait for each other, so that ThreadSanitizer reports a barrier that is missing.
-// A thread that has left its kernel takes part in no later barrier, as on a device. Blocks run one after the other, the last one first, since nothing may
-// depend on their order; what two blocks do to one address at once is therefore not seen. Shared memory is a static variable: it keeps what an earlier block
-// left there, as it may on a device.
+// Each CUDA thread is a thread of the system, and barriers and shuffles really wait for each other, so that
+// ThreadSanitizer reports a barrier that is missing. A thread that has left its kernel takes part in no later barrier,
+// as on a device. Blocks run one after the other, the last one first, since nothing may depend on their order; what two
+// blocks do to one address at once is therefore not seen. Shared memory is a static variable: it keeps what an earlier
+// block left there, as it may on a device.
 
 #include <algorithm>
 #include <condition_variable>
@@ -45,7 +47,8 @@ namespace cuda_stand_in {
 
 constexpr unsigned kWarp = 32;
 
-// std::barrier yields many times before it sleeps, which costs most of the time where threads are many and processors few.
+// std::barrier yields many times before it sleeps, which costs most of the time where threads are many and processors
+// few.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : expected_(threads) {}
@@ -86,8 +89,8 @@ inline constinit thread_local Block* block = nullptr;
 inline constinit thread_local unsigned shuffles = 0;  // of this thread in this block
 inline Warp& warp() { return block->warps[threadIdx.x / kWarp]; }
 
-// The threads of blocks of one size, kept from launch to launch: starting them takes longer than most kernels. Each goes through all blocks of a grid, which
-// it enters and leaves together with the others.
+// The threads of blocks of one size, kept from launch to launch: starting them takes longer than most kernels. Each
+// goes through all blocks of a grid, which it enters and leaves together with the others.
 class Threads {
  public:
   explicit Threads(unsigned count) : count_(count), start_(count + 1), end_(count + 1), entry_(count), exit_(count) {
@@ -146,7 +149,8 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   static_assert(sizeof(T) == sizeof(uint32_t));
   TORCH_CHECK(mask == 0xffffffffu, "the stand-in shuffles whole warps");
-  uint32_t* of_lane = cuda_stand_in::warp().of_lane[cuda_stand_in::shuffles++ % 2];  // of two, since the one before may still be read
+  uint32_t* of_lane =
+      cuda_stand_in::warp().of_lane[cuda_stand_in::shuffles++ % 2];  // of two, since the one before may still be read
   const unsigned lane = threadIdx.x % cuda_stand_in::kWarp;
   std::memcpy(of_lane + lane, &value, sizeof value);
   __syncwarp();
@@ -161,7 +165,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 // A device traps on an address off 16 bytes.
 template <class Vector>
 void __stwb(Vector* to, Vector value) {
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(Vector) == 0, "a store of ", sizeof(Vector), " bytes off its alignment");
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(Vector) == 0, "a store of ", sizeof(Vector),
+              " bytes off its alignment");
   std::memcpy(to, &value, sizeof value);
 }
 
@@ -196,9 +201,11 @@ struct cudaLaunchConfig_t {
 };
 // Returns when the kernel is through. Limits as on a device; blocks are whole warps.
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const dim3 &grid = config->gridDim, &block = config->blockDim;
-  TORCH_CHECK(grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1 && block.x % cuda_stand_in::kWarp == 0 && config->dynamicSmemBytes == 0,
+  TORCH_CHECK(grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1 && block.x % cuda_stand_in::kWarp == 0 &&
+                  config->dynamicSmemBytes == 0,
               "the stand-in has no such launch");
   if (grid.x < 1 || grid.x > 0x7fffffffu || block.x < 1 || block.x > 1024) return cudaErrorInvalidConfiguration;
   cuda_stand_in::run_grid(grid.x, block.x, [&] { kernel(arguments...); });

@@ -69,9 +69,11 @@ Ranks::Ranks(const std::string& body, int n, const std::string& argument, const 
   for (const int r : ranks) {
     const std::string rank = std::to_string(r);
     processes_.push_back(std::make_unique<Process>(
-        std::vector<std::string>{program, "--cpu-path=" + kernels::cpu_kernels().path}, std::vector<std::string>{"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "RANK=" + rank, "LOCAL_RANK=" + rank,
-                                                                    "WORLD_SIZE=" + size, "LOCAL_WORLD_SIZE=" + size, "MASTER_ADDR=127.0.0.1", "MASTER_PORT=" + port,
-                                                                    "OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=PASSIVE"}));
+        std::vector<std::string>{program, "--cpu-path=" + kernels::cpu_kernels().path},
+        std::vector<std::string>{"MOEGRAFT_TEST_RANK=" + body, "MOEGRAFT_TEST_ARGUMENT=" + argument, "RANK=" + rank,
+                                 "LOCAL_RANK=" + rank, "WORLD_SIZE=" + size, "LOCAL_WORLD_SIZE=" + size,
+                                 "MASTER_ADDR=127.0.0.1", "MASTER_PORT=" + port, "OMP_NUM_THREADS=1",
+                                 "OMP_WAIT_POLICY=PASSIVE"}));
   }
 }
 
@@ -79,7 +81,8 @@ std::vector<ProcessResult> Ranks::wait(std::chrono::seconds limit) {
   const auto deadline = std::chrono::steady_clock::now() + limit;
   std::vector<ProcessResult> results;
   for (auto& process : processes_) {
-    while (process->running() && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    while (process->running() && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
     process->send(SIGKILL);
     results.push_back(process->wait());
   }
@@ -87,9 +90,12 @@ std::vector<ProcessResult> Ranks::wait(std::chrono::seconds limit) {
 }
 
 void run_ranks(const std::string& body, int n, const std::string& argument) {
-  const auto results = Ranks(body, n, argument).wait(std::chrono::seconds(120));  // seconds alone, much longer beside compilers
+  const auto results =
+      Ranks(body, n, argument).wait(std::chrono::seconds(120));  // seconds alone, much longer beside compilers
   for (size_t r = 0; r < results.size(); ++r) {
-    EXPECT_EQ(results[r].code, 0) << body << ", rank " << r << " of " << n << (results[r].signal ? ", ended by signal " + std::to_string(results[r].signal) : "") << ":\n"
+    EXPECT_EQ(results[r].code, 0) << body << ", rank " << r << " of " << n
+                                  << (results[r].signal ? ", ended by signal " + std::to_string(results[r].signal) : "")
+                                  << ":\n"
                                   << results[r].err;
   }
 }

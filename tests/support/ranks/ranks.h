@@ -1,6 +1,7 @@
 #pragma once
-// Tests of several processes: RANK_BODY(name) { … } is what each process runs; Ranks("name", n) starts the test program n times with a launcher's variables
-// for it. In a body gtest's EXPECT and ASSERT throw; whatever it throws goes to stderr, and the process ends with 1.
+// Tests of several processes: RANK_BODY(name) { … } is what each process runs; Ranks("name", n) starts the test program
+// n times with a launcher's variables for it. In a body gtest's EXPECT and ASSERT throw; whatever it throws goes to
+// stderr, and the process ends with 1.
 
 #include <chrono>
 #include <memory>
@@ -13,8 +14,8 @@ namespace moegraft::testing {
 
 int register_rank_body(const char* name, void (*body)());
 
-#define RANK_BODY(name)                                                                                    \
-  static void rank_body_##name();                                                                          \
+#define RANK_BODY(name)                                                                                       \
+  static void rank_body_##name();                                                                             \
   static const int rank_registered_##name = ::moegraft::testing::register_rank_body(#name, rank_body_##name); \
   static void rank_body_##name()
 
