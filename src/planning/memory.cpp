@@ -341,7 +341,7 @@ MemoryRequest memory_request(const model::DecoderSpec& spec, const run::RunConfi
   r.base_trains = config.train.base_weights == train::BaseWeights::full;
   r.offload_experts = config.model.offload == model::Offload::experts;
   r.moments_8bit = config.train.optimizer == train::OptimizerKind::adamw_8bit;
-  r.narrow_gradients = config.train.gradients == GradientDtype::bf16;
+  r.narrow_gradients = config.train.gradients == train::GradientDtype::bf16;
   r.converted = !config.model.path.empty() && !stored_as(config.model.path, r.dtype);
   r.auxiliary_loss = r.base_trains && spec.has_experts() && spec.router_aux_loss_coef > 0;
   r.tokens = data::largest_micro_batch(config.data, {config.train.accumulation, 0, processes});

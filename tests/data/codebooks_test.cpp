@@ -127,7 +127,7 @@ TEST_F(Codebooks, ASequenceHoldsBothAndItsOutlineKnowsIt) {
 }
 
 TEST_F(Codebooks, TheStreamPacksAllOfThemAndComesBack) {
-  for (const char* batching : {"mixed", "modality"}) {
+  for (const Batching batching : {Batching::mixed, Batching::modality}) {
     config.batching = batching;
     BatchStream stream(config.train, config, vocabulary(), 17), again(config.train, config, vocabulary(), 17);
     std::map<int64_t, int64_t> seen;  // tokens by modality
@@ -142,7 +142,7 @@ TEST_F(Codebooks, TheStreamPacksAllOfThemAndComesBack) {
       for (int64_t s = 0; s < batch.num_sequences(); ++s)
         kinds.insert(std::set<int64_t>(modality.begin() + batch.cu_seqlens[size_t(s)],
                                        modality.begin() + batch.cu_seqlens[size_t(s) + 1]));
-      if (config.batching == "modality") { EXPECT_EQ(kinds.size(), 1u); }
+      if (config.batching == Batching::modality) { EXPECT_EQ(kinds.size(), 1u); }
       for (size_t t = 0; t < ids.size(); ++t) {
         EXPECT_EQ(vocabulary().modality_of(ids[t]), modality[t]);
         ++seen[modality[t]];
@@ -153,7 +153,7 @@ TEST_F(Codebooks, TheStreamPacksAllOfThemAndComesBack) {
         EXPECT_EQ(values(again.next().micro_batches[0].ids_T), ids);
       }
     }
-    EXPECT_EQ(seen.size(), 3u) << batching;
+    EXPECT_EQ(seen.size(), 3u) << config::name_of(batching);
   }
   EvalStream eval(config.train, config, vocabulary());
   int64_t tokens = 0, expected = 0;
