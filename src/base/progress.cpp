@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 
 namespace moegraft {
@@ -55,7 +56,7 @@ void Progress::finish() {
 }
 
 void Progress::draw(bool last) {
-  const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+  const double elapsed = seconds_since(start_);
   const double rate = elapsed > 0 ? double(done_ - first_) / elapsed : 0;
   const double eta = rate > 0 ? double(total_ - done_) / rate : INFINITY;
   const double share = total_ > 0 ? std::clamp(double(done_) / double(total_), 0.0, 1.0) : 1;

@@ -13,6 +13,7 @@
 #include "format.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/text.h"
 #include "moegraft/checkpoint/checkpoint.h"
@@ -30,8 +31,6 @@ using Clock = std::chrono::steady_clock;
 // long.
 constexpr auto kGrace = std::chrono::seconds(5);
 constexpr const char* kDone = "done";
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 struct Save {
   int64_t step = 0;

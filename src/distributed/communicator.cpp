@@ -6,6 +6,7 @@
 
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "shared.h"
 #include "watch.h"
 
@@ -21,8 +22,6 @@ std::string first_line(const std::string& text) {
   }
   return line;
 }
-
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.detach().view({-1}).view(at::kByte); }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 #include "moegraft/kernels/current_device.h"
 
@@ -48,7 +49,7 @@ void Watch::run() {
     taken.swap(entries_);
     lock.unlock();  // add() never waits for the GPU or the store
     for (auto it = taken.begin(); it != taken.end();) {
-      const double seconds = std::chrono::duration<double>(Clock::now() - it->begin).count();
+      const double seconds = seconds_since(it->begin);
       std::string trouble;
       try {
         if (it->work->isCompleted()) {

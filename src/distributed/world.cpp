@@ -8,6 +8,7 @@
 #include "gloo.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "nccl.h"
 #include "rendezvous.h"
 #include "shared.h"
@@ -47,8 +48,7 @@ struct World::Impl {
           group->nccl = make_nccl(store("nccl"), static_cast<int>(rank), size, shared->timeout, name, shared->device);
       } catch (const UserError&) { throw; } catch (const std::exception& error) {
         const std::string what = error.what();
-        throw UserError(explain_failure(*group, "connecting", group->calls++,
-                                        std::chrono::duration<double>(Clock::now() - begin).count(),
+        throw UserError(explain_failure(*group, "connecting", group->calls++, seconds_since(begin),
                                         what.substr(0, what.find('\n'))));
       }
     }

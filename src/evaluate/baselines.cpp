@@ -7,6 +7,7 @@
 #include "gallery.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/base/text.h"
@@ -199,7 +200,7 @@ Baselines measure_baselines(const graft::GraftedModel& model, const model::Modal
   for (const auto& task : read) result.candidates[task.name] = task.candidates_M3HW.size(0);
   result.bag_of_words = fit_probe(BagOfWords(rows.captions, section.max_words), "bag of words", rows, read);
   if (section.states) result.base_states = fit_probe(BaseStates(model), "base states", rows, read);
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.seconds = seconds_since(start);
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include "gallery.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/data/sequence.h"
@@ -153,7 +154,7 @@ LikelihoodRanking rank_likelihoods(const graft::GraftedModel& model, const model
     rank_first(
         candidates, [&](int64_t c) { return pairs.at({i, c}) - pairs.at({kNoCaption, c}); }, result.pictures_pmi);
   }
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.seconds = seconds_since(start);
   return result;
 }
 

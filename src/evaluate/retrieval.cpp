@@ -6,6 +6,7 @@
 #include "gallery.h"
 #include "libtorch.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/generate/images.h"
 #include "moegraft/io/image.h"
@@ -88,7 +89,7 @@ Retrieval measure_retrieval(const graft::GraftedModel& model, const model::Modal
   const auto start = std::chrono::steady_clock::now();
   const auto drawn = generate::generate_images(model, texts, draw);
   Retrieval result;
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.seconds = seconds_since(start);
   progress.finish();
 
   std::vector<at::Tensor> samples, sheet;

@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/checkpoint/checkpoint.h"
@@ -124,7 +125,7 @@ GraftedModel build_model(const run::RunConfig& config, const OpenOptions& option
     report["adapters"].push_back(io::Json::parse(initialise_lora(adapter, a.init, calibration ? &*calibration : nullptr,
                                                                  modality, config.ot, uint64_t(config.run.seed) + i)));
   }
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = seconds_since(start);
   report["seconds"] = seconds;
   m.init_report_json = report.dump(2);
   log::info("initialised rows (", config::name_of(config.embeddings.init), ") and adapters in ",

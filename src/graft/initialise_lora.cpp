@@ -13,6 +13,7 @@
 #include <set>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/graft/initialise_rows.h"
 #include "moegraft/io/json.h"
@@ -216,8 +217,7 @@ double estimate_solve_seconds(const CalibrationPlan& plan, const ot::OtConfig& o
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) gw_subspace_A(states[0], states[1], s.rank, ot, uint64_t(i));
     });
-    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() * double(s.count) /
-               double(threads);
+    seconds += seconds_since(start) * double(s.count) / double(threads);
   }
   return seconds;
 }
@@ -267,7 +267,7 @@ std::string initialise_lora(adapters::Adapter& adapter, FactorInit method, const
     factor.A.copy_(found->second.A_EPX.view(factor.A.sizes()));
   }
   if (solved) solved->finish();
-  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  report["seconds"] = seconds_since(start);
   return report.dump();
 }
 

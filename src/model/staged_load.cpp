@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/model/host_arena.h"
 
@@ -68,9 +69,7 @@ void StagedLoad::run(const std::string& title) {
                    wait_for_copies();  // then this buffer is filled anew; the others fill meanwhile
                    if (!progress) return;
                    char rate[32];
-                   std::snprintf(rate, sizeof rate, "MiB, %.2f GB/s",
-                                 double(done) / 1e9 /
-                                     std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+                   std::snprintf(rate, sizeof rate, "MiB, %.2f GB/s", double(done) / 1e9 / seconds_since(start));
                    progress->update(done / kMiB, rate);
                  });
   if (progress) progress->finish();

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/base/clock.h"
 #include "moegraft/distributed/world.h"
 #include "moegraft/graft/grafted_model.h"
 #include "moegraft/train/optimizer.h"
@@ -21,7 +22,6 @@ namespace moegraft::tools::bench {
 using Json = nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-inline double since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 double median(std::vector<double> values);
 void synchronize(at::Device device);
 void set_threads(int64_t threads);  // 0: as they are

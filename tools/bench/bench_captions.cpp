@@ -74,7 +74,7 @@ Json measure(const CaptionOptions& o, double share, const graft::GraftedModel& m
     optimizer.step(1.0);
     synchronize(m.device());
     loss = result.loss.item<double>();
-    return since(start);
+    return seconds_since(start);
   };
   step(false, nullptr), step(true, &warm);  // panels, kernels, the cache
   const bool together = warm.may_share_a_pass(m.decoder->spec(), *m.decoder->base().weights);

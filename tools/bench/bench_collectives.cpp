@@ -104,7 +104,7 @@ std::pair<double, double> time_collective(const Collective& c, distributed::Worl
     for (int64_t k = 0; k < repeats; ++k) c.run(world.all());
     synchronize(device);
     double slowest = 0;
-    for (const auto& one : world.all().all_gather_numbers({since(start) / double(repeats)}, "figures"))
+    for (const auto& one : world.all().all_gather_numbers({seconds_since(start) / double(repeats)}, "figures"))
       slowest = std::max(slowest, one[0]);
     seconds.push_back(slowest);
   }

@@ -164,7 +164,7 @@ Json measure(const ContentionOptions& o, const Step& step) {
     const double cpu = cpu_seconds();
     const auto start = Clock::now();
     for (int64_t i = 0; i < o.steps; ++i) step();
-    side.step_s.push_back(since(start) / double(o.steps)),
+    side.step_s.push_back(seconds_since(start) / double(o.steps)),
         side.cpu_s.push_back((cpu_seconds() - cpu) / double(o.steps));
   };
   for (int64_t round = 0; round < o.rounds; ++round) {

@@ -69,7 +69,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
   const auto likeliest = [&](const at::Tensor& hidden_BD) { return m.decoder->text_logits(hidden_BD).argmax(-1); };
   std::vector<at::Tensor> ids{likeliest(hidden_BD.contiguous())};
   synchronize(device);
-  TextTimes times{since(start), 0, {}};
+  TextTimes times{seconds_since(start), 0, {}};
   std::optional<model::FixedStep> recorded;
   if (cuda_graphs) recorded.emplace(*m.decoder, cache, B, 0, likeliest, true);
   if (ops) ops->phase("decode");
@@ -86,7 +86,7 @@ TextTimes write_text(const graft::GraftedModel& m, const at::Tensor& prompts_BS,
     ids.push_back(likeliest(m.decoder->forward(batch, options).hidden_TD));
   }
   synchronize(device);
-  times.decode_s = since(start);
+  times.decode_s = seconds_since(start);
   times.ids_BN = at::stack(ids, 1).to(at::kCPU);
   return times;
 }
@@ -108,7 +108,7 @@ double draw_pictures(const graft::GraftedModel& m, int64_t pictures, uint64_t se
   };
   if (ops) ops->phase("image prompt");
   generate::generate_images(m, std::vector<std::string>{"prompt"}, options);
-  return since(first);
+  return seconds_since(first);
 }
 
 void run(const GenerateOptions& given) {

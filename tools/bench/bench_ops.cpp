@@ -248,7 +248,7 @@ Timing time_once(const OpCase& c, const std::function<at::Tensor()>& f, bool bac
     f();
   }
   synchronize(device);
-  return {since(start), peak_memory(device).device_mib};
+  return {seconds_since(start), peak_memory(device).device_mib};
 }
 
 double difference(const at::Tensor& a, const at::Tensor& b) {

@@ -70,7 +70,7 @@ void on_end(const at::RecordFunction& function, at::ObserverContext* context) {
   if (!context || !recording) return;
   auto* frame = static_cast<Frame*>(context);
   synchronize(recording->device);
-  const double inclusive = since(frame->begin);
+  const double inclusive = seconds_since(frame->begin);
   innermost = frame->parent;
   if (frame->parent) frame->parent->children_s += inclusive;
   const std::lock_guard lock(recording->mutex);
@@ -101,14 +101,14 @@ OpProfile::~OpProfile() {
 void OpProfile::phase(const std::string& name) {
   synchronize(recording->device);
   auto& phases = recording->phases;
-  if (!phases.empty()) phases.back().s = since(phases.back().begin);
+  if (!phases.empty()) phases.back().s = seconds_since(phases.back().begin);
   phases.push_back({name, 0, 0, Clock::now()});
 }
 
 Json OpProfile::finish() {
   synchronize(recording->device);
   auto& phases = recording->phases;
-  if (!phases.empty()) phases.back().s = since(phases.back().begin);
+  if (!phases.empty()) phases.back().s = seconds_since(phases.back().begin);
   double total = 0;
   Json out{{"phases", Json::array()}, {"ops", Json::array()}};
   for (const Phase& phase : phases) {

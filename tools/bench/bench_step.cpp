@@ -362,7 +362,7 @@ Json measure_saves(const StepOptions& o, const std::shared_ptr<distributed::Worl
       double stall = writer.last_stall_seconds();
       const auto start = Clock::now();
       stepper.run(batches, forward);
-      const double step = since(start);
+      const double step = seconds_since(start);
       writer.wait();
       double write = writer.last_write_seconds(), slowest = step;
       for (const auto& rank : world->all().all_gather_numbers({stall, write, step}, "figures"))
@@ -421,7 +421,7 @@ void measure(const StepOptions& given, const std::shared_ptr<distributed::World>
     const auto start = Clock::now();
     const at::Tensor loss = stepper.run(batches, forward);
     synchronize(device);
-    const double mine = since(start);
+    const double mine = seconds_since(start);
     const auto step_traffic = stepper.take_traffic();
     double slowest = 0, sum = 0;
     for (const auto& rank : world->all().all_gather_numbers({mine, loss.item<double>()}, "figures"))

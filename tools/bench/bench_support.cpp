@@ -54,7 +54,7 @@ double matmul_gflops(at::ScalarType dtype, at::Device device, int64_t size) {
   const auto start = Clock::now();
   for (int64_t i = 0; i < repeats; ++i) at::mm_out(z, x, y);
   synchronize(device);
-  return double(repeats) * 2 * double(n) * double(n) * double(n) / since(start) / 1e9;
+  return double(repeats) * 2 * double(n) * double(n) * double(n) / seconds_since(start) / 1e9;
 }
 
 PeakMemory peak_memory(at::Device device) {

@@ -7,6 +7,8 @@
 #include <chrono>
 #include <map>
 
+#include "moegraft/base/clock.h"
+
 namespace moegraft::tools::bench {
 namespace {
 
@@ -45,7 +47,7 @@ KernelRecord::~KernelRecord() {
 }
 
 nlohmann::json KernelRecord::finish() {
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
+  const double seconds = seconds_since(begin_);
   running_ = false;
   const auto result = profiler::disableProfiler();
   std::vector<std::pair<uint64_t, uint64_t>> kernels, copies;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "moegraft/base/clock.h"
 #include "moegraft/config/config.h"
 #include "moegraft/data/balance.h"
 #include "moegraft/model/weights.h"
@@ -58,7 +59,7 @@ void run(const Options& o) {
       const auto start = std::chrono::steady_clock::now();
       const data::Balance b =
           data::measure_balance(stream, {config.train.accumulation, 0, world}, dealt.sequence_length, o.steps);
-      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const double seconds = seconds_since(start);
       out["results"].push_back({{"batching", name},
                                 {"world", world},
                                 {"steps", b.steps},

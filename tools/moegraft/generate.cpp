@@ -9,6 +9,7 @@
 
 #include "command.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 #include "moegraft/base/progress.h"
 #include "moegraft/base/text.h"
@@ -66,10 +67,6 @@ std::vector<generate::Prompt> parse(const Options& o, const std::vector<std::str
     prompts.push_back(std::move(prompt));
   }
   return prompts;
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void finish(Json& out, double seconds, int64_t tokens) {

@@ -4,6 +4,7 @@
 
 #include "command.h"
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/base/log.h"
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
@@ -63,7 +64,7 @@ void run_ot(const OtOptions& o) {
   };
   log::info("coupling ", x.points.size(0), " with ", y.points.size(0), " points");
   const ot::Result r = ot::solve(cost(x.points), cost(y.points), s, x.weights, y.weights);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = seconds_since(start);
   if (!o.output.empty()) {
     io::TensorMap tensors = {{"plan", r.plan_NM}, {"p", r.plan_NM.sum(1)}, {"q", r.plan_NM.sum(0)}};
     if (x.assignment.defined()) tensors.insert({{"assignment_x", x.assignment}, {"centres_x", x.points}});
