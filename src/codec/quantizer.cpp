@@ -1,47 +1,17 @@
 #include "libtorch.h"
 
-#include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/codec/train.h"
+#include "moegraft/ot/kmeans.h"
 
 namespace moegraft::codec {
 namespace {
 
-constexpr int64_t kSpreadStartLimit = 2048;  // clusters; the spread start looks at every point once per cluster
+constexpr int64_t kSpreadStartLimit = 2048;       // codes; the spread start looks at every point once per code
+constexpr int64_t kDistances = int64_t{1} << 27;  // 512 MiB
 
 at::Tensor rows(const at::Tensor& points, const std::vector<int64_t>& picks) {
   return points.index_select(0, at::tensor(picks, at::kLong).to(points.device()));
-}
-
-at::Tensor random_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) {
-  auto order = Rng(seed, "codec.kmeans").permutation(points.size(0));
-  std::vector<int64_t> picks;
-  for (int64_t i = 0; i < wanted; ++i) picks.push_back(order[size_t(i % points.size(0))]);
-  return rows(points, picks);
-}
-
-// Each next row with probability proportional to its squared distance from those drawn (k-means++; Arthur and
-// Vassilvitskii, SODA 2007).
-at::Tensor spread_rows(const at::Tensor& points, int64_t wanted, uint64_t seed) {
-  Rng rng(seed, "codec.kmeans");
-  std::vector<int64_t> picks = {int64_t(rng.below(uint64_t(points.size(0))))};
-  auto distance = (points - points[picks[0]]).square().sum(1);
-  while (int64_t(picks.size()) < wanted) {
-    const auto cumulative = distance.to(at::kDouble).cumsum(0);
-    const double total = cumulative[-1].item<double>();
-    const int64_t pick =
-        total > 0 ? std::min(at::searchsorted(cumulative, at::Scalar(rng.uniform() * total), false, /*right=*/true)
-                                 .item<int64_t>(),
-                             points.size(0) - 1)
-                  : int64_t(rng.below(uint64_t(points.size(0))));
-    picks.push_back(pick);
-    distance = at::minimum(distance, (points - points[pick]).square().sum(1));
-  }
-  return rows(points, picks);
-}
-
-at::Tensor nearest_rows(const at::Tensor& points_MZ, const at::Tensor& centres_NZ) {
-  return at::addmm(centres_NZ.square().sum(1), points_MZ, centres_NZ.t(), 1, -2).argmin(1);
 }
 
 }  // namespace
@@ -73,26 +43,14 @@ int64_t EmaCodebook::update(const at::Tensor& z_MZ, const at::Tensor& ids_M, uin
   return revived;
 }
 
-at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed) {
-  at::NoGradGuard no_grad;
-  const int64_t count = points_MZ.size(0);
-  MOEGRAFT_CHECK(count >= 1, "k-means needs at least one point");
-  auto centres =
-      clusters <= kSpreadStartLimit ? spread_rows(points_MZ, clusters, seed) : random_rows(points_MZ, clusters, seed);
-  for (int64_t round = 0; round < iterations; ++round) {
-    const auto ids = nearest_rows(points_MZ, centres);
-    const auto counts = at::bincount(ids, {}, clusters);
-    const auto sums = at::zeros_like(centres).index_add_(0, ids, points_MZ);
-    auto next = sums / counts.clamp_min(1).to(at::kFloat).unsqueeze(1);
-    const auto empty = at::nonzero(counts == 0).flatten();
-    const int64_t restarts = std::min(empty.size(0), count);
-    if (restarts > 0) {
-      const auto error = (points_MZ - centres.index_select(0, ids)).square().sum(1);
-      next.index_copy_(0, empty.narrow(0, 0, restarts), points_MZ.index_select(0, std::get<1>(error.topk(restarts))));
-    }
-    centres = next;
-  }
-  return centres;
+at::Tensor fit_codebook(const at::Tensor& points_MZ, int64_t codes, int64_t rounds, uint64_t seed) {
+  ot::KMeansSettings settings;
+  settings.restarts = 1, settings.max_iterations = rounds, settings.tolerance = -1, settings.seed = seed,
+  settings.purpose = "codec.kmeans";
+  settings.start = codes <= kSpreadStartLimit ? ot::KMeansStart::spread : ot::KMeansStart::rows;
+  settings.empty = ot::EmptyCluster::restart;
+  settings.sums = at::kFloat, settings.distances = kDistances;
+  return ot::kmeans(points_MZ, codes, settings).centres_KD;
 }
 
 }  // namespace moegraft::codec

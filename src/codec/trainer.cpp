@@ -101,7 +101,7 @@ at::Tensor start_codebook(const VqCodec& model, const at::Tensor& pixels_u8, uin
   picks.resize(size_t(wanted));
   const auto z = in_batches(pixels_u8.index_select(0, at::tensor(picks, at::kLong)), 64,
                             [&](const at::Tensor& x) { return model.embed(x); });
-  return kmeans(z.flatten(0, 1), codes, kKmeansRounds, seed);
+  return fit_codebook(z.flatten(0, 1), codes, kKmeansRounds, seed);
 }
 
 // The error of a reconstruction, as means over its pictures.

@@ -214,16 +214,16 @@ TEST_F(CodecTest, DeadCodesRestartAtEncoderOutputs) {
   EXPECT_NEAR(now[0][0].item<double>(), 1.5 * (1 - old_share) + 1.0 * old_share, 1e-5);
 }
 
-TEST_F(CodecTest, KmeansFindsSeparatedClusters) {
+TEST_F(CodecTest, ACodebookIsFittedToSeparatedClusters) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{2});
   const auto centres = at::tensor({0.0f, 0.0f, 10.0f, 0.0f, 0.0f, 10.0f}).view({3, 2});
   const auto points = (centres.unsqueeze(1) + 0.01 * at::randn({3, 50, 2}, generator)).view({150, 2});
   for (uint64_t seed = 0; seed < 5; ++seed) {
-    const auto found = kmeans(points, 3, 10, seed);
+    const auto found = fit_codebook(points, 3, 10, seed);
     const auto distance = at::cdist(centres, found);
     EXPECT_LT(std::get<0>(distance.min(1)).max().item<double>(), 0.05) << found;
   }
-  EXPECT_EQ(kmeans(points.narrow(0, 0, 2), 4, 3, 1).size(0), 4);  // fewer points than codes
+  EXPECT_EQ(fit_codebook(points.narrow(0, 0, 2), 4, 3, 1).size(0), 4);  // fewer points than codes
 }
 
 TEST_F(CodecTest, StraightThroughGradients) {

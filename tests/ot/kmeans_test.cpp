@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "moegraft/base/check.h"
@@ -93,6 +94,56 @@ TEST(KMeans, EmptyClustersAndEdges) {
   EXPECT_THROW(kmeans(x.squeeze(1), 2), UserError);
   EXPECT_THROW(kmeans(x.to(at::kLong), 2), UserError);
   EXPECT_THROW(kmeans(x * std::nan(""), 2), UserError);
+}
+
+// Lloyd's loop written out: sums in float32, every round is made, empty clusters restart at the points furthest from
+// their centres.
+at::Tensor plain_lloyd(const at::Tensor& x, at::Tensor centres, int64_t rounds) {
+  for (int64_t round = 0; round < rounds; ++round) {
+    const at::Tensor ids = at::addmm(centres.square().sum(1), x, centres.t(), 1, -2).argmin(1),
+                     counts = at::bincount(ids, {}, centres.size(0));
+    at::Tensor next = at::zeros_like(centres).index_add_(0, ids, x) / counts.clamp_min(1).to(at::kFloat).unsqueeze(1);
+    const at::Tensor empty = at::nonzero(counts == 0).flatten(),
+                     error = (x - centres.index_select(0, ids)).square().sum(1);
+    const int64_t restarts = std::min(empty.size(0), x.size(0));
+    if (restarts > 0)
+      next.index_copy_(0, empty.narrow(0, 0, restarts), x.index_select(0, std::get<1>(error.topk(restarts))));
+    centres = next;
+  }
+  return centres;
+}
+
+// As a codec's first codebook is fitted: bit for bit, from rows at random (whose permutation the stream of random
+// numbers begins with), with more centres than points too.
+TEST(KMeans, RestartingEmptyClustersFollowsThePlainLoop) {
+  Rng rng(4, "test.codes");
+  at::Tensor x = at::empty({300, 5}, at::kFloat);
+  for (int64_t i = 0; i < x.numel(); ++i)
+    x.mutable_data_ptr<float>()[i] = float(std::round(rng.normal()));  // many rows are equal: clusters that start empty
+  KMeansSettings s{.restarts = 1,
+                   .max_iterations = 7,
+                   .tolerance = -1,
+                   .seed = 11,
+                   .start = KMeansStart::rows,
+                   .empty = EmptyCluster::restart,
+                   .sums = at::kFloat,
+                   .purpose = "test.rows"};
+  for (const int64_t k : {1, 40, 250, 300, 420}) {
+    const auto order = Rng(11, "test.rows").permutation(300);
+    std::vector<int64_t> picks;
+    for (int64_t i = 0; i < k; ++i) picks.push_back(order[size_t(i % 300)]);
+    const KMeansResult r = kmeans(x, k, s);
+    EXPECT_TRUE(at::equal(r.centres_KD, plain_lloyd(x, x.index_select(0, at::tensor(picks, at::kLong)), 7))) << k;
+    EXPECT_EQ(r.iterations, 7) << k;
+    EXPECT_EQ(r.counts_K.sum().item<int64_t>(), 300) << k;
+  }
+  KMeansSettings once = s;
+  once.max_iterations = 1;
+  s.start = KMeansStart::spread;
+  EXPECT_LT(kmeans(x, 40, s).inertia, kmeans(x, 40, once).inertia);
+  EXPECT_EQ(kmeans(x, 420, s).centres_KD.size(0), 420);
+  s.restarts = 2;
+  EXPECT_THROW(kmeans(x, 40, s), UserError);
 }
 
 }  // namespace

@@ -75,8 +75,8 @@ void write_codec(const TinyWorld& world, uint64_t seed) {
   c.mixer_blocks = 1, c.mixer_width = 24, c.codebook_size = 16, c.code_width = 4;
   codec::VqCodec codec(c, seed);
   const auto pictures = codec::load_pictures(world.manifest, kSize, c.fit);
-  codec.set_codebook(codec::kmeans(codec.embed(codec::to_float(pictures.pixels_N3HW)).reshape({-1, c.code_width}),
-                                   c.codebook_size, 8, seed));
+  codec.set_codebook(codec::fit_codebook(codec.embed(codec::to_float(pictures.pixels_N3HW)).reshape({-1, c.code_width}),
+                                         c.codebook_size, 8, seed));
   codec.save(world.codec);
 }
 

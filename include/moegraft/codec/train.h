@@ -115,9 +115,9 @@ class EmaCodebook {
   double decay_, revive_below_;
 };
 
-// Lloyd's algorithm from rows drawn by seed, far apart up to 2048 clusters; an empty cluster restarts at the row
-// furthest from its centre. float32 [clusters, d].
-at::Tensor kmeans(const at::Tensor& points_MZ, int64_t clusters, int64_t iterations, uint64_t seed);
+// A codebook from encoder outputs, float32 [codes, d]: ot/kmeans.h from rows drawn by seed, far apart up to 2048 codes;
+// a code without points restarts at the point furthest from its code. UserError: no points, or NaN among them.
+at::Tensor fit_codebook(const at::Tensor& points_MZ, int64_t codes, int64_t rounds, uint64_t seed);
 
 // Training step by step: train_vq runs it to the end, benchmarks run some steps of it.
 class VqTrainer {
