@@ -1,12 +1,8 @@
 #include "moegraft/run/run_dir.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <ctime>
 #include <thread>
 #include <utility>
@@ -42,11 +38,6 @@ std::string now_utc() {
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
   return text;
-}
-
-std::string host_name() {
-  char name[256] = {};
-  return gethostname(name, sizeof name - 1) == 0 ? name : "unknown";
 }
 
 void flatten(const config::Tree& tree, const std::string& path, std::map<std::string, std::string>& out) {
@@ -102,11 +93,13 @@ void edit_run_json(const fs::path& dir, F&& edit) {
 
 }  // namespace
 
-std::map<std::string, std::string> flat_config(const RunConfig& config) {
+std::map<std::string, std::string> flat_config(const std::string& yaml) {
   std::map<std::string, std::string> out;
-  flatten(config::Document::from_string(config::dump(config)).root(), "", out);
+  flatten(config::Document::from_string(yaml).root(), "", out);
   return out;
 }
+
+std::map<std::string, std::string> flat_config(const RunConfig& config) { return flat_config(config::dump(config)); }
 
 std::string git_commit() { return MOEGRAFT_GIT_COMMIT; }
 
@@ -164,35 +157,12 @@ RunDir::RunDir(fs::path dir) : metrics(dir / "metrics.jsonl"), routing(dir / "ro
   std::error_code error;
   fs::create_directories(dir_, error);
   MOEGRAFT_CHECK(!error, "cannot make the run directory ", dir_.string(), ": ", error.message());
-  const auto path = dir_ / "lock";
-  lock_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
-  MOEGRAFT_CHECK(lock_ >= 0 || errno != ELOOP, path.string(), " is a symbolic link; remove it");
-  MOEGRAFT_CHECK(lock_ >= 0, "cannot open ", path.string(), ": ", std::strerror(errno));
-  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
-    const int reason = errno;
-    ::close(std::exchange(lock_, -1));
-    MOEGRAFT_CHECK(reason == EWOULDBLOCK, "cannot lock ", path.string(), ": ", std::strerror(reason));
-    fail<UserError>("the run directory ", dir_.string(), " is in use by process ", trim(io::read_file(path)),
-                    ": wait for it, stop it, or name another run.dir");
-  }
-  const std::string owner = std::to_string(getpid()) + " on " + host_name() + "\n";
-  if (::ftruncate(lock_, 0) != 0 || ::pwrite(lock_, owner.data(), owner.size(), 0) < 0)
-    log::warning("cannot note the process in ", path.string(), ": ", std::strerror(errno));  // the lock itself holds
+  lock_.emplace(dir_, "run directory", "wait for it, stop it, or name another run.dir");
   for (const auto& folder : {checkpoints(), samples(), tensorboard()}) {
     fs::create_directories(folder, error);
     MOEGRAFT_CHECK(!error, "cannot make the folder ", folder.string(), ": ", error.message());
   }
 }
-
-RunDir::~RunDir() {
-  if (lock_ >= 0) ::close(lock_);
-}
-
-RunDir::RunDir(RunDir&& other) noexcept
-    : metrics(std::move(other.metrics)),
-      routing(std::move(other.routing)),
-      dir_(std::move(other.dir_)),
-      lock_(std::exchange(other.lock_, -1)) {}
 
 RunDir RunDir::open_new(const RunConfig& config, bool over_untrained) {
   const fs::path dir = config.run.dir;

@@ -35,6 +35,7 @@ TrainingLine full_line() {
   line.busy_seconds_by_rank = {{0.5, 0.25}};
   line.data_wait_share = 0.0, line.checkpoint_stall_share = 0.125, line.prefix_cache_hit_share = 0.75,
   line.comm_wait_share = 0.0625, line.comm_mib_per_step = 8;
+  line.psnr = 21.5;
   return line;
 }
 
@@ -71,7 +72,7 @@ TEST_F(Records, LinesAreWrittenToTheByte) {
   EXPECT_EQ(
       to_json_line(full_line()),
       R"({"busy_seconds_by_rank":[0.5,0.25],"checkpoint_stall_share":0.125,"comm_mib_per_step":8.0,"comm_wait_share":0.0625,"data_wait_share":0.0,"epochs":0.5,"grad_norm":1e-07,)"
-      R"("loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"prefix_cache_hit_share":0.75,"seconds":12.0,"skipped_documents":0,"step":20,"tokens":40960,)"
+      R"("loss":2.25,"lr_factor":1.0,"nll_image":3.125,"nll_text":0.1,"prefix_cache_hit_share":0.75,"psnr":21.5,"seconds":12.0,"skipped_documents":0,"step":20,"tokens":40960,)"
       R"("tokens_per_s":3413.3333333333335,"truncated_documents":3})");
   EvaluationLine evaluation;
   evaluation.step = 40;
@@ -100,10 +101,10 @@ TEST_F(Records, MeasuresAreWhatCurvesAreDrawnOf) {
                                                                    {"nll_text", 0.1},
                                                                    {"tokens_per_s", 3413.3333333333335}}));
   const auto all = measures(full_line());
-  for (const char* key :
-       {"data_wait_share", "checkpoint_stall_share", "prefix_cache_hit_share", "comm_wait_share", "comm_mib_per_step"})
+  for (const char* key : {"data_wait_share", "checkpoint_stall_share", "prefix_cache_hit_share", "comm_wait_share",
+                          "comm_mib_per_step", "psnr"})
     EXPECT_TRUE(all.contains(key)) << key;
-  EXPECT_EQ(all.size(), 11u);
+  EXPECT_EQ(all.size(), 12u);
 }
 
 // As the first version of the training loop wrote them.

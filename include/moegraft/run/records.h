@@ -20,7 +20,7 @@ namespace moegraft::run {
 // before.
 struct TrainingLine {
   int64_t step = 0;    // steps taken
-  int64_t tokens = 0;  // seen so far
+  int64_t tokens = 0;  // seen so far; of a codec's training: pictures
   double epochs = 0;   // documents drawn so far / documents there are
   double seconds = 0;  // of training so far, over all sessions
   std::optional<int64_t> truncated_documents,
@@ -35,6 +35,7 @@ struct TrainingLine {
   std::optional<double> checkpoint_stall_share;  // of the time since the save before: on the first line after a save
   std::optional<double> prefix_cache_hit_share;  // of the tokens looked up
   std::optional<double> comm_wait_share, comm_mib_per_step;  // with several processes
+  std::optional<double> psnr;                                // dB, of this step's pictures: a codec's training
 
   // What curves are drawn of.
   template <class V>
@@ -49,6 +50,7 @@ struct TrainingLine {
     v("prefix_cache_hit_share", prefix_cache_hit_share);
     v("comm_wait_share", comm_wait_share);
     v("comm_mib_per_step", comm_mib_per_step);
+    v("psnr", psnr);
   }
   template <class V>
   void visit_fields(V& v) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "moegraft/run/folder_lock.h"
 #include "moegraft/run/identity.h"
 #include "moegraft/run/records.h"
 #include "moegraft/run/run_config.h"
@@ -35,6 +36,7 @@ const std::vector<std::string>& keys_free_on_resume();
 
 // Every key of a config and its value: "train.steps" -> "100".
 std::map<std::string, std::string> flat_config(const RunConfig& config);
+std::map<std::string, std::string> flat_config(const std::string& yaml);  // as config::dump writes it, of any config
 
 // "train.steps: 100 -> 200" for each key that differs.
 struct ConfigChange {
@@ -96,8 +98,7 @@ class RunDir {
                        const std::filesystem::path& checkpoint, int64_t step, const std::string& device = "cpu",
                        bool accept_data = false);
 
-  ~RunDir();
-  RunDir(RunDir&& other) noexcept;
+  RunDir(RunDir&& other) noexcept = default;
   RunDir& operator=(RunDir&&) = delete;
 
   const std::filesystem::path& path() const { return dir_; }
@@ -118,7 +119,7 @@ class RunDir {
   void begin(const RunConfig& config, const Fingerprints& fingerprints, const Session& session,
              std::optional<std::string> branched_from = {});
   std::filesystem::path dir_;
-  int lock_ = -1;
+  std::optional<FolderLock> lock_;
 };
 
 }  // namespace moegraft::run
