@@ -65,7 +65,7 @@ shard_text() {
 }
 train_base() { "$moegraft" train -c "$configs/base.yaml" --set "run.dir=$runs/base" --resume auto; }
 train_codec() {
-  "$moegraft" codec train -c "$configs/codec.yaml" --overwrite
+  "$moegraft" codec train -c "$configs/codec.yaml" --resume auto --overwrite  # goes on where it stopped; an older codec of other pictures or sizes is replaced
   "$moegraft" codec eval "$models/codec" --images "$data/emoji/heldout.jsonl" --sheet "$runs/codec.png" --json >"$runs/codec.json"
 }
 shard_images() {

@@ -1,5 +1,6 @@
 #include "libtorch.h"
 
+#include "moegraft/base/check.h"
 #include "moegraft/base/rng.h"
 #include "moegraft/codec/train.h"
 #include "moegraft/ot/kmeans.h"
@@ -18,6 +19,29 @@ at::Tensor rows(const at::Tensor& points, const std::vector<int64_t>& picks) {
 
 EmaCodebook::EmaCodebook(at::Tensor codebook_NZ, double decay, double revive_below)
     : codebook_NZ_(codebook_NZ.detach().clone()), decay_(decay), revive_below_(revive_below) {}
+
+EmaCodebook::EmaCodebook(const io::TensorMap& state, int64_t codes, int64_t width, double decay, double revive_below)
+    : decay_(decay), revive_below_(revive_below) {
+  const auto take = [&](const char* name, std::vector<int64_t> shape, at::ScalarType type) {
+    const auto found = state.find(name);
+    MOEGRAFT_CHECK(found != state.end(), "the checkpoint has no tensor ", name);
+    MOEGRAFT_CHECK(found->second.sizes() == at::IntArrayRef(shape) && found->second.scalar_type() == type, "tensor ",
+                   name, " of the checkpoint must be ", c10::toString(type), " ", shape, ", got ",
+                   c10::toString(found->second.scalar_type()), " ", found->second.sizes().vec());
+    return found->second.clone();
+  };
+  codebook_NZ_ = take("codebook.codes", {codes, width}, at::kFloat);
+  revived_ = take("codebook.revived", {}, at::kLong).item<int64_t>();
+  if (!state.contains("codebook.counts")) return;
+  counts_N_ = take("codebook.counts", {codes}, at::kFloat);
+  sums_NZ_ = take("codebook.sums", {codes, width}, at::kFloat);
+}
+
+io::TensorMap EmaCodebook::state() const {
+  io::TensorMap state{{"codebook.codes", codebook_NZ_}, {"codebook.revived", at::scalar_tensor(revived_, at::kLong)}};
+  if (counts_N_.defined()) state["codebook.counts"] = counts_N_, state["codebook.sums"] = sums_NZ_;
+  return state;
+}
 
 int64_t EmaCodebook::update(const at::Tensor& z_MZ, const at::Tensor& ids_M, uint64_t seed, uint64_t step) {
   at::NoGradGuard no_grad;
@@ -40,6 +64,7 @@ int64_t EmaCodebook::update(const at::Tensor& z_MZ, const at::Tensor& ids_M, uin
     counts_N_.index_fill_(0, which, fair);
   }
   codebook_NZ_ = sums_NZ_ / counts_N_.clamp_min(1e-6).unsqueeze(1);
+  revived_ += revived;
   return revived;
 }
 

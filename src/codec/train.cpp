@@ -2,19 +2,14 @@
 
 #include "libtorch.h"
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "moegraft/base/check.h"
-#include "moegraft/base/progress.h"
 
 namespace moegraft::codec {
-namespace {
 
-double psnr_of(double mse) { return -10 * std::log10(std::max(mse, 1e-10)); }
-
-}  // namespace
+double psnr(double mse) { return -10 * std::log10(std::max(mse, 1e-10)); }
 
 void CodecRunConfig::validate(const std::string& path) const {
   const std::string prefix = path.empty() ? "" : path + ".";
@@ -23,33 +18,6 @@ void CodecRunConfig::validate(const std::string& path) const {
                        "data.train must list at least one source: - { path: pictures.jsonl }");
   MOEGRAFT_CHECK_USAGE(train.warm_share <= train.freeze_share, prefix, "train.warm_share (", train.warm_share,
                        ") must not exceed train.freeze_share (", train.freeze_share, ")");
-}
-
-std::unique_ptr<VqCodec> train_vq(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed,
-                                  const at::Tensor& pixels_u8, std::vector<double>* losses) {
-  VqTrainer trainer(config, train, seed, pixels_u8);
-  Progress progress("codec", train.steps);
-  const auto start = std::chrono::steady_clock::now();
-  double smooth_mse = 0;
-  for (int64_t step = 0; step < train.steps; ++step) {
-    double done = double(step) / double(train.steps);
-    if (train.max_minutes > 0) {
-      const double minutes = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 60;
-      if (minutes >= train.max_minutes) break;
-      done = std::max(done, minutes / train.max_minutes);
-    }
-    const auto report = trainer.step(step, done);
-    if (losses) losses->push_back(report.loss);
-    smooth_mse = step == 0 ? report.mse : 0.98 * smooth_mse + 0.02 * report.mse;
-    char status[96];
-    std::snprintf(status, sizeof status, "loss %.4f · PSNR %.2f dB%s", report.loss, psnr_of(smooth_mse),
-                  report.frozen      ? " · decoder only"
-                  : report.quantised ? ""
-                                     : " · no codebook yet");
-    progress.update(step + 1, status);
-  }
-  progress.finish();
-  return trainer.finish();
 }
 
 Quality measure(const ImageCodec& codec, const at::Tensor& pixels_u8, int64_t batch) {
@@ -70,7 +38,7 @@ Quality measure(const ImageCodec& codec, const at::Tensor& pixels_u8, int64_t ba
   }
   if (q.pictures == 0) return q;
   q.psnr = total_psnr / double(q.pictures);
-  q.psnr_pooled = psnr_of(total_mse / double(q.pictures));
+  q.psnr_pooled = psnr(total_mse / double(q.pictures));
   q.l1 = total_l1 / double(q.pictures);
   q.used_codes = (counts > 0).sum().item<int64_t>();
   const auto p = counts / counts.sum();

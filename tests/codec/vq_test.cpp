@@ -23,12 +23,6 @@ VqConfig tiny() {
   return c;
 }
 
-CodecTrainConfig quick(int64_t steps) {
-  CodecTrainConfig t;
-  t.steps = steps, t.batch_size = 8, t.warmup = 5, t.lr = 3e-3, t.precision = "float32";
-  return t;
-}
-
 // Discs and bars of random colours on white.
 at::Tensor drawings(int64_t count, int64_t size) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{5});
@@ -192,6 +186,9 @@ TEST_F(CodecTest, ConfigRules) {
   EXPECT_NE(says("dir: out\ndata: { train: [] }\n").find("data.train must list at least one source"),
             std::string::npos);
   EXPECT_NE(says(base + "train: { stepz: 3 }").find("steps"), std::string::npos);
+  EXPECT_NE(says(base + "train: { betas: [0.9] }").find("train.betas must have two values"), std::string::npos);
+  EXPECT_NE(says(base + "train: { schedule: cosin }").find("did you mean cosine?"), std::string::npos);
+  EXPECT_EQ(parse(base + "checkpoint: { every: 7 }").checkpoint.every, 7);
 }
 
 TEST_F(CodecTest, DeadCodesRestartAtEncoderOutputs) {
@@ -212,6 +209,34 @@ TEST_F(CodecTest, DeadCodesRestartAtEncoderOutputs) {
   // centre is 3·2^-6 / (6 - 3·2^-6).
   const double old_share = 3.0 / 64 / (6 - 3.0 / 64);
   EXPECT_NEAR(now[0][0].item<double>(), 1.5 * (1 - old_share) + 1.0 * old_share, 1e-5);
+}
+
+TEST_F(CodecTest, ARestoredCodebookMovesOnAlike) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(uint64_t{3});
+  const auto z = at::randn({40, 2}, generator);
+  const auto nearest = [&](const EmaCodebook& book) { return at::cdist(z, book.codebook_NZ()).argmin(1); };
+  for (const uint64_t before : {0, 3}) {
+    auto codes = at::randn({8, 2}, generator);
+    codes[5].fill_(100);  // far from everything: it restarts at the fourth update
+    EmaCodebook whole(codes, 0.5, 0.5);
+    for (uint64_t step = 0; step < before; ++step) whole.update(z, nearest(whole), 7, step);
+    io::TensorMap state = whole.state();
+    EXPECT_EQ(state.contains("codebook.counts"), before > 0);
+    for (auto& [name, tensor] : state) tensor = tensor.clone();  // as from a file
+    EmaCodebook restored(state, 8, 2, 0.5, 0.5);
+    EXPECT_EQ(restored.revived(), whole.revived());
+    for (uint64_t step = before; step < before + 4; ++step) {
+      const int64_t revived = whole.update(z, nearest(whole), 7, step);
+      EXPECT_EQ(restored.update(z, nearest(restored), 7, step), revived);
+      EXPECT_TRUE(at::equal(restored.codebook_NZ(), whole.codebook_NZ())) << step;
+    }
+    EXPECT_GT(whole.revived(), 0);
+    EXPECT_EQ(restored.revived(), whole.revived());
+    EXPECT_SAYS("tensor codebook.codes of the checkpoint must be Float [16, 2], got Float [8, 2]",
+                EmaCodebook(state, 16, 2, 0.5, 0.5));
+    state.erase("codebook.codes");
+    EXPECT_SAYS("has no tensor codebook.codes", EmaCodebook(state, 8, 2, 0.5, 0.5));
+  }
 }
 
 TEST_F(CodecTest, ACodebookIsFittedToSeparatedClusters) {
@@ -241,98 +266,6 @@ TEST_F(CodecTest, StraightThroughGradients) {
   const auto got = torch::autograd::grad({(model.render(through) - x).abs().mean()}, {z})[0];
   EXPECT_TRUE(at::allclose(got, expected, 1e-4, 1e-7));
   EXPECT_GT(expected.abs().sum().item<double>(), 0);
-}
-
-TEST_F(CodecTest, TrainingLowersTheLossAndRepeats) {
-  const auto pixels = drawings(32, 12);
-  std::vector<double> first, second;
-  const auto a = train_vq(tiny(), quick(160), 9, pixels, &first);
-  const auto b = train_vq(tiny(), quick(160), 9, pixels, &second);
-  ASSERT_EQ(first.size(), 160u);
-  EXPECT_EQ(first, second);
-  double head = 0, tail = 0;
-  for (int i = 0; i < 10; ++i) head += first[size_t(i)], tail += first[first.size() - 1 - size_t(i)];
-  EXPECT_LT(tail, 0.5 * head);
-  const auto x = to_float(pixels);
-  EXPECT_TRUE(at::equal(a->encode(x), b->encode(x)));
-  EXPECT_TRUE(at::equal(a->decode(a->encode(x)), b->decode(b->encode(x))));
-  const auto quality = measure(*a, pixels);
-  EXPECT_EQ(quality.pictures, 32);
-  EXPECT_GT(quality.psnr, measure(VqCodec(tiny(), 9), pixels).psnr + 3);
-  EXPECT_GE(quality.used_codes, 8);
-  EXPECT_LE(quality.perplexity, double(quality.used_codes) + 1e-9);
-  std::vector<double> other;
-  train_vq(tiny(), quick(20), 10, pixels, &other);
-  EXPECT_NE(other.front(), first.front());
-}
-
-// Shards of 14, 14 and 12 pictures on three threads: who computes which changes no bit. One thread has shards of other
-// sizes, and the same training. Both precisions.
-TEST_F(CodecTest, ThreadsShareAStepAndRepeat) {
-  const auto pixels = drawings(48, 12);
-  for (const char* precision : {"float32", "bf16"}) {
-    auto config = quick(12);
-    config.batch_size = 40, config.precision = precision;
-    const auto losses = [&](int threads) {
-      at::set_num_threads(threads);
-      std::vector<double> values;
-      train_vq(tiny(), config, 9, pixels, &values);
-      at::set_num_threads(1);
-      return values;
-    };
-    const auto three = losses(3);
-    EXPECT_EQ(losses(3), three) << precision;
-    EXPECT_NEAR(losses(1).front(), three.front(), 1e-5 * three.front())
-        << precision;  // sums in another order; the products of a row are the same
-  }
-}
-
-// One step on three shards against plain autograd over the whole batch: AdamW's first update is lr towards the
-// gradient's sign, where there is a gradient.
-TEST_F(CodecTest, AStepFollowsTheGradientOfTheWholeBatch) {
-  const auto pixels = drawings(24, 12);
-  auto config = quick(4);
-  config.warm_share = config.freeze_share = 1;  // no codebook: an autoencoder
-  config.batch_size = 24, config.weight_decay = 0, config.warmup = 0, config.l1 = 0, config.gradient = 0;
-  at::set_num_threads(3);
-  VqTrainer trainer(tiny(), config, 9, pixels);
-  const VqCodec before(tiny(), 9);
-  ParameterList parameters = before.encoder_parameters();
-  for (const auto& p : before.decoder_parameters()) parameters.push_back(p);
-  std::vector<at::Tensor> leaves;
-  for (const auto& [name, p] : parameters) leaves.push_back(p.requires_grad_(true));
-  const auto x = to_float(pixels);
-  const auto mse = (before.render(before.embed(x)) - x).square().mean();
-  const auto gradients = torch::autograd::grad({mse}, leaves);
-
-  EXPECT_NEAR(trainer.step(0, 0).mse, mse.item<double>(), 1e-5);
-  const auto after = trainer.finish();
-  at::set_num_threads(1);
-  ParameterList moved = after->encoder_parameters();
-  for (const auto& p : after->decoder_parameters()) moved.push_back(p);
-  for (size_t i = 0; i < moved.size(); ++i) {
-    const auto expected = parameters[i].second.detach() - config.lr * gradients[i].sign();
-    const auto clear =
-        gradients[i].abs() > 1e-5;  // beyond float32's sums in another order, and far above AdamW's epsilon
-    const auto error = ((moved[i].second - expected).abs() * clear).max().item<double>();
-    EXPECT_LT(error, 0.01 * config.lr) << moved[i].first;
-    EXPECT_GT(clear.sum().item<int64_t>(), 0) << moved[i].first;
-  }
-}
-
-TEST_F(CodecTest, TheLastPhaseMovesTheDecoderOnly) {
-  const auto pixels = drawings(16, 12);
-  auto config = quick(30);
-  config.min_lr_ratio = 1, config.warm_share = 0.1, config.freeze_share = 1;
-  const auto half = train_vq(tiny(), config, 9, pixels);
-  config.steps = 60, config.warm_share = 0.05, config.freeze_share = 0.5;
-  const auto whole = train_vq(tiny(), config, 9, pixels);
-  const auto before = half->encoder_parameters(), after = whole->encoder_parameters();
-  for (size_t i = 0; i < before.size(); ++i)
-    EXPECT_TRUE(at::equal(before[i].second, after[i].second)) << before[i].first;
-  EXPECT_TRUE(at::equal(half->codebook_NZ(), whole->codebook_NZ()));
-  EXPECT_FALSE(at::equal(half->decoder_parameters()[0].second, whole->decoder_parameters()[0].second));
-  EXPECT_GT(measure(*whole, pixels).psnr, measure(*half, pixels).psnr);
 }
 
 TEST_F(CodecTest, BadPicturesAreSkippedAndCounted) {

@@ -17,8 +17,8 @@
 
 #include "bench.h"
 #include "moegraft/base/check.h"
-#include "moegraft/codec/train.h"
 #include "moegraft/model/device.h"
+#include "moegraft/train/codec.h"
 
 namespace moegraft::tools::bench {
 namespace {
@@ -100,7 +100,7 @@ Step codec_step() {
   train.warm_share = 0;
   const auto pixels =
       at::randint(0, 256, {256, 3, config.image_size, config.image_size}, generator, at::kLong).to(at::kByte);
-  const auto trainer = std::make_shared<codec::VqTrainer>(config, train, 1, pixels);
+  const auto trainer = std::make_shared<train::CodecTrainer>(config, train, 1, pixels);
   return
       [trainer, next = int64_t{0}]() mutable { trainer->step(next++, 0.25); };  // encoder, codebook and decoder learn
 }

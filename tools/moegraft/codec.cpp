@@ -2,7 +2,6 @@
 
 #include "libtorch.h"
 
-#include <chrono>
 #include <iostream>
 #include <memory>
 
@@ -17,6 +16,8 @@
 #include "moegraft/io/json.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/io/staged_folder.h"
+#include "moegraft/train/codec.h"
+#include "moegraft/train/signals.h"
 
 namespace moegraft::tools {
 namespace {
@@ -49,7 +50,7 @@ void write_sheet(const ImageCodec& codec, const at::Tensor& pixels_u8, const std
 }
 
 struct Options {
-  std::string config, codec_dir, output, ids, images, sheet;
+  std::string config, codec_dir, output, ids, images, sheet, resume = "none";
   std::vector<std::string> overrides, pictures;
   int64_t columns = 0, threads = 0;
   bool json = false, overwrite = false;
@@ -64,16 +65,29 @@ void check_target(const std::filesystem::path& dir, bool overwrite) {
   MOEGRAFT_CHECK_USAGE(overwrite, dir.string(),
                        " holds a codec, and runs and shards made with it need it as it is: name another dir, or "
                        "replace it with --overwrite");
-  const std::string foreign =
-      io::find_foreign(dir, {"config.json", "model.safetensors", "codec.yaml", "report.json", "sheet.png"});
+  const std::string foreign = io::find_foreign(
+      dir, {"config.json", "model.safetensors", "codec.yaml", "metrics.jsonl", "report.json", "sheet.png"});
   MOEGRAFT_CHECK_USAGE(foreign.empty(), dir.string(), " holds ", foreign,
                        ", which no training wrote and --overwrite would remove: move it away or name another dir");
+}
+
+// Whether dir holds what this training would make of these pictures, as its codec.yaml and report.json say.
+bool is_made(const codec::CodecRunConfig& config, const std::string& pictures) {
+  const std::filesystem::path dir = config.dir;
+  for (const char* name : {"config.json", "codec.yaml", "report.json"})
+    if (!std::filesystem::exists(dir / name)) return false;
+  const io::Json report = io::read_json(dir / "report.json");
+  return report.contains("fingerprint") && report["fingerprint"] == pictures &&
+         train::codec_changes(
+             config::parse<codec::CodecRunConfig>(config::Document::from_file((dir / "codec.yaml").string())), config)
+             .empty();
 }
 
 void train(const Options& o) {
   if (o.threads > 0) at::set_num_threads(int(o.threads));
   auto config = config::parse<codec::CodecRunConfig>(config::Document::from_file(o.config, o.overrides));
-  check_target(config.dir, o.overwrite);
+  const bool resumes = o.resume == "auto";
+  if (!resumes) check_target(config.dir, o.overwrite);
   std::vector<at::Tensor> epoch, sources;
   int64_t skipped = 0;
   for (const auto& source : config.data.train) {
@@ -83,24 +97,36 @@ void train(const Options& o) {
     epoch.insert(epoch.end(), size_t(source.repeat), pictures.pixels_N3HW);
   }
   const auto pixels = at::cat(epoch);
+  const std::string fingerprint = train::fingerprint_pictures(pixels);
+  if (resumes && is_made(config, fingerprint)) {
+    log::info("codec: ", config.dir, " holds the codec that this training makes: nothing to do");
+    train::remove_codec_training(config.dir);  // of a process that ended between its last two steps
+    if (o.json) std::cout << io::read_json(std::filesystem::path(config.dir) / "report.json").dump() << "\n";
+    return;
+  }
+  if (resumes) check_target(config.dir, o.overwrite);
   codec::Pictures held_out;
   if (!config.data.eval.empty())
     held_out = codec::load_pictures(config.data.eval, config.codec.image_size, config.codec.fit);
   log::info("codec: ", pixels.size(0), " pictures an epoch, of ", config.codec.image_size, "x", config.codec.image_size,
             " -> ", config.codec.grid(), "x", config.codec.grid(), " codes of ", config.codec.codebook_size);
-  const auto start = std::chrono::steady_clock::now();
-  const auto model = codec::train_vq(config.codec, config.train, uint64_t(config.seed), pixels);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  train::CodecRun run(config, pixels, o.resume, o.overwrite);
+  const auto outcome = run.train();
+  if (!outcome.codec) throw CLI::RuntimeError(train::kExitStopped);
+  const codec::VqCodec* model = outcome.codec.get();
   io::StagedFolder folder(config.dir);
   const std::filesystem::path& dir = folder.path();
   model->save(dir);
   io::write_file_atomic(dir / "codec.yaml", config::dump(config));
+  if (std::filesystem::exists(run.folder() / "metrics.jsonl"))
+    io::write_file_atomic(dir / "metrics.jsonl", io::read_file(run.folder() / "metrics.jsonl"));
   io::Json report = {{"codec", config.dir},
-                     {"seconds", seconds},
+                     {"fingerprint", fingerprint},
+                     {"seconds", outcome.seconds},
                      {"steps", config.train.steps},
                      {"skipped", skipped + held_out.skipped},
                      {"train", io::Json::array()}};
-  log::info("codec: trained in ", format_seconds(seconds));
+  log::info("codec: trained in ", format_seconds(outcome.seconds));
   for (size_t i = 0; i < sources.size(); ++i) {
     const auto quality = codec::measure(*model, sources[i]);
     report["train"].push_back(to_json(quality));
@@ -115,6 +141,7 @@ void train(const Options& o) {
   write_sheet(*model, sources.back(), (dir / "sheet.png").string());
   io::write_json(dir / "report.json", report);
   folder.publish([&] { check_target(config.dir, o.overwrite); });
+  run.remove();
   if (o.json) std::cout << report.dump() << "\n";
 }
 
@@ -171,12 +198,21 @@ void add_codec_command(CLI::App& app) {
   t->add_option("-c,--config", o->config, "YAML file; moegraft config codec lists its keys")->required();
   t->add_option("--set", o->overrides, "Override a key: --set train.steps=200")->allow_extra_args(false);
   t->add_option("--threads", o->threads, "CPU threads")->check(CLI::Range(1, 4096));
-  t->add_flag("--overwrite", o->overwrite, "Replace the codec in dir, when the new one is whole");
+  t->add_option("--resume", o->resume,
+                "none: a new training; auto: continue one that was interrupted; a codec that this config has made of "
+                "these pictures is kept")
+      ->check(CLI::IsMember({"none", "auto"}))
+      ->capture_default_str();
+  t->add_flag(
+      "--overwrite", o->overwrite,
+      "Replace the codec in dir, when the new one is whole, and a training that was interrupted and is not resumed");
   t->add_flag("--json", o->json, "Print the report as JSON");
   t->footer(
-      "Example: moegraft codec train -c configs/quickstart/codec.yaml --set train.steps=500\n"
-      "Writes config.json, model.safetensors, codec.yaml, report.json and sheet.png (original | reconstruction pairs) "
-      "when it is done; an interrupted training starts anew.");
+      "Example: moegraft codec train -c configs/quickstart/codec.yaml --set train.steps=500 --resume auto\n"
+      "Writes config.json, model.safetensors, codec.yaml, metrics.jsonl, report.json and sheet.png (original | "
+      "reconstruction pairs) when it is done. Until then checkpoints and metrics\n"
+      "are in DIR.training, from where --resume auto continues exactly.\n"
+      "Exit codes: 0 finished, 1 failed, 2 bad usage or config, 3 stopped by a signal with everything saved.");
   t->callback([o] { train(*o); });
 
   auto* e = codec->add_subcommand("encode", "Pictures -> ids");

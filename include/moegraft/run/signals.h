@@ -4,9 +4,9 @@
 
 namespace moegraft::run {
 
-// Exit codes of `moegraft train`: 0 finished (train.steps or train.max_minutes reached), 1 failed, 2 bad usage or
-// configuration, 3 stopped by a signal with everything saved: `--resume auto` continues exactly. A scheduler requeues
-// on 3.
+// Exit codes of `moegraft train` and `moegraft codec train`: 0 finished (train.steps or train.max_minutes reached), 1
+// failed, 2 bad usage or configuration, 3 stopped by a signal with everything saved: `--resume auto` continues exactly.
+// A scheduler requeues on 3.
 constexpr int kExitStopped = 3;
 
 // Installs the handlers until destroyed, then restores the former ones. Also ignores SIGXFSZ: a file-size limit then is

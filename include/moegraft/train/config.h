@@ -38,6 +38,13 @@ inline constexpr config::Named<GradientDtype> kGradientDtypes[] = {{GradientDtyp
                                                                    {GradientDtype::bf16, "bf16"}};
 constexpr std::span<const config::Named<GradientDtype>> choices_of(GradientDtype) { return kGradientDtypes; }
 
+inline void check_adamw(const std::string& path, const std::vector<double>& betas, double epsilon) {
+  MOEGRAFT_CHECK_USAGE(betas.size() == 2, path, ".betas must have two values, got ", betas);
+  for (const double beta : betas)
+    MOEGRAFT_CHECK_USAGE(beta >= 0 && beta < 1, path, ".betas must be in [0, 1), got ", betas);
+  MOEGRAFT_CHECK_USAGE(epsilon > 0, path, ".adam_epsilon must be above 0, got ", epsilon);
+}
+
 enum class ScheduleKind { cosine, linear, constant };
 inline constexpr config::Named<ScheduleKind> kSchedules[] = {
     {ScheduleKind::cosine, "cosine"}, {ScheduleKind::linear, "linear"}, {ScheduleKind::constant, "constant"}};
@@ -109,10 +116,7 @@ struct TrainConfig {
       "gradient, a constant loss, ...).");
   }
   void validate(const std::string& path) const {
-    MOEGRAFT_CHECK_USAGE(betas.size() == 2, path, ".betas must have two values, got ", betas);
-    for (const double beta : betas)
-      MOEGRAFT_CHECK_USAGE(beta >= 0 && beta < 1, path, ".betas must be in [0, 1), got ", betas);
-    MOEGRAFT_CHECK_USAGE(adam_epsilon > 0, path, ".adam_epsilon must be above 0, got ", adam_epsilon);
+    check_adamw(path, betas, adam_epsilon);
     // bf16 has 8 bits: of more addends the average one would be near what rounding drops.
     MOEGRAFT_CHECK_USAGE(gradients == GradientDtype::float32 || accumulation <= 128, path,
                          ".gradients: bf16 adds up at most 128 micro-batches, ", path, ".accumulation is ",

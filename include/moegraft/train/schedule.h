@@ -7,6 +7,12 @@
 
 namespace moegraft::train {
 
+// The two parts of a factor. Warm-up: (step + 1) / warmup before the step `warmup`, then 1. Decay: from 1 at progress 0
+// to min_ratio at 1 and beyond (cosine, linear); constant stays at 1.
+double warmup_factor(int64_t step, int64_t warmup);
+double decay_factor(ScheduleKind kind, double progress, double min_ratio);
+
+// A run's: the decay begins where the warm-up ends.
 struct Schedule {
   ScheduleKind kind = ScheduleKind::cosine;
   int64_t warmup = 0;  // steps of linear warm-up: step s < warmup has the factor (s + 1) / warmup

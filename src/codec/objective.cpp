@@ -1,4 +1,4 @@
-// One step of codec training after the other.
+// What one step of codec training after the other computes.
 #include <torch/csrc/autograd/autograd.h>
 
 #include "libtorch.h"
@@ -21,45 +21,6 @@ constexpr int64_t kKmeansRounds = 12;
 // Pictures of a shard: as many as leave no thread without one, but products too small cost more than threads gain, and
 // too large ones leave the cache.
 constexpr int64_t kSmallestShard = 8, kLargestShard = 32;
-
-// AdamW over float32 leaves, all in one fused call.
-class AdamW {
- public:
-  void add(const ParameterList& parameters, double weight_decay) {
-    for (const auto& [name, p] : parameters) {
-      // Norms, biases and positions do not decay.
-      Group& group = groups_[p.dim() > 1 && name != "decoder.position" ? 0 : 1];
-      group.decay = &group == &groups_[0] ? weight_decay : 0;
-      group.parameters.push_back(p);
-      group.first.push_back(at::zeros_like(p));
-      group.second.push_back(at::zeros_like(p));
-      group.steps.push_back(at::zeros({}, at::kFloat));
-    }
-  }
-  void step(double lr) {
-    at::NoGradGuard no_grad;
-    for (auto& g : groups_) {
-      std::vector<at::Tensor> parameters, gradients, first, second, steps;
-      for (size_t i = 0; i < g.parameters.size(); ++i) {
-        if (!g.parameters[i].grad().defined()) continue;
-        g.steps[i].add_(1);
-        parameters.push_back(g.parameters[i]), gradients.push_back(g.parameters[i].grad());
-        first.push_back(g.first[i]), second.push_back(g.second[i]), steps.push_back(g.steps[i]);
-      }
-      if (parameters.empty()) continue;
-      at::_fused_adamw_(parameters, gradients, first, second, {}, steps, lr, 0.9, 0.95, g.decay, 1e-8,
-                        /*amsgrad=*/false, /*maximize=*/false, {}, {});
-      for (auto& p : parameters) p.mutable_grad().reset();
-    }
-  }
-
- private:
-  struct Group {
-    std::vector<at::Tensor> parameters, first, second, steps;
-    double decay = 0;
-  };
-  Group groups_[2];
-};
 
 // Pictures of step `step`: epochs of fresh permutations laid end to end, so nothing depends on what was drawn before.
 class BatchOrder {
@@ -128,24 +89,22 @@ struct Shard {
 
 }  // namespace
 
-struct VqTrainer::State {
+struct VqObjective::State {
   CodecTrainConfig train;
   uint64_t seed;
   at::Tensor pixels_u8;
   std::unique_ptr<VqCodec> model;
   ParameterList encoder, decoder;
-  AdamW optimizer;
   BatchOrder order;
   at::ScalarType compute;
   std::unique_ptr<EmaCodebook> ema;
   at::Tensor frozen_ids_NL;
-  int64_t revived = 0;
 
   Shard run(const at::Tensor& picks, const std::vector<at::Tensor>& leaves, double weight) const;
 };
 
-VqTrainer::VqTrainer(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed,
-                     const at::Tensor& pixels_u8) {
+VqObjective::VqObjective(const VqConfig& config, const CodecTrainConfig& train, uint64_t seed,
+                         const at::Tensor& pixels_u8) {
   MOEGRAFT_CHECK(pixels_u8.dim() == 4 && pixels_u8.size(0) > 0, "codec training needs at least one picture");
   const bool bf16 =
       train.precision == "bf16" || (train.precision == "auto" && kernels::cpu_kernels().bfloat16_speed > 1);
@@ -155,22 +114,34 @@ VqTrainer::VqTrainer(const VqConfig& config, const CodecTrainConfig& train, uint
                          std::make_unique<VqCodec>(config, seed),
                          {},
                          {},
-                         {},
                          BatchOrder(pixels_u8.size(0), train.batch_size, seed),
                          bf16 ? at::kBFloat16 : at::kFloat,
                          nullptr,
                          {}});
   state_->encoder = state_->model->encoder_parameters(), state_->decoder = state_->model->decoder_parameters();
-  for (const auto* list : {&state_->encoder, &state_->decoder}) {
-    for (const auto& [name, p] : *list) p.requires_grad_(true);
-    state_->optimizer.add(*list, train.weight_decay);
-  }
+  for (const auto& [name, p] : parameters()) p.requires_grad_(true);
 }
 
-VqTrainer::~VqTrainer() = default;
+VqObjective::~VqObjective() = default;
+
+ParameterList VqObjective::parameters() const {
+  ParameterList all = state_->encoder;
+  all.insert(all.end(), state_->decoder.begin(), state_->decoder.end());
+  return all;
+}
+
+io::TensorMap VqObjective::codebook_state() const { return state_->ema ? state_->ema->state() : io::TensorMap(); }
+
+void VqObjective::load_codebook_state(const io::TensorMap& state) {
+  if (state.empty()) return;
+  const VqConfig& c = state_->model->config();
+  state_->ema = std::make_unique<EmaCodebook>(state, c.codebook_size, c.code_width, state_->train.ema_decay,
+                                              state_->train.revive_below);
+  state_->model->set_codebook(state_->ema->codebook_NZ());
+}
 
 // Forward and backward over some pictures. weight: their share of the batch.
-Shard VqTrainer::State::run(const at::Tensor& picks, const std::vector<at::Tensor>& leaves, double weight) const {
+Shard VqObjective::State::run(const at::Tensor& picks, const std::vector<at::Tensor>& leaves, double weight) const {
   const at::AutoGradMode grad(true);
   Shard shard;
   const auto target = to_float(pixels_u8.index_select(0, picks));
@@ -195,7 +166,7 @@ Shard VqTrainer::State::run(const at::Tensor& picks, const std::vector<at::Tenso
   return shard;
 }
 
-VqTrainer::Report VqTrainer::step(int64_t step, double done) {
+VqObjective::Report VqObjective::backward(int64_t step, double done) {
   State& s = *state_;
   const CodecTrainConfig& train = s.train;
   const bool quantised = done >= train.warm_share, frozen = done >= train.freeze_share;
@@ -236,28 +207,23 @@ VqTrainer::Report VqTrainer::step(int64_t step, double done) {
     for (size_t i = 1; i < shards.size(); ++i) sum.add_(shards[i].gradients[size_t(p)]);
     masters[size_t(p)].mutable_grad() = sum;
   });
-  const double warm = step < train.warmup ? double(step + 1) / double(train.warmup) : 1.0;
-  const double cosine =
-      train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + std::cos(M_PI * std::min(done, 1.0)));
-  s.optimizer.step(train.lr * warm * cosine);
   if (quantised && !frozen) {
     std::vector<at::Tensor> z, ids;
     for (const auto& shard : shards) z.push_back(shard.z_MZ), ids.push_back(shard.ids_M);
-    s.revived += s.ema->update(at::cat(z), at::cat(ids), s.seed, uint64_t(step));
+    s.ema->update(at::cat(z), at::cat(ids), s.seed, uint64_t(step));
     s.model->set_codebook(s.ema->codebook_NZ());
   }
   return report;
 }
 
-std::unique_ptr<VqCodec> VqTrainer::finish() {
+std::unique_ptr<VqCodec> VqObjective::finish() {
   State& s = *state_;
   s.model->set_compute(at::kFloat);
   if (!s.ema)
     s.model->set_codebook(
         start_codebook(*s.model, s.pixels_u8, s.seed));  // stopped before the codebook started: still a valid codec
-  for (const auto* list : {&s.encoder, &s.decoder})
-    for (const auto& [name, p] : *list) p.requires_grad_(false);
-  log::debug("codec: ", s.revived, " codes restarted");
+  for (const auto& [name, p] : parameters()) p.requires_grad_(false);
+  log::debug("codec: ", s.ema ? s.ema->revived() : 0, " codes restarted");
   return std::move(s.model);
 }
 
