@@ -15,7 +15,7 @@
 #include "moegraft/run/folder_lock.h"
 #include "moegraft/run/run_dir.h"
 #include "moegraft/train/codec.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 
 namespace moegraft::train {
 namespace {
@@ -198,7 +198,7 @@ CodecRun::~CodecRun() = default;
 CodecOutcome CodecRun::train() {
   State& s = *state_;
   const codec::CodecTrainConfig& t = s.config.train;
-  const StopSignals signals;
+  const run::StopSignals signals;
   Progress progress("codec", t.steps);
   progress.start_at(s.state.step);
   progress.update(s.state.step);  // one that had reached its end says so
@@ -211,7 +211,7 @@ CodecOutcome CodecRun::train() {
       if (!saved) s.save();
       s.writer.wait();
       progress.finish();
-      log::warning("stopped by ", signal_name(signals.received()), " after step ", s.state.step,
+      log::warning("stopped by ", run::signal_name(signals.received()), " after step ", s.state.step,
                    "; saved. --resume auto continues.");
       return {nullptr, s.state.step, s.seconds()};
     }

@@ -49,7 +49,7 @@ void Session::restore(const checkpoint::Checkpoint& from) {
 
 void Session::begin() {
   signals_.emplace();
-  start_ = Clock::now();
+  start_ = std::chrono::steady_clock::now();
   earlier_seconds_ = state_.seconds;
   first_tokens_ = state_.tokens_seen;
 }

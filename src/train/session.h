@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "clock.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/checkpoint/checkpoint.h"
 #include "moegraft/checkpoint/state.h"
 #include "moegraft/distributed/world.h"
@@ -61,7 +61,7 @@ class Session {
   checkpoint::TrainState state_;
   bool data_changed_ = false;
   std::optional<run::StopSignals> signals_;
-  Clock::time_point start_;
+  std::chrono::steady_clock::time_point start_;
   double earlier_seconds_ = 0;
   int64_t first_step_ = 0, first_tokens_ = 0;     // before this session
   std::optional<double> saved_at_, stall_share_;  // the run's seconds at the last save; not yet taken

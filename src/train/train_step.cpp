@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "moegraft/base/check.h"
+#include "moegraft/base/clock.h"
 #include "moegraft/io/safetensors.h"
 #include "moegraft/model/device.h"
 
@@ -26,7 +27,7 @@ TrainStep::TrainStep(Stage& stage, const run::RunConfig& config, int64_t recompu
 }
 
 StepResult TrainStep::run(const Session& session, bool look_for_idle_groups) {
-  const auto start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   const bool stop = session.asked_to_stop();
   const int64_t step = session.state().step;
   DistributedStep& distributed = stage_.distributed;
@@ -53,7 +54,7 @@ StepResult TrainStep::run(const Session& session, bool look_for_idle_groups) {
 }
 
 data::StepBatch TrainStep::next_batch(StepResult& out) {
-  const auto start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   data::StepBatch step = stage_.stream.next();
   for (auto& batch : step.micro_batches) batch = model::to_device(batch, stage_.model.device());
   out.wait_seconds = seconds_since(start);

@@ -15,7 +15,7 @@
 #include "moegraft/io/image.h"
 #include "moegraft/io/json.h"
 #include "moegraft/train/codec.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 #include "support/metrics.h"
 #include "support/process.h"
 #include "support/tiny_world.h"
@@ -426,7 +426,7 @@ TEST_F(CodecBinary, ASignalSavesAndExitsWithItsOwnCode) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   p.send(SIGTERM);
   const auto result = p.wait();
-  EXPECT_EQ(result.code, kExitStopped) << result.err;
+  EXPECT_EQ(result.code, run::kExitStopped) << result.err;
   EXPECT_FALSE(fs::exists(folder_ / "signal"));
   const auto latest = checkpoint::find_latest(training / "checkpoints");
   ASSERT_TRUE(latest);

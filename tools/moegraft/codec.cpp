@@ -17,7 +17,7 @@
 #include "moegraft/io/safetensors.h"
 #include "moegraft/io/staged_folder.h"
 #include "moegraft/train/codec.h"
-#include "moegraft/train/signals.h"
+#include "moegraft/run/signals.h"
 
 namespace moegraft::tools {
 namespace {
@@ -112,7 +112,7 @@ void train(const Options& o) {
             " -> ", config.codec.grid(), "x", config.codec.grid(), " codes of ", config.codec.codebook_size);
   train::CodecRun run(config, pixels, o.resume, o.overwrite);
   const auto outcome = run.train();
-  if (!outcome.codec) throw CLI::RuntimeError(train::kExitStopped);
+  if (!outcome.codec) throw CLI::RuntimeError(run::kExitStopped);
   const codec::VqCodec* model = outcome.codec.get();
   io::StagedFolder folder(config.dir);
   const std::filesystem::path& dir = folder.path();
