@@ -29,9 +29,17 @@ Adapter::Adapter(const AdapterContext& c)
     if (!config_.layers.empty() && std::find(config_.layers.begin(), config_.layers.end(), l) == config_.layers.end())
       continue;
     for (const model::Site site : wanted)
-      if (has_site(c.spec, l, site)) positions_.push_back({l, site});
+      if (has_site(c.spec, l, site)) {
+        place_of_[{l, site}] = positions_.size();
+        positions_.push_back({l, site});
+      }
   }
   MOEGRAFT_CHECK_USAGE(!positions_.empty(), "adapters[", index_, "] has no site on any layer");
+}
+
+std::vector<model::LowRank> Adapter::at(int64_t layer, model::Site site) const {
+  const auto found = place_of_.find({layer, site});
+  return found == place_of_.end() ? std::vector<model::LowRank>() : terms(found->second);
 }
 
 std::string Adapter::name_of(const Position& p) const {

@@ -17,15 +17,12 @@ ModalityLora::ModalityLora(const AdapterContext& c)
     const auto [in, out] = site_shape(c.spec, p.site);
     std::vector<int64_t> a{c.config.rank, in}, b{out, c.config.rank};
     if (is_per_expert(c.spec, p.site)) a.insert(a.begin(), num_experts()), b.insert(b.begin(), num_experts());
-    index_[{p.layer, p.site}] = factors_.size();
     factors_.push_back({p.layer, p.site, name_of(p), leaf(a), leaf(b)});
   }
 }
 
-std::vector<model::LowRank> ModalityLora::at(int64_t layer, model::Site site) const {
-  const auto it = index_.find({layer, site});
-  if (it == index_.end()) return {};
-  const Factor& f = factors_[it->second];
+std::vector<model::LowRank> ModalityLora::terms(size_t position) const {
+  const Factor& f = factors_[position];
   return {{f.A, f.B, scale_, modalities()}};
 }
 

@@ -39,16 +39,13 @@ Vera::Vera(const AdapterContext& c) : Adapter(c) {
   };
   for (const Position& p : positions()) {
     const auto [in, out] = site_shape(c.spec, p.site);
-    index_[{p.layer, p.site}] = sites_.size();
     sites_.push_back(
         {name_of(p), p.layer, leaf(p, P), leaf(p, out), A_PX_.narrow(1, 0, in), B_YP_.narrow(0, 0, out), {}, {}});
   }
 }
 
-std::vector<model::LowRank> Vera::at(int64_t layer, model::Site site) const {
-  const auto it = index_.find({layer, site});
-  if (it == index_.end()) return {};
-  const Site& s = sites_[it->second];
+std::vector<model::LowRank> Vera::terms(size_t position) const {
+  const Site& s = sites_[position];
   if (at::GradMode::is_enabled()) return {{scale_rows(s.d, s.A_PX), scale_rows(s.b, s.B_YP), 1.0, modalities()}};
   // Optimizers and checkpoints write in place, which counts versions up.
   if (s.d_version != int64_t(s.d._version()) || s.b_version != int64_t(s.b._version())) {

@@ -5,6 +5,7 @@
 
 #include <torch/types.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -55,9 +56,8 @@ class Adapter : public model::AdapterSites {
   // that the model lacks.
   const std::vector<Position>& positions() const { return positions_; }
 
-  // The terms of a position (none elsewhere); their factors are part of the autograd graph where they are not leaves
-  // themselves.
-  std::vector<model::LowRank> at(int64_t layer, model::Site site) const override = 0;
+  // terms() of a position; none elsewhere.
+  std::vector<model::LowRank> at(int64_t layer, model::Site site) const final;
   virtual double scale() const = 0;  // of those terms
   virtual std::vector<Parameter> parameters() const = 0;
   // Puts every parameter where it begins, but A of factors().
@@ -69,6 +69,8 @@ class Adapter : public model::AdapterSites {
 
  protected:
   explicit Adapter(const AdapterContext& context);
+  // Of positions()[position]. Factors are part of the autograd graph where they are not leaves themselves.
+  virtual std::vector<model::LowRank> terms(size_t position) const = 0;
   std::string name_of(const Position& position) const;
   int64_t num_experts() const { return num_experts_; }  // here
   const std::vector<int64_t>& modalities() const { return modalities_; }
@@ -79,6 +81,7 @@ class Adapter : public model::AdapterSites {
   std::vector<int64_t> modalities_;
   int64_t first_expert_, num_experts_, total_experts_;
   std::vector<Position> positions_;
+  std::map<std::pair<int64_t, model::Site>, size_t> place_of_;  // in positions_
 };
 
 // The adapter of config.kind.

@@ -2,8 +2,6 @@
 // LoRA (arXiv:2106.09685) on the experts' gate, up and down and on attention, gated by modality: trained factors A and
 // B, float32 leaves.
 
-#include <map>
-
 #include "moegraft/adapters/adapter.h"
 
 namespace moegraft::adapters {
@@ -16,16 +14,16 @@ class ModalityLora : public Adapter {
                std::vector<int64_t> modalities, at::Device device, std::pair<int64_t, int64_t> experts = {0, 0})
       : ModalityLora(AdapterContext{spec, config, index, std::move(modalities), device, experts}) {}
 
-  std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;
   double scale() const override { return scale_; }
   std::vector<Parameter> parameters() const override;
   void initialise() override;
   const std::vector<Factor>& factors() const override { return factors_; }
 
  private:
+  std::vector<model::LowRank> terms(size_t position) const override;
+
   double scale_;
-  std::vector<Factor> factors_;
-  std::map<std::pair<int64_t, model::Site>, size_t> index_;
+  std::vector<Factor> factors_;  // by position
 };
 
 }  // namespace moegraft::adapters

@@ -2,8 +2,6 @@
 // VeRA (arXiv:2310.11454) gated by modality: y += diag(b) B diag(d) A x with frozen random A and B that all sites
 // share, and two trained vectors per site and expert. About rank + out numbers where LoRA trains rank * (in + out).
 
-#include <map>
-
 #include "moegraft/adapters/adapter.h"
 
 namespace moegraft::adapters {
@@ -14,9 +12,6 @@ class Vera : public Adapter {
   // their first columns and rows, as in PEFT.
   explicit Vera(const AdapterContext& context);
 
-  // A' = diag(d) A, B' = diag(b) B: made in the call, under autograd where gradients are recorded, else kept until b or
-  // d changes.
-  std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;
   double scale() const override { return 1.0; }
   std::vector<Parameter> parameters() const override;
   void initialise() override;  // b: zeros, d: config.d_initial
@@ -25,6 +20,10 @@ class Vera : public Adapter {
   const at::Tensor& shared_B() const { return B_YP_; }
 
  private:
+  // A' = diag(d) A, B' = diag(b) B: made in the call, under autograd where gradients are recorded, else kept until b or
+  // d changes.
+  std::vector<model::LowRank> terms(size_t position) const override;
+
   struct Site {
     std::string name;
     int64_t layer;
@@ -35,8 +34,7 @@ class Vera : public Adapter {
     mutable int64_t d_version = -1, b_version = -1;
   };
   at::Tensor A_PX_, B_YP_;
-  std::vector<Site> sites_;
-  std::map<std::pair<int64_t, model::Site>, size_t> index_;
+  std::vector<Site> sites_;  // by position
 };
 
 }  // namespace moegraft::adapters
