@@ -28,12 +28,18 @@ struct AdaptedCall {
   const std::vector<at::Tensor>& rows_of_group;
 };
 
+at::Tensor rows_of(const at::Tensor& x, const at::Tensor& rows) { return rows.defined() ? x.index_select(0, rows) : x; }
+// A thin product of these rows times their weights.
+at::Tensor weigh(const at::Tensor& t_XP, const at::Tensor& weight_X, const at::Tensor& rows) {
+  return weight_X.defined() ? (t_XP * rows_of(weight_X, rows).unsqueeze(1)).to(t_XP.scalar_type()) : t_XP;
+}
+
 std::vector<at::Tensor> compose(const AdaptedCall& call) {
   const auto& [x_XK, layers, rows_of_group] = call;
   std::vector<at::Tensor> out = frozen_linear(x_XK, base_of(layers));
   // A group's rows are gathered, and kept for the backward pass, once for all terms.
   std::vector<at::Tensor> gathered(rows_of_group.size());
-  const auto rows_of = [&](int64_t g) {
+  const auto rows_of_x = [&](int64_t g) {
     at::Tensor& rows = gathered[size_t(g)];
     if (!rows.defined()) rows = x_XK.index_select(0, rows_of_group[size_t(g)]);
     return rows;
@@ -41,11 +47,13 @@ std::vector<at::Tensor> compose(const AdaptedCall& call) {
   for (size_t i = 0; i < layers.size(); ++i)
     for (const LinearLowRank& term : layers[i].terms) {
       const at::Tensor A = term.A_PK.to(x_XK.scalar_type()), B = term.B_NP.to(x_XK.scalar_type());
-      const auto delta = [&](const at::Tensor& x) { return at::linear(at::linear(x, A), B) * term.scale; };
+      const auto delta = [&](const at::Tensor& x, const at::Tensor& rows) {
+        return at::linear(weigh(at::linear(x, A), term.weight_X, rows), B) * term.scale;
+      };
       for (const int64_t g : term.groups) {
         const at::Tensor& rows = rows_of_group[size_t(g)];
         // Only the group's rows are touched; each index occurs once, so the sum has one order.
-        out[i] = rows.defined() ? out[i].index_add(0, rows, delta(rows_of(g))) : out[i] + delta(x_XK);
+        out[i] = rows.defined() ? out[i].index_add(0, rows, delta(rows_of_x(g), rows)) : out[i] + delta(x_XK, rows);
       }
     }
   return out;
@@ -62,6 +70,7 @@ struct Node : torch::CustomClassHolder {
     size_t layer;
     at::Tensor A_PK, B_NP;
     double scale;
+    at::Tensor weight_X;
   };
   std::vector<FrozenLinearWeight> weights;
   std::vector<Term> terms;
@@ -82,7 +91,8 @@ c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers,
         here.push_back(
             {i, node->terms.size(), here.empty() ? 0 : here.back().first_column + here.back().rank, term.A_PK.size(0)});
       }
-      node->terms.push_back({i, term.A_PK.detach(), term.B_NP.detach(), term.scale});
+      node->terms.push_back({i, term.A_PK.detach(), term.B_NP.detach(), term.scale,
+                             term.weight_X.defined() ? term.weight_X.detach() : at::Tensor()});
     }
   for (size_t g = 0; g < acting.size(); ++g) {
     if (acting[g].empty()) continue;
@@ -92,7 +102,6 @@ c10::intrusive_ptr<Node> describe(const std::vector<AdaptedLinear>& layers,
   return node;
 }
 
-at::Tensor rows_of(const at::Tensor& x, const at::Tensor& rows) { return rows.defined() ? x.index_select(0, rows) : x; }
 // y[rows] += factor * a b, or all of y.
 void add_product(const at::Tensor& y, const at::Tensor& rows, const at::Tensor& a, const at::Tensor& b, double factor) {
   if (rows.defined())
@@ -101,8 +110,8 @@ void add_product(const at::Tensor& y, const at::Tensor& rows, const at::Tensor& 
     at::Tensor(y).addmm_(a, b, 1, factor);
 }
 
-// What a backward pass wants beside the weights: of each group its rows of x, their thin products and the stacked A;
-// then each term's B.
+// What a backward pass wants beside the weights: of each group its rows of x, their thin products before the rows'
+// weights, and the stacked A; then each term's B.
 struct Forward {
   std::vector<at::Tensor> out, saved;
 };
@@ -125,17 +134,20 @@ Forward forward_device(const at::Tensor& x, const Node& node) {
   for (size_t g = 0; g < node.acting.size(); ++g) {
     const at::Tensor& rows = node.rows_of_group[g];
     const at::Tensor x_g = rows_of(x, rows), t = at::mm(x_g, stacked_A[g].t());
-    for (const Acting& a : node.acting[g])
-      add_product(f.out[a.layer], rows, t.narrow(1, a.first_column, a.rank), B[a.term].t(), node.terms[a.term].scale);
+    for (const Acting& a : node.acting[g]) {
+      const Node::Term& term = node.terms[a.term];
+      add_product(f.out[a.layer], rows, weigh(t.narrow(1, a.first_column, a.rank), term.weight_X, rows), B[a.term].t(),
+                  term.scale);
+    }
     f.saved.insert(f.saved.end(), {x_g, t, stacked_A[g]});
   }
   f.saved.insert(f.saved.end(), B.begin(), B.end());
   return f;
 }
 
-// Undefined gradients count as zero.
+// Undefined gradients count as zero. need_term, need_weight: of each term, its factors' and its rows' weights'.
 variable_list backward_device(const Node& node, const variable_list& saved, const variable_list& dy, bool need_x,
-                              const std::vector<bool>& need_term) {
+                              const std::vector<bool>& need_term, const std::vector<bool>& need_weight) {
   at::Tensor dx;
   for (size_t i = 0; need_x && i < dy.size(); ++i) {
     if (!dy[i].defined()) continue;
@@ -144,7 +156,7 @@ variable_list backward_device(const Node& node, const variable_list& saved, cons
     else
       dx = at::mm(dy[i], node.weights[i].weight_NK.tensor());
   }
-  std::vector<at::Tensor> dA(node.terms.size()), dB(node.terms.size());
+  std::vector<at::Tensor> dA(node.terms.size()), dB(node.terms.size()), dweight(node.terms.size());
   const auto keep = [](at::Tensor& sum, const at::Tensor& part) { sum = sum.defined() ? sum + part : part; };
   const at::Tensor* B = saved.data() + 3 * node.acting.size();
   for (size_t g = 0; g < node.acting.size(); ++g) {
@@ -162,9 +174,20 @@ variable_list backward_device(const Node& node, const variable_list& saved, cons
       if (!dy_g[a.layer].defined()) dy_g[a.layer] = rows_of(dy[a.layer], rows);
       at::addmm_out(dt_a, dt_a, dy_g[a.layer], B[a.term], /*beta=*/0,
                     /*alpha=*/node.terms[a.term].scale);  // beta 0: what dt_a held is not read
+      const Node::Term& term = node.terms[a.term];
+      const at::Tensor t_a = t.narrow(1, a.first_column, a.rank);
+      if (need_weight[a.term]) {  // <t, dt>
+        const at::Tensor dots = (t_a.to(term.weight_X.scalar_type()) * dt_a).sum(1);
+        if (!dweight[a.term].defined()) dweight[a.term] = at::zeros_like(term.weight_X);
+        if (rows.defined())
+          dweight[a.term].index_add_(0, rows, dots);
+        else
+          dweight[a.term].add_(dots);
+      }
+      if (term.weight_X.defined()) dt_a.mul_(rows_of(term.weight_X, rows).unsqueeze(1));
       if (!need_term[a.term]) continue;
       any_term = true;
-      keep(dB[a.term], at::mm(dy_g[a.layer].t(), t.narrow(1, a.first_column, a.rank))
+      keep(dB[a.term], at::mm(dy_g[a.layer].t(), weigh(t_a, term.weight_X, rows))
                            .to(node.terms[a.term].B_NP.scalar_type())
                            .mul_(node.terms[a.term].scale));
     }
@@ -177,11 +200,14 @@ variable_list backward_device(const Node& node, const variable_list& saved, cons
     if (dx.defined()) add_product(dx, rows, dt, stacked_A, 1.0);
   }
   variable_list out{dx};
-  for (size_t i = 0; i < node.terms.size(); ++i) out.push_back(dA[i]), out.push_back(dB[i]);
+  for (size_t i = 0; i < node.terms.size(); ++i) {
+    out.push_back(dA[i]), out.push_back(dB[i]);
+    if (node.terms[i].weight_X.defined()) out.push_back(dweight[i]);
+  }
   return out;
 }
 
-// Inputs: x, then each term's A and B.
+// Inputs: x, then each term's A, B and, where it has them, its rows' weights.
 class AdaptedLinearFunction : public torch::autograd::Function<AdaptedLinearFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const c10::intrusive_ptr<Node>& node) {
@@ -195,12 +221,17 @@ class AdaptedLinearFunction : public torch::autograd::Function<AdaptedLinearFunc
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
-    std::vector<bool> need_term;
-    for (size_t i = 0; i < node->terms.size(); ++i)
-      need_term.push_back(ctx->needs_input_grad(1 + 2 * i) || ctx->needs_input_grad(2 + 2 * i));
+    std::vector<bool> need_term, need_weight;
+    size_t input = 1;
+    for (const Node::Term& term : node->terms) {
+      need_term.push_back(ctx->needs_input_grad(input) || ctx->needs_input_grad(input + 1));
+      input += 2;
+      need_weight.push_back(term.weight_X.defined() && ctx->needs_input_grad(input++));
+    }
     for (at::Tensor& dy : grads)
       if (dy.defined()) dy = dy.contiguous();
-    variable_list out = backward_device(*node, ctx->get_saved_variables(), grads, ctx->needs_input_grad(0), need_term);
+    variable_list out =
+        backward_device(*node, ctx->get_saved_variables(), grads, ctx->needs_input_grad(0), need_term, need_weight);
     out.emplace_back();  // node
     return out;
   }
@@ -223,7 +254,8 @@ std::vector<at::Tensor> run_device(const AdaptedCall& c) {
   for (const auto& layer : c.layers)
     for (const LinearLowRank& term : layer.terms) {
       inputs.push_back(term.A_PK), inputs.push_back(term.B_NP);
-      records |= recorded(term.A_PK, term.B_NP);
+      if (term.weight_X.defined()) inputs.push_back(term.weight_X);
+      records |= recorded(term.A_PK, term.B_NP, term.weight_X);
     }
   const auto node = describe(c.layers, c.rows_of_group);
   return records ? AdaptedLinearFunction::apply(at::TensorList(inputs), node) : forward_device(x, *node).out;

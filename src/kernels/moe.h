@@ -2,6 +2,7 @@
 // The expert FFN behind its autograd function: one problem, several implementations (ATen everywhere, block products on
 // the CPU, CUDA).
 
+#include <algorithm>
 #include <array>
 
 #include "libtorch.h"
@@ -11,7 +12,7 @@ namespace moegraft::kernels {
 
 enum { kGate = 0, kUp = 1, kDown = 2, kSites = 3 };
 
-// Everything detached; x and weights contiguous, weights float32 (float64 beside float64 x).
+// Everything detached; x and weights (the rows' of terms too) contiguous, weights float32 (float64 beside float64 x).
 struct MoeProblem {
   at::Tensor x_XD, weights_XK;
   Dispatch dispatch;
@@ -22,6 +23,11 @@ struct MoeProblem {
   int64_t model_width() const { return x_XD.size(1); }
   int64_t expert_width() const { return weights.expert_width(); }
 };
+inline bool has_row_weights(const MoeProblem& p) {
+  return std::any_of(p.terms.begin(), p.terms.end(), [](const auto& site) {
+    return std::any_of(site.begin(), site.end(), [](const ExpertLowRank& t) { return t.weight_X.defined(); });
+  });
+}
 struct MoeForward {
   at::Tensor out_XD, hidden_RF;   // hidden only when asked for
   std::vector<at::Tensor> saved;  // what the same implementation's backward wants; empty when nothing is differentiated
@@ -30,10 +36,14 @@ struct MoeForward {
 struct MoeGradients {
   at::Tensor x_XD, weights_XK, gate_EFD, up_EFD, down_EDF;
   std::array<std::vector<std::pair<at::Tensor, at::Tensor>>, kSites> factors;  // (A, B) of each term
+  std::array<std::vector<at::Tensor>, kSites>
+      row_weights;  // [X] of each term; empty where the implementation serves none
 };
 struct MoeNeeds {
   bool x = false, weights = false, experts = false;
-  std::array<std::vector<bool>, kSites> factors;
+  std::array<std::vector<bool>, kSites> factors;           // of each term
+  std::array<std::vector<bool>, kSites> row_weights = {};  // of each term; empty: of none
+  bool row_weight(int site, size_t term) const { return term < row_weights[site].size() && row_weights[site][term]; }
 };
 
 // Each slot's row, zeros where a slot has none. -> [X, K, D]; differentiable.

@@ -20,7 +20,8 @@ struct Implementation {
                            const MoeNeeds&);
 };
 constexpr Implementation kImplementations[]{
-    {moe_cuda_serves, moe_forward_cuda, moe_backward_cuda},
+    {[](const MoeProblem& p) { return !has_row_weights(p) && moe_cuda_serves(p); }, moe_forward_cuda,
+     moe_backward_cuda},
     {moe_blocks_serve, moe_forward_blocks, moe_backward_blocks},
     {kAlways, moe_forward_aten, moe_backward_aten},
 };
@@ -31,7 +32,8 @@ struct Node : torch::CustomClassHolder {
   bool save = false, keep_hidden = false;
 };
 
-constexpr size_t kFactorInputs = 5;  // x, weights, stacked gate, up, down come first
+constexpr size_t kFactorInputs = 5;  // x, weights, stacked gate, up, down come first; then each term's A, B and, where
+                                     // it has them, its rows' weights
 
 class MoeFfn : public torch::autograd::Function<MoeFfn> {
  public:
@@ -52,12 +54,18 @@ class MoeFfn : public torch::autograd::Function<MoeFfn> {
     MoeNeeds needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2), {}};
     size_t input = kFactorInputs;
     for (int s = 0; s < kSites; ++s)
-      for (size_t i = 0; i < p.terms[s].size(); ++i, input += 2)
+      for (const ExpertLowRank& term : p.terms[s]) {
         needs.factors[s].push_back(ctx->needs_input_grad(input) || ctx->needs_input_grad(input + 1));
+        input += 2;
+        needs.row_weights[s].push_back(term.weight_X.defined() && ctx->needs_input_grad(input++));
+      }
     const MoeGradients g = node->implementation->backward(p, ctx->get_saved_variables(), grads[0].contiguous(), needs);
     variable_list out{g.x_XD, g.weights_XK, g.gate_EFD, g.up_EFD, g.down_EDF};
     for (int s = 0; s < kSites; ++s)
-      for (const auto& [A, B] : g.factors[s]) out.push_back(A), out.push_back(B);
+      for (size_t i = 0; i < p.terms[s].size(); ++i) {
+        out.push_back(g.factors[s][i].first), out.push_back(g.factors[s][i].second);
+        if (p.terms[s][i].weight_X.defined()) out.push_back(g.row_weights[s][i]);
+      }
     out.emplace_back();  // node
     return out;
   }
@@ -104,6 +112,11 @@ at::Tensor moe_ffn(const at::Tensor& x_XD, const at::Tensor& weights_XK, const D
       inputs.push_back(term.A_EPX);
       inputs.push_back(term.B_EXP);
       p.terms[s].push_back({term.A_EPX.detach().contiguous(), term.B_EXP.detach().contiguous(), term.scale, term.acts});
+      if (!term.weight_X.defined()) continue;
+      MOEGRAFT_INVARIANT(term.weight_X.dim() == 1 && term.weight_X.size(0) == x_XD.size(0), "moe_ffn: weights ",
+                         term.weight_X.sizes(), " of the rows of x ", x_XD.sizes());
+      inputs.push_back(term.weight_X.to(wide));
+      p.terms[s].back().weight_X = inputs.back().detach().contiguous();
     }
   node->implementation = &choose(kImplementations, p);
   MOEGRAFT_INVARIANT(node->implementation->forward != moe_forward_aten || !p.weights.gate_FD.empty(),
@@ -133,13 +146,16 @@ at::Tensor moe_ffn_reference(const at::Tensor& x_XD, const at::Tensor& weights_X
   for (int64_t e = 0; e < d.num_experts; ++e)
     for (int64_t m = 0; m < d.num_groups; ++m) {
       const int64_t begin = offsets[e * d.num_groups + m], count = offsets[e * d.num_groups + m + 1] - begin;
+      const at::Tensor tokens = d.token_of_row_R.narrow(0, begin, count);
       const auto project = [&](const at::Tensor& in, const at::Tensor& stacked, const std::vector<at::Tensor>& list,
                                const std::vector<ExpertLowRank>& terms) {
         at::Tensor out = at::matmul(in, (stacked.defined() ? stacked[e] : list[e]).t());
-        for (const auto& term : terms)
-          if (term.acts[m])
-            out =
-                out + term.scale * at::matmul(at::matmul(in, term.A_EPX[e].to(dtype).t()), term.B_EXP[e].to(dtype).t());
+        for (const auto& term : terms) {
+          if (!term.acts[m]) continue;
+          at::Tensor t = at::matmul(in, term.A_EPX[e].to(dtype).t());
+          if (term.weight_X.defined()) t = t * term.weight_X.index_select(0, tokens).to(dtype).unsqueeze(1);
+          out = out + term.scale * at::matmul(t, term.B_EXP[e].to(dtype).t());
+        }
         return out;
       };
       const at::Tensor x = x_RD.narrow(0, begin, count);

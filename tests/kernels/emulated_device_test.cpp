@@ -60,6 +60,7 @@ TEST(EmulatedDevice, RoutingStatisticsAreTwoLaunches) {
 struct LinearCase {
   std::vector<std::vector<std::vector<int64_t>>> groups;  // of each layer's terms
   bool every_row, bias;
+  bool row_weights = false;
 };
 const std::vector<LinearCase> kLinearCases{
     {{{{1}}, {{1}}, {{1}}}, false, false},  // q, k, v of one modality
@@ -68,6 +69,8 @@ const std::vector<LinearCase> kLinearCases{
      false,
      true},                                // two terms on one layer, one of them on two modalities; a layer without any
     {{{{0, 1, 2}}, {{2}}}, false, false},  // text adapted too
+    {{{{1}, {1, 2}}, {}, {{2}}}, false, true, true},
+    {{{{0}, {0}}}, true, false, true},
 };
 
 std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::ScalarType masters, bool use_all) {
@@ -87,6 +90,9 @@ std::vector<at::Tensor> adapted(const LinearCase& c, at::ScalarType dtype, at::S
       leaves.push_back((randn({rank, 16}, seed++) * 0.3).to(masters).set_requires_grad(true));
       leaves.push_back((randn({out, rank}, seed++) * 0.3).to(masters).set_requires_grad(true));
       layers.back().terms.push_back({leaves[leaves.size() - 2], leaves.back(), 1.5, groups});
+      if (!c.row_weights) continue;
+      leaves.push_back(randn({40}, seed++).set_requires_grad(true));
+      layers.back().terms.back().weight_X = leaves.back();
     }
   }
   std::vector<at::Tensor> out = adapted_linear(x, layers, rows);
@@ -125,12 +131,14 @@ TEST(EmulatedDevice, AdaptedLinearsGradientsAreThoseOfFiniteDifferences) {
   const at::Tensor x = randn({40, 16}, 1), w = randn({8, 16}, 2), seeds = randn({40, 8}, 3);
   std::vector<at::Tensor> rows;
   for (int64_t m = 0; m < 3; ++m) rows.push_back(at::nonzero(at::arange(40) * 3 % 7 % 3 == m).view({-1}));
-  std::vector<at::Tensor> leaves{x, randn({3, 16}, 4), randn({8, 3}, 5), randn({4, 16}, 6), randn({8, 4}, 7)};
+  std::vector<at::Tensor> leaves{
+      x, randn({3, 16}, 4), randn({8, 3}, 5), randn({4, 16}, 6), randn({8, 4}, 7), randn({40}, 8)};
   const auto objective = [&] {
-    return (adapted_linear(
-                leaves[0],
-                {{{w, {}}, {{leaves[1], leaves[2], 1.5, c.groups[0][0]}, {leaves[3], leaves[4], 0.5, c.groups[0][1]}}}},
-                rows)[0] *
+    return (adapted_linear(leaves[0],
+                           {{{w, {}},
+                             {{leaves[1], leaves[2], 1.5, c.groups[0][0]},
+                              {leaves[3], leaves[4], 0.5, c.groups[0][1], leaves[5]}}}},
+                           rows)[0] *
             seeds)
         .sum();
   };

@@ -407,6 +407,91 @@ TEST(ExpertFfn, ValuesAndGradientsMatchTheReference) {
     }
 }
 
+// Weights of tokens on terms: one tensor for gate and the first of up's two, another for down.
+void add_row_weights(MoeInputs& in, const MoeCase& c, at::ScalarType dtype) {
+  for (const uint64_t seed : {40, 41}) in.leaves.push_back(randn({c.T}, seed, dtype).set_requires_grad(true));
+  in.adapters.down[0].weight_X = in.leaves.back();
+  in.adapters.gate[0].weight_X = in.adapters.up[0].weight_X = in.leaves[in.leaves.size() - 2];
+}
+
+const std::vector<MoeCase> kWideMoeCases{
+    {33, 17, 31, 3, 2, 2, 0}, {1500, 40, 72, 2, 1, 2, 0}, {300, 130, 33, 7, 4, 1, 2}, {90, 70, 97, 2, 1, 2, 3}};
+
+TEST(ExpertFfn, WeightsOfRowsMatchTheReference) {
+  auto cases = kMoeCases;
+  cases.insert(cases.end(), kWideMoeCases.begin(), kWideMoeCases.end());
+  for (const bool stacked : {false, true})
+    for (const auto& c : cases) {
+      MoeInputs f = make_inputs(c, at::kFloat, stacked), d = make_inputs(c, at::kDouble, stacked);
+      add_row_weights(f, c, at::kFloat);
+      add_row_weights(d, c, at::kDouble);
+      const at::Tensor y = moe(f, c, true), z = moe(d, c, false);
+      EXPECT_LT(distance(y, z), 1e-4 * (1 + z.abs().max().item<double>()));
+      const at::Tensor g = randn(y.sizes(), 30);
+      y.backward(g);
+      z.backward(g.to(at::kDouble));
+      for (size_t i = 0; i < f.leaves.size(); ++i) {
+        const at::Tensor &a = f.leaves[i].grad(), &b = d.leaves[i].grad();
+        ASSERT_TRUE(a.defined()) << i;
+        EXPECT_LT(distance(a, b), 1e-4 * (1 + b.abs().max().item<double>()))
+            << "leaf " << i << " T " << c.T << (stacked ? " stacked" : "");
+      }
+    }
+}
+
+// Factors and weights as in training: float32 masters under a base in bf16.
+MoeInputs with_masters(const MoeCase& c, bool row_weights) {
+  MoeInputs in = make_inputs(c, at::kBFloat16, false);
+  in.weights = in.weights.detach().to(at::kFloat).set_requires_grad(true);
+  in.leaves = {in.x, in.weights};
+  for (auto* site : {&in.adapters.gate, &in.adapters.up, &in.adapters.down})
+    for (auto& term : *site)
+      for (at::Tensor* factor : {&term.A_EPX, &term.B_EXP}) {
+        *factor = factor->detach().to(at::kFloat).set_requires_grad(true);
+        in.leaves.push_back(*factor);
+      }
+  if (row_weights) add_row_weights(in, c, at::kFloat);
+  return in;
+}
+
+TEST(ExpertFfn, WeightsOfRowsInBfloat16AreNoWorseThanThePlainPath) {
+  for (const auto& c : kWideMoeCases) {
+    MoeInputs ours = with_masters(c, true), plain = with_masters(c, true), exact = make_inputs(c, at::kDouble, false);
+    add_row_weights(exact, c, at::kDouble);
+    const at::Tensor g = randn({c.T, c.D}, 30);
+    moe(ours, c, true).backward(g.to(at::kBFloat16));
+    moe(plain, c, false).backward(g.to(at::kBFloat16));
+    moe(exact, c, false).backward(g.to(at::kDouble));
+    ASSERT_EQ(ours.leaves.size(), exact.leaves.size());
+    for (size_t i = 0; i < ours.leaves.size(); ++i) {
+      const at::Tensor& want = exact.leaves[i].grad();
+      EXPECT_LE(distance(ours.leaves[i].grad(), want),
+                2 * distance(plain.leaves[i].grad(), want) + 1e-2 * (1 + want.abs().max().item<double>()))
+          << "leaf " << i << " T " << c.T;
+    }
+  }
+}
+
+TEST(ExpertFfn, WeightsOfOneAreNone) {
+  const auto run = [](MoeInputs in, const MoeCase& c, bool weighted) {
+    for (auto* site : {&in.adapters.gate, &in.adapters.up, &in.adapters.down})
+      for (auto& term : *site)
+        if (weighted) term.weight_X = at::ones({c.T});
+    const at::Tensor y = moe(in, c, true);
+    y.backward(randn(y.sizes(), 30).to(y.scalar_type()));
+    std::vector<at::Tensor> out{y.detach()};
+    for (const at::Tensor& leaf : in.leaves) out.push_back(leaf.grad());
+    return out;
+  };
+  for (const auto& c : kWideMoeCases)
+    for (const int how : {0, 1, 2}) {  // block products in float32, trained experts, block products in bf16
+      const auto inputs = [&] { return how == 2 ? with_masters(c, false) : make_inputs(c, at::kFloat, how == 1); };
+      const auto with = run(inputs(), c, true), without = run(inputs(), c, false);
+      for (size_t i = 0; i < with.size(); ++i)
+        EXPECT_TRUE(at::equal(with[i], without[i])) << "result " << i << " T " << c.T << " way " << how;
+    }
+}
+
 // A slot whose expert is elsewhere is a slot of weight zero, but that its weight has no gradient.
 TEST(ExpertFfn, AnAbsentSlotCountsAsWeightZero) {
   const MoeCase c{70, 16, 8, 5, 3, 2, 3};
@@ -481,6 +566,7 @@ TEST(ExpertFfn, KeptFactorsAreNotForTraining) {
 TEST(ExpertFfn, GradientsMatchFiniteDifferences) {
   const MoeCase c{5, 4, 3, 3, 2, 2, 3};
   MoeInputs in = make_inputs(c, at::kDouble, true);
+  add_row_weights(in, c, at::kDouble);
   const at::Tensor g = randn({c.T, c.D}, 31, at::kDouble);
   moe(in, c, true).backward(g);
   const double h = 1e-6;

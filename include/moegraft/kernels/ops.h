@@ -42,19 +42,20 @@ struct FrozenLinearWeight {
 };
 std::vector<at::Tensor> frozen_linear(const at::Tensor& x_XK, const std::vector<FrozenLinearWeight>& weights);
 
-// One low-rank term of a linear layer: y += scale * (x A^T) B^T on the rows of its groups.
+// One low-rank term of a linear layer: y += scale * w (x A^T) B^T on the rows of its groups, w the row's weight.
 struct LinearLowRank {
   at::Tensor A_PK, B_NP;  // float32 (masters) or the compute dtype
   double scale = 1.0;
   std::vector<int64_t> groups;  // in rows_of_group, none of them empty
+  at::Tensor weight_X{};        // float32, of every row of x, differentiable; undefined: ones
 };
 struct AdaptedLinear {
   FrozenLinearWeight base;
   std::vector<LinearLowRank> terms;
 };
 // frozen_linear with terms. rows_of_group: each group's rows, int64, each at most once; undefined: every row. A row on
-// which no term acts has frozen_linear's bits. Differentiable in x and the factors (and in the weights where they are
-// leaves).
+// which no term acts has frozen_linear's bits. Differentiable in x, the factors and the rows' weights (and in the
+// base's weights where they are leaves).
 std::vector<at::Tensor> adapted_linear(const at::Tensor& x_XK, const std::vector<AdaptedLinear>& layers,
                                        const std::vector<at::Tensor>& rows_of_group);
 
@@ -120,11 +121,14 @@ at::Tensor permute(const at::Tensor& x_TD, const Dispatch& dispatch);  // -> [R,
 // -> [T, N] in the rows' dtype. No gradient; waits for nothing.
 at::Tensor sum_rows(const at::Tensor& rows_RN, const at::Tensor& row_of_TK);
 
-// One low-rank term on an expert site: y += scale * (x A_e^T) B_e^T on rows whose group has acts[group].
+// One low-rank term on an expert site: y += scale * w (x A_e^T) B_e^T on rows whose group has acts[group], w the weight
+// of the row's token.
 struct ExpertLowRank {
   at::Tensor A_EPX, B_EXP;  // float32 (masters) or the compute dtype
   double scale = 1.0;
   std::vector<bool> acts;  // [num_groups]
+  at::Tensor weight_X{};   // float32, of every row of x_XD, differentiable; undefined: ones. With it a device's experts
+                           // run through ATen, which waits for the device
 };
 // Frozen experts: one [F,D] / [D,F] matrix each; quantised ones: panels alone. Trained ones: stacked leaves, whose
 // gradients are then filled.

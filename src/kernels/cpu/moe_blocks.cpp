@@ -112,8 +112,8 @@ int64_t most_columns(const MoeProblem& p) {
 // so that reading streams.
 template <class T>
 struct Saved {
-  T *g = nullptr, *u = nullptr, *t_gu = nullptr, *t_d = nullptr;
-  int64_t ld_gu = 0, ld_d = 0;  // columns of the thin products
+  T *g = nullptr, *u = nullptr, *t_gu = nullptr, *t_d = nullptr;  // thin products are before their rows' weights
+  int64_t ld_gu = 0, ld_d = 0;                                    // columns of the thin products
   static int64_t tile(int64_t chunk_begin, int64_t chunk_rows, int64_t width, int64_t panel, int64_t row) {
     return chunk_begin * round_up(width, kPanel) + panel * kPanel * chunk_rows + row * kPanel;
   }
@@ -216,13 +216,16 @@ class Forward {
                     up = w.template forward<T>(s.expert, ExpertPanels::kUpMatrix),
                     down = w.template forward<T>(s.expert, ExpertPanels::kDownMatrix);
     const RankSet& set = sets_[s.group];
-    gather(data<T>(p_.x_XD), data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows, D, b.ld_x, b.x);
+    const int32_t* token = data<int32_t>(p_.dispatch.token_of_row_R) + begin;
+    gather(data<T>(p_.x_XD), token, rows, D, b.ld_x, b.x);
 
     const int64_t gu = set.gate_up();
     if (gu) {
       thin(rows, b.x, b.ld_x, f.A_in[0], b.t, gu, b.g);
       for (int64_t r = 0; save_ && r < rows; ++r)
         std::memcpy(view_.t_gu + (begin + r) * view_.ld_gu, b.t + r * gu, size_t(gu) * sizeof(T));
+      weigh_rows(p_, set, kGate, token, rows, b.t, gu);
+      weigh_rows(p_, set, kUp, token, rows, b.t + set.columns[kGate], gu);
     }
     for (int64_t j = 0; j < gate.count(); ++j) {
       const int64_t width = gate.width(j), columns = gate.columns(j);
@@ -252,6 +255,7 @@ class Forward {
       thin(rows, b.h, b.ld_h, f.A_in[1], b.t, d, b.g);
       for (int64_t r = 0; save_ && r < rows; ++r)
         std::memcpy(view_.t_d + (begin + r) * view_.ld_d, b.t + r * d, size_t(d) * sizeof(T));
+      weigh_rows(p_, set, kDown, token, rows, b.t, d);
     }
     T* y = mutable_data<T>(y_RD_);
     for (int64_t j = 0; j < down.count(); ++j) {
@@ -295,6 +299,11 @@ class Backward {
     const int32_t* row = data<int32_t>(p.dispatch.row_of_slot_TK);
     for (int64_t i = 0; i < p.weights_XK.numel(); ++i)
       if (row[i] >= 0) weight_R_[row[i]] = data<float>(p.weights_XK)[i];
+    for (int s = 0; s < kSites; ++s) {
+      dweight_of_term_R_[s].resize(p.terms[s].size());
+      for (size_t i = 0; i < p.terms[s].size(); ++i)
+        if (needs.row_weight(s, i)) dweight_of_term_R_[s][i].resize(R, 0.0f);
+    }
   }
 
   MoeGradients run() {
@@ -321,6 +330,9 @@ class Backward {
       for (int64_t i = 0; i < g.weights_XK.numel(); ++i)
         mutable_data<float>(g.weights_XK)[i] = row[i] < 0 ? 0.0f : dweight_R_[row[i]];
     }
+    for (int s = 0; s < kSites; ++s)
+      for (const auto& dweight_R : dweight_of_term_R_[s])
+        g.row_weights[s].push_back(dweight_R.empty() ? at::Tensor() : sum_of_tokens(dweight_R));
     return g;
   }
 
@@ -336,6 +348,7 @@ class Backward {
       du = s.take<T>(kMostRows<T> * ld_f);
       dt_gu = s.take<T>(kMostRows<T> * columns);
       dt_d = s.take<T>(kMostRows<T> * columns);
+      if (has_row_weights(p)) t = s.take<T>(kMostRows<T> * columns);
       out = s.take<float>(kBlock * kPanel);
       if (across_may_serve<T>(p)) {
         const int64_t most = round_up(std::max(p.model_width(), p.expert_width()), kPanel) * kPanel;
@@ -346,7 +359,7 @@ class Backward {
     T* in_across = nullptr;  // of product_across
     float* out_across = nullptr;
     int64_t ld_d, ld_f;
-    T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d;
+    T *dy, *x, *h, *dg, *du, *dt_gu, *dt_d, *t = nullptr;
     float* out;
   };
 
@@ -362,6 +375,46 @@ class Backward {
       product(w.k, w.panel(j), w.width(j), right, 0, out, width, accumulate || j > 0,
               ahead(j + 1 < w.count() ? panel_range(w, j + 1) : after));
     }
+  }
+
+  // Thin products as the second factor met them.
+  struct Thin {
+    const T* t;
+    int64_t ld;
+  };
+
+  // Of one site: the gradients of its rows' weights, <t, dt> times `factor` (null: ones), and dt times the weights.
+  // Both [rows, ld] from row `begin` on.
+  void through_weights(const RankSet& set, int site, int64_t begin, int64_t rows, const float* factor,
+                       const Thin& saved, T* dt, int64_t ld) {
+    for (const RankSet::Term& term : set.terms[site]) {
+      std::vector<float>& dweight = dweight_of_term_R_[site][size_t(term.index)];
+      for (int64_t r = 0; !dweight.empty() && r < rows; ++r)
+        dweight[begin + r] = loops<T>().dot(saved.t + r * saved.ld + term.first, dt + r * ld + term.first, term.rank) *
+                             (factor ? factor[r] : 1.0f);
+    }
+    weigh_rows(p_, set, site, data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows, dt, ld);
+  }
+  // What was saved of these sites, whose columns lie side by side, times the rows' weights: in `room` where there are
+  // any.
+  Thin weigh_saved(const RankSet& set, std::initializer_list<int> sites, int64_t begin, int64_t rows, int64_t columns,
+                   const Thin& saved, T* room) const {
+    if (std::none_of(sites.begin(), sites.end(), [&](int site) { return weighted(p_, set, site); })) return saved;
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(room + r * columns, saved.t + r * saved.ld, size_t(columns) * sizeof(T));
+    for (const int site : sites)
+      weigh_rows(p_, set, site, data<int32_t>(p_.dispatch.token_of_row_R) + begin, rows,
+                 room + (site == kUp ? set.columns[kGate] : 0), columns);
+    return {room, columns};
+  }
+  at::Tensor sum_of_tokens(const std::vector<float>& of_row_R) const {
+    const int64_t X = p_.x_XD.size(0), K = p_.dispatch.top_k;
+    const at::Tensor sums = at::zeros({X}, at::kFloat);
+    const int32_t* row = data<int32_t>(p_.dispatch.row_of_slot_TK);
+    float* to = mutable_data<float>(sums);
+    for (int64_t i = 0; i < X * K; ++i)
+      if (row[i] >= 0) to[i / K] += of_row_R[row[i]];
+    return sums;
   }
 
   static void clear_padding(T* in, int64_t ld, int64_t rows) {
@@ -384,10 +437,15 @@ class Backward {
     gather(data<T>(dout_), token, rows, D, b.ld_d, b.dy);
     const float* weight = weight_R_.data() + begin;
     const int64_t d_real = padded_width(set.rank[kDown]);
-    if (d) thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
-    if (sums.wanted() && d)
-      outer(rows, view_.t_d + begin * view_.ld_d, view_.ld_d, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown],
-            accumulate);
+    const Thin t_d{view_.t_d + begin * view_.ld_d, view_.ld_d}, t_gu{view_.t_gu + begin * view_.ld_gu, view_.ld_gu};
+    if (d) {
+      thin(rows, b.dy, b.ld_d, f.B_in[kDown], b.dt_d, d, b.out);
+      through_weights(set, kDown, begin, rows, weight, t_d, b.dt_d, d);
+    }
+    if (sums.wanted() && d) {
+      const auto [t, ld] = weigh_saved(set, {kDown}, begin, rows, d, t_d, b.t);
+      outer(rows, t, ld, weight, d_real, b.dy, b.ld_d, D, sums.B[kDown], accumulate);
+    }
 
     // b.out holds dh of rows [r, r + m), columns of panel j.
     const auto finish_hidden = [&](int64_t j, int64_t r, int64_t m, int64_t ld) {
@@ -428,13 +486,15 @@ class Backward {
       const int64_t g = set.columns[kGate];
       if (g) thin(rows, b.dg, b.ld_f, f.B_in[kGate], b.dt_gu, gu, b.out);
       if (set.columns[kUp]) thin(rows, b.du, b.ld_f, f.B_in[kUp], b.dt_gu + g, gu, b.out);
+      through_weights(set, kGate, begin, rows, nullptr, t_gu, b.dt_gu, gu);
+      through_weights(set, kUp, begin, rows, nullptr, {t_gu.t + g, t_gu.ld}, b.dt_gu + g, gu);
     }
     if (sums.wanted() && d) outer(rows, b.dt_d, d, weight, d_real, b.h, b.ld_f, F, sums.A[kDown], accumulate);
     if (sums.wanted() && gu) {
-      const T* t = view_.t_gu + begin * view_.ld_gu;
+      const auto [t, ld] = weigh_saved(set, {kGate, kUp}, begin, rows, gu, t_gu, b.t);
       const int64_t g = set.columns[kGate], u = padded_width(set.rank[kUp]);
-      if (g) outer<T>(rows, t, view_.ld_gu, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate);
-      if (u) outer<T>(rows, t + g, view_.ld_gu, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate);
+      if (g) outer<T>(rows, t, ld, nullptr, g, b.dg, b.ld_f, F, sums.B[kGate], accumulate);
+      if (u) outer<T>(rows, t + g, ld, nullptr, u, b.du, b.ld_f, F, sums.B[kUp], accumulate);
       gather(data<T>(p_.x_XD), token, rows, D, b.ld_d, b.x);
       outer<T>(rows, b.dt_gu, gu, nullptr, gu, b.x, b.ld_d, D, sums.A[kGate], accumulate);
     }
@@ -472,6 +532,8 @@ class Backward {
   Saved<T> view_;
   at::Tensor dx_RD_;
   std::vector<float> weight_R_, dweight_R_;
+  std::array<std::vector<std::vector<float>>, kSites>
+      dweight_of_term_R_;  // of the rows' weights of terms; empty where not needed
   std::vector<Strip> strips_;
   bool large_;
 };

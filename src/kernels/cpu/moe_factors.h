@@ -52,6 +52,31 @@ std::vector<RankSet> rank_sets(const MoeProblem& p) {
   return sets;
 }
 
+inline bool weighted(const MoeProblem& p, const RankSet& set, int site) {
+  return std::any_of(set.terms[site].begin(), set.terms[site].end(),
+                     [&](const RankSet::Term& t) { return p.terms[site][t.index].weight_X.defined(); });
+}
+
+// Thin products of one site, rows of the given tokens [rows, ld]: each term's columns times the weight of the row,
+// where it has weights.
+template <class T>
+void weigh_rows(const MoeProblem& p, const RankSet& set, int site, const int32_t* token, int64_t rows, T* t,
+                int64_t ld) {
+  constexpr int64_t kAtOnce = 64;
+  float wide[kAtOnce];
+  for (const RankSet::Term& term : set.terms[site]) {
+    const at::Tensor& weight = p.terms[site][term.index].weight_X;
+    if (!weight.defined()) continue;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < term.rank; c += kAtOnce) {
+        T* at = t + r * ld + term.first + c;
+        const int64_t n = std::min(kAtOnce, term.rank - c);
+        loops<T>().to_float(at, wide, n);
+        loops<T>().from_float(wide, data<float>(weight)[token[r]], at, n);
+      }
+  }
+}
+
 // Whether gate's and up's B take both's thin products, with zeros for the other's: where a step of the micro-kernel is
 // deeper than ranks are padded to.
 template <class T>
