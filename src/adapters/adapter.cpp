@@ -3,6 +3,7 @@
 #include "libtorch.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "moegraft/base/check.h"
 
@@ -42,6 +43,10 @@ std::vector<model::LowRank> Adapter::at(int64_t layer, model::Site site) const {
   return found == place_of_.end() ? std::vector<model::LowRank>() : terms(found->second);
 }
 
+bool Adapter::mlp_takes_text() const {
+  return std::find(modalities_.begin(), modalities_.end(), 0) != modalities_.end();
+}
+
 std::string Adapter::name_of(const Position& p) const {
   return "adapters." + std::to_string(index_) + ".layers." + std::to_string(p.layer) + "." + site_name(p.site);
 }
@@ -65,6 +70,21 @@ std::vector<model::LowRank> AdapterStack::at(int64_t layer, model::Site site) co
   for (const auto& adapter : adapters_)
     for (auto& term : adapter->at(layer, site)) out.push_back(std::move(term));
   return out;
+}
+
+model::MlpTerms AdapterStack::mlp(const model::MlpInput& in) const {
+  model::MlpTerms all;
+  const auto append = [](auto& to, auto&& from) { std::move(from.begin(), from.end(), std::back_inserter(to)); };
+  for (const auto& adapter : adapters_) {
+    model::MlpTerms one = adapter->mlp(in);
+    append(all.gate, one.gate), append(all.up, one.up), append(all.down, one.down);
+    append(all.branches, one.branches);
+  }
+  return all;
+}
+
+bool AdapterStack::mlp_takes_text() const {
+  return std::any_of(adapters_.begin(), adapters_.end(), [](const auto& adapter) { return adapter->mlp_takes_text(); });
 }
 
 }  // namespace moegraft::adapters

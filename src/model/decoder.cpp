@@ -60,7 +60,7 @@ Decoder::Decoder(BaseModel base) : base_(std::move(base)), dispatcher_(std::make
 
 void Decoder::attach(std::shared_ptr<const AdapterSites> adapters) {
   adapters_ = std::move(adapters);
-  text_is_frozen_ = true;
+  text_is_frozen_ = !adapters_ || !adapters_->mlp_takes_text();
   if (!adapters_) return;
   for (int64_t l = 0; l < spec().num_layers; ++l)
     for (const Site site : kAllSites)
@@ -130,15 +130,18 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
   k::ResidualNorm n = k::residual_norm(in.x_TD, in.delta_TD, w.input_norm_D, s.rms_norm_eps, dtype);
   const at::Tensor attended = attention(call, l, w.attention, n.y_XD);
   n = k::residual_norm(n.x_XD, attended, w.post_norm_D, s.rms_norm_eps, dtype, s.layers[l].sparse);
-  if (!s.layers[l].sparse) return {n.x_XD, dense_ffn(call, l, w.dense, n.y_XD)};
+  const MlpTerms terms = mlp_terms(call, l, n.y_XD);
+  if (!s.layers[l].sparse) return {n.x_XD, add_branches(dense_ffn(call, l, w.dense, n.y_XD, terms), terms)};
   const auto [first, count] = call.dispatcher->local_experts(s.num_experts);
-  const MoeResult m = moe(call, l, w, weights.experts(l, first, count), n.y_XD, n.y_float_XD);
+  const MoeResult m = moe(call, l, w, weights.experts(l, first, count), n.y_XD, n.y_float_XD, terms);
   if (balance) {
     ++balance->layers;
     balance->counts_E = balance->counts_E.defined() ? balance->counts_E + m.counts_E : m.counts_E;
     balance->prob_sum_E = balance->prob_sum_E.defined() ? balance->prob_sum_E + m.prob_sum_E : m.prob_sum_E;
   }
-  return {n.x_XD, w.dense.gate_ID.defined() ? m.y_TD + shared_expert(w.dense, w.shared_scale_1D, n.y_XD) : m.y_TD};
+  return {n.x_XD,
+          add_branches(w.dense.gate_ID.defined() ? m.y_TD + shared_expert(w.dense, w.shared_scale_1D, n.y_XD) : m.y_TD,
+                       terms)};
 }
 
 }  // namespace

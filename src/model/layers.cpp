@@ -21,22 +21,25 @@ bool acts(const Call& call, const LowRank& term, int64_t group) {
   return std::find(term.modalities.begin(), term.modalities.end(), group) != term.modalities.end();
 }
 
+std::vector<LowRank> terms_at(const Call& call, int64_t layer, Site site) {
+  return call.adapters ? call.adapters->at(layer, site) : std::vector<LowRank>();
+}
+
 struct Projection {
-  Site site;
+  const std::vector<LowRank>& terms;
   const k::Matrix& weight;
   const at::Tensor& bias;
 };
 
-// Linear layers that share their input, each with the low-rank terms of its site.
-std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tensor& x_TX,
+// Linear layers that share their input, each with its low-rank terms.
+std::vector<at::Tensor> project(const Call& call, const at::Tensor& x_TX,
                                 std::initializer_list<Projection> projections) {
   const auto& tokens_of = call.facts->modality_tokens;
   std::vector<k::AdaptedLinear> layers;
   for (const auto& p : projections) {
     layers.push_back({{p.weight, p.bias}, {}});
-    if (!call.adapters) continue;
-    for (const LowRank& term : call.adapters->at(layer, p.site)) {
-      k::LinearLowRank t{term.A, term.B, term.scale, {}};
+    for (const LowRank& term : p.terms) {
+      k::LinearLowRank t{term.A, term.B, term.scale, {}, term.weight_T};
       if (call.options.gate == Gate::all) t.groups = {0};
       for (int64_t m = 0; call.options.gate != Gate::all && m < int64_t(tokens_of.size()); ++m)
         if (acts(call, term, m) && tokens_of[size_t(m)].size(0) > 0) t.groups.push_back(m);
@@ -46,11 +49,14 @@ std::vector<at::Tensor> project(const Call& call, int64_t layer, const at::Tenso
   return k::adapted_linear(x_TX, layers, call.options.gate == Gate::all ? std::vector<at::Tensor>(1) : tokens_of);
 }
 
-std::vector<k::ExpertLowRank> expert_terms(const Call& call, int64_t layer, Site site) {
+std::vector<k::ExpertLowRank> expert_terms(const Call& call, const std::vector<LowRank>& terms,
+                                           const TokenDispatcher::Routed& routed) {
   std::vector<k::ExpertLowRank> out;
-  if (!call.adapters) return out;
-  for (const LowRank& term : call.adapters->at(layer, site)) {
-    k::ExpertLowRank e{term.A, term.B, term.scale, {}};
+  for (const LowRank& term : terms) {
+    MOEGRAFT_INVARIANT(!term.weight_T.defined() || !routed.plan,
+                       "expert parallelism: a low-rank term has a weight for each token, and tokens of other processes "
+                       "come here without theirs");
+    k::ExpertLowRank e{term.A, term.B, term.scale, {}, term.weight_T};
     bool any = false;
     for (int64_t m = 0; m < call.num_groups; ++m) {
       // In lockstep other processes' tokens come here too.
@@ -103,7 +109,7 @@ k::Route choose_experts(const Call& call, int64_t l, const at::Tensor& h_TD, con
     return k::route(logits_TE, call.spec.num_experts_per_tok, rule);
   };
   if (!call.apart || call.batch.num_sequences() == 1)
-    return route(project(call, l, h_TD, {{Site::router, k::Matrix(router_ED), {}}})[0]);
+    return route(project(call, h_TD, {{terms_at(call, l, Site::router), k::Matrix(router_ED), {}}})[0]);
   // Where sequences stand apart all is text that nothing trains on, and no term acts.
   std::vector<at::Tensor> probs, ids, weights;
   for (int64_t i = 0; i < call.batch.num_sequences(); ++i) {
@@ -188,8 +194,10 @@ void stand_apart(Call& call) {
 at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, const at::Tensor& x_TD) {
   const DecoderSpec& spec = call.spec;
   const int64_t T = x_TD.size(0), H = spec.num_heads, G = spec.num_kv_heads, C = spec.head_dim;
-  const auto qkv =
-      project(call, l, x_TD, {{Site::q, w.q, w.q_bias}, {Site::k, w.k, w.k_bias}, {Site::v, w.v, w.v_bias}});
+  const auto qkv = project(call, x_TD,
+                           {{terms_at(call, l, Site::q), w.q, w.q_bias},
+                            {terms_at(call, l, Site::k), w.k, w.k_bias},
+                            {terms_at(call, l, Site::v), w.v, w.v_bias}});
   const auto heads = k::norm_rotary({{qkv[0], H, w.q_norm}, {qkv[1], G, w.k_norm}}, call.rope.cos_TC, call.rope.sin_TC,
                                     spec.rms_norm_eps, spec.clip_qkv);
   const at::Tensor &q = heads[0], &key = heads[1],
@@ -224,19 +232,30 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
     call.keep->keys.push_back(key);
     call.keep->values.push_back(v);
   }
-  return project(call, l, out.reshape({T, H * C}), {{Site::o, w.o, w.o_bias}})[0];
+  return project(call, out.reshape({T, H * C}), {{terms_at(call, l, Site::o), w.o, w.o_bias}})[0];
 }
 
-at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD) {
+MlpTerms mlp_terms(const Call& call, int64_t layer, const at::Tensor& x_TD) {
+  return call.adapters ? call.adapters->mlp({layer, x_TD, call.batch, call.options.gate == Gate::all}) : MlpTerms();
+}
+
+at::Tensor add_branches(const at::Tensor& y_TD, const MlpTerms& terms) {
+  at::Tensor sum_TD = y_TD;
+  for (const MlpTerms::Branch& branch : terms.branches)
+    if (branch.tokens_X.size(0) > 0) sum_TD = sum_TD.index_add(0, branch.tokens_X, branch.y_XD.to(y_TD.scalar_type()));
+  return sum_TD;
+}
+
+at::Tensor dense_ffn(const Call& call, int64_t l, const DenseWeights& w, const at::Tensor& x_TD,
+                     const MlpTerms& terms) {
   if (call.spec.has_experts()) return frozen_ffn(w, x_TD);  // where the sites are the experts'
-  const auto gate_up =
-      project(call, l, x_TD, {{Site::gate, w.gate_ID, w.gate_bias_I}, {Site::up, w.up_ID, w.up_bias_I}});
+  const auto gate_up = project(call, x_TD, {{terms.gate, w.gate_ID, w.gate_bias_I}, {terms.up, w.up_ID, w.up_bias_I}});
   const at::Tensor hidden_TI = at::silu(gate_up[0]) * gate_up[1];
   if (call.options.sites) {
     observe_all_rows(call, l, Site::gate, x_TD);
     observe_all_rows(call, l, Site::down, hidden_TI);
   }
-  return project(call, l, hidden_TI, {{Site::down, w.down_DI, w.down_bias_D}})[0];
+  return project(call, hidden_TI, {{terms.down, w.down_DI, w.down_bias_D}})[0];
 }
 
 at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD) {
@@ -245,7 +264,7 @@ at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, cons
 }
 
 MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD,
-              const at::Tensor& h_TD) {
+              const at::Tensor& h_TD, const MlpTerms& terms) {
   const DecoderSpec& spec = call.spec;
   const k::Route r = choose_experts(call, l, h_TD, layer.router_ED.to(at::kFloat), layer.router_correction_E);
   if (call.options.routing) {
@@ -256,8 +275,8 @@ MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const Expe
   const TokenDispatcher::Routed routed = call.dispatcher->dispatch(x_TD, r.topk_ids_TK, r.topk_weights_TK,
                                                                    spec.num_experts, call.modality_T, call.num_groups);
   const k::ExpertFfnWeights weights = w.as_ffn();
-  const k::ExpertFfnAdapters adapters{expert_terms(call, l, Site::gate), expert_terms(call, l, Site::up),
-                                      expert_terms(call, l, Site::down),
+  const k::ExpertFfnAdapters adapters{expert_terms(call, terms.gate, routed), expert_terms(call, terms.up, routed),
+                                      expert_terms(call, terms.down, routed),
                                       call.options.factors ? call.options.factors->at(size_t(l)) : nullptr};
   at::Tensor hidden_RF;
   const at::Tensor out_XD = k::moe_ffn(routed.x_XD, routed.weights_XK, routed.dispatch, weights, adapters,

@@ -50,9 +50,15 @@ void stand_apart(Call& call);
 // x_TD: normed, in the compute dtype.
 at::Tensor attention(const Call& call, int64_t layer, const AttentionWeights& w, const at::Tensor& x_TD);
 
+// What adapters do in this layer's MLP. x_TD: its input, normed, in the compute dtype.
+MlpTerms mlp_terms(const Call& call, int64_t layer, const at::Tensor& x_TD);
+// The MLP's output with the branches'; a token without any keeps its bits.
+at::Tensor add_branches(const at::Tensor& y_TD, const MlpTerms& terms);
+
 // A dense layer's gated FFN, in a model without experts with the low-rank terms of sites gate, up and down. x_TD:
 // normed, in the compute dtype.
-at::Tensor dense_ffn(const Call& call, int64_t layer, const DenseWeights& w, const at::Tensor& x_TD);
+at::Tensor dense_ffn(const Call& call, int64_t layer, const DenseWeights& w, const at::Tensor& x_TD,
+                     const MlpTerms& terms);
 // What the shared expert adds to the routed ones' output; scale_1D undefined: all of it.
 at::Tensor shared_expert(const DenseWeights& w, const at::Tensor& scale_1D, const at::Tensor& x_TD);
 
@@ -62,6 +68,6 @@ struct MoeResult {
 };
 // x_TD: normed, in the experts' dtype; h_TD: the same in float32, for the router.
 MoeResult moe(const Call& call, int64_t l, const LayerWeights& layer, const ExpertWeights& w, const at::Tensor& x_TD,
-              const at::Tensor& h_TD);
+              const at::Tensor& h_TD, const MlpTerms& terms);
 
 }  // namespace moegraft::model

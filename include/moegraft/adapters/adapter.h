@@ -58,6 +58,7 @@ class Adapter : public model::AdapterSites {
 
   // terms() of a position; none elsewhere.
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const final;
+  bool mlp_takes_text() const override;
   virtual double scale() const = 0;  // of those terms
   virtual std::vector<Parameter> parameters() const = 0;
   // Puts every parameter where it begins, but A of factors().
@@ -98,6 +99,8 @@ class AdapterStack : public model::AdapterSites {
  public:
   void add(std::shared_ptr<Adapter> adapter) { adapters_.push_back(std::move(adapter)); }
   std::vector<model::LowRank> at(int64_t layer, model::Site site) const override;
+  model::MlpTerms mlp(const model::MlpInput& in) const override;
+  bool mlp_takes_text() const override;
   const std::vector<std::shared_ptr<Adapter>>& adapters() const { return adapters_; }
 
  private:
