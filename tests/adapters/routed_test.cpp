@@ -47,12 +47,15 @@ class Routed : public Adapter {
   double scale() const override { return 2.0; }
   std::vector<Parameter> parameters() const override {
     std::vector<Parameter> all;
-    for (const Pair& p : pairs_)
-      all.push_back({p.name + ".A", p.A, p.A.dim() == 3, "kaiming"}),
-          all.push_back({p.name + ".B", p.B, p.B.dim() == 3, "zero"});
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      const Pair& p = pairs_[i];
+      const int64_t layer = positions()[i / kExperts].layer;
+      all.push_back({p.name + ".A", layer, p.A, p.A.dim() == 3, "kaiming"});
+      all.push_back({p.name + ".B", layer, p.B, p.B.dim() == 3, "zero"});
+    }
     for (const auto& [l, layer] : layers_) {
-      all.push_back({"layers." + std::to_string(l) + ".router", layer.router_ED, false, "normal"});
-      all.push_back({"layers." + std::to_string(l) + ".branch", layer.branch_DD, false, "zero"});
+      all.push_back({"layers." + std::to_string(l) + ".router", l, layer.router_ED, false, "normal"});
+      all.push_back({"layers." + std::to_string(l) + ".branch", l, layer.branch_DD, false, "zero"});
     }
     return all;
   }
