@@ -78,7 +78,7 @@ model::MlpTerms AdapterStack::mlp(const model::MlpInput& in) const {
   for (const auto& adapter : adapters_) {
     model::MlpTerms one = adapter->mlp(in);
     append(all.gate, one.gate), append(all.up, one.up), append(all.down, one.down);
-    append(all.branches, one.branches);
+    append(all.branches, one.branches), append(all.losses, one.losses);
   }
   return all;
 }

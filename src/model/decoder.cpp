@@ -123,7 +123,9 @@ struct Balance {
   int64_t layers = 0;
 };
 
-Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Stream& in, Balance* balance) {
+// losses: where the parts of adapters' losses go.
+Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Stream& in, Balance* balance,
+                 std::vector<MlpTerms::LossPart>& losses) {
   const DecoderSpec& s = call.spec;
   const auto dtype = weights.dtype();
   const LayerWeights w = weights.layer(l);
@@ -131,6 +133,7 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
   const at::Tensor attended = attention(call, l, w.attention, n.y_XD);
   n = k::residual_norm(n.x_XD, attended, w.post_norm_D, s.rms_norm_eps, dtype, s.layers[l].sparse);
   const MlpTerms terms = mlp_terms(call, l, n.y_XD);
+  losses.insert(losses.end(), terms.losses.begin(), terms.losses.end());
   if (!s.layers[l].sparse) return {n.x_XD, add_branches(dense_ffn(call, l, w.dense, n.y_XD, terms), terms)};
   const auto [first, count] = call.dispatcher->local_experts(s.num_experts);
   const MoeResult m = moe(call, l, w, weights.experts(l, first, count), n.y_XD, n.y_float_XD, terms);
@@ -142,6 +145,19 @@ Stream run_layer(const Call& call, WeightProvider& weights, int64_t l, const Str
   return {n.x_XD,
           add_branches(w.dense.gate_ID.defined() ? m.y_TD + shared_expert(w.dense, w.shared_scale_1D, n.y_XD) : m.y_TD,
                        terms)};
+}
+
+// Undefined without parts.
+at::Tensor sum_losses(const std::vector<MlpTerms::LossPart>& losses) {
+  std::vector<std::pair<const AdapterSites*, std::vector<at::Tensor>>> parts_of;
+  for (const auto& [of, part] : losses) {
+    auto found = std::find_if(parts_of.begin(), parts_of.end(), [of = of](const auto& row) { return row.first == of; });
+    if (found == parts_of.end()) found = parts_of.insert(found, {of, {}});
+    found->second.push_back(part);
+  }
+  at::Tensor sum;
+  for (const auto& [of, parts] : parts_of) sum = sum.defined() ? sum + of->loss(parts) : of->loss(parts);
+  return sum;
 }
 
 }  // namespace
@@ -182,7 +198,9 @@ ForwardResult Decoder::forward(const PackedBatch& batch_in, const ForwardOptions
     result.prefix_hidden_TD = at::Tensor();
     return result;
   }
-  result.rest_hidden_TD = run(split.rest, options, past, nullptr).hidden_TD;
+  ForwardResult rest = run(split.rest, options, past, nullptr);
+  result.rest_hidden_TD = std::move(rest.hidden_TD);
+  result.adapter_loss = std::move(rest.adapter_loss);
   result.hidden_TD =
       at::empty({batch.num_tokens(), spec().hidden_size}, result.rest_hidden_TD.options().requires_grad(false))
           .index_copy(0, split.prefix_tokens, result.prefix_hidden_TD)
@@ -211,6 +229,7 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
   if (options.prefix_cache && call->keep) stand_apart(*call);
   Stream stream{embed(*this, *weights, batch).to(at::kFloat), {}};
   Balance balance;
+  std::vector<MlpTerms::LossPart> losses;
   const bool recorded = at::GradMode::is_enabled();
   if (options.lockstep && recorded && !stream.x_TD.requires_grad()) stream.x_TD.requires_grad_();
   const int64_t recomputed = !recorded || options.aux_loss || options.cache ? 0
@@ -221,17 +240,25 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
       weights->prefetch((l + 1) % s.num_layers);  // a backward pass begins where the forward pass ends
     if (l < recomputed) {
       auto again = std::make_shared<Call>(*call);
-      again->options.routing = nullptr;  // told once
-      const auto layer = [weights, l](const std::shared_ptr<Call>& with, bool backwards = false) {
-        return [weights, l, with, backwards](const at::Tensor& x) {
+      again->options.routing = nullptr;                                          // told once
+      const auto owners = std::make_shared<std::vector<const AdapterSites*>>();  // of the results after the stream
+      const auto layer = [weights, l, owners](const std::shared_ptr<Call>& with, bool backwards = false) {
+        return [weights, l, owners, with, backwards](const at::Tensor& x) {
           if (backwards) weights->prefetch(l - 1);
-          const Stream out = run_layer(*with, *weights, l, {x, {}}, nullptr);
-          return out.x_TD + out.delta_TD;  // one tensor to keep; the sum that the next norm would make, to the bit
+          std::vector<MlpTerms::LossPart> parts;
+          const Stream out = run_layer(*with, *weights, l, {x, {}}, nullptr, parts);
+          std::vector<at::Tensor> results{
+              out.x_TD + out.delta_TD};  // one tensor to keep; the sum that the next norm would make, to the bit
+          owners->clear();
+          for (auto& [of, part] : parts) owners->push_back(of), results.push_back(std::move(part));
+          return results;
         };
       };
-      stream.x_TD = recompute(layer(call), layer(again, true), stream.x_TD);
+      const std::vector<at::Tensor> results = recompute(layer(call), layer(again, true), stream.x_TD);
+      stream.x_TD = results[0];
+      for (size_t i = 0; i < owners->size(); ++i) losses.push_back({(*owners)[i], results[i + 1]});
     } else {
-      stream = run_layer(*call, *weights, l, stream, options.aux_loss ? &balance : nullptr);
+      stream = run_layer(*call, *weights, l, stream, options.aux_loss ? &balance : nullptr, losses);
     }
   }
   if (options.cache && !options.lengths_B.defined())
@@ -244,6 +271,7 @@ ForwardResult Decoder::run(const PackedBatch& batch, const ForwardOptions& optio
     const double rows = double(balance.layers) * double(batch.num_tokens());
     result.aux_loss = ((balance.counts_E / rows) * (balance.prob_sum_E / rows)).sum() * double(s.num_experts);
   }
+  result.adapter_loss = sum_losses(losses);
   return result;
 }
 

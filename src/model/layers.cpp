@@ -236,7 +236,9 @@ at::Tensor attention(const Call& call, int64_t l, const AttentionWeights& w, con
 }
 
 MlpTerms mlp_terms(const Call& call, int64_t layer, const at::Tensor& x_TD) {
-  return call.adapters ? call.adapters->mlp({layer, x_TD, call.batch, call.options.gate == Gate::all}) : MlpTerms();
+  return call.adapters
+             ? call.adapters->mlp({layer, x_TD, call.batch, call.options.gate == Gate::all, call.options.adapter_loss})
+             : MlpTerms();
 }
 
 at::Tensor add_branches(const at::Tensor& y_TD, const MlpTerms& terms) {

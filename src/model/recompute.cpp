@@ -15,8 +15,8 @@ struct Node : torch::CustomClassHolder {
 class Recompute : public torch::autograd::Function<Recompute> {
  public:
   // anchor: an empty leaf that requires grad, so that the node exists even when only leaves inside the layer train.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& anchor,
-                            const c10::intrusive_ptr<Node>& node) {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& anchor,
+                               const c10::intrusive_ptr<Node>& node) {
     at::NoGradGuard no_grad;
     ctx->save_for_backward({x});
     ctx->saved_data["node"] = c10::IValue::make_capsule(node);
@@ -27,14 +27,20 @@ class Recompute : public torch::autograd::Function<Recompute> {
     at::AutoGradMode grad(true);
     const auto node = c10::static_intrusive_pointer_cast<Node>(ctx->saved_data["node"].toCapsule());
     const at::Tensor x = ctx->get_saved_variables()[0].detach().requires_grad_(true);
-    torch::autograd::backward({node->again(x)}, {grads[0]});
+    variable_list results = node->again(x), recorded, their_grads;
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (!results[i].requires_grad()) continue;
+      recorded.push_back(results[i]);
+      their_grads.push_back(grads[i]);
+    }
+    torch::autograd::backward(recorded, their_grads);
     return {x.grad(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor recompute(const LayerFunction& layer, const LayerFunction& again, const at::Tensor& x) {
+std::vector<at::Tensor> recompute(const LayerFunction& layer, const LayerFunction& again, const at::Tensor& x) {
   auto node = c10::make_intrusive<Node>();
   node->layer = layer;
   node->again = again;

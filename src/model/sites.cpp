@@ -21,7 +21,9 @@ at::Tensor MlpInput::spread(const at::Tensor& weight_X, const at::Tensor& tokens
 }
 
 MlpTerms AdapterSites::mlp(const MlpInput& in) const {
-  return {at(in.layer, Site::gate), at(in.layer, Site::up), at(in.layer, Site::down), {}};
+  return {at(in.layer, Site::gate), at(in.layer, Site::up), at(in.layer, Site::down), {}, {}};
 }
+
+at::Tensor AdapterSites::loss(const std::vector<at::Tensor>& parts) const { return at::stack(parts).sum(); }
 
 }  // namespace moegraft::model

@@ -66,16 +66,19 @@ std::vector<model::LossResult> TrainStep::run_batches(const data::StepBatch& ste
   const auto& batches = step.micro_batches;
   const auto& decoder = *stage_.model.decoder;
   const double labels = double(std::max<int64_t>(step.num_labels, 1));
-  const double balance =
-      decoder.spec().router_aux_loss_coef / double(int64_t(batches.size()) * stage_.distributed.size());
+  // Of the whole step: auxiliary losses are means over them.
+  const double passes = double(int64_t(batches.size()) * stage_.distributed.size());
+  const double balance = decoder.spec().router_aux_loss_coef / passes;
   std::vector<model::LossResult> results;
   for (size_t i = 0; i < batches.size(); ++i) {
     const bool placeholder = batches[i].facts->placeholder;
     forward_.routing = placeholder ? nullptr : &routing_;
     forward_.aux_loss = balances_ && !placeholder;
+    forward_.adapter_loss = !placeholder;
     const auto result = stage_.model.decoder->forward(batches[i], forward_);
     auto ce = model::cross_entropy_loss(decoder, result, batches[i], labels);
-    const at::Tensor objective = forward_.aux_loss ? ce.loss + result.aux_loss * balance : ce.loss;
+    at::Tensor objective = forward_.aux_loss ? ce.loss + result.aux_loss * balance : ce.loss;
+    if (result.adapter_loss.defined()) objective = objective + result.adapter_loss / passes;
     if (i + 1 == batches.size()) stage_.distributed.last_backward();
     if (objective.requires_grad()) objective.backward();
     ce.loss = ce.loss.detach();

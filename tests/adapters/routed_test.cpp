@@ -1,5 +1,6 @@
 // What an adapter may do in an MLP beyond fixed low-rank terms: weights of tokens, a branch, a loss. The kind here is a
-// test's alone: two LoRA experts and a linear branch in every MLP, whose router reads the MLP's input.
+// test's alone: two LoRA experts and a linear branch in every MLP, whose router reads the MLP's input and has a balance
+// loss over all layers' tokens together.
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -17,6 +18,9 @@ namespace {
 
 const std::filesystem::path kGolden = std::filesystem::path(test_source_dir()) / "tests/golden/model";
 constexpr int64_t kExperts = 2;
+
+// At uniform probabilities the coefficient, 1/2.
+at::Tensor balance_of(const at::Tensor& mean_E) { return 0.5 * double(kExperts) * mean_E.square().sum(); }
 
 class Routed : public Adapter {
  public:
@@ -85,7 +89,13 @@ class Routed : public Adapter {
         (*terms)[e].weight_T = in.spread(probs_XE.select(1, int64_t(e)), tokens);
     }
     out.branches.push_back({tokens, at::linear(x_XD, layer(in.layer)->branch_DD)});
+    if (in.with_loss)
+      out.losses.push_back({this, at::cat({probs_XE.sum(0), at::full({1}, double(tokens.size(0)), at::kFloat)})});
     return out;
+  }
+  at::Tensor loss(const std::vector<at::Tensor>& parts) const override {
+    const at::Tensor sums = at::stack(parts).sum(0);
+    return balance_of(sums.narrow(0, 0, kExperts) / sums[kExperts]);
   }
 
  private:
@@ -118,8 +128,10 @@ class Plainly : public model::AdapterSites {
                                                                                   : dense(in.layer, x_XD, probs_XE);
     model::MlpTerms out;
     out.branches.push_back({tokens, adapted_XD + at::matmul(x_XD, layer->branch_DD.t())});
+    probabilities.push_back(probs_XE);
     return out;
   }
+  mutable std::vector<at::Tensor> probabilities;  // of the last pass, by layer
 
  private:
   at::Tensor dense(int64_t l, const at::Tensor& x_XD, const at::Tensor& probs_XE) const {
@@ -220,17 +232,24 @@ struct World {
 
 struct Outcome {
   at::Tensor hidden;
-  double objective = 0;
+  double objective = 0, balance = 0;
   std::vector<at::Tensor> gradients;
   bool split = false;
 };
-Outcome step(World& w, const model::ForwardOptions& options) {
+// plainly: whose probabilities make the balance loss, instead of the adapter's own.
+Outcome step(World& w, model::ForwardOptions options, const Plainly* plainly = nullptr) {
   const auto parameters = w.adapter->parameters();
   for (const auto& p : parameters) p.leaf.mutable_grad() = at::Tensor();
+  options.adapter_loss = true;
   const model::ForwardResult forward = w.decoder.forward(w.batch, options);
-  const at::Tensor objective = model::cross_entropy_loss(w.decoder, forward, w.batch).loss;
+  const at::Tensor balance = plainly ? balance_of(at::cat(plainly->probabilities).mean(0)) : forward.adapter_loss;
+  const at::Tensor objective = model::cross_entropy_loss(w.decoder, forward, w.batch).loss + balance;
   objective.backward();
-  Outcome out{forward.hidden_TD.detach(), objective.item<double>(), {}, forward.rest_hidden_TD.defined()};
+  Outcome out{forward.hidden_TD.detach(),
+              objective.item<double>(),
+              balance.item<double>(),
+              {},
+              forward.rest_hidden_TD.defined()};
   for (const auto& p : parameters)
     out.gradients.push_back(p.leaf.grad().defined() ? p.leaf.grad().clone() : at::zeros_like(p.leaf));
   return out;
@@ -239,6 +258,7 @@ Outcome step(World& w, const model::ForwardOptions& options) {
 // Relative to each gradient's norm.
 void expect_near(const World& w, const Outcome& got, const Outcome& want, double tolerance) {
   EXPECT_NEAR(got.objective, want.objective, tolerance * (1 + std::abs(want.objective)));
+  EXPECT_NEAR(got.balance, want.balance, tolerance);
   EXPECT_LT((got.hidden - want.hidden).abs().max().item<double>(),
             tolerance * (1 + want.hidden.abs().max().item<double>()));
   const auto parameters = w.adapter->parameters();
@@ -261,8 +281,9 @@ TEST_P(RoutedOn, ValuesAndGradientsAreThoseOfAutograd) {
     const Outcome got = step(w, options);
     EXPECT_EQ(got.split, gate == model::Gate::modality);
     options.frozen_prefix = false;
-    w.decoder.attach(std::make_shared<Plainly>(w.adapter, w.decoder, std::vector<int64_t>{1}));
-    expect_near(w, got, step(w, options), 1e-4);
+    const auto plainly = std::make_shared<Plainly>(w.adapter, w.decoder, std::vector<int64_t>{1});
+    w.decoder.attach(plainly);
+    expect_near(w, got, step(w, options, plainly.get()), 1e-4);
   }
 }
 
@@ -275,6 +296,7 @@ TEST_P(RoutedOn, RecomputedLayersGiveTheSame) {
     options.recompute_layers = layers;
     const Outcome recomputed = step(w, options);
     EXPECT_EQ(recomputed.objective, stored.objective);
+    EXPECT_EQ(recomputed.balance, stored.balance);
     expect_near(w, recomputed, stored, 1e-5);  // the order in which gradients of one leaf are added may differ
   }
 }
@@ -308,8 +330,12 @@ TEST(Routed, GradientsAreThoseOfFiniteDifferences) {
   w.decoder.attach(w.adapter);
   const Outcome at_rest = step(w, {});
   const at::NoGradGuard no_grad;
+  model::ForwardOptions options;
+  options.adapter_loss = true;
   const auto objective = [&] {
-    return model::cross_entropy_loss(w.decoder, w.decoder.forward(w.batch), w.batch).loss.item<double>();
+    const model::ForwardResult forward = w.decoder.forward(w.batch, options);
+    return model::cross_entropy_loss(w.decoder, forward, w.batch).loss.item<double>() +
+           forward.adapter_loss.item<double>();
   };
   const auto parameters = w.adapter->parameters();
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -338,7 +364,36 @@ TEST(Routed, AStackHoldsItBesideOthers) {
   expect_near(w, step(w, {}), alone, 1e-5);
 }
 
-// Acts through a branch alone.
+TEST(Routed, LossesOfAStackAddUp) {
+  const at::NoGradGuard no_grad;
+  World w("qwen3");
+  const auto other = w.make(1);
+  for (const auto& adapter : {w.adapter, other}) adapter->initialise();  // neither changes what the other sees
+  model::ForwardOptions options;
+  options.adapter_loss = true;
+  const auto loss = [&](std::shared_ptr<const model::AdapterSites> adapters) {
+    w.decoder.attach(std::move(adapters));
+    return w.decoder.forward(w.batch, options).adapter_loss.item<double>();
+  };
+  auto stack = std::make_shared<AdapterStack>();
+  stack->add(w.adapter), stack->add(other);
+  const double first = loss(w.adapter), second = loss(other);
+  EXPECT_NE(first, second);
+  EXPECT_NEAR(loss(stack), first + second, 1e-6);
+}
+
+TEST(Routed, ThereIsNoLossWithoutAskingOrWithoutTokens) {
+  World w("qwen3");
+  EXPECT_FALSE(w.decoder.forward(w.batch).adapter_loss.defined());
+  w.decoder.attach(w.adapter);
+  EXPECT_FALSE(w.decoder.forward(w.batch).adapter_loss.defined());
+  model::ForwardOptions options;
+  options.adapter_loss = true;
+  EXPECT_FALSE(w.decoder.forward(model::pack_rows(at::arange(3, 27).view({1, -1})), options).adapter_loss.defined());
+  EXPECT_TRUE(w.decoder.forward(w.batch, options).adapter_loss.defined());
+}
+
+// Acts through a branch alone; its loss is its factor, of every layer.
 class Branch : public model::AdapterSites {
  public:
   explicit Branch(bool text) : text_(text) {}
@@ -347,6 +402,7 @@ class Branch : public model::AdapterSites {
     const at::Tensor tokens = in.tokens_of(text_ ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{1});
     model::MlpTerms out;
     if (tokens.size(0) > 0) out.branches.push_back({tokens, in.x_TD.index_select(0, tokens) * factor});
+    if (in.with_loss) out.losses.push_back({this, factor.sum()});
     return out;
   }
   bool mlp_takes_text() const override { return text_; }
@@ -362,6 +418,23 @@ TEST(Routed, ABranchOnTextThawsThePrefix) {
   EXPECT_TRUE(w.decoder.forward(w.batch).rest_hidden_TD.defined());
   w.decoder.attach(std::make_shared<Branch>(true));
   EXPECT_FALSE(w.decoder.forward(w.batch).rest_hidden_TD.defined());
+}
+
+TEST(Routed, LossesOfLayersAddUpEachOnce) {
+  World w("llama_bias_tied");
+  const auto branch = std::make_shared<Branch>(false);
+  w.decoder.attach(branch);
+  model::ForwardOptions options;
+  options.adapter_loss = true;
+  const double layers = double(w.decoder.spec().num_layers);
+  for (const int64_t recomputed : {0, 1, 100}) {
+    options.recompute_layers = recomputed;
+    branch->factor.mutable_grad() = at::Tensor();
+    const at::Tensor loss = w.decoder.forward(w.batch, options).adapter_loss;
+    EXPECT_EQ(loss.item<double>(), layers);
+    loss.backward();
+    EXPECT_EQ(branch->factor.grad().item<double>(), layers) << recomputed << " layers recomputed";
+  }
 }
 
 // As under expert parallelism: rows of other processes.

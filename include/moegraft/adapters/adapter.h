@@ -1,7 +1,8 @@
 #pragma once
 // One entry of a run's `adapters`, whatever its kind: low-rank terms on sites of the frozen base that act only on
 // tokens of given modalities (PLoRA's gate, arXiv:2503.22517). A kind says what it trains and which terms that makes;
-// everything else holds this interface. docs/extend.md: a new kind.
+// everything else holds this interface. One that looks at its tokens overrides mlp() (model/sites.h): weights of
+// tokens, branches, a loss. docs/extend.md: a new kind.
 
 #include <torch/types.h>
 

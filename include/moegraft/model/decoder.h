@@ -74,7 +74,8 @@ struct ForwardOptions {
       nullptr;  // [num_layers]: adapters' factors laid out once for calls between which none of them changes
   RoutingObserver* routing = nullptr;
   SiteObserver* sites = nullptr;
-  bool aux_loss = false;  // fill aux_loss (differentiable)
+  bool aux_loss = false;      // fill aux_loss (differentiable)
+  bool adapter_loss = false;  // fill adapter_loss (differentiable)
   // Where gradients are recorded: text before a sequence's first token of another modality is run without (it meets
   // nothing trainable). Switched off by itself when the base or an adapter trains on text.
   bool frozen_prefix = true;
@@ -93,6 +94,8 @@ struct ForwardOptions {
 struct ForwardResult {
   at::Tensor hidden_TD;  // after the final norm, compute dtype
   at::Tensor aux_loss;   // load balancing loss as transformers' load_balancing_loss_func (undefined unless asked for)
+  at::Tensor adapter_loss;  // sum of the adapters' own losses, with their coefficients; undefined where not asked for,
+                            // or where none met a token of its modalities
   // When a frozen prefix was run apart: its tokens and the others, each a batch with its hidden states. Undefined
   // otherwise.
   at::Tensor prefix_hidden_TD, rest_hidden_TD;

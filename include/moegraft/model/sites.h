@@ -34,6 +34,7 @@ struct MlpInput {
   const PackedBatch&
       batch;  // with facts: the tokens of this pass, which a frozen prefix and a cache leave others out of
   bool every_token = false;  // the gate is open: what acts on some modality acts on all tokens
+  bool with_loss = false;    // parts of losses are asked for
 
   // The tokens on which what belongs to these modalities acts, int64, each once. Without any, an adapter adds nothing
   // to the pass.
@@ -41,6 +42,8 @@ struct MlpInput {
   // Numbers of these tokens (of any floating dtype, differentiable) as a LowRank's weights: [T], zero elsewhere.
   at::Tensor spread(const at::Tensor& weight_X, const at::Tensor& tokens_X) const;
 };
+
+class AdapterSites;
 
 // What an adapter does in an MLP, in one pass. Nothing of it may touch other tokens than MlpInput::tokens_of its
 // modalities.
@@ -52,6 +55,13 @@ struct MlpTerms {
     at::Tensor tokens_X, y_XD;
   };
   std::vector<Branch> branches;
+  // Of an adapter's own loss, where it has one and is asked: what this layer knows for it, float32, any shape,
+  // differentiable.
+  struct LossPart {
+    const AdapterSites* of;  // whose loss() takes it
+    at::Tensor part;
+  };
+  std::vector<LossPart> losses;
 };
 
 class AdapterSites {
@@ -63,8 +73,12 @@ class AdapterSites {
   // per layer and pass; where a layer is recomputed, once more in the backward pass with the same input, for the same
   // values.
   virtual MlpTerms mlp(const MlpInput& in) const;
-  // Whether branches of mlp() act on text, or look at it: then no text is a frozen prefix. Terms say so by their
-  // modalities.
+  // This adapter's loss in one pass, from the parts of the layers that gave one, in their order: a float32 scalar with
+  // its coefficient. By default their sum, for parts that are losses themselves; others pool over layers what they have
+  // counted (sums and their numbers, say).
+  virtual at::Tensor loss(const std::vector<at::Tensor>& parts) const;
+  // Whether branches or losses of mlp() act on text, or look at it: then no text is a frozen prefix. Terms say so by
+  // their modalities.
   virtual bool mlp_takes_text() const { return false; }
 };
 
